@@ -1,0 +1,72 @@
+"""The words of a refusal: what was expected, what was found, what to do."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+
+def nearest(word: str, options: Iterable[str]) -> str:
+    """Return `` (did you mean 'x'?)`` for the option closest to ``word``, or nothing.
+
+    >>> nearest("projektion", ["exact", "projection"])
+    " (did you mean 'projection'?)"
+    """
+    close = difflib.get_close_matches(str(word), list(options), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def choice(where: str, value: Any, options: Iterable[str]) -> str:
+    """Return ``value`` if it is one of ``options``.
+
+    Raises:
+        ValueError: if it is not; the message lists the options and names the nearest one.
+    """
+    options = list(options)
+    if value not in options:
+        listed = ", ".join(repr(option) for option in options)
+        raise ValueError(
+            f"`{where}` must be one of {listed}; got {value!r}{nearest(value, options)}"
+        )
+    return str(value)
+
+
+def number(where: str, value: Any, low: float = -math.inf, *, strict: bool = False) -> float:
+    """Return ``value`` as a float if it is a finite number >= ``low`` (> ``low`` if ``strict``).
+
+    Raises:
+        ValueError: if it is not.
+    """
+    bound = "" if low == -math.inf else f" {'>' if strict else '>='} {low:g}"
+    real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not real or value < low or (strict and value == low):
+        raise ValueError(f"`{where}` must be a number{bound}; got {value!r}")
+    return float(value)
+
+
+def integer(where: str, value: Any, low: int) -> int:
+    """Return ``value`` if it is an integer >= ``low``.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"`{where}` must be an integer >= {low}; got {value!r}")
+    return value
+
+
+def piece(where: str, value: Any, kinds: Mapping[str, Callable[[], Any]], kind: Any) -> Any:
+    """Return ``value`` if it is a ``kind``, or build the one that the string ``value`` names.
+
+    Raises:
+        ValueError: for a string that names none of ``kinds``.
+        TypeError: for anything else.
+    """
+    if isinstance(value, kind):
+        return value
+    if isinstance(value, str):
+        return kinds[choice(where, value, kinds)]()
+    listed = ", ".join(repr(name) for name in kinds)
+    raise TypeError(f"`{where}` must be one of {listed} or a gpkit object; got {value!r}")

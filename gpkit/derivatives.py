@@ -1,0 +1,130 @@
+"""The k-th derivative of a graph that you have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from gpkit import checks, graphs
+
+MAX_PASSES = 10_000
+
+
+def derivative(y: Tensor, x: Tensor, order: int = 1) -> Tensor:
+    r"""Return the exact, differentiable k-th derivative of ``y`` with respect to ``x``, per sample.
+
+    .. math:: (D^k y)_{b, s_1 \dots s_k} =
+              \partial^k y_b \, / \, \partial x_{b s_1} \dots \partial x_{b s_k}
+
+    Sample b of ``y`` must depend on sample b of ``x`` alone (batch normalisation in training mode
+    breaks that). A derivative that vanishes, such as that of a constant, of a variable that is not
+    used, or of a polynomial past its degree, is zero and not an error. The full tensor takes
+    1 + n + ... + n^(k-1) backward passes, n being the number of entries of one sample of ``x``.
+
+    Args:
+        y: what is differentiated: ``[B]`` or ``[B, 1]``; or one number, ``[]``.
+        x: with respect to what: ``[B, *S]``; or ``[*S]`` if ``y`` is one number. It must have
+            required grad when ``y`` was computed.
+        order: k >= 1.
+
+    Returns:
+        ``[B, *S, ..., *S]`` with ``S`` k times (without ``B`` if ``y`` is one number).
+
+    Raises:
+        ValueError: if the shapes do not fit, ``x`` does not require grad, or ``order`` < 1.
+        RuntimeError: if torch has no derivative of that order for an operation of the graph.
+
+    >>> import torch
+    >>> x = torch.tensor(-2.0, requires_grad=True)
+    >>> [derivative(2 * x**3, x, order=k).item() for k in (1, 2, 3, 4, 5)]
+    [24.0, -24.0, 12.0, 0.0, 0.0]
+    >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
+    >>> derivative(x[:, 0] * x[:, 1] ** 2, x, order=2)
+    tensor([[[0., 4.],
+             [4., 2.]],
+    <BLANKLINE>
+            [[0., 8.],
+             [8., 6.]]], grad_fn=<ViewBackward0>)
+    """
+    checks.integer("derivative(order=...)", order, 1)
+    if not x.requires_grad:
+        raise ValueError(
+            "`derivative(y, x)` needs an x that requires grad; "
+            "call x.requires_grad_() before y is computed from it"
+        )
+    batched = y.ndim > 0 and not (y.numel() == 1 and x.ndim == 0)
+    if batched and (x.ndim == 0 or y.numel() != len(x) or len(y) != len(x)):
+        raise ValueError(
+            f"`derivative(y, x)` needs y [B] or [B, 1] for an x [B, ...], or a single number y []; "
+            f"got y {list(y.shape)} and x {list(x.shape)}"
+        )
+    sample = x.shape[1:] if batched else x.shape
+    column = y.reshape(-1, 1)  # [G, 1]
+    rows = [entries for (entries,) in derivative_rows(column, (x,), order, batched=batched)]
+    # Each row holds the last index; the rows run over the first k - 1 indices in order.
+    full = torch.stack(rows, dim=1)  # [G, n^(k-1), n]
+    return full.reshape(x.shape[: x.ndim - len(sample)] + sample * order)
+
+
+def derivative_rows(
+    y: Tensor, xs: tuple[Tensor, ...], order: int, *, batched: bool
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the k-th derivative of ``y``, row by row: all entries are in all rows, once.
+
+    Args:
+        y: ``[G, m]``, for G groups.
+        xs: the variables: ``[G, *S]`` each if ``batched``, else any shapes and G = 1.
+        order: k >= 1.
+        batched: whether group g of ``y`` depends on ``x[g]`` alone.
+
+    Yields:
+        The gradient of one entry of the derivative before: ``[G, n]`` for each variable.
+
+    Raises:
+        ValueError: if more than ten thousand backward passes would be needed.
+    """
+    n = sum(x[0].numel() if batched else x.numel() for x in xs)
+    passes = y.shape[1] * n ** (order - 1)
+    if passes > MAX_PASSES:
+        raise ValueError(
+            f"the exact derivative of order {order} of {y.shape[1]} output(s) in {n} variables "
+            f"takes {passes} backward passes, over the limit of {MAX_PASSES}; "
+            "use estimator='projection'"
+        )
+    for column in y.unbind(1):
+        rows = tuple(as_rows(g, batched) for g in gradients(column.sum(), xs))
+        if order == 1:
+            yield rows
+        else:
+            yield from derivative_rows(torch.cat(rows, 1), xs, order - 1, batched=batched)
+
+
+def as_rows(x: Tensor, batched: bool) -> Tensor:
+    """Return ``x`` as ``[G, n]``: one row a sample, or one row in all."""
+    return x.flatten(1) if batched and x.ndim > 1 else x.reshape(len(x) if batched else 1, -1)
+
+
+def gradients(y: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return dy/dx for each x, differentiable; zeros where y does not depend on x.
+
+    Args:
+        y: one number.
+        xs: the variables.
+
+    Returns:
+        A tensor of the shape of each x.
+
+    Raises:
+        RuntimeError: if an operation has no derivative of this order; it says what to do.
+    """
+    if not y.requires_grad:
+        return tuple(torch.zeros_like(x) for x in xs)
+    # A compiled or autocast backward would be traced, or rounded, twice.
+    with torch.autocast(y.device.type, enabled=False):
+        try:
+            grads = torch.autograd.grad(y, xs, create_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            raise RuntimeError(graphs.explain(error)) from error
+    return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, xs, strict=True))

@@ -1,0 +1,138 @@
+"""Forms: what is done to the norm n of a derivative. Each maps n² [G] to values [G].
+
+Forms take the *squared* norm, because a zero-centred form needs no root, and the root of zero has
+no finite derivative. Where a form does need the root, it is finite at zero: its derivative there
+is taken to be zero, a subgradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpkit import checks
+
+NORMS = ("l2", "l1", "linf")
+
+
+def root(squared_norms: Tensor) -> Tensor:
+    """Return the square root, whose derivative at zero is zero instead of infinite.
+
+    >>> n2 = torch.tensor([0.0, 4.0], requires_grad=True)
+    >>> torch.autograd.grad(root(n2).sum(), n2)
+    (tensor([0.0000, 0.2500]),)
+    """
+    positive = squared_norms > 0
+    safe = torch.where(positive, squared_norms, torch.ones_like(squared_norms))
+    # A NaN is not positive and must stay one, hence the product and not a zero.
+    return torch.where(positive, safe.sqrt(), squared_norms * 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What is done to the norm: ``scale * value(n²)``.
+
+    Args:
+        norm: which norm n is, over all entries of the derivative: "l2", "l1" or "linf".
+        scale: a factor inside the form, such as the ½ of a γ/2.
+    """
+
+    norm: str = "l2"
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks.choice(f"{type(self).__name__}(norm=...)", self.norm, NORMS)
+        checks.number(f"{type(self).__name__}(scale=...)", self.scale, 0, strict=True)
+
+    def __call__(self, squared_norms: Tensor) -> Tensor:
+        """Return ``[G]`` values for ``[G]`` squared norms."""
+        return self.value(squared_norms) * self.scale
+
+    def value(self, squared_norms: Tensor) -> Tensor:
+        """Return the value before ``scale``: ``[G]`` to ``[G]``."""
+        raise NotImplementedError(f"{type(self).__name__} must define value(squared_norms)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class squared(Form):  # noqa: N801  forms read as functions: form=squared()
+    """n². No root is taken, so a zero gradient is harmless.
+
+    >>> squared(scale=0.5)(torch.tensor([4.0, 9.0]))
+    tensor([2.0000, 4.5000])
+    """
+
+    def value(self, squared_norms: Tensor) -> Tensor:
+        return squared_norms
+
+
+@dataclass(frozen=True, kw_only=True)
+class norm(Form):  # noqa: N801
+    """n itself.
+
+    >>> norm()(torch.tensor([4.0, 9.0]))
+    tensor([2., 3.])
+    """
+
+    def value(self, squared_norms: Tensor) -> Tensor:
+        return root(squared_norms)
+
+
+@dataclass(frozen=True)
+class two_sided(Form):  # noqa: N801
+    """(n - c)²: the norm is drawn to the centre c from both sides.
+
+    >>> two_sided(1.0)(torch.tensor([0.0, 4.0, 9.0]))
+    tensor([1., 1., 4.])
+    """
+
+    center: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.number(f"{type(self).__name__}(center=...)", self.center)
+
+    def value(self, squared_norms: Tensor) -> Tensor:
+        if self.center == 0:
+            return squared_norms
+        return (root(squared_norms) - self.center).square()
+
+
+@dataclass(frozen=True)
+class one_sided(two_sided):  # noqa: N801
+    """max(0, n - c)²: only norms above the centre c count.
+
+    >>> one_sided(1.0)(torch.tensor([0.0, 4.0, 9.0]))
+    tensor([0., 1., 4.])
+    """
+
+    def value(self, squared_norms: Tensor) -> Tensor:
+        if self.center == 0:
+            return squared_norms
+        return (root(squared_norms) - self.center).relu().square()
+
+
+@dataclass(frozen=True)
+class power(Form):  # noqa: N801
+    """n^p. For p >= 2 no root is taken.
+
+    >>> power(6)(torch.tensor([0.0, 4.0]))
+    tensor([ 0., 64.])
+    """
+
+    exponent: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.number("power(exponent=...)", self.exponent, 0, strict=True)
+
+    def value(self, squared_norms: Tensor) -> Tensor:
+        if self.exponent >= 2:
+            return squared_norms ** (self.exponent / 2)
+        positive = squared_norms > 0
+        safe = torch.where(positive, squared_norms, torch.ones_like(squared_norms))
+        return torch.where(positive, safe ** (self.exponent / 2), squared_norms * 0)
+
+
+FORMS = {f.__name__: f for f in (squared, norm, two_sided, one_sided, power)}

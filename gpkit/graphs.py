@@ -1,0 +1,70 @@
+"""What an autograd graph holds: its leaves, its operations, and why it cannot be differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+# Operations whose second derivative is zero: through them alone, an order >= 2 penalty is nothing.
+PIECEWISE_LINEAR = ("Relu", "LeakyRelu", "Hardtanh", "Threshold", "Prelu", "Hardswish", "Abs")
+
+# What torch says when there is no further derivative, and what helps.
+HINTS = {
+    "scaled_dot_product": "fused attention has no double backward: run the forward under "
+    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or give the penalty a callable, "
+    "for which gpkit does so by itself",
+    "cudnn_rnn": "cuDNN's recurrent nets have no double backward: run the forward under "
+    "torch.backends.cudnn.flags(enabled=False), or give the penalty a callable",
+    "Checkpointing is not compatible": "reentrant checkpointing has no torch.autograd.grad: "
+    "use checkpoint(..., use_reentrant=False)",
+    "once_differentiable": "a custom autograd Function is marked @once_differentiable: "
+    "write its backward in differentiable operations",
+    "torch.compile with aot_autograd": "a compiled net has no double backward: "
+    "compile the whole penalised loss instead, or leave the net uncompiled",
+    "leaky_relu": "a piecewise-linear activation has no derivative of this order: "
+    "use a smooth one (GELU, SiLU, softplus, tanh)",
+    "freed": "the graph of the loss is gone: call the penalty before loss.backward()",
+    "Inference tensors": "a tensor made under inference_mode is in the graph: clone it outside",
+    "modified by an inplace operation": "a tensor of the graph was changed in place",
+}
+
+
+def nodes(tensor: Tensor) -> Iterator[Any]:
+    """Yield every node of the graph of ``tensor``, once."""
+    stack, seen = [tensor.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        stack.extend(parent for parent, _ in node.next_functions)
+
+
+def leaves(tensor: Tensor) -> list[Tensor]:
+    """Return the leaf tensors that require grad and on which ``tensor`` depends."""
+    if tensor.grad_fn is None:
+        return [tensor] if tensor.requires_grad else []
+    return [node.variable for node in nodes(tensor) if hasattr(node, "variable")]
+
+
+def depends(y: Tensor, x: Tensor) -> bool:
+    """Whether ``x`` is in the graph of ``y``."""
+    if x.grad_fn is not None:
+        return any(node is x.grad_fn for node in nodes(y))
+    return any(leaf is x for leaf in leaves(y))
+
+
+def piecewise_linear(y: Tensor) -> str | None:
+    """Return the name of a piecewise-linear operation in the graph of ``y``, if there is one."""
+    names = {node.name().partition("Backward")[0] for node in nodes(y)}
+    return next((name for name in PIECEWISE_LINEAR if name in names), None)
+
+
+def explain(error: RuntimeError) -> str:
+    """Return torch's message in one line, with what to do about it where that is known."""
+    said = str(error).strip().splitlines()[0]
+    hint = next((hint for words, hint in HINTS.items() if words in str(error)), None)
+    return f"{hint} (torch: {said})" if hint else said

@@ -1,0 +1,279 @@
+"""GradientPenalty: seven axes, composed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from gpkit import checks, graphs
+from gpkit.estimators import ESTIMATORS, Estimator, Target, exact, projection
+from gpkit.forms import FORMS, Form, root
+from gpkit.points import POINTS, At, computed
+from gpkit.schedules import Schedule
+from gpkit.variables import VARIABLES, Call, Of, Variables, weights
+
+
+class Axes(TypedDict, total=False):
+    """The arguments of `GradientPenalty` but for the weight, for functions that pass them on."""
+
+    of: Of
+    wrt: str | Variables
+    scope: str | None
+    order: int
+    form: str | Form
+    at: str | At | Callable[[Any, Any], Any]
+    estimator: str | Estimator | None
+    every: int
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a penalty is made of, for G groups (samples, or one batch).
+
+    Args:
+        norms: ``[G]``: n, the norm of each group's derivative.
+        values: ``[G]``: form(n), unreduced and unweighted.
+        weight: the factor of their mean at this step.
+        penalty: ``weight * values.mean()``, the scalar that enters the loss.
+    """
+
+    norms: Tensor
+    values: Tensor
+    weight: float
+    penalty: Tensor
+
+
+class GradientPenalty:
+    r"""A penalty on the norm of a derivative, to add to a loss.
+
+    .. math:: \lambda(t) \; \frac1G \sum_g \mathrm{form}\Big(\big\|
+              D^k_{\mathrm{wrt}} \, \mathrm{mean}_{i \in g} \, \mathrm{of}(z_i) \big\|\Big),
+              \quad z_i \text{ taken at } \texttt{at}
+
+    Call it with a tensor whose graph is there (no second forward), or with a callable, which is
+    evaluated where ``at`` says. A call never touches ``.grad``, buffers such as batch-norm
+    statistics (those of modules that the callable is, owns, closes over or names), the global
+    random numbers, or the requires_grad of your tensors. A forward of its own draws dropout masks
+    of its own.
+
+    Args:
+        of: what is differentiated. "output": all that the function gives, so that several outputs
+            have the Frobenius norm of their Jacobian; "loss": the same, but one value per sample is
+            required; or a function of what the callable gives, as ``lambda out: out["logits"]``.
+        wrt: with respect to what: "input", "weight", or ``gpkit.weights("head.*")``.
+        scope: the groups: what is averaged before the norm is taken. "sample", the only one
+            for inputs, or "batch", the default for weights.
+        order: k >= 1, of the derivative. 1 is the gradient.
+        form: what is done to the norm n: "squared" n², "norm" n, ``gpkit.two_sided(c)`` (n - c)²,
+            ``gpkit.one_sided(c)`` max(0, n - c)², ``gpkit.power(p)`` n^p; each takes
+            ``norm="l1"`` or ``norm="linf"`` instead of "l2".
+        at: where: "data", "real", "fake", "interpolate", "perturb", an object such as
+            ``gpkit.perturb(0.5)``, or a function ``(real, fake) -> points``.
+        estimator: "exact", "projection" or ``gpkit.projection(n)``. None is "exact", but for
+            order >= 2 in the weights, whose full derivative is out of reach, "projection".
+        weight: λ >= 0, or a schedule: a function of the optimiser step.
+        every: act on every k-th step, with the weight multiplied by k (lazy regularisation).
+        seed: of the penalty's own random numbers; None takes torch's initial seed. Each rank of
+            a distributed run draws its own.
+
+    Raises:
+        ValueError: if an axis has a value that it cannot have.
+
+    >>> import gpkit, torch
+    >>> critic = lambda x: 3 * x[:, 0] + 4 * x[:, 1]
+    >>> penalty = gpkit.GradientPenalty(form=gpkit.two_sided(1.0), weight=10.0)
+    >>> penalty(critic, torch.zeros(8, 2)).item()  # 10 (5 - 1)²
+    160.0
+    """
+
+    def __init__(
+        self,
+        *,
+        of: Of = "output",
+        wrt: str | Variables = "input",
+        scope: str | None = None,
+        order: int = 1,
+        form: str | Form = "squared",
+        at: str | At | Callable[[Any, Any], Any] = "data",
+        estimator: str | Estimator | None = None,
+        weight: float | Schedule = 1.0,
+        every: int = 1,
+        seed: int | None = None,
+    ) -> None:
+        self.of = of if callable(of) else checks.choice("of=...", of, ("output", "loss"))
+        self.wrt: Variables = checks.piece("wrt=...", wrt, VARIABLES, Variables)
+        self.scope = checks.choice("scope=...", scope or self.wrt.scopes[0], self.wrt.scopes)
+        self.order = checks.integer("order=...", order, 1)
+        self.form: Form = checks.piece("form=...", form, FORMS, Form)
+        if callable(at) and not isinstance(at, At):
+            at = computed(at)
+        self.at: At = checks.piece("at=...", at, POINTS, At)
+        if estimator is None:
+            estimator = projection() if order > 1 and isinstance(self.wrt, weights) else exact()
+        self.estimator: Estimator = checks.piece("estimator=...", estimator, ESTIMATORS, Estimator)
+        if isinstance(self.estimator, projection) and self.form.norm != "l2":
+            raise ValueError(
+                f"`estimator=projection()` estimates the l2 norm; got norm={self.form.norm!r}: "
+                "use estimator='exact'"
+            )
+        self.weight = weight if callable(weight) else checks.number("weight=...", weight, 0)
+        self.every = checks.integer("every=...", every, 1)
+        self.seed = seed if seed is None else checks.integer("seed=...", seed, 0)
+        self.step = 0
+        self.draws = 0
+        self._seen_to_act = False
+
+    def __call__(
+        self, f: Any, *args: Any, real: Any = None, fake: Any = None, step: int | None = None
+    ) -> Tensor:
+        """Return the penalty, a scalar to add to the loss, and count a step.
+
+        Args:
+            f: a tensor, whose graph is reused, or a callable. For an input penalty values per
+                sample: ``[B]``, ``[B, 1]`` or outputs ``[B, *O]``; for a weight penalty a loss,
+                or a closure that returns it.
+            *args: the samples ``[B, *S]`` (a tuple of them for several inputs); for a weight
+                penalty the module or its parameters.
+            real: real samples, ``[B, *S]``.
+            fake: fake samples, ``[B, *S]``.
+            step: the optimiser step, for the schedule and ``every``; None counts the calls.
+
+        Returns:
+            A scalar. It is zero, and nothing is evaluated, where the weight is zero or
+            ``every`` skips the step. Outside of grad mode it has no graph.
+
+        Raises:
+            RuntimeError: if it would train nothing: it does not depend on any trained parameter.
+            TypeError: if the arguments are not of these kinds.
+            ValueError: if their shapes do not fit.
+        """
+        self.step = self.step if step is None else step
+        weight = self.weight_at(self.step)
+        self.step += 1
+        if weight == 0:
+            return torch.zeros((), device=device_of(f, args, real, fake))
+        terms, targets = self._evaluate(f, args, real, fake, weight)
+        if torch.is_grad_enabled() and not (self._seen_to_act and terms.penalty.requires_grad):
+            self._require_effect(terms, targets)
+        return terms.penalty
+
+    def terms(
+        self, f: Any, *args: Any, real: Any = None, fake: Any = None, step: int | None = None
+    ) -> Terms:
+        """Return the norms and values behind the penalty. It takes the arguments of a call.
+
+        It acts on every step, whatever ``every`` says, counts none, and does not ask whether the
+        penalty trains anything. ``weight`` is the one of the next step on which it acts.
+        """
+        step = self.step if step is None else step
+        return self._evaluate(f, args, real, fake, self.weight_at(step - step % self.every))[0]
+
+    def weight_at(self, step: int) -> float:
+        """Return the factor of the mean value at an optimiser step: zero where it is skipped."""
+        if step % self.every:
+            return 0.0
+        weight = self.weight(step) if callable(self.weight) else self.weight
+        return float(weight) * self.every
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state: plain numbers. The seed and the count of draws are the generator."""
+        return {"step": self.step, "draws": self.draws, "seed": self.seed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self.step, self.draws, self.seed = state["step"], state["draws"], state["seed"]
+
+    def __repr__(self) -> str:
+        names = ("of", "wrt", "scope", "order", "form", "at", "estimator", "weight", "every")
+        axes = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return f"GradientPenalty({axes})"
+
+    def _evaluate(
+        self, f: Any, args: tuple[Any, ...], real: Any, fake: Any, weight: float
+    ) -> tuple[Terms, list[Target]]:
+        train = torch.is_grad_enabled()
+        args = tuple(list(a) if isinstance(a, Iterator) else a for a in args)  # net.parameters()
+        seed = self._next_seed()
+        with torch.inference_mode(False), torch.enable_grad():
+            rng = torch.Generator(device_of(f, args, real, fake)).manual_seed(seed)
+            call = Call(f, args, real, fake, self.of, self.at, self.scope, rng, seed)
+            targets = list(self.wrt.targets(call))
+            for target in targets:
+                if not target.y.requires_grad:
+                    raise RuntimeError(
+                        "the penalty has nothing to differentiate: what it was given has no graph. "
+                        "Was it computed under no_grad, detached, or made by a gradient without "
+                        "create_graph=True?"
+                    )
+            squared_norms = torch.cat(
+                [self.estimator.squared_norms(t, self.order, self.form.norm, rng) for t in targets]
+            )
+            values = self.form(squared_norms)
+            terms = Terms(root(squared_norms), values, weight, weight * values.mean())
+        if not train:
+            cut = (terms.norms.detach(), terms.values.detach())
+            terms = Terms(*cut, weight, terms.penalty.detach())
+        return terms, targets
+
+    def _next_seed(self) -> int:
+        """Return a seed for this evaluation: a function of the state and the rank alone."""
+        if self.seed is None:
+            self.seed = torch.initial_seed() % 2**63
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank = torch.distributed.get_rank() if distributed else 0
+        self.draws += 1
+        digest = hashlib.blake2b(f"{self.seed},{rank},{self.draws}".encode(), digest_size=8)
+        return int.from_bytes(digest.digest(), "little") >> 1
+
+    def _require_effect(self, terms: Terms, targets: list[Target]) -> None:
+        """Refuse a penalty that trains nothing though there is something to train."""
+        inputs = [] if isinstance(self.wrt, weights) else [x for t in targets for x in t.xs]
+
+        def trained(tensor: Tensor) -> list[Tensor]:
+            return [p for p in graphs.leaves(tensor) if not any(p is x for x in inputs)]
+
+        kink = None
+        if self.order > 1 and not terms.norms.any():
+            kink = next(filter(None, (graphs.piecewise_linear(t.y) for t in targets)), None)
+        if trained(terms.penalty) and not kink:
+            self._seen_to_act = True
+            return
+        if not any(trained(t.y) for t in targets):
+            return  # nothing is being trained: the value was asked for, and here it is
+        if not any(graphs.depends(t.y, x) for t in targets for x in t.xs):
+            cause = (
+                f"what it differentiates does not depend on the {type(self.wrt).__name__}: "
+                "x.requires_grad_() must come before the forward, and the same tensors be given"
+            )
+        elif kink:
+            cause = (
+                f"order {self.order} of a piecewise-linear net ({kink}) is zero everywhere: use a "
+                "smooth activation (GELU, SiLU, softplus, tanh), or order=1"
+            )
+        else:
+            cause = (
+                f"the derivative of order {self.order} is constant in them. Is the function linear "
+                "or a polynomial of that degree, or does it hold a gradient taken without "
+                "create_graph=True, a detach, or reentrant checkpointing?"
+            )
+        raise RuntimeError(f"the penalty depends on no parameter that is trained: {cause}")
+
+
+def device_of(*values: Any) -> torch.device:
+    """Return the device of the first tensor or module among ``values``, else the CPU."""
+    for value in values:
+        if isinstance(value, Tensor):
+            return value.device
+        if isinstance(value, nn.Module):
+            value = list(value.parameters())[:1]
+        if isinstance(value, (list, tuple)):
+            found = device_of(*value)
+            if found.type != "cpu":
+                return found
+    return torch.device("cpu")

@@ -1,0 +1,221 @@
+"""Variables: with respect to what the derivative is taken. They bind a call to a `Target`."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpkit import checks
+from gpkit.estimators import Target
+from gpkit.isolation import isolated, modules_of
+from gpkit.points import At, Points, as_points, require_floating
+
+Of = str | Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a penalty was called with, and the axes that say how to read it.
+
+    Args:
+        f: a tensor whose graph is there, or a callable to evaluate.
+        args: what followed it: samples, or a module or its parameters.
+        real: real samples, if given by keyword.
+        fake: fake samples, if given by keyword.
+        of: "output", "loss", or a function of what ``f`` gives.
+        at: where a callable is evaluated.
+        scope: "sample" or "batch".
+        rng: draws points.
+        seed: for the random numbers of a forward.
+    """
+
+    f: Any
+    args: tuple[Any, ...]
+    real: Any
+    fake: Any
+    of: Of
+    at: At
+    scope: str
+    rng: torch.Generator
+    seed: int
+
+    def selected(self, y: Any) -> Tensor:
+        """Return what is differentiated, of what ``f`` gave."""
+        if callable(self.of):
+            y = self.of(y)
+        if not isinstance(y, Tensor):
+            raise TypeError(
+                f"the function gave a {type(y).__name__}, and a tensor was expected; choose one "
+                "with `of=lambda output: output[0]`"
+            )
+        return y
+
+
+@dataclass(frozen=True)
+class inputs:  # noqa: N801  variables read as functions: wrt=weights("classifier.*")
+    """The inputs of a function: one tensor ``[B, *S]`` or several. Its groups are the samples."""
+
+    scopes = ("sample",)
+
+    def targets(self, call: Call) -> Iterator[Target]:
+        """Yield the one target: ``y`` is ``[B, m]`` and every group is a sample."""
+        if len(call.args) > 1:
+            raise TypeError(
+                "an input penalty takes f and the samples; several inputs go into one tuple: "
+                f"penalty(f, (x1, x2)); got {len(call.args)} arguments after f"
+            )
+        if isinstance(call.f, Tensor):
+            xs = self.given(call)
+            y = call.selected(call.f)
+        elif callable(call.f):
+            real, fake = self.samples(call)
+            xs = call.at(real, fake, call.rng)
+            with isolated(modules_of(call.f), call.seed, xs[0].device):
+                y = call.selected(call.f(*xs))
+        else:
+            raise TypeError(f"expected a tensor or a callable; got a {type(call.f).__name__}")
+        yield Target(self.columns(y, len(xs[0]), call.of), xs, batched=True)
+
+    def given(self, call: Call) -> Points:
+        """Return the samples whose graph the caller already has."""
+        if call.at.moves:
+            raise ValueError(
+                f"`at={type(call.at).__name__}()` needs the function itself, to evaluate it there; "
+                "got a tensor: use penalty(critic, real=real, fake=fake)"
+            )
+        real, fake = self.samples(call)
+        xs = call.at.choose(real, fake, call.rng)
+        for x in xs:
+            require_floating(x)
+            if not x.requires_grad:
+                raise ValueError(
+                    "the samples do not require grad; call x.requires_grad_() before the forward "
+                    "pass, or give the penalty the function itself: penalty(f, x)"
+                )
+        return xs
+
+    def samples(self, call: Call) -> tuple[Points | None, Points | None]:
+        """Return real and fake samples; one positional argument is the points themselves."""
+        if call.args:
+            if call.real is not None or (call.fake is not None and not call.at.moves):
+                raise TypeError("give the samples once: by position, or as real=... and fake=...")
+            points = as_points(call.args[0])
+            fake = points if call.fake is None and not call.at.moves else None
+            return points, fake if call.fake is None else as_points(call.fake)
+        if call.real is None and call.fake is None:
+            raise TypeError(
+                "an input penalty needs samples: penalty(f, x) or penalty(f, real=..., fake=...); "
+                "got none"
+            )
+        return (
+            None if call.real is None else as_points(call.real),
+            None if call.fake is None else as_points(call.fake),
+        )
+
+    def columns(self, y: Tensor, batch: int, of: Of) -> Tensor:
+        """Return ``[B, m]``, or refuse what is not per sample."""
+        if y.ndim == 0:
+            raise ValueError(
+                f"an input penalty needs one value per sample, [{batch}]; got a scalar: a mean "
+                'hides a factor 1/B in every gradient. Use per-sample losses (reduction="none")'
+            )
+        if len(y) != batch:
+            raise ValueError(
+                f"an input penalty needs values per sample, [{batch}, ...]; got {list(y.shape)}"
+            )
+        if of == "loss" and y.numel() != batch:
+            raise ValueError(
+                f'of="loss" needs one value per sample, [{batch}] or [{batch}, 1]; got '
+                f"{list(y.shape)}: use per-sample losses, or gpkit.jacobian for outputs"
+            )
+        return y.reshape(batch, -1)
+
+
+@dataclass(frozen=True)
+class weights:  # noqa: N801
+    """The parameters that require grad: all of them, or those whose name matches a pattern.
+
+    Args:
+        match: a shell pattern for the names in ``module.named_parameters()``, as "head.*".
+    """
+
+    match: str = "*"
+
+    scopes = ("batch", "sample")
+
+    def targets(self, call: Call) -> Iterator[Target]:
+        """Yield one target of G = 1 for the batch, or one for every sample."""
+        if call.real is not None or call.fake is not None:
+            raise TypeError("a weight penalty takes no real= or fake=: penalty(loss, net)")
+        if len(call.args) != 1:
+            raise TypeError(
+                "a weight penalty takes a loss and the module or its parameters: "
+                f"penalty(loss, net.parameters()); got {len(call.args)} arguments after the loss"
+            )
+        params = self.chosen(call.args[0])
+        y = call.f
+        if not isinstance(y, Tensor):
+            if not callable(y):
+                raise TypeError(f"expected a tensor or a callable; got a {type(y).__name__}")
+            owners = call.args if isinstance(call.args[0], nn.Module) else ()
+            with isolated([*owners, *modules_of(y)], call.seed, params[0].device):
+                y = y()
+        y = call.selected(y)
+        if call.of == "loss" and y.numel() != (len(y) if y.ndim else 1):
+            raise ValueError(f'of="loss" needs a scalar or losses [B]; got {list(y.shape)}')
+        if call.scope == "sample":
+            if y.ndim == 0:
+                raise ValueError(
+                    'scope="sample" needs one loss per sample, [B]; got a scalar: use '
+                    'reduction="none"'
+                )
+            groups = y.reshape(len(y), 1, -1).unbind(0)  # B times [1, m]
+        else:
+            groups = (y.reshape(1, -1) if y.ndim < 2 and len_or_one(y) == 1 else mean(y),)
+        for group in groups:
+            yield Target(group, params, batched=False)
+
+    def chosen(self, given: Any) -> tuple[Tensor, ...]:
+        """Return the parameters that take part."""
+        if isinstance(given, nn.Module):
+            named = dict(given.named_parameters())
+        elif self.match != "*":
+            raise TypeError(f"`weights({self.match!r})` chooses by name: give it the module")
+        else:
+            given = [given] if isinstance(given, Tensor) else list(given)
+            named = {str(i): p for i, p in enumerate(given)}
+        chosen = {n: p for n, p in named.items() if fnmatch.fnmatchcase(n, self.match)}
+        if not chosen:
+            hint = checks.nearest(self.match, named)
+            raise ValueError(
+                f"`weights({self.match!r})` matches none of {len(named)} parameters{hint}"
+            )
+        for name, p in chosen.items():
+            if not isinstance(p, Tensor):
+                raise TypeError(
+                    "a weight penalty takes a module or its parameters; "
+                    f"number {name} of them is a {type(p).__name__}"
+                )
+        trained = tuple(p for p in chosen.values() if p.requires_grad)
+        if not trained:
+            raise ValueError(f"none of the {len(chosen)} parameters requires grad: all are frozen")
+        return trained
+
+
+VARIABLES = {"input": inputs, "weight": weights}
+Variables = inputs | weights
+
+
+def len_or_one(y: Tensor) -> int:
+    """Return the length of the batch dimension, one where there is none."""
+    return len(y) if y.ndim else 1
+
+
+def mean(y: Tensor) -> Tensor:
+    """Return the mean over samples of ``[B, *O]`` as ``[1, m]``."""
+    return y.mean(0).reshape(1, -1)
