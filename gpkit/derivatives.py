@@ -60,6 +60,7 @@ def derivative(y: Tensor, x: Tensor, order: int = 1) -> Tensor:
             f"`derivative(y, x)` needs y [B] or [B, 1] for an x [B, ...], or a single number y []; "
             f"got y {list(y.shape)} and x {list(x.shape)}"
         )
+    graphs.require_derivatives(y, (x,), order)
     sample = x.shape[1:] if batched else x.shape
     column = y.reshape(-1, 1)  # [G, 1]
     rows = [entries for (entries,) in derivative_rows(column, (x,), order, batched=batched)]

@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# What @once_differentiable makes of any backward: all have the same code.
+ONCE: Any = once_differentiable(lambda ctx, *grads: None)
 
 # Operations whose second derivative is zero: through them alone, an order >= 2 penalty is nothing.
 PIECEWISE_LINEAR = ("Relu", "LeakyRelu", "Hardtanh", "Threshold", "Prelu", "Hardswish", "Abs")
@@ -17,7 +21,7 @@ HINTS = {
     "for which gpkit does so by itself",
     "cudnn_rnn": "cuDNN's recurrent nets have no double backward: run the forward under "
     "torch.backends.cudnn.flags(enabled=False), or give the penalty a callable",
-    "Checkpointing is not compatible": "reentrant checkpointing has no torch.autograd.grad: "
+    "use_reentrant=True": "reentrant checkpointing has no torch.autograd.grad: "
     "use checkpoint(..., use_reentrant=False)",
     "once_differentiable": "a custom autograd Function is marked @once_differentiable: "
     "write its backward in differentiable operations",
@@ -55,6 +59,53 @@ def depends(y: Tensor, x: Tensor) -> bool:
     if x.grad_fn is not None:
         return any(node is x.grad_fn for node in nodes(y))
     return any(leaf is x for leaf in leaves(y))
+
+
+def between(y: Tensor, xs: tuple[Tensor, ...]) -> list[Any]:
+    """Return the nodes on the paths from ``y`` to ``xs``: those that a derivative passes."""
+    users: dict[Any, list[Any]] = {}
+    stack = [x.grad_fn for x in xs if x.grad_fn is not None]
+    for node in nodes(y):
+        if any(x is getattr(node, "variable", None) for x in xs):
+            stack.append(node)
+        for parent, _ in node.next_functions:
+            users.setdefault(parent, []).append(node)
+    found: dict[Any, None] = {}
+    while stack:
+        for user in users.get(stack.pop(), []):
+            if user not in found:
+                found[user] = None
+                stack.append(user)
+    return list(found)
+
+
+def require_derivatives(y: Tensor, xs: tuple[Tensor, ...], order: int) -> None:
+    """Refuse a graph through which torch has no derivative of that order, or a wrong one.
+
+    A backward marked @once_differentiable is taken for a constant where its argument is one, and
+    torch's layer norm and batch statistics have a wrong third derivative (pytorch#175754): neither
+    is an error there.
+
+    Raises:
+        RuntimeError: if an operation between ``xs`` and ``y`` is known to have none.
+    """
+    for node in between(y, xs) if order >= 2 else ():
+        name, cause = node.name(), None
+        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+        if getattr(backward, "__code__", None) is ONCE.__code__:
+            cause = HINTS["once_differentiable"]
+        elif name.startswith("ScaledDotProduct"):
+            cause = HINTS["scaled_dot_product"]
+        elif order >= 3 and (
+            name.startswith("NativeLayerNorm")
+            or ("BatchNorm" in name and getattr(node, "_saved_training", False))
+        ):
+            cause = (
+                "torch's third derivative of layer norm, and of batch norm in training mode, is "
+                "wrong: write the norm out in elementary operations, or use group norm or order=1"
+            )
+        if cause:
+            raise RuntimeError(f"there is no derivative of order {order} through {name}: {cause}")
 
 
 def piecewise_linear(y: Tensor) -> str | None:

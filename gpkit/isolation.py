@@ -82,7 +82,7 @@ def modules_of(function: Any) -> list[nn.Module]:
     """Return the modules that a callable runs, as far as it shows them.
 
     They are the callable itself, the owner of a method, the function and arguments of a partial,
-    and what a function refers to in its closure or as a global.
+    and what a function refers to in its closure, as a global or as a default.
     """
     if isinstance(function, nn.Module):
         return [function]
@@ -94,6 +94,7 @@ def modules_of(function: Any) -> list[nn.Module]:
     function = getattr(function, "__func__", function)
     if inspect.isfunction(function):
         seen = inspect.getclosurevars(function)
-        values = [*seen.nonlocals.values(), *seen.globals.values()]
+        defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        values = [*seen.nonlocals.values(), *seen.globals.values(), *defaults]
         found += [value for value in values if isinstance(value, nn.Module)]
     return found

@@ -30,6 +30,7 @@ class Axes(TypedDict, total=False):
     estimator: str | Estimator | None
     every: int
     seed: int | None
+    name: str
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class GradientPenalty:
         every: act on every k-th step, with the weight multiplied by k (lazy regularisation).
         seed: of the penalty's own random numbers; None takes torch's initial seed. Each rank of
             a distributed run draws its own.
+        name: what it is called in logs; a preset's own name if it is one.
 
     Raises:
         ValueError: if an axis has a value that it cannot have.
@@ -105,6 +107,7 @@ class GradientPenalty:
         weight: float | Schedule = 1.0,
         every: int = 1,
         seed: int | None = None,
+        name: str = "penalty",
     ) -> None:
         self.of = of if callable(of) else checks.choice("of=...", of, ("output", "loss"))
         self.wrt: Variables = checks.piece("wrt=...", wrt, VARIABLES, Variables)
@@ -125,6 +128,7 @@ class GradientPenalty:
         self.weight = weight if callable(weight) else checks.number("weight=...", weight, 0)
         self.every = checks.integer("every=...", every, 1)
         self.seed = seed if seed is None else checks.integer("seed=...", seed, 0)
+        self.name = name
         self.step = 0
         self.draws = 0
         self._seen_to_act = False
@@ -149,19 +153,42 @@ class GradientPenalty:
             ``every`` skips the step. Outside of grad mode it has no graph.
 
         Raises:
-            RuntimeError: if it would train nothing: it does not depend on any trained parameter.
+            RuntimeError: if it would train nothing: it does not depend on any trained parameter;
+                or if torch has no derivative, or a wrong one, through an operation of the net.
             TypeError: if the arguments are not of these kinds.
             ValueError: if their shapes do not fit.
+        """
+        terms = self.act(f, *args, real=real, fake=fake, step=step)
+        return (
+            torch.zeros((), device=device_of(f, args, real, fake))
+            if terms is None
+            else terms.penalty
+        )
+
+    def act(
+        self, f: Any, *args: Any, real: Any = None, fake: Any = None, step: int | None = None
+    ) -> Terms | None:
+        """Return the terms of a call, and count a step; None where the call would be zero.
+
+        Args:
+            f: as in a call.
+            *args: as in a call.
+            real: as in a call.
+            fake: as in a call.
+            step: as in a call.
+
+        Returns:
+            The terms, or None where the weight is zero or ``every`` skips the step.
         """
         self.step = self.step if step is None else step
         weight = self.weight_at(self.step)
         self.step += 1
         if weight == 0:
-            return torch.zeros((), device=device_of(f, args, real, fake))
+            return None
         terms, targets = self._evaluate(f, args, real, fake, weight)
         if torch.is_grad_enabled() and not (self._seen_to_act and terms.penalty.requires_grad):
             self._require_effect(terms, targets)
-        return terms.penalty
+        return terms
 
     def terms(
         self, f: Any, *args: Any, real: Any = None, fake: Any = None, step: int | None = None
@@ -169,7 +196,8 @@ class GradientPenalty:
         """Return the norms and values behind the penalty. It takes the arguments of a call.
 
         It acts on every step, whatever ``every`` says, counts none, and does not ask whether the
-        penalty trains anything. ``weight`` is the one of the next step on which it acts.
+        penalty trains anything. ``weight`` is that of the last step, up to this one, on which a
+        call acts.
         """
         step = self.step if step is None else step
         return self._evaluate(f, args, real, fake, self.weight_at(step - step % self.every))[0]
@@ -211,6 +239,8 @@ class GradientPenalty:
                         "Was it computed under no_grad, detached, or made by a gradient without "
                         "create_graph=True?"
                     )
+            if not self._seen_to_act:
+                graphs.require_derivatives(targets[0].y, targets[0].xs, self.order)
             squared_norms = torch.cat(
                 [self.estimator.squared_norms(t, self.order, self.form.norm, rng) for t in targets]
             )
@@ -235,6 +265,8 @@ class GradientPenalty:
         """Refuse a penalty that trains nothing though there is something to train."""
         inputs = [] if isinstance(self.wrt, weights) else [x for t in targets for x in t.xs]
 
+        graphs.require_derivatives(targets[0].y, targets[0].xs, self.order + 1)
+
         def trained(tensor: Tensor) -> list[Tensor]:
             return [p for p in graphs.leaves(tensor) if not any(p is x for x in inputs)]
 
@@ -247,10 +279,14 @@ class GradientPenalty:
         if not any(trained(t.y) for t in targets):
             return  # nothing is being trained: the value was asked for, and here it is
         if not any(graphs.depends(t.y, x) for t in targets for x in t.xs):
-            cause = (
-                f"what it differentiates does not depend on the {type(self.wrt).__name__}: "
+            hint = (
                 "x.requires_grad_() must come before the forward, and the same tensors be given"
+                if inputs
+                else "was it computed from other parameters, or under reentrant checkpointing? "
+                "use checkpoint(..., use_reentrant=False)"
             )
+            kind = type(self.wrt).__name__
+            cause = f"what it differentiates does not depend on the {kind}: {hint}"
         elif kink:
             cause = (
                 f"order {self.order} of a piecewise-linear net ({kink}) is zero everywhere: use a "

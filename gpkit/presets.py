@@ -20,26 +20,21 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-def none(weight: float = 0.0, **axes: Unpack[Axes]) -> GradientPenalty:
+def none(weight: float | Schedule = 0.0, **axes: Unpack[Axes]) -> GradientPenalty:
     """No penalty: 0, the baseline of every comparison. Nothing is evaluated.
 
     Args:
-        weight: 0.
-        **axes: of `GradientPenalty`; they change nothing.
+        weight: accepted, so that a sweep over penalties can set it, and without effect.
+        **axes: of `GradientPenalty`; likewise.
 
     Returns:
         A penalty that is zero whatever it is called with.
-
-    Raises:
-        ValueError: if ``weight`` is not 0.
 
     >>> import torch
     >>> none()(torch.tensor(3.0), [])
     tensor(0.)
     """
-    if weight != 0:
-        raise ValueError(f"`none(weight=...)` must be 0; got {weight!r}: choose another penalty")
-    return GradientPenalty(weight=0.0, **axes)
+    return _preset("none", 0.0, Axes(), axes)
 
 
 def weight_grad_norm(
@@ -75,7 +70,7 @@ def weight_grad_norm(
     >>> weight_grad_norm(weight=0.1)(loss, [w]).item()
     2.0
     """
-    return _preset(weight, Axes(of="loss", wrt=weights(match)), axes)
+    return _preset("weight_grad_norm", weight, Axes(of="loss", wrt=weights(match)), axes)
 
 
 def input_grad_norm(
@@ -109,7 +104,9 @@ def input_grad_norm(
     >>> input_grad_norm(weight=1.0)(f, x).item()       # (4 + 16) / 2
     10.0
     """
-    return _preset(weight, Axes(of="loss", wrt="input", form=squared(norm=norm)), axes)
+    return _preset(
+        "input_grad_norm", weight, Axes(of="loss", wrt="input", form=squared(norm=norm)), axes
+    )
 
 
 def jacobian(weight: float | Schedule = 0.01, **axes: Unpack[Axes]) -> GradientPenalty:
@@ -140,6 +137,7 @@ def jacobian(weight: float | Schedule = 0.01, **axes: Unpack[Axes]) -> GradientP
     15.0
     """
     return _preset(
+        "jacobian",
         weight,
         Axes(of="output", wrt="input", form=squared(scale=0.5), estimator=projection(1)),
         axes,
@@ -174,7 +172,7 @@ def curvature(weight: float | Schedule = 0.01, **axes: Unpack[Axes]) -> Gradient
     >>> curvature(weight=1.0)(f, torch.ones(4, 2)).item()  # ‖A + Aᵀ‖² = 4 + 4 + 4 + 36
     48.0
     """
-    return _preset(weight, Axes(of="output", wrt="input", order=2), axes)
+    return _preset("curvature", weight, Axes(of="output", wrt="input", order=2), axes)
 
 
 def eikonal(
@@ -203,7 +201,7 @@ def eikonal(
     >>> eikonal(weight=0.1)(lambda x: 3 * x.sum(1), torch.zeros(4, 1)).item()  # 0.1 (3 - 1)²
     0.4000000059604645
     """
-    return _preset(weight, Axes(of="output", wrt="input", form=two_sided(center)), axes)
+    return _preset("eikonal", weight, Axes(of="output", wrt="input", form=two_sided(center)), axes)
 
 
 def wgan_gp(
@@ -237,7 +235,9 @@ def wgan_gp(
     >>> wgan_gp()(critic, real=torch.ones(8, 2), fake=torch.zeros(8, 2)).item()
     160.0
     """
-    return _preset(weight, Axes(wrt="input", form=two_sided(center), at=interpolate()), axes)
+    return _preset(
+        "wgan_gp", weight, Axes(wrt="input", form=two_sided(center), at=interpolate()), axes
+    )
 
 
 def wgan_lp(
@@ -267,7 +267,9 @@ def wgan_lp(
     >>> [wgan_lp()(lambda x: a * x, real=x, fake=-x).item() for a in (0.5, 3.0)]
     [0.0, 40.0]
     """
-    return _preset(weight, Axes(wrt="input", form=one_sided(center), at=interpolate()), axes)
+    return _preset(
+        "wgan_lp", weight, Axes(wrt="input", form=one_sided(center), at=interpolate()), axes
+    )
 
 
 def r1(weight: float | Schedule = 10.0, **axes: Unpack[Axes]) -> GradientPenalty:
@@ -295,7 +297,7 @@ def r1(weight: float | Schedule = 10.0, **axes: Unpack[Axes]) -> GradientPenalty
     >>> r1(weight=10.0)(lambda x: (x**2).sum(1) / 2, real=torch.full((4, 1), 2.0)).item()  # 10/2·2²
     20.0
     """
-    return _preset(weight, Axes(wrt="input", form=squared(scale=0.5), at=real()), axes)
+    return _preset("r1", weight, Axes(wrt="input", form=squared(scale=0.5), at=real()), axes)
 
 
 def r2(weight: float | Schedule = 10.0, **axes: Unpack[Axes]) -> GradientPenalty:
@@ -322,12 +324,12 @@ def r2(weight: float | Schedule = 10.0, **axes: Unpack[Axes]) -> GradientPenalty
     >>> r2(weight=10.0)(lambda x: (x**2).sum(1) / 2, fake=torch.full((4, 1), 2.0)).item()
     20.0
     """
-    return _preset(weight, Axes(wrt="input", form=squared(scale=0.5), at=fake()), axes)
+    return _preset("r2", weight, Axes(wrt="input", form=squared(scale=0.5), at=fake()), axes)
 
 
-def _preset(weight: float | Schedule, chosen: Axes, axes: Axes) -> GradientPenalty:
+def _preset(name: str, weight: float | Schedule, chosen: Axes, axes: Axes) -> GradientPenalty:
     """Return the penalty of the axes that a preset chose, where the caller chose no other."""
-    merged: Axes = {**chosen, **axes}
+    merged: Axes = {"name": name, **chosen, **axes}
     return GradientPenalty(weight=weight, **merged)
 
 

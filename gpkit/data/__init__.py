@@ -1,0 +1,19 @@
+"""Lightning data modules that know their `input_shape`, `num_outputs` and `task`."""
+
+from gpkit.data.arrays import ArrayDataModule
+from gpkit.data.breast_cancer import BreastCancer
+from gpkit.data.diabetes import Diabetes
+from gpkit.data.digits import Digits
+from gpkit.data.huggingface import HuggingFace
+from gpkit.data.module import DataModule
+from gpkit.data.two_moons import TwoMoons
+
+__all__ = [
+    "ArrayDataModule",
+    "BreastCancer",
+    "DataModule",
+    "Diabetes",
+    "Digits",
+    "HuggingFace",
+    "TwoMoons",
+]

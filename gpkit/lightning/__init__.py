@@ -1,0 +1,1 @@
+"""gpkit for PyTorch Lightning."""

@@ -1,0 +1,314 @@
+"""Any net, wrapped: a LightningModule that trains on a loss and gradient penalties."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor, nn
+
+from gpkit import checks
+from gpkit.isolation import double_backward
+from gpkit.lightning.losses import LossFunction, per_sample
+from gpkit.lightning.metrics import as_metrics, prediction
+from gpkit.lightning.norms import input_norms, weight_norm
+from gpkit.penalty import GradientPenalty, Terms
+from gpkit.sums import PenaltySum
+from gpkit.variables import weights
+
+Penalties = GradientPenalty | PenaltySum | Mapping[str, GradientPenalty]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass: the input it was made with, and what came out.
+
+    Args:
+        x: ``[B, *S]``.
+        output: what the net gave.
+        loss: the mean loss, without penalties.
+        losses: the loss of each sample, ``[B]``; None where no one asks for it.
+    """
+
+    x: Tensor
+    output: Any
+    loss: Tensor
+    losses: Tensor | None
+
+
+class PenalizedModule(pl.LightningModule):
+    """A net trained on a loss and gradient penalties, for batches ``(x, y)``.
+
+    The trained loss is ``loss(net(x), y)`` and the sum of the penalties. Penalties in the weights,
+    and those in the inputs at the data itself, reuse the graph of the training forward. A penalty
+    at other points evaluates the net there; where one asks for fakes, as interpolates do, and there
+    is no generator, the fake of a sample is the sample before it in the batch.
+
+    It logs ``train/loss`` (without penalties), ``train/loss_total``, ``penalty/<name>`` (weighted,
+    as it enters the loss) and ``penalty/<name>/weight``; on the steps that the trainer logs,
+    ``grad_norm/weight``, the norm ‖∇_θ L‖ of the loss without penalties, and ``grad_norm/input``,
+    the mean over samples of ‖∇_x ℓ_i‖; at validation and test ``<stage>/loss``, the metrics and
+    ``<stage>/grad_norm/*``; and TensorBoard histograms of the norms behind penalties and inputs.
+
+    Args:
+        net: any module; its output goes into the loss.
+        loss: ``(output, y) -> loss``, a module or a function. Where it has a ``reduction``, or
+            gives ``[B]``, penalties on the loss see each sample's own; a loss that gives only a
+            mean is rescaled by B for them (exact if it is a mean over samples).
+        penalty: a penalty, several by name, or None.
+        optimizer: parameters -> optimiser, such as ``functools.partial(torch.optim.SGD, lr=0.1)``.
+            None is Adam with a learning rate of 1e-3.
+        scheduler: optimiser -> learning-rate scheduler, stepped every epoch; or None.
+        metrics: torchmetrics by name, updated with the output and y at validation and test. None
+            takes ``acc`` for a cross-entropy and ``mae`` for a loss on values.
+        gradient_norms: whether to log gradient norms of the loss. They take one or two backward
+            passes on the steps that are logged, and at validation and test.
+        histogram_every_n_epochs: how often histograms are written; 0 is never.
+
+    Raises:
+        TypeError: if an argument is of another kind.
+        ValueError: if ``histogram_every_n_epochs`` is negative.
+
+    >>> import gpkit, torch
+    >>> net = torch.nn.Linear(2, 1)
+    >>> module = gpkit.PenalizedModule(
+    ...     net, loss=torch.nn.MSELoss(), penalty=gpkit.input_grad_norm(weight=0.5)
+    ... )
+    >>> x, y = torch.ones(4, 2), torch.zeros(4, 1)
+    >>> closed = net(x).square().mean() + 0.5 * (2 * net(x) * net.weight).square().sum(1).mean()
+    >>> torch.allclose(module.penalized_loss((x, y)), closed)
+    True
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        loss: LossFunction,
+        penalty: Penalties | None = None,
+        *,
+        optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer] | None = None,
+        scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+        metrics: Any = None,
+        gradient_norms: bool = True,
+        histogram_every_n_epochs: int = 5,
+    ) -> None:
+        super().__init__()
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"`net=...` must be a torch.nn.Module; got a {type(net).__name__}")
+        if not callable(loss):
+            raise TypeError(f"`loss=...` must be a function (output, y) -> loss; got {loss!r}")
+        self.net = net
+        self.loss = loss
+        self.per_sample_loss = per_sample(loss)
+        self.penalties = penalties_by_name(penalty)
+        self.make_optimizer = optimizer or torch.optim.Adam
+        self.make_scheduler = scheduler
+        self.val_metrics = as_metrics(metrics, loss).clone()
+        self.test_metrics = as_metrics(metrics, loss).clone()
+        self.gradient_norms = gradient_norms
+        self.histogram_every_n_epochs = checks.integer(
+            "histogram_every_n_epochs=...", histogram_every_n_epochs, 0
+        )
+        self._histograms: dict[str, list[Tensor]] = {}
+
+    def forward(self, x: Any) -> Any:
+        """Return what the net gives."""
+        return self.net(x)
+
+    def penalized_loss(self, batch: Any) -> Tensor:
+        """Return the scalar that is trained on, penalties included.
+
+        Args:
+            batch: ``(x, y)``.
+
+        Returns:
+            The loss and the sum of its penalties.
+        """
+        return self._total(batch, log_norms=False)[0]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the penalised loss, and log it and its parts."""
+        logged = self.gradient_norms and self._logs_this_step()
+        total, done, terms = self._total(batch, log_norms=logged)
+        self.log("train/loss", done.loss.detach())
+        self.log("train/loss_total", total.detach(), prog_bar=True)
+        for name, term in terms.items():
+            value = done.loss.new_zeros(()) if term is None else term.penalty.detach()
+            self.log(f"penalty/{name}", value)
+            self.log(f"penalty/{name}/weight", 0.0 if term is None else term.weight)
+            if term is not None:
+                self._collect(f"penalty/{name}/norm", term.norms)
+        if logged:
+            self._log_norms(done, "grad_norm", collect=True)
+        return total
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the loss, the metrics and the gradient norms of a batch."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the loss, the metrics and the gradient norms of a batch."""
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        """Return what the net gives for a batch ``(x, y)`` or ``x``."""
+        return self(batch[0] if isinstance(batch, (list, tuple)) else batch)
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimiser of the parameters that require grad, and its scheduler."""
+        optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        if self.make_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": self.make_scheduler(optimizer)}
+
+    def on_train_epoch_end(self) -> None:
+        """Write the histograms that the epoch has collected."""
+        for logger in self.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                for name, parts in self._histograms.items():
+                    values = torch.cat(parts).float().cpu()
+                    logger.experiment.add_histogram(name, values, self.global_step)
+        self._histograms.clear()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the state of the penalties: plain numbers."""
+        states = {name: penalty.state_dict() for name, penalty in self.penalties.items()}
+        checkpoint["gpkit_penalties"] = states
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from the state of the penalties; one that is new begins at its beginning."""
+        for name, state in checkpoint.get("gpkit_penalties", {}).items():
+            if name in self.penalties:
+                self.penalties[name].load_state_dict(state)
+
+    def _total(
+        self, batch: Any, *, log_norms: bool
+    ) -> tuple[Tensor, Pass, dict[str, Terms | None]]:
+        x, y = unpack(batch)
+        penalties = self.penalties.values()
+        graph_in_x = log_norms or any(map(reuses_input_graph, penalties))
+        per_sample = log_norms or any(p.of == "loss" and p.scope == "sample" for p in penalties)
+        with double_backward([self.net]) if self.penalties else nullcontext():
+            done = self._forward(x, y, graph_in_x=graph_in_x, per_sample=per_sample)
+            terms = {name: self._act(p, done, y) for name, p in self.penalties.items()}
+        total = done.loss
+        for term in terms.values():
+            total = total if term is None else total + term.penalty
+        return total, done, terms
+
+    def _forward(self, x: Tensor, y: Any, *, graph_in_x: bool, per_sample: bool) -> Pass:
+        if graph_in_x and x.is_floating_point():
+            x = x.detach().requires_grad_()  # the user's own tensor keeps its requires_grad
+        output = self.net(x)
+        losses = self.per_sample_loss(output, y) if per_sample else None
+        loss = self.loss(output, y)
+        return Pass(x, output, loss if loss.ndim == 0 else loss.mean(), losses)
+
+    def _act(self, penalty: GradientPenalty, done: Pass, y: Any) -> Terms | None:
+        step = self.trainer.global_step if self._trainer is not None else None
+        on_loss = penalty.of == "loss"
+        if isinstance(penalty.wrt, weights):
+            loss = done.losses if penalty.scope == "sample" else done.loss
+            return penalty.act(loss if on_loss else done.output, self.net, step=step)
+        if reuses_input_graph(penalty):
+            return penalty.act(done.losses if on_loss else done.output, done.x, step=step)
+
+        def function(x: Tensor) -> Any:
+            output = self.net(x)
+            return self.per_sample_loss(output, y) if on_loss else output
+
+        x = done.x.detach()
+        return penalty.act(function, real=x, fake=x.roll(1, 0), step=step)
+
+    def _evaluate(self, batch: Any, stage: str) -> None:
+        # Norms need a graph, which inference mode and its tensors cannot give.
+        with torch.inference_mode(False), torch.set_grad_enabled(self.gradient_norms):
+            x, y = unpack(torch.utils._pytree.tree_map_only(Tensor, Tensor.clone, batch))
+            norms = self.gradient_norms
+            done = self._forward(x, y, graph_in_x=norms, per_sample=norms)
+            if norms:
+                self._log_norms(done, f"{stage}/grad_norm", collect=False)
+            self.log(f"{stage}/loss", done.loss.detach(), batch_size=len(x), **EVALUATION)
+            metrics = self.val_metrics if stage == "val" else self.test_metrics
+            metrics.update(prediction(done.output.detach(), y), y)
+        for name, metric in metrics.items():
+            self.log(f"{stage}/{name}", metric, batch_size=len(x), **EVALUATION)
+
+    def _log_norms(self, done: Pass, prefix: str, *, collect: bool) -> None:
+        options: dict[str, Any] = {} if collect else EVALUATION
+        size = len(done.x)
+        norm = weight_norm(done.loss, self.net.parameters())
+        self.log(f"{prefix}/weight", norm, batch_size=size, **options)
+        if done.x.requires_grad and done.losses is not None:
+            norms = input_norms(done.losses, done.x)
+            self.log(f"{prefix}/input", norms.mean(), batch_size=size, **options)
+            if collect:
+                self._collect(f"{prefix}/input", norms)
+
+    def _logs_this_step(self) -> bool:
+        every = getattr(self.trainer, "log_every_n_steps", 0)
+        return every > 0 and (self.trainer.global_step + 1) % every == 0
+
+    def _collect(self, name: str, norms: Tensor) -> None:
+        """Keep norms for the histogram of this epoch, if it has one."""
+        every = self.histogram_every_n_epochs
+        if every and self.current_epoch % every == 0:
+            self._histograms.setdefault(f"{name}/histogram", []).append(norms.detach())
+
+
+EVALUATION: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True}
+
+
+def penalties_by_name(penalty: Penalties | None) -> dict[str, GradientPenalty]:
+    """Return penalties by name.
+
+    Args:
+        penalty: one, which goes by its own name; several by name; a sum; or None.
+
+    Returns:
+        The penalties.
+
+    Raises:
+        TypeError: if there is anything else.
+    """
+    if penalty is None:
+        return {}
+    if isinstance(penalty, GradientPenalty):
+        return {penalty.name: penalty}
+    parts = penalty.parts if isinstance(penalty, PenaltySum) else penalty
+    if not isinstance(parts, Mapping):
+        raise TypeError(f"`penalty=...` must be a penalty or a dict of them; got {penalty!r}")
+    for name, part in parts.items():
+        if not isinstance(part, GradientPenalty):
+            raise TypeError(f"`penalty={{{name!r}: ...}}` must be a penalty; got {part!r}")
+    return dict(parts)
+
+
+def reuses_input_graph(penalty: GradientPenalty) -> bool:
+    """Whether an input penalty is taken at the data itself, where the training graph is."""
+    return not isinstance(penalty.wrt, weights) and not penalty.at.moves
+
+
+def unpack(batch: Any) -> tuple[Tensor, Any]:
+    """Return x and y of a batch.
+
+    Args:
+        batch: ``(x, y)``.
+
+    Returns:
+        x, a tensor, and y.
+
+    Raises:
+        TypeError: if it is anything else.
+    """
+    if not isinstance(batch, (list, tuple)) or len(batch) != 2 or not isinstance(batch[0], Tensor):
+        raise TypeError(
+            "PenalizedModule takes batches (x, y) with a tensor x [B, ...]; got "
+            f"{type(batch).__name__}: override nothing, use GradientPenalty in a module of your own"
+        )
+    return batch[0], batch[1]

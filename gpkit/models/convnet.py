@@ -1,0 +1,74 @@
+"""A small convolutional net without batch norm."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from gpkit import checks
+from gpkit.models import options
+
+
+class ConvNet(nn.Module):
+    """A convolutional net of `depth` blocks: (3x3 convolution, group norm, activation) each.
+
+    From one block to the next the image side halves and the channels double. Group norm, unlike
+    batch norm, keeps the samples independent of one another, which per-sample penalties need. The
+    default activation is smooth on purpose: the second derivative of ReLU is zero, so a penalty of
+    order >= 2 vanishes on a ReLU net, but for the little curvature of the norms.
+
+    Args:
+        input_shape: The shape of one sample, (C, H, W).
+        num_outputs: The number of outputs; with 1 they stay [B, 1].
+        width: The channels of the first block; a multiple of `groups`.
+        depth: The number of blocks.
+        groups: The groups of every group norm.
+        pool: "mean" averages over the last image (any size fits), "flatten" keeps every pixel.
+        activation: gelu, silu, softplus, tanh or relu.
+
+    Raises:
+        ValueError: If the input is no image or an option is out of range.
+
+    Examples:
+        >>> import torch
+        >>> ConvNet((1, 8, 8), 10)(torch.zeros(5, 1, 8, 8)).shape
+        torch.Size([5, 10])
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        num_outputs: int,
+        *,
+        width: int = 32,
+        depth: int = 3,
+        groups: int = 8,
+        pool: str = "mean",
+        activation: str = "gelu",
+    ) -> None:
+        """Build the layers."""
+        super().__init__()
+        options.positive(
+            "ConvNet", num_outputs=num_outputs, width=width, depth=depth, groups=groups
+        )
+        checks.choice("ConvNet(pool=...)", pool, ("mean", "flatten"))
+        if width % groups:
+            raise ValueError(
+                f"`ConvNet(width={width}, groups={groups})` must have a width that is a multiple "
+                f"of groups; use groups={math.gcd(width, groups)}"
+            )
+        channels, *sides = options.image_shape("ConvNet", input_shape)
+        layers: list[nn.Module] = []
+        for i in range(depth):
+            fan_in, fan_out = (width << i - 1, width << i) if i else (channels, width)
+            layers += [nn.Conv2d(fan_in, fan_out, 3, stride=2 if i else 1, padding=1)]
+            layers += [nn.GroupNorm(groups, fan_out), options.activation("ConvNet", activation)]
+        self.features = nn.Sequential(*layers)
+        pixels = math.prod(-(-side // 2 ** (depth - 1)) for side in sides)  # halved, rounded up
+        self.pool = nn.AdaptiveAvgPool2d(1) if pool == "mean" else nn.Identity()
+        self.head = nn.Linear(fan_out * (1 if pool == "mean" else pixels), num_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, num_outputs]
+        """Return the outputs (logits, values or scores)."""
+        return self.head(self.pool(self.features(x)).flatten(1))

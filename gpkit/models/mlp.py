@@ -1,0 +1,62 @@
+"""A multilayer perceptron."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+from torch import Tensor, nn
+
+from gpkit import checks
+from gpkit.models import options
+
+
+class MLP(nn.Module):
+    """A perceptron with `depth` hidden layers of `width` units: (linear, activation, dropout) each.
+
+    The default activation is smooth on purpose: the second derivative of a ReLU net with respect to
+    its inputs is zero almost everywhere, so a penalty of order >= 2 would train nothing.
+
+    Args:
+        input_shape: The shape of one sample; it is flattened.
+        num_outputs: The number of outputs; with 1 they stay [B, 1].
+        width: The units of each hidden layer.
+        depth: The number of hidden layers; 0 is a linear model.
+        activation: gelu, silu, softplus, tanh or relu.
+        dropout: The probability of dropping a hidden unit.
+
+    Raises:
+        ValueError: If an option is out of range.
+
+    Examples:
+        >>> import torch
+        >>> MLP((1, 8, 8), 10)(torch.zeros(5, 1, 8, 8)).shape
+        torch.Size([5, 10])
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        num_outputs: int,
+        *,
+        width: int = 128,
+        depth: int = 2,
+        activation: str = "gelu",
+        dropout: float = 0.0,
+    ) -> None:
+        """Build the layers."""
+        super().__init__()
+        options.positive("MLP", num_outputs=num_outputs, width=width)
+        checks.integer("MLP(depth=...)", depth, 0)
+        options.dropout("MLP", dropout)
+        sizes = [math.prod(input_shape)] + [width] * depth
+        layers: list[nn.Module] = []
+        for fan_in, fan_out in itertools.pairwise(sizes):
+            layers += [nn.Linear(fan_in, fan_out), options.activation("MLP", activation)]
+            layers += [nn.Dropout(dropout)]
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(sizes[-1], num_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, *input_shape] -> [B, num_outputs]
+        """Return the outputs (logits, values or scores)."""
+        return self.head(self.features(x.flatten(1)))

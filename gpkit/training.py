@@ -1,0 +1,253 @@
+"""A training run: from a config to metrics."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import math
+import sys
+import warnings
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from torch import nn
+
+from gpkit import checks
+from gpkit.lightning.module import PenalizedModule
+from gpkit.overrides import CONFIG_DIR, check_types, set_keys
+
+
+def train(overrides: Sequence[str] = (), output_dir: str | Path | None = None) -> dict[str, float]:
+    """Train from Python, as ``python train.py`` does from a shell.
+
+    Args:
+        overrides: what would stand on the command line: ``["model=mlp", "penalty.weight=0.1"]``.
+        output_dir: the run's folder; None makes one of today under ``outputs/``.
+
+    Returns:
+        The final metrics by name, such as ``test/acc``: those of ``metrics.json``.
+
+    Raises:
+        TypeError: if a value has another type than its default.
+        Exception: whatever Hydra says of an override that does not fit.
+    """
+    if output_dir is None:
+        output_dir = Path("outputs", datetime.now().strftime("%Y-%m-%d/%H-%M-%S-%f"))
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3", job_name="train"):
+        cfg = compose("train", list(overrides))
+        check_types(cfg, list(overrides))
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, folder / "config.yaml")
+    return run(cfg, folder, overrides, sweep=True)
+
+
+def run(
+    cfg: DictConfig, output_dir: str | Path, overrides: Sequence[str] = (), *, sweep: bool = False
+) -> dict[str, float]:
+    """Train, test, and write the results.
+
+    Args:
+        cfg: the composed config.
+        output_dir: gets the events, ``checkpoints/`` and ``metrics.json``.
+        overrides: the options that the user set: a target of the user's own must take those, and
+            need not take the others.
+        sweep: whether other jobs follow in this process.
+
+    Returns:
+        The final metrics by name.
+
+    Raises:
+        ValueError: if a value is out of its range.
+        FileNotFoundError: if ``ckpt_path`` does not exist.
+        KeyboardInterrupt: if it was interrupted; ``checkpoints/last.ckpt`` is there to go on from.
+    """
+    _check_values(cfg)
+    _quiet()
+    folder = Path(output_dir)
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    data = instantiate(cfg.data)
+    data.prepare_data()
+    data.setup("fit")
+    module = build_module(cfg, data, set_keys(overrides))
+    trainer = build_trainer(cfg, folder, has_validation=bool(data.val_dataloader()), sweep=sweep)
+    trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    metrics: dict[str, Any] = dict(trainer.callback_metrics)
+    checkpoint = trainer.checkpoint_callback
+    best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
+    metrics |= trainer.test(
+        module,
+        datamodule=data,
+        ckpt_path=best if cfg.test_checkpoint == "best" and best else None,
+        verbose=False,
+    )[0]
+    final = {name: float(value) for name, value in sorted(metrics.items())}
+    if trainer.is_global_zero:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                tested = {k: v for k, v in final.items() if k.startswith("test/")}
+                logger.log_hyperparams(hyperparameters(cfg), tested)
+                logger.finalize("success")
+        _write(folder, final)
+        _report(folder, final)
+    return final
+
+
+def build_module(cfg: DictConfig, data: Any, chosen: set[str]) -> PenalizedModule:
+    """Return the net of the config, made for the data, with its loss, penalty and optimiser.
+
+    Args:
+        cfg: the composed config.
+        data: a data module that is set up.
+        chosen: the keys that the user set.
+
+    Returns:
+        The module to train.
+    """
+    net = build_net(cfg.model, data, {k.split(".", 1)[1] for k in chosen if k.startswith("model.")})
+    if cfg.loss._target_ is not None:
+        loss = instantiate(cfg.loss)
+    else:
+        loss = nn.CrossEntropyLoss() if data.task == "classification" else nn.MSELoss()
+    return PenalizedModule(
+        net,
+        loss,
+        instantiate(cfg.penalty, _convert_="all"),
+        optimizer=instantiate(cfg.optimizer, _convert_="all"),
+        **cfg.module,
+    )
+
+
+def build_net(cfg: DictConfig, data: Any, chosen: set[str]) -> nn.Module:
+    """Return the net, given ``input_shape`` and ``num_outputs`` of the data if it takes them.
+
+    Args:
+        cfg: its ``_target_`` and options.
+        data: a data module that is set up.
+        chosen: the options that the user set. Others, which the config has for its own target, are
+            left out where a target of the user's own does not take them.
+
+    Returns:
+        The net.
+
+    Raises:
+        TypeError: if the target gives something else than a module.
+    """
+    known = inspect.signature(get_object(cfg._target_)).parameters
+    any_name = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    shape = {"input_shape": tuple(data.input_shape), "num_outputs": data.num_outputs}
+    given = {k: v for k, v in shape.items() if k in known and k not in cfg}
+    options = {
+        k: v
+        for k, v in cfg.items()
+        if str(k).startswith("_") or any_name or k in known or k in chosen
+    }
+    net = instantiate(OmegaConf.create(options), _convert_="all", **given)
+    if not isinstance(net, nn.Module):
+        raise TypeError(
+            f"model._target_={cfg._target_} must give a torch.nn.Module; got a {type(net).__name__}"
+        )
+    return net
+
+
+def build_trainer(
+    cfg: DictConfig, folder: Path, *, has_validation: bool, sweep: bool
+) -> pl.Trainer:
+    """Return the trainer, writing into the run's folder.
+
+    Args:
+        cfg: the composed config.
+        folder: the run's folder.
+        has_validation: whether a best checkpoint can be told.
+        sweep: whether other jobs follow: then ddp, which runs the command again, gives way to
+            ddp_spawn.
+
+    Returns:
+        The trainer.
+    """
+    device = {str(k): v for k, v in cfg.device.items()}
+    if sweep and device["strategy"] == "ddp":
+        device["strategy"] = "ddp_spawn"
+    best: dict[str, Any] = {"monitor": "val/loss", "filename": "best"} if has_validation else {}
+    callbacks: list[Callback] = [
+        ModelCheckpoint(folder / "checkpoints", save_last=True, save_top_k=1 if best else 0, **best)
+    ]
+    if cfg.trainer.enable_progress_bar and sys.stdout.isatty():
+        callbacks.append(RichProgressBar(leave=False))
+    return instantiate(
+        cfg.trainer,
+        _convert_="all",
+        **device,
+        logger=TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
+        callbacks=callbacks,
+        default_root_dir=str(folder),
+    )
+
+
+def hyperparameters(cfg: DictConfig) -> dict[str, Any]:
+    """Return the config as plain values, without what does not describe the model."""
+    with open_dict(cfg):
+        plain = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(plain, dict)
+    return {str(k): v for k, v in plain.items() if k not in ("hydra", "ckpt_path", "trainer")}
+
+
+def _check_values(cfg: DictConfig) -> None:
+    """Refuse values that nothing else would refuse before the first step."""
+    checks.integer("seed", cfg.seed, 0)
+    checks.choice("test_checkpoint", cfg.test_checkpoint, ("best", "last"))
+    checks.integer("trainer.max_epochs", cfg.trainer.max_epochs, 1)
+    checks.integer("trainer.log_every_n_steps", cfg.trainer.log_every_n_steps, 1)
+    checks.integer("trainer.accumulate_grad_batches", cfg.trainer.accumulate_grad_batches, 1)
+    if "lr" in cfg.optimizer:
+        checks.number("optimizer.lr", cfg.optimizer.lr, 0)
+    if cfg.device.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            "device=gpu needs a CUDA device; found none: use device=cpu or device=auto"
+        )
+    if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
+        raise FileNotFoundError(
+            f"ckpt_path={cfg.ckpt_path}: no such file; it is RUN/checkpoints/last.ckpt of a run"
+        )
+
+
+def _quiet() -> None:
+    """Leave out what Lightning says that a user can do nothing about."""
+    for name in ("pytorch_lightning.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+
+
+def _write(folder: Path, metrics: dict[str, float]) -> None:
+    """Write metrics.json: NaN and infinities, which JSON lacks, become null."""
+    plain = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+    (folder / "metrics.json").write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n")
+
+
+@rank_zero_only
+def _report(folder: Path, metrics: dict[str, float]) -> None:
+    """Print the test metrics, and where everything lies."""
+    print()
+    for name, value in metrics.items():
+        if name.startswith("test/"):
+            print(f"  {name:<24} {value:.4f}")
+    print()
+    print(f"  metrics      {folder / 'metrics.json'}")
+    print(f"  checkpoints  {folder / 'checkpoints'}")
+    print(f"  TensorBoard  tensorboard --logdir {folder}")
