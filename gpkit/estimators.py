@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gpkit import checks
 from gpkit.derivatives import as_rows, derivative_rows, gradients
+from gpkit.draws import Source, normal
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class exact:  # noqa: N801  estimators read as functions: estimator=projection(4
     of a scalar, m for a Jacobian, n + 1 for a scalar's Hessian.
     """
 
-    def squared_norms(self, target: Target, order: int, norm: str, rng: torch.Generator) -> Tensor:
+    def squared_norms(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:
         """Return n² ``[G]``, differentiable, in float32 or better."""
         return reduce_rows(
             derivative_rows(target.y, target.xs, order, batched=target.batched), norm
@@ -67,13 +68,13 @@ class projection:  # noqa: N801
         checks.integer("projection(n=...)", self.n, 1)
         checks.choice("projection(distribution=...)", self.distribution, DISTRIBUTIONS)
 
-    def squared_norms(self, target: Target, order: int, norm: str, rng: torch.Generator) -> Tensor:
+    def squared_norms(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:
         """Return the estimate of n² ``[G]``, differentiable, in float32 or better."""
         random = order > 1 or target.y.shape[1] > 1
         draws = [self.once(target, order, norm, rng) for _ in range(self.n if random else 1)]
         return torch.stack(draws).mean(0)
 
-    def once(self, target: Target, order: int, norm: str, rng: torch.Generator) -> Tensor:
+    def once(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:
         """Return one unbiased n² ``[G]``."""
         rows: tuple[Tensor, ...] = (target.y,)
         for _ in range(order):
@@ -85,9 +86,9 @@ class projection:  # noqa: N801
             rows = tuple(as_rows(g, target.batched) for g in gradients(along, target.xs))
         return reduce_rows([rows], norm)
 
-    def draw(self, rows: tuple[Tensor, ...], rng: torch.Generator) -> list[Tensor]:
+    def draw(self, rows: tuple[Tensor, ...], rng: Source) -> list[Tensor]:
         """Return v in the shapes ``[G, n]`` of ``rows``, with E[v vᵀ] = I over a whole row."""
-        vs = [torch.randn(r.shape, generator=rng, device=r.device, dtype=wide(r)) for r in rows]
+        vs = [normal(rng, r.shape, r.device, wide(r)) for r in rows]
         if self.distribution == "rademacher":
             vs = [torch.where(v < 0, -1.0, 1.0).to(v) for v in vs]
         elif self.distribution == "sphere":

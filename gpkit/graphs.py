@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 ONCE: Any = once_differentiable(lambda ctx, *grads: None)
 
 # Operations whose second derivative is zero: through them alone, an order >= 2 penalty is nothing.
-PIECEWISE_LINEAR = ("Relu", "LeakyRelu", "Hardtanh", "Threshold", "Prelu", "Hardswish", "Abs")
+PIECEWISE_LINEAR = ("Relu", "LeakyRelu", "Hardtanh", "Threshold", "Prelu", "Abs")
 
 # What torch says when there is no further derivative, and what helps.
 HINTS = {

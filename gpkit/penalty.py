@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gpkit import checks, graphs
+from gpkit.draws import Source
 from gpkit.estimators import ESTIMATORS, Estimator, Target, exact, projection
 from gpkit.forms import FORMS, Form, root
 from gpkit.points import POINTS, At, computed
@@ -58,10 +59,9 @@ class GradientPenalty:
               \quad z_i \text{ taken at } \texttt{at}
 
     Call it with a tensor whose graph is there (no second forward), or with a callable, which is
-    evaluated where ``at`` says. A call never touches ``.grad``, buffers such as batch-norm
-    statistics (those of modules that the callable is, owns, closes over or names), the global
-    random numbers, or the requires_grad of your tensors. A forward of its own draws dropout masks
-    of its own.
+    evaluated where ``at`` says. A call never touches ``.grad``, the buffers of the modules that it
+    runs (batch-norm statistics), the global random numbers, or the requires_grad of your tensors.
+    A forward of its own draws dropout masks of its own.
 
     Args:
         of: what is differentiated. "output": all that the function gives, so that several outputs
@@ -180,9 +180,7 @@ class GradientPenalty:
         Returns:
             The terms, or None where the weight is zero or ``every`` skips the step.
         """
-        self.step = self.step if step is None else step
-        weight = self.weight_at(self.step)
-        self.step += 1
+        weight = self.count_step(step)
         if weight == 0:
             return None
         terms, targets = self._evaluate(f, args, real, fake, weight)
@@ -201,6 +199,20 @@ class GradientPenalty:
         """
         step = self.step if step is None else step
         return self._evaluate(f, args, real, fake, self.weight_at(step - step % self.every))[0]
+
+    def measure(self, targets: list[Target], rng: Source) -> tuple[Tensor, Tensor]:
+        """Return norms and values ``[G]``: the formula alone, as torch.compile can trace it."""
+        squared_norms = torch.cat(
+            [self.estimator.squared_norms(t, self.order, self.form.norm, rng) for t in targets]
+        )
+        return root(squared_norms), self.form(squared_norms)
+
+    def count_step(self, step: int | None = None) -> float:
+        """Count a step, the given or the next one, and return the weight on it."""
+        self.step = self.step if step is None else step
+        weight = self.weight_at(self.step)
+        self.step += 1
+        return weight
 
     def weight_at(self, step: int) -> float:
         """Return the factor of the mean value at an optimiser step: zero where it is skipped."""
@@ -227,7 +239,7 @@ class GradientPenalty:
     ) -> tuple[Terms, list[Target]]:
         train = torch.is_grad_enabled()
         args = tuple(list(a) if isinstance(a, Iterator) else a for a in args)  # net.parameters()
-        seed = self._next_seed()
+        seed = self.next_seed()
         with torch.inference_mode(False), torch.enable_grad():
             rng = torch.Generator(device_of(f, args, real, fake)).manual_seed(seed)
             call = Call(f, args, real, fake, self.of, self.at, self.scope, rng, seed)
@@ -241,18 +253,15 @@ class GradientPenalty:
                     )
             if not self._seen_to_act:
                 graphs.require_derivatives(targets[0].y, targets[0].xs, self.order)
-            squared_norms = torch.cat(
-                [self.estimator.squared_norms(t, self.order, self.form.norm, rng) for t in targets]
-            )
-            values = self.form(squared_norms)
-            terms = Terms(root(squared_norms), values, weight, weight * values.mean())
+            norms, values = self.measure(targets, rng)
+            terms = Terms(norms, values, weight, weight * values.mean())
         if not train:
             cut = (terms.norms.detach(), terms.values.detach())
             terms = Terms(*cut, weight, terms.penalty.detach())
         return terms, targets
 
-    def _next_seed(self) -> int:
-        """Return a seed for this evaluation: a function of the state and the rank alone."""
+    def next_seed(self) -> int:
+        """Return the seed of the next evaluation: a function of the state and the rank alone."""
         if self.seed is None:
             self.seed = torch.initial_seed() % 2**63
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gpkit import checks
+from gpkit.draws import Source, normal, uniform
 
 Points = tuple[Tensor, ...]  # one tensor [B, *S] for every input of the function
 
@@ -29,7 +30,7 @@ class At:
     # has can be reused, and no second forward is needed.
     moves = False
 
-    def __call__(self, real: Points | None, fake: Points | None, rng: torch.Generator) -> Points:
+    def __call__(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
         """Return the points, ready to be differentiated at: they require grad."""
         points = self.choose(real, fake, rng)
         for x in points:
@@ -40,7 +41,7 @@ class At:
         points = tuple(x.clone() if x.is_inference() else x for x in points)
         return tuple(x if x.requires_grad else x.detach().requires_grad_() for x in points)
 
-    def choose(self, real: Points | None, fake: Points | None, rng: torch.Generator) -> Points:
+    def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
         """Return the points before they are detached."""
         raise NotImplementedError(f"{type(self).__name__} must define choose(real, fake, rng)")
 
@@ -55,7 +56,7 @@ class At:
 class real(At):  # noqa: N801  points read as functions: at=interpolate()
     """The real samples: x."""
 
-    def choose(self, real: Points | None, fake: Points | None, rng: torch.Generator) -> Points:
+    def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
         return self.need(real, "real")
 
 
@@ -68,7 +69,7 @@ class data(real):  # noqa: N801
 class fake(At):  # noqa: N801
     """The fake samples: y."""
 
-    def choose(self, real: Points | None, fake: Points | None, rng: torch.Generator) -> Points:
+    def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
         return self.need(fake, "fake")
 
 
@@ -81,7 +82,7 @@ class interpolate(At):  # noqa: N801
 
     moves = True
 
-    def choose(self, real: Points | None, fake: Points | None, rng: torch.Generator) -> Points:
+    def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
         real, fake = self.need(real, "real"), self.need(fake, "fake")
         shapes = [list(x.shape) for x in real], [list(y.shape) for y in fake]
         if shapes[0] != shapes[1]:
@@ -89,7 +90,7 @@ class interpolate(At):  # noqa: N801
                 "`at=interpolate()` needs real and fake samples of the same shape; "
                 f"got {' and '.join(str(s[0] if len(s) == 1 else s) for s in shapes)}"
             )
-        alpha = torch.rand(len(real[0]), generator=rng, device=real[0].device)  # [B]
+        alpha = uniform(rng, [len(real[0])], real[0].device, torch.float32)  # [B]
         return tuple(y + per_sample(alpha, x) * (x - y) for x, y in zip(real, fake, strict=True))
 
 
@@ -115,17 +116,17 @@ class perturb(At):  # noqa: N801
         checks.number("perturb(scale=...)", self.scale, 0)
         checks.choice("perturb(noise=...)", self.noise, ("normal", "uniform"))
 
-    def choose(self, real: Points | None, fake: Points | None, rng: torch.Generator) -> Points:
+    def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
         real = self.need(real, "real")
         alpha = torch.ones(len(real[0]), device=real[0].device)
         if self.along:
-            alpha = torch.rand(len(alpha), generator=rng, device=alpha.device)
+            alpha = uniform(rng, [len(alpha)], alpha.device, alpha.dtype)
         return tuple(x + per_sample(alpha, x) * self.delta(x, rng) for x in real)
 
-    def delta(self, x: Tensor, rng: torch.Generator) -> Tensor:
+    def delta(self, x: Tensor, rng: Source) -> Tensor:
         """Return the noise at full strength, ``[B, *S]``."""
-        draw = torch.randn if self.noise == "normal" else torch.rand
-        u = draw(x.shape, generator=rng, device=x.device, dtype=x.dtype)
+        draw = normal if self.noise == "normal" else uniform
+        u = draw(rng, x.shape, x.device, x.dtype)
         u = u if self.noise == "normal" else 2 * u - 1
         return u * self.scale * (x.detach().std(correction=0) if self.relative else 1.0)
 
@@ -141,7 +142,7 @@ class computed(At):  # noqa: N801
 
     moves = True
 
-    def choose(self, real: Points | None, fake: Points | None, rng: torch.Generator) -> Points:
+    def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
         return as_points(self.function(unwrap(real), unwrap(fake)))
 
 

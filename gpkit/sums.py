@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Union
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from gpkit import checks
 from gpkit.penalty import GradientPenalty, Terms
 from gpkit.presets import PRESETS
 
+Penalties = Union[GradientPenalty, "PenaltySum", Mapping[str, GradientPenalty]]
 Parts = Mapping[str, "GradientPenalty | Mapping[str, Any] | None"] | Iterable[str]
 
 
@@ -101,3 +102,28 @@ def _build(name: str, part: Any) -> GradientPenalty:
     arguments = dict(part or {})
     preset = arguments.pop("preset", name)
     return PRESETS[checks.choice("sum(parts=...)", preset, PRESETS)](**arguments)
+
+
+def penalties_by_name(penalty: Penalties | None) -> dict[str, GradientPenalty]:
+    """Return penalties by name.
+
+    Args:
+        penalty: one, which goes by its own name; several by name; a sum; or None.
+
+    Returns:
+        The penalties.
+
+    Raises:
+        TypeError: if there is anything else.
+    """
+    if penalty is None:
+        return {}
+    if isinstance(penalty, GradientPenalty):
+        return {penalty.name: penalty}
+    parts = penalty.parts if isinstance(penalty, PenaltySum) else penalty
+    if not isinstance(parts, Mapping):
+        raise TypeError(f"`penalty=...` must be a penalty or a dict of them; got {penalty!r}")
+    for name, part in parts.items():
+        if not isinstance(part, GradientPenalty):
+            raise TypeError(f"`penalty={{{name!r}: ...}}` must be a penalty; got {part!r}")
+    return dict(parts)

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gpkit import checks
+from gpkit.draws import Source
 from gpkit.estimators import Target
-from gpkit.isolation import isolated, modules_of
+from gpkit.isolation import isolated
 from gpkit.points import At, Points, as_points, require_floating
 
 Of = str | Callable[[Any], Tensor]
@@ -41,8 +41,13 @@ class Call:
     of: Of
     at: At
     scope: str
-    rng: torch.Generator
+    rng: Source
     seed: int
+
+    @property
+    def computed(self) -> bool:
+        """Whether ``f`` is a value, not a function: a tensor, or what ``of`` takes one from."""
+        return isinstance(self.f, Tensor) or (callable(self.of) and not callable(self.f))
 
     def selected(self, y: Any) -> Tensor:
         """Return what is differentiated, of what ``f`` gave."""
@@ -69,13 +74,13 @@ class inputs:  # noqa: N801  variables read as functions: wrt=weights("classifie
                 "an input penalty takes f and the samples; several inputs go into one tuple: "
                 f"penalty(f, (x1, x2)); got {len(call.args)} arguments after f"
             )
-        if isinstance(call.f, Tensor):
+        if call.computed:
             xs = self.given(call)
             y = call.selected(call.f)
         elif callable(call.f):
             real, fake = self.samples(call)
             xs = call.at(real, fake, call.rng)
-            with isolated(modules_of(call.f), call.seed, xs[0].device):
+            with isolated(call.f, call.seed, xs[0].device):
                 y = call.selected(call.f(*xs))
         else:
             raise TypeError(f"expected a tensor or a callable; got a {type(call.f).__name__}")
@@ -159,26 +164,26 @@ class weights:  # noqa: N801
             )
         params = self.chosen(call.args[0])
         y = call.f
-        if not isinstance(y, Tensor):
+        if not call.computed:
             if not callable(y):
                 raise TypeError(f"expected a tensor or a callable; got a {type(y).__name__}")
-            owners = call.args if isinstance(call.args[0], nn.Module) else ()
-            with isolated([*owners, *modules_of(y)], call.seed, params[0].device):
+            with isolated(y, call.seed, params[0].device):
                 y = y()
-        y = call.selected(y)
-        if call.of == "loss" and y.numel() != (len(y) if y.ndim else 1):
+        for group in self.groups(call.selected(y), call.of, call.scope):
+            yield Target(group, params, batched=False)
+
+    def groups(self, y: Tensor, of: Of, scope: str) -> list[Tensor]:
+        """Return what is differentiated for each group, ``[1, m]``, or refuse other shapes."""
+        if of == "loss" and y.numel() != (len(y) if y.ndim else 1):
             raise ValueError(f'of="loss" needs a scalar or losses [B]; got {list(y.shape)}')
-        if call.scope == "sample":
+        if scope == "sample":
             if y.ndim == 0:
                 raise ValueError(
                     'scope="sample" needs one loss per sample, [B]; got a scalar: use '
                     'reduction="none"'
                 )
-            groups = y.reshape(len(y), 1, -1).unbind(0)  # B times [1, m]
-        else:
-            groups = (y.reshape(1, -1) if y.ndim < 2 and len_or_one(y) == 1 else mean(y),)
-        for group in groups:
-            yield Target(group, params, batched=False)
+            return list(y.reshape(len(y), 1, -1).unbind(0))
+        return [y.reshape(1, 1) if y.numel() == 1 else y.mean(0).reshape(1, -1)]
 
     def chosen(self, given: Any) -> tuple[Tensor, ...]:
         """Return the parameters that take part."""
@@ -209,13 +214,3 @@ class weights:  # noqa: N801
 
 VARIABLES = {"input": inputs, "weight": weights}
 Variables = inputs | weights
-
-
-def len_or_one(y: Tensor) -> int:
-    """Return the length of the batch dimension, one where there is none."""
-    return len(y) if y.ndim else 1
-
-
-def mean(y: Tensor) -> Tensor:
-    """Return the mean over samples of ``[B, *O]`` as ``[1, m]``."""
-    return y.mean(0).reshape(1, -1)

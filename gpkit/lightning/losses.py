@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -35,13 +36,20 @@ def per_sample(loss: LossFunction) -> LossFunction:
     elif "reduction" in _parameters(loss):
         loss = functools.partial(loss, reduction="none")  # type: ignore[call-arg]
 
-    def losses(output: Any, target: Any) -> Tensor:
-        value = loss(output, target)
-        if value.ndim == 0:
-            return value.expand(len(target))
-        return value if value.ndim == 1 else value.flatten(1).mean(1)
+    return functools.partial(_losses, loss)  # no closure: a module goes to other processes
 
-    return losses
+
+def _losses(loss: LossFunction, output: Any, target: Any) -> Tensor:
+    value = loss(output, target)
+    if value.ndim == 0:
+        return value.expand(_batch_size(output, target))
+    return value if value.ndim == 1 else value.flatten(1).mean(1)
+
+
+def _batch_size(*values: Any) -> int:
+    """Return the length of the first tensor in ``values``, which may be nested."""
+    found = (v for v in tree_leaves(values) if isinstance(v, Tensor) and v.ndim)
+    return len(next(found))
 
 
 def _parameters(function: LossFunction) -> list[str]:

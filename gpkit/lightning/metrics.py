@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 from torchmetrics import MeanAbsoluteError, MeanMetric, Metric, MetricCollection
 
 CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss)
@@ -74,6 +75,8 @@ def as_metrics(metrics: Any, loss: Any) -> MetricCollection:
     return MetricCollection(metrics, compute_groups=False)
 
 
-def prediction(output: Tensor, target: Tensor) -> Tensor:
-    """Return the output in the shape of the target where they differ by a dimension of one."""
-    return output.reshape(target.shape) if output.numel() == target.numel() else output
+def prediction(output: Any, target: Any) -> Any:
+    """Return the output without a graph, in the shape of a target of as many entries."""
+    output = tree_map_only(Tensor, Tensor.detach, output)
+    both = isinstance(output, Tensor) and isinstance(target, Tensor)
+    return output.reshape(target.shape) if both and output.numel() == target.numel() else output

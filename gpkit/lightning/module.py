@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,32 +12,15 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from gpkit import checks
-from gpkit.isolation import double_backward
+from gpkit.isolation import double_backward, isolated
+from gpkit.lightning.compiled import CompiledLoss
 from gpkit.lightning.losses import LossFunction, per_sample
 from gpkit.lightning.metrics import as_metrics, prediction
 from gpkit.lightning.norms import input_norms, weight_norm
+from gpkit.lightning.passes import Pass, differentiated, reuses_input_graph, unpack
 from gpkit.penalty import GradientPenalty, Terms
-from gpkit.sums import PenaltySum
+from gpkit.sums import Penalties, penalties_by_name
 from gpkit.variables import weights
-
-Penalties = GradientPenalty | PenaltySum | Mapping[str, GradientPenalty]
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One forward pass: the input it was made with, and what came out.
-
-    Args:
-        x: ``[B, *S]``.
-        output: what the net gave.
-        loss: the mean loss, without penalties.
-        losses: the loss of each sample, ``[B]``; None where no one asks for it.
-    """
-
-    x: Tensor
-    output: Any
-    loss: Tensor
-    losses: Tensor | None
 
 
 class PenalizedModule(pl.LightningModule):
@@ -69,10 +51,13 @@ class PenalizedModule(pl.LightningModule):
         gradient_norms: whether to log gradient norms of the loss. They take one or two backward
             passes on the steps that are logged, and at validation and test.
         histogram_every_n_epochs: how often histograms are written; 0 is never.
+        compile: whether the loss and its penalties are compiled, as one graph, from the second step
+            on; the first shows that each penalty acts. It pays for long runs: compiling takes tens
+            of seconds. Penalties must be in the weights or at the data.
 
     Raises:
         TypeError: if an argument is of another kind.
-        ValueError: if ``histogram_every_n_epochs`` is negative.
+        ValueError: if ``histogram_every_n_epochs`` is negative, or a penalty cannot be compiled.
 
     >>> import gpkit, torch
     >>> net = torch.nn.Linear(2, 1)
@@ -96,6 +81,7 @@ class PenalizedModule(pl.LightningModule):
         metrics: Any = None,
         gradient_norms: bool = True,
         histogram_every_n_epochs: int = 5,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(net, nn.Module):
@@ -115,6 +101,10 @@ class PenalizedModule(pl.LightningModule):
             "histogram_every_n_epochs=...", histogram_every_n_epochs, 0
         )
         self._histograms: dict[str, list[Tensor]] = {}
+        self._compiled = (
+            CompiledLoss(self._differentiated, self.penalties, net) if compile else None
+        )
+        self._first = True
 
     def forward(self, x: Any) -> Any:
         """Return what the net gives."""
@@ -190,16 +180,50 @@ class PenalizedModule(pl.LightningModule):
         self, batch: Any, *, log_norms: bool
     ) -> tuple[Tensor, Pass, dict[str, Terms | None]]:
         x, y = unpack(batch)
+        if self._compiled is not None and not self._first and torch.is_grad_enabled():
+            return self._compiled_total(x, y, log_norms=log_norms)
+        self._first = False
         penalties = self.penalties.values()
         graph_in_x = log_norms or any(map(reuses_input_graph, penalties))
         per_sample = log_norms or any(p.of == "loss" and p.scope == "sample" for p in penalties)
-        with double_backward([self.net]) if self.penalties else nullcontext():
+        with double_backward() if self.penalties else nullcontext():
             done = self._forward(x, y, graph_in_x=graph_in_x, per_sample=per_sample)
             terms = {name: self._act(p, done, y) for name, p in self.penalties.items()}
         total = done.loss
         for term in terms.values():
             total = total if term is None else total + term.penalty
         return total, done, terms
+
+    def _compiled_total(
+        self, x: Tensor, y: Any, *, log_norms: bool
+    ) -> tuple[Tensor, Pass, dict[str, Terms | None]]:
+        assert self._compiled is not None
+        factors = {n: p.count_step(self._step()) for n, p in self.penalties.items()}
+        acting = {n: x.new_tensor(w, dtype=torch.float32) for n, w in factors.items() if w}
+        seeds = {n: torch.tensor(self.penalties[n].next_seed()) for n in acting}
+        if any(reuses_input_graph(self.penalties[n]) for n in acting):
+            x = x.detach().requires_grad_()
+        with double_backward():
+            loss, parts = self._compiled(x, y, acting, seeds)
+        terms: dict[str, Terms | None] = dict.fromkeys(factors)
+        total = loss
+        for name, (norms, values, part) in parts.items():
+            terms[name] = Terms(norms, values, factors[name], part)
+            total = total + part
+        done = Pass(x, None, loss, None)
+        if log_norms:  # a compiled graph is gone after one backward: the norms have their own
+            with isolated(self.net, 0, x.device):
+                done = self._forward(x, y, graph_in_x=True, per_sample=True)
+        return total, done, terms
+
+    def _differentiated(self, x: Tensor, y: Any) -> tuple[dict[str, Tensor], Tensor]:
+        """Return what each penalty differentiates, by name, and the loss."""
+        done = self._forward(x, y, graph_in_x=False, per_sample=True)
+        return {name: differentiated(p, done) for name, p in self.penalties.items()}, done.loss
+
+    def _step(self) -> int | None:
+        """Return the optimiser step; None without a trainer, where penalties count themselves."""
+        return self.trainer.global_step if self._trainer is not None else None
 
     def _forward(self, x: Tensor, y: Any, *, graph_in_x: bool, per_sample: bool) -> Pass:
         if graph_in_x and x.is_floating_point():
@@ -210,17 +234,15 @@ class PenalizedModule(pl.LightningModule):
         return Pass(x, output, loss if loss.ndim == 0 else loss.mean(), losses)
 
     def _act(self, penalty: GradientPenalty, done: Pass, y: Any) -> Terms | None:
-        step = self.trainer.global_step if self._trainer is not None else None
-        on_loss = penalty.of == "loss"
+        step = self._step()
         if isinstance(penalty.wrt, weights):
-            loss = done.losses if penalty.scope == "sample" else done.loss
-            return penalty.act(loss if on_loss else done.output, self.net, step=step)
+            return penalty.act(differentiated(penalty, done), self.net, step=step)
         if reuses_input_graph(penalty):
-            return penalty.act(done.losses if on_loss else done.output, done.x, step=step)
+            return penalty.act(differentiated(penalty, done), done.x, step=step)
 
         def function(x: Tensor) -> Any:
             output = self.net(x)
-            return self.per_sample_loss(output, y) if on_loss else output
+            return self.per_sample_loss(output, y) if penalty.of == "loss" else output
 
         x = done.x.detach()
         return penalty.act(function, real=x, fake=x.roll(1, 0), step=step)
@@ -235,7 +257,7 @@ class PenalizedModule(pl.LightningModule):
                 self._log_norms(done, f"{stage}/grad_norm", collect=False)
             self.log(f"{stage}/loss", done.loss.detach(), batch_size=len(x), **EVALUATION)
             metrics = self.val_metrics if stage == "val" else self.test_metrics
-            metrics.update(prediction(done.output.detach(), y), y)
+            metrics.update(prediction(done.output, y), y)
         for name, metric in metrics.items():
             self.log(f"{stage}/{name}", metric, batch_size=len(x), **EVALUATION)
 
@@ -262,53 +284,3 @@ class PenalizedModule(pl.LightningModule):
 
 
 EVALUATION: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True}
-
-
-def penalties_by_name(penalty: Penalties | None) -> dict[str, GradientPenalty]:
-    """Return penalties by name.
-
-    Args:
-        penalty: one, which goes by its own name; several by name; a sum; or None.
-
-    Returns:
-        The penalties.
-
-    Raises:
-        TypeError: if there is anything else.
-    """
-    if penalty is None:
-        return {}
-    if isinstance(penalty, GradientPenalty):
-        return {penalty.name: penalty}
-    parts = penalty.parts if isinstance(penalty, PenaltySum) else penalty
-    if not isinstance(parts, Mapping):
-        raise TypeError(f"`penalty=...` must be a penalty or a dict of them; got {penalty!r}")
-    for name, part in parts.items():
-        if not isinstance(part, GradientPenalty):
-            raise TypeError(f"`penalty={{{name!r}: ...}}` must be a penalty; got {part!r}")
-    return dict(parts)
-
-
-def reuses_input_graph(penalty: GradientPenalty) -> bool:
-    """Whether an input penalty is taken at the data itself, where the training graph is."""
-    return not isinstance(penalty.wrt, weights) and not penalty.at.moves
-
-
-def unpack(batch: Any) -> tuple[Tensor, Any]:
-    """Return x and y of a batch.
-
-    Args:
-        batch: ``(x, y)``.
-
-    Returns:
-        x, a tensor, and y.
-
-    Raises:
-        TypeError: if it is anything else.
-    """
-    if not isinstance(batch, (list, tuple)) or len(batch) != 2 or not isinstance(batch[0], Tensor):
-        raise TypeError(
-            "PenalizedModule takes batches (x, y) with a tensor x [B, ...]; got "
-            f"{type(batch).__name__}: override nothing, use GradientPenalty in a module of your own"
-        )
-    return batch[0], batch[1]

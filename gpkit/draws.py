@@ -1,0 +1,65 @@
+"""Random numbers of a penalty's own: from a generator, or from a seed inside of torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class SeededDraws:
+    """Random numbers of a seed that is a tensor, so that a compiled graph need not know its value.
+
+    Args:
+        seed: one integer.
+    """
+
+    def __init__(self, seed: Tensor) -> None:
+        self.seed = seed
+        self.count = 0
+
+
+Source = torch.Generator | SeededDraws
+
+
+def normal(rng: Source, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return numbers from N(0, 1)."""
+    if isinstance(rng, torch.Generator):
+        return torch.randn(shape, generator=rng, device=device, dtype=dtype)
+    rng.count += 1
+    return _draw(rng.seed, rng.count, True, shape, device, dtype)
+
+
+def uniform(rng: Source, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return numbers from U[0, 1)."""
+    if isinstance(rng, torch.Generator):
+        return torch.rand(shape, generator=rng, device=device, dtype=dtype)
+    rng.count += 1
+    return _draw(rng.seed, rng.count, False, shape, device, dtype)
+
+
+@torch.library.custom_op("gpkit::draw", mutates_args=())
+def _draw(
+    seed: Tensor,
+    count: int,
+    is_normal: bool,
+    shape: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the numbers of the ``count``-th draw; torch.compile does not look inside."""
+    rng = torch.Generator(device).manual_seed((int(seed) + count) % 2**63)
+    return (normal if is_normal else uniform)(rng, tuple(shape), device, dtype)
+
+
+@_draw.register_fake
+def _(
+    seed: Tensor,
+    count: int,
+    is_normal: bool,
+    shape: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    return torch.empty(tuple(shape), device=device, dtype=dtype)

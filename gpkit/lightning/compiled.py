@@ -1,0 +1,107 @@
+"""The penalised loss as one compiled graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import Tensor
+
+from gpkit.draws import SeededDraws
+from gpkit.estimators import Target
+from gpkit.penalty import GradientPenalty
+from gpkit.variables import weights
+
+# What is traced: (x, y, weights, seeds) -> loss, and (norms, values, penalty) by name.
+Parts = dict[str, tuple[Tensor, Tensor, Tensor]]
+Computed = tuple[Tensor, Parts]
+
+
+class CompiledLoss:
+    """Compiles a loss with its penalties, once for every set of penalties that act together.
+
+    A compiled net has no double backward, but a graph that holds the inner gradient as well as the
+    forward has a compiled backward: so the loss and its penalties are traced in one piece.
+
+    Args:
+        forward: ``(x, y) -> (what penalties differentiate, by name, and the loss)``.
+        penalties: by name; each is taken at ``x`` itself, or in the weights.
+        net: the module whose weights they may ask for.
+
+    Raises:
+        ValueError: if a penalty evaluates the net at other points, whose forward would leave
+            traces: those need the net outside of a compiled graph.
+        RuntimeError: if this torch cannot trace a gradient.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[Tensor, Any], tuple[Mapping[str, Tensor], Tensor]],
+        penalties: Mapping[str, GradientPenalty],
+        net: torch.nn.Module,
+    ) -> None:
+        for name, penalty in penalties.items():
+            if not isinstance(penalty.wrt, weights) and penalty.at.moves:
+                raise ValueError(
+                    f"`compile=True` takes penalties at the data or in the weights; {name!r} is at "
+                    f"{penalty.at!r}: leave compile=False"
+                )
+        if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+            raise RuntimeError(
+                "`compile=True` needs a torch that can trace gradients (2.13 can); this is "
+                f"{torch.__version__}: leave compile=False"
+            )
+        self.forward = forward
+        self.penalties = penalties
+        self.net = net
+        self.parameters: dict[str, tuple[Tensor, ...]] = {}
+        self._compiled: dict[tuple[str, ...], Callable[..., Computed]] = {}
+
+    def __call__(
+        self, x: Tensor, y: Any, factors: dict[str, Tensor], seeds: dict[str, Tensor]
+    ) -> Computed:
+        """Return the loss without penalties, and the norms, values and penalty by name.
+
+        Args:
+            x: ``[B, *S]``, which requires grad if a penalty differentiates in it.
+            y: the target.
+            factors: the weights of the penalties that act, each a tensor.
+            seeds: of their random numbers, each a tensor.
+
+        Returns:
+            The loss, and for each penalty its norms ``[G]``, values ``[G]`` and weighted mean.
+        """
+        acting = tuple(factors)
+        if acting not in self._compiled:
+            for name in acting:
+                wrt = self.penalties[name].wrt
+                if isinstance(wrt, weights):
+                    self.parameters[name] = wrt.chosen(self.net)
+            self._compiled[acting] = torch.compile(self._compute, fullgraph=True)
+        # The limit counts the graphs of all modules in the process, as those of a sweep.
+        with torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=256):
+            return self._compiled[acting](x, y, factors, seeds)
+
+    def _compute(
+        self, x: Tensor, y: Any, factors: dict[str, Tensor], seeds: dict[str, Tensor]
+    ) -> Computed:
+        outputs, loss = self.forward(x, y)
+        parts: Parts = {}
+        for name, factor in factors.items():
+            penalty, rng = self.penalties[name], SeededDraws(seeds[name])
+            y = penalty.of(outputs[name]) if callable(penalty.of) else outputs[name]
+            if isinstance(penalty.wrt, weights):
+                groups = penalty.wrt.groups(y, penalty.of, penalty.scope)
+                targets = [Target(g, self.parameters[name], batched=False) for g in groups]
+            else:
+                column = penalty.wrt.columns(y, len(x), penalty.of)
+                targets = [Target(column, (x,), batched=True)]
+            norms, values = penalty.measure(targets, rng)
+            parts[name] = norms, values, factor * values.mean()
+        return loss, parts
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the compiled graphs behind: another process compiles its own."""
+        return {**self.__dict__, "_compiled": {}, "parameters": {}}

@@ -1,0 +1,365 @@
+"""The one table of penalties: how each is built and called, and what it must be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import oracles
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import gpkit
+
+torch.set_num_threads(1)  # the nets are small: threads would only wait for each other
+B = 5
+
+
+class Net(nn.Sequential):
+    """Layers that keep a record of where they are evaluated."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x.detach().clone())
+        return super().forward(x)
+
+
+@dataclass
+class Scene:
+    """A net, and samples of unequal slopes."""
+
+    net: Net
+    real: Tensor  # [B, *S]
+    fake: Tensor  # [B, *S]
+    target: Tensor  # [B, m]
+    given: oracles.Params = field(default_factory=dict)  # parameters instead of the net's own
+
+    @property
+    def f(self) -> Callable[[Tensor], Tensor]:
+        return partial(functional_call, self.net, self.given) if self.given else self.net
+
+    @property
+    def weights(self) -> Any:
+        return list(self.given.values()) if self.given else self.net
+
+    @property
+    def params(self) -> oracles.Params:
+        return {name: p.detach() for name, p in self.net.named_parameters()}
+
+    def apply(self, params: oracles.Params, x: Tensor) -> Tensor:
+        """Return the outputs for samples ``[B, *S]`` as a function of the parameters."""
+        return functional_call(nn.Sequential(*self.net), params, (x,))
+
+    def part(self, rows: slice) -> Scene:
+        return replace(self, real=self.real[rows], fake=self.fake[rows], target=self.target[rows])
+
+
+def scene(
+    *layers: nn.Module, shape: tuple[int, ...], dtype: torch.dtype = torch.float64, zero: bool
+) -> Scene:
+    """Return a scene whose samples have slopes from far below one to far above."""
+    net = Net(*layers).to(dtype)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(0 if zero else 2.5)
+    rng = torch.Generator().manual_seed(1)
+    size = torch.tensor([0.05, 2.0, 0.5, 8.0, 1.0], dtype=torch.float64)
+    real, fake = torch.randn(2, B, *shape, generator=rng, dtype=torch.float64)
+    size = size.reshape(B, *[1] * len(shape))
+    real, fake = real * size, fake * size.flip(0)
+    target = torch.randn(B, layers[-1].out_features, generator=rng, dtype=torch.float64) * (
+        not zero
+    )
+    return Scene(net, real.to(dtype), fake.to(dtype), target.to(dtype))
+
+
+def images(
+    outputs: int = 1,
+    *,
+    dtype: torch.dtype = torch.float64,
+    zero: bool = False,
+    stateful: bool = False,
+) -> Scene:
+    """Return images ``[5, 2, 3, 3]`` and a smooth convolutional net; it may have side effects."""
+    torch.manual_seed(0)
+    return scene(
+        nn.Conv2d(2, 3, 3, padding=1),
+        *[nn.BatchNorm2d(3), nn.Dropout(0.3)][: 2 * stateful],
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(27, outputs),
+        shape=(2, 3, 3),
+        dtype=dtype,
+        zero=zero,
+    )
+
+
+def vectors(
+    outputs: int = 1,
+    *,
+    dtype: torch.dtype = torch.float64,
+    zero: bool = False,
+    stateful: bool = False,
+) -> Scene:
+    """Return vectors ``[5, 3]`` and a tiny net, for derivatives of high order."""
+    torch.manual_seed(0)
+    return scene(
+        nn.Linear(3, 2),
+        *[nn.BatchNorm1d(2), nn.Dropout(0.3)][: 2 * stateful],
+        nn.Tanh(),
+        nn.Linear(2, outputs),
+        shape=(3,),
+        dtype=dtype,
+        zero=zero,
+    )
+
+
+def squared_errors(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).square().sum(-1)  # [B, m] -> [B]
+
+
+# How a penalty is called: `act` is the penalty itself, or its `terms`.
+
+
+def on_weights(act: Any, s: Scene) -> Any:
+    f, x, target = s.f, s.real, s.target
+    return act(lambda: squared_errors(f(x), target).mean(), s.weights)
+
+
+def on_weights_losses(act: Any, s: Scene) -> Any:
+    f, x, target = s.f, s.real, s.target
+    return act(lambda: squared_errors(f(x), target), s.weights)
+
+
+def on_losses(act: Any, s: Scene) -> Any:
+    f, target = s.f, s.target
+    return act(lambda x: squared_errors(f(x), target), s.real)
+
+
+def on_outputs(act: Any, s: Scene) -> Any:
+    return act(s.f, s.real)
+
+
+def on_critic(act: Any, s: Scene) -> Any:
+    return act(s.f, real=s.real, fake=s.fake)
+
+
+def weights_graph(act: Any, s: Scene) -> Any:
+    parameters = s.given.values() if s.given else s.net.parameters()
+    return act(squared_errors(s.f(s.real), s.target).mean(), parameters)
+
+
+def weights_losses_graph(act: Any, s: Scene) -> Any:
+    return act(squared_errors(s.f(s.real), s.target), s.weights)
+
+
+def losses_graph(act: Any, s: Scene) -> Any:
+    x = s.real.clone().requires_grad_()
+    return act(squared_errors(s.f(x), s.target), x)
+
+
+def outputs_graph(act: Any, s: Scene, of: str = "real") -> Any:
+    x = getattr(s, of).clone().requires_grad_()
+    return act(s.f(x), x)
+
+
+# What it must be: norms [G] of the points z, and values [G], of the parameters.
+
+Oracle = Callable[[Scene, oracles.Params, list[Tensor]], tuple[float, Tensor, Tensor]]
+
+
+def of_inputs(
+    weight: float,
+    value: Callable[[Tensor], Tensor],
+    *,
+    order: int = 1,
+    norm: str = "l2",
+    loss: bool = False,
+    z_index: int = 0,
+) -> Oracle:
+    def oracle(s: Scene, params: oracles.Params, z: list[Tensor]) -> tuple[float, Tensor, Tensor]:
+        def f(x: Tensor, target: Tensor) -> Tensor:  # of one sample
+            output = s.apply(params, x[None])[0]
+            return squared_errors(output, target) if loss else output
+
+        norms = oracles.input_norms(f, order, z[z_index], s.target, norm=norm)
+        return weight, norms, value(norms)
+
+    return oracle
+
+
+def of_weights(weight: float, *, order: int = 1, per_sample: bool = False) -> Oracle:
+    def oracle(s: Scene, params: oracles.Params, z: list[Tensor]) -> tuple[float, Tensor, Tensor]:
+        def loss(params: oracles.Params, rows: slice) -> Tensor:
+            return squared_errors(s.apply(params, z[0][rows]), s.target[rows]).mean()
+
+        groups = [slice(i, i + 1) for i in range(len(z[0]))] if per_sample else [slice(None)]
+        norms = torch.cat(
+            [oracles.weight_norm(lambda p, g=g: loss(p, g), params, order) for g in groups]
+        )
+        return weight, norms, norms**2
+
+    return oracle
+
+
+@dataclass(frozen=True)
+class Row:
+    """A penalty: how it is built and called, and what it must be."""
+
+    name: str
+    build: Callable[..., Any]  # takes axes, such as every=4
+    call: Callable[[Any, Scene], Any]  # with a callable
+    graph: Callable[[Any, Scene], Any] | None  # with a tensor whose graph is there
+    oracles: tuple[Oracle, ...]
+    scene: Callable[..., Scene] = images
+    where: tuple[str, ...] = ("real",)  # the samples at which the net is evaluated
+    per_sample: bool = True
+
+
+def preset(name: str, weight: float, **chosen: Any) -> Callable[..., Any]:
+    return lambda **axes: getattr(gpkit, name)(weight=weight, **{**chosen, **axes})
+
+
+def input_row(norm: str) -> Row:
+    return Row(
+        f"input_grad_norm_{norm}",
+        preset("input_grad_norm", 0.7, norm=norm),
+        on_losses,
+        losses_graph,
+        (of_inputs(0.7, lambda n: n**2, norm=norm, loss=True),),
+        scene=partial(images, 3),
+    )
+
+
+ROWS = [
+    Row(
+        "weight_grad_norm",
+        preset("weight_grad_norm", 0.3),
+        on_weights,
+        weights_graph,
+        (of_weights(0.3),),
+        scene=partial(images, 3),
+        per_sample=False,
+    ),
+    Row(
+        "weight_grad_norm_per_sample",
+        preset("weight_grad_norm", 0.3, scope="sample"),
+        on_weights_losses,
+        weights_losses_graph,
+        (of_weights(0.3, per_sample=True),),
+        scene=partial(images, 3),
+    ),
+    Row(
+        "weight_grad_norm_order2",
+        preset("weight_grad_norm", 0.3, order=2, estimator="exact"),
+        on_weights,
+        weights_graph,
+        (of_weights(0.3, order=2),),
+        scene=vectors,
+        per_sample=False,
+    ),
+    *map(input_row, ("l2", "l1", "linf")),
+    Row(
+        "jacobian",
+        preset("jacobian", 0.7, estimator="exact"),
+        on_outputs,
+        outputs_graph,
+        (of_inputs(0.7, lambda n: n**2 / 2),),
+        scene=partial(images, 3),
+    ),
+    Row(
+        "curvature",
+        preset("curvature", 0.7),
+        on_outputs,
+        outputs_graph,
+        (of_inputs(0.7, lambda n: n**2, order=2),),
+    ),
+    Row(
+        "curvature_order3",
+        preset("curvature", 0.7, order=3),
+        on_outputs,
+        outputs_graph,
+        (of_inputs(0.7, lambda n: n**2, order=3),),
+        scene=partial(vectors, 2),
+    ),
+    Row(
+        "eikonal",
+        preset("eikonal", 0.7),
+        on_outputs,
+        outputs_graph,
+        (of_inputs(0.7, lambda n: (n - 1) ** 2),),
+    ),
+    Row(
+        "wgan_gp",
+        preset("wgan_gp", 7.0),
+        on_critic,
+        None,
+        (of_inputs(7.0, lambda n: (n - 1) ** 2),),
+        where=("between",),
+    ),
+    Row(
+        "wgan_lp",
+        preset("wgan_lp", 7.0),
+        on_critic,
+        None,
+        (of_inputs(7.0, lambda n: (n - 1).clamp(min=0) ** 2),),
+        where=("between",),
+    ),
+    Row(
+        "r1",
+        preset("r1", 7.0),
+        on_critic,
+        outputs_graph,
+        (of_inputs(7.0, lambda n: n**2 / 2),),
+    ),
+    Row(
+        "r2",
+        preset("r2", 7.0),
+        on_critic,
+        partial(outputs_graph, of="fake"),
+        (of_inputs(7.0, lambda n: n**2 / 2),),
+        where=("fake",),
+    ),
+    Row(
+        "sum",
+        lambda **axes: gpkit.sum(
+            {"r1": {"weight": 7.0, **axes}, "mine": {"preset": "r2", "weight": 3.0, **axes}}
+        ),
+        on_critic,
+        None,
+        (
+            of_inputs(7.0, lambda n: n**2 / 2),
+            of_inputs(3.0, lambda n: n**2 / 2, z_index=1),
+        ),
+        where=("real", "fake"),
+    ),
+]
+
+
+def rows(choose: Callable[[Row], Any] = lambda row: True) -> pytest.MarkDecorator:
+    """Run a test for every row of the table, or for those chosen."""
+    chosen = [row for row in ROWS if choose(row)]
+    return pytest.mark.parametrize("row", chosen, ids=[row.name for row in chosen])
+
+
+def each_terms(terms: Any) -> list[gpkit.Terms]:
+    """Return the terms of a penalty, or of each part of a sum."""
+    return list(terms.values()) if isinstance(terms, dict) else [terms]
+
+
+def gradients(value: Tensor, net: nn.Module) -> Tensor:
+    """Return the gradient in all parameters, ``[n]``; zero where there is none."""
+    grads = torch.autograd.grad(value, list(net.parameters()), allow_unused=True)
+    pairs = zip(grads, net.parameters(), strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
+
+
+def relative_error(found: Tensor, true: Tensor) -> float:
+    return ((found - true).norm() / true.norm()).item()

@@ -1,0 +1,52 @@
+"""Every block of the README runs as it stands."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+import gpkit
+from gpkit.overrides import CONFIG_DIR
+from gpkit.presets import PRESETS
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SHELL = [
+    line
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if "train.py" in line
+]
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.strip().splitlines()[-1][:30])
+def test_python_block_runs(block, capsys):
+    exec(compile(block, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("line", SHELL)
+def test_command_composes(line, tmp_path):
+    words = shlex.split(line.partition("train.py")[2], comments=True)
+    overrides = [word for word in words if not word.startswith("-")]
+    if "--config-dir" in words:
+        overrides.remove("my_configs")
+        overrides = [word.replace("model=mine", "model=mlp") for word in overrides]
+    overrides = [word.split(",")[0] for word in overrides]  # one job of a sweep
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        compose("train", overrides)
+
+
+def test_names_every_preset_and_group_choice():
+    assert all(f"`{name}`" in README for name in PRESETS)
+    for group in CONFIG_DIR.iterdir():
+        if group.is_dir() and group.name != "penalty":
+            assert all(f"`{f.stem}`" in README for f in group.glob("*.yaml")), group
+
+
+def test_public_names_exist():
+    assert len(gpkit.__all__) <= 60
+    assert all(getattr(gpkit, name) is not None for name in gpkit.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'wgan'"):
+        _ = gpkit.wgan
