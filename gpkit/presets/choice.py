@@ -1,0 +1,10 @@
+"""What every preset does: choose axes, unless the caller has chosen."""
+
+from gpkit.penalty import Axes, GradientPenalty
+from gpkit.schedules import Schedule
+
+
+def preset(name: str, weight: float | Schedule, chosen: Axes, axes: Axes) -> GradientPenalty:
+    """Return the penalty of the axes that a preset chose, where the caller chose no other."""
+    merged: Axes = {"name": name, **chosen, **axes}
+    return GradientPenalty(weight=weight, **merged)
