@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -25,7 +26,7 @@ def main() -> None:
     sys.path.insert(0, os.getcwd())  # model._target_=my_package.MyNet of the current directory
     # Hydra's parser loses overrides that stand before an option: options first.
     words = sys.argv[1:]
-    sys.argv[1:] = sorted(words, key=lambda w: not w.startswith("-") and ("=" in w or w[0] == "~"))
+    sys.argv[1:] = sorted(words, key=lambda w: not w.startswith("-") and ("=" in w or w[:1] == "~"))
     if os.environ.get(FULL_ERROR, "0") == "0":
         os.environ[ONE_LINE] = os.environ[FULL_ERROR] = "1"  # processes of ddp inherit both
     if ONE_LINE not in os.environ:
@@ -34,8 +35,8 @@ def main() -> None:
     try:
         _job()
     except Exception as error:
-        overrides = [text for text in sys.argv[1:] if not text.startswith("-")]
-        _say(explain_composed(error, overrides))
+        if not getattr(error, "said", False):
+            _say(explain_composed(error))
         sys.exit(1)
 
 
@@ -56,16 +57,22 @@ def _job(cfg: DictConfig) -> float | None:
         line = explain(error, overrides)
         if sweep:  # the other jobs run; the exit code tells at the end
             _say(f"{' '.join(overrides)}: {line}")
+            error.said = True  # type: ignore[attr-defined]
             raise
         _say(line)
         sys.exit(1)
 
 
-def explain_composed(error: Exception, overrides: list[str]) -> str:
+def explain_composed(error: Exception) -> str:
     """Return the line for an error from outside of a job, where Hydra is no longer initialised."""
     from hydra import initialize_config_dir
+    from hydra._internal.utils import get_args_parser
     from hydra.core.global_hydra import GlobalHydra
 
+    typed = get_args_parser().parse_args(sys.argv[1:])
+    overrides = list(typed.overrides)
+    if typed.config_dir:
+        overrides.append(f"hydra.searchpath=[{Path(typed.config_dir).absolute().as_uri()}]")
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         return explain(error, overrides)

@@ -50,6 +50,9 @@ def check_types(cfg: DictConfig, overrides: Sequence[str]) -> None:
         TypeError: at the first such value; it says what was expected.
     """
     typed = parse(overrides)
+    for o in typed:
+        if _is_group(o.key_or_group) and isinstance(o.value(), list):
+            raise TypeError(_one_name(o))
     groups = [text for text, o in zip(overrides, typed, strict=True) if "." not in o.key_or_group]
     default = compose("train", [text for text in groups if not _is_sweep_or_value(text)])
     for key in (o.key_or_group for o in typed if not (o.is_add() or o.is_delete())):
@@ -65,8 +68,24 @@ def check_types(cfg: DictConfig, overrides: Sequence[str]) -> None:
 
 def _is_sweep_or_value(text: str) -> bool:
     """Whether an override without a dot sets a value (``seed=1``) and chooses no group."""
-    key = text.lstrip("+~").split("=")[0].split("@")[0]
-    return not (CONFIG_DIR / key).is_dir()
+    return not _is_group(text.lstrip("+~").split("=")[0].split("@")[0])
+
+
+def _is_group(key: str) -> bool:
+    return "." not in key and (CONFIG_DIR / key).is_dir()
+
+
+def _one_name(override: Override) -> str:
+    """Return what to say of a group that was given something else than one of its names."""
+    group, value = override.key_or_group, override.get_value_string()
+    line = f"{group} must be one of {', '.join(_names(group))}; got {value}"
+    if group == "penalty" and isinstance(override.value(), list):
+        line += f": for several, penalty=sum 'penalty.parts={value}'"
+    return line
+
+
+def _names(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
 
 
 def explain(error: BaseException, overrides: Sequence[str]) -> str:
@@ -93,6 +112,11 @@ def explain(error: BaseException, overrides: Sequence[str]) -> str:
         )
     if found := re.search(r"Error (?:loading|locating target) '([^']+)'", text):
         return _unknown_target(found[1])
+    if text.startswith("Config group override must be a string"):
+        wrong = [o for o in parse(overrides) if _is_group(o.key_or_group)]
+        return _one_name(next(o for o in wrong if not isinstance(o.value(), str)))
+    if found := re.search(r"Key '(\w+)' is not in struct", text):
+        return f"the config has no {found[1]!r}, which a run needs: leave out ~{found[1]}"
     if found := re.search(r"Missing mandatory value: (\S+)", text):
         return f"{found[1]} must be given: {found[1]}=..."
     if type(error).__name__ == "OverrideParseException" or "LexerNoViableAlt" in text:

@@ -8,7 +8,7 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -88,12 +88,13 @@ def run(
     metrics: dict[str, Any] = dict(trainer.callback_metrics)
     checkpoint = trainer.checkpoint_callback
     best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
-    metrics |= trainer.test(
-        module,
-        datamodule=data,
-        ckpt_path=best if cfg.test_checkpoint == "best" and best else None,
-        verbose=False,
-    )[0]
+    if data.test_dataloader():
+        metrics |= trainer.test(
+            module,
+            datamodule=data,
+            ckpt_path=best if cfg.test_checkpoint == "best" and best else None,
+            verbose=False,
+        )[0]
     final = {name: float(value) for name, value in sorted(metrics.items())}
     if trainer.is_global_zero:
         for logger in trainer.loggers:
@@ -146,7 +147,7 @@ def build_net(cfg: DictConfig, data: Any, chosen: set[str]) -> nn.Module:
     Raises:
         TypeError: if the target gives something else than a module.
     """
-    known = inspect.signature(get_object(cfg._target_)).parameters
+    known = _parameters(get_object(cfg._target_))
     any_name = any(p.kind is p.VAR_KEYWORD for p in known.values())
     shape = {"input_shape": tuple(data.input_shape), "num_outputs": data.num_outputs}
     given = {k: v for k, v in shape.items() if k in known and k not in cfg}
@@ -155,12 +156,31 @@ def build_net(cfg: DictConfig, data: Any, chosen: set[str]) -> nn.Module:
         for k, v in cfg.items()
         if str(k).startswith("_") or any_name or k in known or k in chosen
     }
-    net = instantiate(OmegaConf.create(options), _convert_="all", **given)
+    # Given to the call itself: Hydra would make a list of the tuple.
+    net = instantiate(OmegaConf.create(options), _convert_="all", _partial_=True)(**given)
     if not isinstance(net, nn.Module):
         raise TypeError(
             f"model._target_={cfg._target_} must give a torch.nn.Module; got a {type(net).__name__}"
         )
     return net
+
+
+def _parameters(target: Any) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a target; none if it does not show them."""
+    try:
+        return inspect.signature(target).parameters
+    except ValueError:
+        return {}
+
+
+class Checkpoints(ModelCheckpoint):
+    """Checkpoints that go on, in the folder of a new run, from the best of the run before."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state, though its folder is another, if its best checkpoint is there."""
+        if Path(state_dict["best_model_path"]).is_file():
+            state_dict = {**state_dict, "dirpath": self.dirpath}
+        super().load_state_dict(state_dict)
 
 
 def build_trainer(
@@ -181,10 +201,13 @@ def build_trainer(
     device = {str(k): v for k, v in cfg.device.items()}
     if sweep and device["strategy"] == "ddp":
         device["strategy"] = "ddp_spawn"
-    best: dict[str, Any] = {"monitor": "val/loss", "filename": "best"} if has_validation else {}
-    callbacks: list[Callback] = [
-        ModelCheckpoint(folder / "checkpoints", save_last=True, save_top_k=1 if best else 0, **best)
-    ]
+    # A callback for each file: Lightning's save_last skips the epochs that do not improve. A run
+    # into the same folder replaces the files of the one before.
+    best = Checkpoints(
+        folder / "checkpoints", "best", monitor="val/loss", enable_version_counter=False
+    )
+    last = ModelCheckpoint(folder / "checkpoints", "last", enable_version_counter=False)
+    callbacks: list[Callback] = [best, last] if has_validation else [last]
     if cfg.trainer.enable_progress_bar and sys.stdout.isatty():
         callbacks.append(RichProgressBar(leave=False))
     return instantiate(
@@ -232,7 +255,9 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", ".*Total length of `list` across ranks is zero.*")
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", ".*have no `val_dataloader`.*")
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", "The dirpath has changed from .*")  # as Checkpoints wants it
 
 
 def _write(folder: Path, metrics: dict[str, float]) -> None:

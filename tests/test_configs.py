@@ -1,0 +1,83 @@
+"""The configs say what they are, run as they say, and have the defaults of the functions."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import instantiate
+
+import gpkit
+from gpkit.overrides import CONFIG_DIR, check_types
+from gpkit.presets import PRESETS
+
+FILES = sorted(CONFIG_DIR.rglob("*.yaml"))
+COMMAND = re.compile(r"python train\.py (.+?)(?:\s{2,}|$)", re.MULTILINE)
+COMMANDS = [
+    (path, line)
+    for path in FILES
+    for line in COMMAND.findall(path.read_text().replace("#", " "))
+    if not line.startswith("-")
+]
+FAST = ["device=cpu", "trainer=fast_dev_run", "trainer.enable_progress_bar=false"]
+
+
+def name_of(path):
+    return str(path.relative_to(CONFIG_DIR)) if isinstance(path, Path) else None
+
+
+def header(path):
+    """Return the comment that a file begins with."""
+    lines = path.read_text().splitlines()
+    return "\n".join(lines[: next(i for i, text in enumerate(lines) if not text.startswith("#"))])
+
+
+@pytest.fixture(autouse=True)
+def _hydra():
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        yield
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_a_file_says_what_it_is(path):
+    assert re.match(r"# (@package _global_\n# )?\S.+\.", header(path), re.DOTALL)
+
+
+@pytest.mark.parametrize("path", [*CONFIG_DIR.glob("experiment/*.yaml")], ids=name_of)
+def test_an_experiment_says_its_command_and_its_result(path):
+    assert f"python train.py experiment={path.stem}" in header(path)
+    assert "Expected" in header(path)
+
+
+@pytest.mark.parametrize(("path", "line"), COMMANDS, ids=name_of)
+def test_the_commands_in_the_files(path, line, tmp_path):
+    overrides = shlex.split(line)
+    config = compose("train", overrides)
+    check_types(config, overrides)
+    if path.parent.name in ("penalty", "model", "experiment"):
+        GlobalHydra.instance().clear()
+        assert gpkit.train([*overrides, *FAST], tmp_path)["train/loss"] > 0
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) > 15
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_defaults_of_a_penalty_are_those_of_its_function(preset):
+    config = compose("train", [f"penalty={preset}"]).penalty
+    assert config._target_ == f"gpkit.{preset}"
+    found, true = vars(instantiate(config, _convert_="all")), vars(PRESETS[preset]())
+    if preset == "curvature":  # the application's default is the affordable estimator
+        found.pop("estimator"), true.pop("estimator")
+    assert found == true
+
+
+@pytest.mark.parametrize("model", ["convnet", "mlp", "vit"])
+def test_the_defaults_of_a_model_are_those_of_its_class(model):
+    given = compose("train", [f"model={model}"]).model
+    cls = type(instantiate(given, input_shape=(1, 8, 8), num_outputs=2))
+    options = {k: v for k, v in given.items() if k != "_target_"}
+    assert options == cls.__init__.__kwdefaults__

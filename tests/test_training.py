@@ -1,0 +1,331 @@
+"""gpkit.train: from options to a trained net, its metrics and its files."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+import gpkit
+from gpkit.data import Digits
+from gpkit.models import MLP
+from gpkit.overrides import CONFIG_DIR
+
+QUIET = ["device=cpu", "trainer.enable_progress_bar=false"]
+SMALL = [*QUIET, "data.train_size=256", "trainer.log_every_n_steps=1", "model.width=32"]
+FAST = [*QUIET, "trainer=fast_dev_run"]
+
+
+def names(group):
+    return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Return the metrics of a run, and its folder."""
+    folder = tmp_path_factory.mktemp("run")
+    options = ["trainer.max_epochs=6", "penalty.weight=0.1", "optimizer.lr=0.01"]
+    return gpkit.train([*SMALL, *options], folder), folder
+
+
+@pytest.fixture(scope="module")
+def events(run):
+    return EventAccumulator(str(run[1]), {"histograms": 0, "scalars": 0}).Reload()
+
+
+NORMS = ["grad_norm/weight", "grad_norm/input"]
+EVALUATED = {f"{stage}/{name}" for stage in ("val", "test") for name in ("loss", "acc", *NORMS)}
+PENALTY = {"penalty/weight_grad_norm", "penalty/weight_grad_norm/weight"}
+PROMISED = {"train/loss", "train/loss_total", *NORMS, *PENALTY, *EVALUATED}
+
+
+def strictly(constant):
+    raise AssertionError(f"{constant} is not JSON")
+
+
+def test_metrics_are_returned_and_written(run):
+    metrics, folder = run
+    assert metrics.keys() == PROMISED
+    assert all(type(value) is float and math.isfinite(value) for value in metrics.values())
+    text = (folder / "metrics.json").read_text()
+    assert json.loads(text, parse_constant=strictly) == metrics
+    assert metrics["test/acc"] > 0.7
+    parts = metrics["train/loss"] + metrics["penalty/weight_grad_norm"]
+    assert metrics["train/loss_total"] == pytest.approx(parts)
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+    options = ["optimizer=sgd", "optimizer.lr=1e30", "trainer.max_epochs=2", "penalty=none"]
+    metrics = gpkit.train([*SMALL, *options], tmp_path)
+    written = json.loads((tmp_path / "metrics.json").read_text(), parse_constant=strictly)
+    assert not math.isfinite(metrics["test/loss"])
+    assert written["test/loss"] is None
+    assert written["test/acc"] == metrics["test/acc"]
+
+
+def test_checkpoints_are_there_and_plain(run):
+    for name in ("last", "best"):
+        state = torch.load(run[1] / "checkpoints" / f"{name}.ckpt", weights_only=True)
+        assert state["gpkit_penalties"].keys() == {"weight_grad_norm"}
+
+
+def test_tensorboard_has_every_scalar(run, events):
+    assert set(events.Tags()["scalars"]) >= PROMISED
+    for name in PROMISED:
+        last = events.Scalars(name)[-1].value
+        assert last == pytest.approx(run[0][name], rel=1e-5), name
+    assert len(events.Scalars("train/loss")) == 6 * 4  # epochs times batches
+    assert len(events.Scalars("val/loss")) == 6
+
+
+def test_tensorboard_has_the_histograms(events):
+    found = set(events.Tags()["histograms"])
+    assert found == {"penalty/weight_grad_norm/norm/histogram", "grad_norm/input/histogram"}
+    first, second = events.Histograms("grad_norm/input/histogram")
+    assert (first.step, second.step) == (4, 24)  # the ends of epochs 1 and 6
+    assert first.histogram_value.num == 256  # every sample of the epoch
+    batches = events.Histograms("penalty/weight_grad_norm/norm/histogram")[0]
+    assert batches.histogram_value.num == 4
+
+
+def test_tensorboard_has_the_options(events):
+    (content,) = events.PluginTagToContent("hparams").keys() & {"_hparams_/session_start_info"}
+    data = HParamsPluginData.FromString(events.PluginTagToContent("hparams")[content])
+    found = data.session_start_info.hparams
+    assert found["penalty/weight"].number_value == 0.1
+    assert found["penalty/_target_"].string_value == "gpkit.weight_grad_norm"
+    assert found["model/width"].number_value == 32
+    assert not any(key.startswith("hydra") for key in found)
+
+
+def test_the_penalty_lowers_what_it_penalises(run, tmp_path):
+    options = [*SMALL, "trainer.max_epochs=6", "optimizer.lr=0.01"]
+    strong = gpkit.train([*options, "penalty.weight=3"], tmp_path)
+    none = gpkit.train([*options, "penalty=none"], tmp_path)
+    norms = [metrics["test/grad_norm/weight"] for metrics in (none, run[0], strong)]
+    assert norms[0] > norms[1] > 1.3 * norms[2]
+    assert none["penalty/none"] == 0
+
+
+def test_a_seed_is_a_run(tmp_path):
+    options = [*SMALL, "trainer.max_epochs=1", "penalty=jacobian"]
+    first, again, other = (gpkit.train([*options, f"seed={s}"], tmp_path) for s in (1, 1, 2))
+    assert first == again
+    assert first["train/loss"] != other["train/loss"]
+
+
+UNSTABLE = ["optimizer=sgd", "optimizer.lr=1"]  # the best epoch comes early
+
+
+@pytest.mark.parametrize("optimizer", [["optimizer=adam"], UNSTABLE], ids=["adam", "best early"])
+def test_a_resumed_run_is_the_run(optimizer, tmp_path):
+    options = [*SMALL, *optimizer, "penalty=jacobian"]  # a penalty that draws random numbers
+    whole = gpkit.train([*options, "trainer.max_epochs=5"], tmp_path / "whole")
+    gpkit.train([*options, "trainer.max_epochs=3"], tmp_path / "part")
+    checkpoint = tmp_path / "part/checkpoints/last.ckpt"
+    resumed = [*options, "trainer.max_epochs=5", f"ckpt_path={checkpoint}"]
+    assert gpkit.train(resumed, tmp_path / "resumed") == whole
+    assert (tmp_path / "part/checkpoints/best.ckpt").is_file()
+
+
+def test_a_run_into_the_same_folder_replaces_the_one_before(tmp_path):
+    for epochs in (1, 2):
+        gpkit.train([*SMALL, f"trainer.max_epochs={epochs}"], tmp_path)
+    folder = tmp_path / "checkpoints"
+    assert {path.name for path in folder.iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert torch.load(folder / "last.ckpt", weights_only=True)["epoch"] == 1
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_the_checkpoint_that_is_tested(which, tmp_path):
+    options = ["penalty=none", *UNSTABLE, "trainer.max_epochs=4"]
+    metrics = gpkit.train([*SMALL, *options, f"test_checkpoint={which}"], tmp_path)
+    losses = {}
+    for name in ("best", "last"):
+        state = torch.load(tmp_path / f"checkpoints/{name}.ckpt", weights_only=True)["state_dict"]
+        net = MLP((1, 8, 8), 10, width=32)
+        net.load_state_dict({k.removeprefix("net."): v for k, v in state.items()})
+        data = Digits(train_size=256)
+        data.setup("fit")
+        x, y = data.test_set.tensors
+        losses[name] = F.cross_entropy(net(x), y).item()
+    assert losses["best"] != pytest.approx(losses["last"], rel=1e-2)
+    assert metrics["test/loss"] == pytest.approx(losses[which], rel=1e-4)
+
+
+@pytest.mark.parametrize("size", ["data.test_size=0", "data.val_size=0"])
+def test_a_part_of_the_data_may_be_missing(size, tmp_path):
+    metrics = gpkit.train([*SMALL, "trainer.max_epochs=1", size], tmp_path)
+    missing = "test/" if "test" in size else "val/"
+    assert metrics.keys() == {name for name in PROMISED if not name.startswith(missing)}
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    assert (tmp_path / "checkpoints/last.ckpt").is_file()
+
+
+def test_a_schedule_as_a_weight(tmp_path):
+    weight = "penalty.weight={_target_:gpkit.warmup,weight:1.0,steps:10}"
+    metrics = gpkit.train([*SMALL, weight, "trainer.max_epochs=2"], tmp_path)
+    assert metrics["penalty/weight_grad_norm/weight"] == pytest.approx(0.8)  # the 8th step
+
+
+# Every config runs.
+
+
+@pytest.mark.parametrize("penalty", names("penalty"))
+def test_every_penalty(penalty, tmp_path):
+    metrics = gpkit.train([*FAST, f"penalty={penalty}"], tmp_path)
+    assert all(math.isfinite(value) for value in metrics.values())
+    weights = [v for k, v in metrics.items() if k.startswith("penalty/") and k.endswith("/weight")]
+    assert weights
+    assert all(weight > 0 for weight in weights) or penalty == "none"
+
+
+DATA = [name for name in names("data") if name != "huggingface"]
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("model", names("model"))
+def test_every_model_on_every_data_set(model, data, tmp_path):
+    options = [*FAST, f"model={model}", f"data={data}"]
+    if model != "mlp" and data != "digits":
+        with pytest.raises(Exception, match=r"must be an image \(C, H, W\)"):
+            gpkit.train(options, tmp_path)
+        return
+    metrics = gpkit.train(options, tmp_path)
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+@pytest.mark.parametrize("optimizer", names("optimizer"))
+def test_every_optimizer(optimizer, tmp_path):
+    assert gpkit.train([*FAST, f"optimizer={optimizer}"], tmp_path)["train/loss"] > 0
+
+
+@pytest.mark.parametrize("experiment", names("experiment"))
+def test_every_experiment(experiment, tmp_path):
+    options = [*QUIET, f"experiment={experiment}", "trainer.max_epochs=1"]
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        config = compose("train", options)
+    assert config.trainer.max_epochs == 1
+    metrics = gpkit.train(options, tmp_path)
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_label_noise_is_what_it_says(tmp_path):
+    options = [*QUIET, "experiment=label_noise", "trainer.max_epochs=1"]
+    metrics = gpkit.train(options, tmp_path)
+    assert metrics["penalty/weight_grad_norm/weight"] == 1.0
+    assert not any(name.startswith("val/") for name in metrics)
+
+
+def test_a_regression(tmp_path):
+    options = [*QUIET, "data=diabetes", "trainer.max_epochs=5", "penalty=input_grad_norm"]
+    metrics = gpkit.train([*options, "penalty.weight=0.01"], tmp_path)
+    assert {"test/mae", "val/mae"} <= metrics.keys()
+    assert "test/acc" not in metrics
+    assert metrics["test/loss"] < 0.8  # 1 is that of a constant
+
+
+# A net of the user's own.
+
+OWN = """
+import math
+from torch import nn
+
+class Plain(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(64, 10))
+
+class Shaped(nn.Sequential):
+    def __init__(self, input_shape, num_outputs):
+        assert type(input_shape) is tuple
+        super().__init__(nn.Flatten(), nn.Linear(math.prod(input_shape), num_outputs))
+
+class Wide(nn.Sequential):
+    def __init__(self, num_outputs, width=3):
+        super().__init__(nn.Flatten(), nn.Linear(64, width), nn.Linear(width, num_outputs))
+
+class Anything(Shaped):
+    def __init__(self, input_shape, num_outputs, **options):
+        super().__init__(input_shape, num_outputs)
+        print("options:", *sorted(options))
+
+class Failing(Plain):
+    calls = 0
+    def forward(self, x):
+        self.calls += self.training
+        if self.calls > 10:
+            raise RuntimeError("the power is gone")
+        return super().forward(x)
+
+def make(num_outputs):
+    return Shaped((1, 8, 8), num_outputs)
+
+def number():
+    return 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    Path(tmp_path, "own_nets.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    return lambda *options: gpkit.train([*FAST, *options], tmp_path)
+
+
+def parameters(folder):
+    state = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    return sum(value.numel() for value in state.values())
+
+
+@pytest.mark.parametrize(
+    ("net", "options", "count"),
+    [
+        ("Plain", [], 650),  # the options of model=mlp are not for it
+        ("Shaped", [], 650),
+        ("make", [], 650),
+        ("Wide", ["model.width=5"], 5 * 65 + 10 * 6),
+        ("Wide", ["+model.num_outputs=12", "model.width=5"], 5 * 65 + 12 * 6),
+    ],
+)
+def test_a_net_of_your_own(net, options, count, own, tmp_path):
+    own(f"model._target_=own_nets.{net}", *options)
+    assert parameters(tmp_path) == count
+
+
+def test_a_net_of_your_own_that_takes_any_option(own, capsys):
+    own("model._target_=own_nets.Anything")
+    assert "options: activation depth dropout width" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["model._target_=own_nets.Plain", "model.width=5"], "unexpected keyword.*'width'"),
+        (["model._target_=own_nets.Wide", "+model.heads=5"], "unexpected keyword.*'heads'"),
+        (["model._target_=own_nets.number"], r"must give a torch\.nn\.Module; got a int"),
+        (["model._target_=builtins.dict"], r"must give a torch\.nn\.Module; got a dict"),
+        (["model._target_=own_nets.Pain"], "Pain' is importable"),
+    ],
+)
+def test_a_net_of_your_own_that_does_not_fit(options, words, own):
+    with pytest.raises(Exception, match=words):
+        own(*options)
+
+
+@pytest.mark.parametrize("size", [0, 64])
+def test_every_epoch_leaves_a_checkpoint_to_go_on_from(size, own, tmp_path):
+    options = [*SMALL[:-1], *UNSTABLE, "trainer=default", f"data.val_size={size}"]
+    with pytest.raises(RuntimeError, match="the power is gone"):
+        own(*options, "model._target_=own_nets.Failing")  # in the third epoch of 4 batches
+    state = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert (state["epoch"], state["global_step"]) == (1, 8)
