@@ -8,6 +8,7 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says the same
+    from gpkit.adaptive import gradient_share, target_norm
     from gpkit.derivatives import derivative
     from gpkit.estimators import exact, projection
     from gpkit.forms import norm, one_sided, power, squared, two_sided
@@ -26,7 +27,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says th
         wgan_gp,
         wgan_lp,
     )
-    from gpkit.schedules import cosine, switch, warmup
+    from gpkit.schedules import cosine, lazy_adam, rescaled, switch, warmup
     from gpkit.sums import PenaltySum, sum
     from gpkit.training import train
     from gpkit.variables import inputs, weights
@@ -34,6 +35,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says th
 __version__ = "0.1.0"
 
 _HOMES = {
+    "gpkit.adaptive": "gradient_share target_norm",
     "gpkit.derivatives": "derivative",
     "gpkit.estimators": "exact projection",
     "gpkit.forms": "norm one_sided power squared two_sided",
@@ -42,7 +44,7 @@ _HOMES = {
     "gpkit.points": "fake interpolate perturb real",
     "gpkit.presets": "curvature eikonal input_grad_norm jacobian none r1 r2 weight_grad_norm "
     "wgan_gp wgan_lp",
-    "gpkit.schedules": "cosine switch warmup",
+    "gpkit.schedules": "cosine lazy_adam rescaled switch warmup",
     "gpkit.sums": "PenaltySum sum",
     "gpkit.training": "train",
     "gpkit.variables": "inputs weights",

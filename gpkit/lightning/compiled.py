@@ -32,7 +32,8 @@ class CompiledLoss:
 
     Raises:
         ValueError: if a penalty evaluates the net at other points, whose forward would leave
-            traces: those need the net outside of a compiled graph.
+            traces: those need the net outside of a compiled graph; or if its weight measures
+            gradients.
         RuntimeError: if this torch cannot trace a gradient.
     """
 
@@ -47,6 +48,11 @@ class CompiledLoss:
                 raise ValueError(
                     f"`compile=True` takes penalties at the data or in the weights; {name!r} is at "
                     f"{penalty.at!r}: leave compile=False"
+                )
+            if hasattr(penalty.weight, "measure"):
+                raise ValueError(
+                    f"`compile=True` traces one backward; the weight of {name!r} takes two more to "
+                    f"measure, {penalty.weight!r}: leave compile=False"
                 )
         if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
             raise RuntimeError(

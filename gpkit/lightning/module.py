@@ -192,7 +192,21 @@ class PenalizedModule(pl.LightningModule):
         total = done.loss
         for term in terms.values():
             total = total if term is None else total + term.penalty
-        return total, done, terms
+        self._measure(done.loss, terms)
+        return self._rescaled(total), done, terms
+
+    def _rescaled(self, total: Tensor) -> Tensor:
+        """Return the total divided by the greatest scale that a penalty's weight asks for."""
+        scale = max((p.loss_scale() for p in self.penalties.values()), default=1.0)
+        return total if scale == 1 else total / scale
+
+    def _measure(self, loss: Tensor, terms: dict[str, Terms | None]) -> None:
+        """Show the gradients of loss and penalties to weights that adapt to them."""
+        for name, term in terms.items():
+            penalty = self.penalties[name]
+            measure = getattr(penalty.weight, "measure", None)
+            if measure is not None and term is not None and torch.is_grad_enabled():
+                measure(loss, term.penalty, self.net.parameters(), penalty.step - 1)
 
     def _compiled_total(
         self, x: Tensor, y: Any, *, log_norms: bool
@@ -209,12 +223,13 @@ class PenalizedModule(pl.LightningModule):
         total = loss
         for name, (norms, values, part) in parts.items():
             terms[name] = Terms(norms, values, factors[name], part)
+            self.penalties[name].observe(norms)
             total = total + part
         done = Pass(x, None, loss, None)
         if log_norms:  # a compiled graph is gone after one backward: the norms have their own
             with isolated(self.net, 0, x.device):
                 done = self._forward(x, y, graph_in_x=True, per_sample=True)
-        return total, done, terms
+        return self._rescaled(total), done, terms
 
     def _differentiated(self, x: Tensor, y: Any) -> tuple[dict[str, Tensor], Tensor]:
         """Return what each penalty differentiates, by name, and the loss."""
