@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says th
     from gpkit.presets import (
         curvature,
         eikonal,
+        fisher,
         input_grad_norm,
         jacobian,
         none,
@@ -43,6 +44,7 @@ _HOMES = {
     "gpkit.penalty": "GradientPenalty Terms",
     "gpkit.points": "fake interpolate perturb real",
     "gpkit.presets": "curvature eikonal input_grad_norm jacobian none r1 r2 weight_grad_norm "
+    "fisher "
     "wgan_gp wgan_lp",
     "gpkit.schedules": "cosine lazy_adam rescaled switch warmup",
     "gpkit.sums": "PenaltySum sum",

@@ -66,7 +66,8 @@ class GradientPenalty:
     Args:
         of: what is differentiated. "output": all that the function gives, so that several outputs
             have the Frobenius norm of their Jacobian; "loss": the same, but one value per sample is
-            required; or a function of what the callable gives, as ``lambda out: out["logits"]``.
+            required; "sampled_loss": the cross-entropy of logits ``[B, C]`` with labels drawn from
+            them; or a function of what the callable gives, as ``lambda out: out["logits"]``.
         wrt: with respect to what: "input", "weight", or ``gpkit.weights("head.*")``.
         scope: the groups: what is averaged before the norm is taken. "sample", the only one
             for inputs, or "batch", the default for weights.
@@ -109,7 +110,9 @@ class GradientPenalty:
         seed: int | None = None,
         name: str = "penalty",
     ) -> None:
-        self.of = of if callable(of) else checks.choice("of=...", of, ("output", "loss"))
+        self.of = (
+            of if callable(of) else checks.choice("of=...", of, ("output", "loss", "sampled_loss"))
+        )
         self.wrt: Variables = checks.piece("wrt=...", wrt, VARIABLES, Variables)
         self.scope = checks.choice("scope=...", scope or self.wrt.scopes[0], self.wrt.scopes)
         self.order = checks.integer("order=...", order, 1)

@@ -6,14 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import oracles
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import gpkit
+import gpkit.sampled
 
 torch.set_num_threads(1)  # the nets are small: threads would only wait for each other
 B = 5
@@ -40,6 +43,7 @@ class Scene:
     fake: Tensor  # [B, *S]
     target: Tensor  # [B, m]
     given: oracles.Params = field(default_factory=dict)  # parameters instead of the net's own
+    labels: Tensor | None = None  # as drawn from the model, once: [B]
 
     @property
     def f(self) -> Callable[[Tensor], Tensor]:
@@ -170,6 +174,17 @@ def outputs_graph(act: Any, s: Scene, of: str = "real") -> Any:
     return act(s.f(x), x)
 
 
+def on_sampled(act: Any, s: Scene, *, graph: bool = False) -> Any:
+    original = gpkit.sampled.draw_labels
+
+    def draw(logits: Tensor, rng: Any) -> Tensor:
+        s.labels = original(logits, rng) if s.labels is None else s.labels
+        return s.labels
+
+    with mock.patch("gpkit.sampled.draw_labels", draw):
+        return act(s.f(s.real) if graph else lambda: s.f(s.real), s.weights)
+
+
 # What it must be: norms [G] of the points z, and values [G], of the parameters.
 
 Oracle = Callable[[Scene, oracles.Params, list[Tensor]], tuple[float, Tensor, Tensor]]
@@ -204,6 +219,17 @@ def of_weights(weight: float, *, order: int = 1, per_sample: bool = False) -> Or
         norms = torch.cat(
             [oracles.weight_norm(lambda p, g=g: loss(p, g), params, order) for g in groups]
         )
+        return weight, norms, norms**2
+
+    return oracle
+
+
+def of_sampled(weight: float) -> Oracle:
+    def oracle(s: Scene, params: oracles.Params, z: list[Tensor]) -> tuple[float, Tensor, Tensor]:
+        def loss(params: oracles.Params) -> Tensor:
+            return F.cross_entropy(s.apply(params, z[0]), s.labels)
+
+        norms = oracles.weight_norm(loss, params)
         return weight, norms, norms**2
 
     return oracle
@@ -263,6 +289,15 @@ ROWS = [
         weights_graph,
         (of_weights(0.3, order=2),),
         scene=vectors,
+        per_sample=False,
+    ),
+    Row(
+        "fisher",
+        preset("fisher", 0.3),
+        on_sampled,
+        partial(on_sampled, graph=True),
+        (of_sampled(0.3),),
+        scene=partial(images, 3),
         per_sample=False,
     ),
     *map(input_row, ("l2", "l1", "linf")),

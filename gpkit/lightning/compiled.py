@@ -12,6 +12,7 @@ from torch import Tensor
 from gpkit.draws import SeededDraws
 from gpkit.estimators import Target
 from gpkit.penalty import GradientPenalty
+from gpkit.sampled import sampled_losses
 from gpkit.variables import weights
 
 # What is traced: (x, y, weights, seeds) -> loss, and (norms, values, penalty) by name.
@@ -98,6 +99,8 @@ class CompiledLoss:
         for name, factor in factors.items():
             penalty, rng = self.penalties[name], SeededDraws(seeds[name])
             y = penalty.of(outputs[name]) if callable(penalty.of) else outputs[name]
+            if penalty.of == "sampled_loss":
+                y = sampled_losses(y, rng)
             if isinstance(penalty.wrt, weights):
                 groups = penalty.wrt.groups(y, penalty.of, penalty.scope)
                 targets = [Target(g, self.parameters[name], batched=False) for g in groups]
