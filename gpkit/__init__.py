@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says the same
     from gpkit.adaptive import gradient_share, target_norm
+    from gpkit.classifier import features
     from gpkit.derivatives import derivative
+    from gpkit.environments import EnvironmentPenalty
     from gpkit.estimators import exact, projection
     from gpkit.forms import norm, one_sided, power, squared, two_sided
     from gpkit.lightning.module import PenalizedModule
@@ -19,7 +21,9 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says th
         curvature,
         eikonal,
         fisher,
+        fishr,
         input_grad_norm,
+        irm,
         jacobian,
         none,
         r1,
@@ -37,14 +41,16 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "gpkit.adaptive": "gradient_share target_norm",
+    "gpkit.classifier": "features",
     "gpkit.derivatives": "derivative",
+    "gpkit.environments": "EnvironmentPenalty",
     "gpkit.estimators": "exact projection",
     "gpkit.forms": "norm one_sided power squared two_sided",
     "gpkit.lightning.module": "PenalizedModule",
     "gpkit.penalty": "GradientPenalty Terms",
     "gpkit.points": "fake interpolate perturb real",
     "gpkit.presets": "curvature eikonal input_grad_norm jacobian none r1 r2 weight_grad_norm "
-    "fisher "
+    "fisher fishr irm "
     "wgan_gp wgan_lp",
     "gpkit.schedules": "cosine lazy_adam rescaled switch warmup",
     "gpkit.sums": "PenaltySum sum",

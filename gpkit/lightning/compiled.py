@@ -10,6 +10,7 @@ import torch._dynamo
 from torch import Tensor
 
 from gpkit.draws import SeededDraws
+from gpkit.environments import EnvironmentPenalty
 from gpkit.estimators import Target
 from gpkit.penalty import GradientPenalty
 from gpkit.sampled import sampled_losses
@@ -49,6 +50,11 @@ class CompiledLoss:
                 raise ValueError(
                     f"`compile=True` takes penalties at the data or in the weights; {name!r} is at "
                     f"{penalty.at!r}: leave compile=False"
+                )
+            if isinstance(penalty, EnvironmentPenalty):
+                raise ValueError(
+                    f"`compile=True` cannot trace environments, as {name!r} has them: leave "
+                    "compile=False"
                 )
             if hasattr(penalty.weight, "measure"):
                 raise ValueError(

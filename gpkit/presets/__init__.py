@@ -7,6 +7,7 @@ Every preset takes that class's arguments as well (``order``, ``estimator``, ``e
 
 from gpkit.presets.critic import r1, r2, wgan_gp, wgan_lp
 from gpkit.presets.drawn import fisher
+from gpkit.presets.environments import fishr, irm
 from gpkit.presets.input import curvature, eikonal, input_grad_norm, jacobian
 from gpkit.presets.weight import none, weight_grad_norm
 
@@ -16,6 +17,8 @@ PRESETS = {
         none,
         weight_grad_norm,
         fisher,
+        irm,
+        fishr,
         input_grad_norm,
         jacobian,
         curvature,
