@@ -230,6 +230,8 @@ class EnvironmentPenalty(GradientPenalty):
                     f"`loss=...` must give one loss per sample, [{len(logits)}]; got "
                     f'{list(losses.shape)}: use reduction="none"'
                 )
+            if not losses.requires_grad:
+                raise RuntimeError(CUT)
             (deltas,) = gradients(losses.sum(), (logits,))
             same = (env.unique().unsqueeze(1) == env).to(logits)  # [E, B]
             return Samples(
