@@ -8,7 +8,10 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says the same
+    from gpkit.adaptive import gradient_share, target_norm
+    from gpkit.classifier import features
     from gpkit.derivatives import derivative
+    from gpkit.environments import EnvironmentPenalty
     from gpkit.estimators import exact, projection
     from gpkit.forms import norm, one_sided, power, squared, two_sided
     from gpkit.lightning.module import PenalizedModule
@@ -17,7 +20,10 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says th
     from gpkit.presets import (
         curvature,
         eikonal,
+        fisher,
+        fishr,
         input_grad_norm,
+        irm,
         jacobian,
         none,
         r1,
@@ -26,7 +32,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says th
         wgan_gp,
         wgan_lp,
     )
-    from gpkit.schedules import cosine, switch, warmup
+    from gpkit.schedules import cosine, lazy_adam, rescaled, switch, warmup
     from gpkit.sums import PenaltySum, sum
     from gpkit.training import train
     from gpkit.variables import inputs, weights
@@ -34,15 +40,19 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says th
 __version__ = "0.1.0"
 
 _HOMES = {
+    "gpkit.adaptive": "gradient_share target_norm",
+    "gpkit.classifier": "features",
     "gpkit.derivatives": "derivative",
+    "gpkit.environments": "EnvironmentPenalty",
     "gpkit.estimators": "exact projection",
     "gpkit.forms": "norm one_sided power squared two_sided",
     "gpkit.lightning.module": "PenalizedModule",
     "gpkit.penalty": "GradientPenalty Terms",
     "gpkit.points": "fake interpolate perturb real",
     "gpkit.presets": "curvature eikonal input_grad_norm jacobian none r1 r2 weight_grad_norm "
+    "fisher fishr irm "
     "wgan_gp wgan_lp",
-    "gpkit.schedules": "cosine switch warmup",
+    "gpkit.schedules": "cosine lazy_adam rescaled switch warmup",
     "gpkit.sums": "PenaltySum sum",
     "gpkit.training": "train",
     "gpkit.variables": "inputs weights",

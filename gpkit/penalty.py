@@ -66,7 +66,8 @@ class GradientPenalty:
     Args:
         of: what is differentiated. "output": all that the function gives, so that several outputs
             have the Frobenius norm of their Jacobian; "loss": the same, but one value per sample is
-            required; or a function of what the callable gives, as ``lambda out: out["logits"]``.
+            required; "sampled_loss": the cross-entropy of logits ``[B, C]`` with labels drawn from
+            them; or a function of what the callable gives, as ``lambda out: out["logits"]``.
         wrt: with respect to what: "input", "weight", or ``gpkit.weights("head.*")``.
         scope: the groups: what is averaged before the norm is taken. "sample", the only one
             for inputs, or "batch", the default for weights.
@@ -109,7 +110,9 @@ class GradientPenalty:
         seed: int | None = None,
         name: str = "penalty",
     ) -> None:
-        self.of = of if callable(of) else checks.choice("of=...", of, ("output", "loss"))
+        self.of = (
+            of if callable(of) else checks.choice("of=...", of, ("output", "loss", "sampled_loss"))
+        )
         self.wrt: Variables = checks.piece("wrt=...", wrt, VARIABLES, Variables)
         self.scope = checks.choice("scope=...", scope or self.wrt.scopes[0], self.wrt.scopes)
         self.order = checks.integer("order=...", order, 1)
@@ -186,6 +189,7 @@ class GradientPenalty:
         terms, targets = self._evaluate(f, args, real, fake, weight)
         if torch.is_grad_enabled() and not (self._seen_to_act and terms.penalty.requires_grad):
             self._require_effect(terms, targets)
+        self.observe(terms.norms)
         return terms
 
     def terms(
@@ -221,13 +225,37 @@ class GradientPenalty:
         weight = self.weight(step) if callable(self.weight) else self.weight
         return float(weight) * self.every
 
+    def loss_scale(self, step: int | None = None) -> float:
+        """Return what the whole loss is divided by: 1 but for a `rescaled` weight.
+
+        Args:
+            step: the optimiser step; None is that of the last call.
+        """
+        scale = getattr(self.weight, "loss_scale", None)
+        return 1.0 if scale is None else scale(max(self.step - 1, 0) if step is None else step)
+
+    def observe(self, norms: Tensor) -> None:
+        """Show the norms of the last call to a weight that adapts to them."""
+        observe = getattr(self.weight, "observe", None)
+        if observe is not None and torch.is_grad_enabled():
+            observe(norms, self.step - 1)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state: plain numbers. The seed and the count of draws are the generator."""
-        return {"step": self.step, "draws": self.draws, "seed": self.seed}
+        state: dict[str, Any] = {"step": self.step, "draws": self.draws, "seed": self.seed}
+        for name in ("weight", "form", "at", "estimator", "wrt"):
+            obj = getattr(self, name)
+            if hasattr(obj, "state_dict"):
+                state[name] = obj.state_dict()
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
         self.step, self.draws, self.seed = state["step"], state["draws"], state["seed"]
+        for name in ("weight", "form", "at", "estimator", "wrt"):
+            obj = getattr(self, name)
+            if hasattr(obj, "load_state_dict") and name in state:
+                obj.load_state_dict(state[name])
 
     def __repr__(self) -> str:
         names = ("of", "wrt", "scope", "order", "form", "at", "estimator", "weight", "every")

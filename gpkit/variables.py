@@ -14,6 +14,7 @@ from gpkit.draws import Source
 from gpkit.estimators import Target
 from gpkit.isolation import isolated
 from gpkit.points import At, Points, as_points, require_floating
+from gpkit.sampled import sampled_losses
 
 Of = str | Callable[[Any], Tensor]
 
@@ -27,7 +28,7 @@ class Call:
         args: what followed it: samples, or a module or its parameters.
         real: real samples, if given by keyword.
         fake: fake samples, if given by keyword.
-        of: "output", "loss", or a function of what ``f`` gives.
+        of: "output", "loss", "sampled_loss", or a function of what ``f`` gives.
         at: where a callable is evaluated.
         scope: "sample" or "batch".
         rng: draws points.
@@ -53,6 +54,8 @@ class Call:
         """Return what is differentiated, of what ``f`` gave."""
         if callable(self.of):
             y = self.of(y)
+        if self.of == "sampled_loss" and isinstance(y, Tensor):
+            y = sampled_losses(y, self.rng)
         if not isinstance(y, Tensor):
             raise TypeError(
                 f"the function gave a {type(y).__name__}, and a tensor was expected; choose one "

@@ -6,14 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import oracles
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import gpkit
+import gpkit.sampled
+from gpkit.classifier import classifier_inputs
 
 torch.set_num_threads(1)  # the nets are small: threads would only wait for each other
 B = 5
@@ -40,6 +44,7 @@ class Scene:
     fake: Tensor  # [B, *S]
     target: Tensor  # [B, m]
     given: oracles.Params = field(default_factory=dict)  # parameters instead of the net's own
+    labels: Tensor | None = None  # as drawn from the model, once: [B]
 
     @property
     def f(self) -> Callable[[Tensor], Tensor]:
@@ -170,6 +175,31 @@ def outputs_graph(act: Any, s: Scene, of: str = "real") -> Any:
     return act(s.f(x), x)
 
 
+def on_sampled(act: Any, s: Scene, *, graph: bool = False) -> Any:
+    original = gpkit.sampled.draw_labels
+
+    def draw(logits: Tensor, rng: Any) -> Tensor:
+        s.labels = original(logits, rng) if s.labels is None else s.labels
+        return s.labels
+
+    with mock.patch("gpkit.sampled.draw_labels", draw):
+        return act(s.f(s.real) if graph else lambda: s.f(s.real), s.weights)
+
+
+def on_environments(act: Any, s: Scene, *, graph: bool = False, features: bool = False) -> Any:
+    def given() -> Any:
+        with classifier_inputs(s.net) as found:
+            logits = s.f(s.real)
+        return (logits, found[0]) if features else logits
+
+    return act(given() if graph else given, *classes(s))
+
+
+def classes(s: Scene) -> tuple[Tensor, Tensor]:
+    """Return classes and environments, of two and of three samples: ``[B]`` each."""
+    return s.target.argmax(1), torch.tensor([7, 3, 3, 7, 3])[: len(s.target)]
+
+
 # What it must be: norms [G] of the points z, and values [G], of the parameters.
 
 Oracle = Callable[[Scene, oracles.Params, list[Tensor]], tuple[float, Tensor, Tensor]]
@@ -209,6 +239,57 @@ def of_weights(weight: float, *, order: int = 1, per_sample: bool = False) -> Or
     return oracle
 
 
+def of_sampled(weight: float) -> Oracle:
+    def oracle(s: Scene, params: oracles.Params, z: list[Tensor]) -> tuple[float, Tensor, Tensor]:
+        def loss(params: oracles.Params) -> Tensor:
+            return F.cross_entropy(s.apply(params, z[0]), s.labels)
+
+        norms = oracles.weight_norm(loss, params)
+        return weight, norms, norms**2
+
+    return oracle
+
+
+def by_environment(s: Scene, of: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return ``of(x, y)`` of each environment's samples, ``[E, ...]``."""
+    y, env = classes(s)
+    return torch.stack([of(x[env == e], y[env == e]) for e in env.unique()])
+
+
+def of_scale(weight: float, *, halves: bool = False) -> Oracle:
+    def oracle(s: Scene, params: oracles.Params, z: list[Tensor]) -> tuple[float, Tensor, Tensor]:
+        def slope(x: Tensor, y: Tensor) -> Tensor:
+            logits = s.apply(params, x)
+            return torch.func.grad(lambda w: F.cross_entropy(w * logits, y))(x.new_ones(()))
+
+        def product(x: Tensor, y: Tensor) -> Tensor:
+            return slope(x[::2], y[::2]) * slope(x[1::2], y[1::2])
+
+        values = by_environment(s, product if halves else lambda x, y: slope(x, y) ** 2, z[0])
+        return weight, by_environment(s, slope, z[0]).abs(), 2 * values  # whose mean is the sum
+
+    return oracle
+
+
+def of_variance(weight: float) -> Oracle:
+    def oracle(s: Scene, params: oracles.Params, z: list[Tensor]) -> tuple[float, Tensor, Tensor]:
+        last = str(len(s.net) - 1)
+        head = {name: p for name, p in params.items() if name.startswith(last)}
+
+        def risk(head: oracles.Params, x: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(s.apply({**params, **head}, x[None]), y[None])
+
+        def variance(x: Tensor, y: Tensor) -> Tensor:
+            grads = torch.func.vmap(torch.func.grad(risk), (None, 0, 0))(head, x, y)
+            return torch.cat([g.flatten(1) for g in grads.values()], 1).var(0, correction=0)
+
+        variances = by_environment(s, variance, z[0])
+        values = (variances - variances.mean(0)).square().sum(1)
+        return weight, values.detach().sqrt(), values
+
+    return oracle
+
+
 @dataclass(frozen=True)
 class Row:
     """A penalty: how it is built and called, and what it must be."""
@@ -221,6 +302,7 @@ class Row:
     scene: Callable[..., Scene] = images
     where: tuple[str, ...] = ("real",)  # the samples at which the net is evaluated
     per_sample: bool = True
+    groups: int = 1  # where they are not the samples
 
 
 def preset(name: str, weight: float, **chosen: Any) -> Callable[..., Any]:
@@ -264,6 +346,45 @@ ROWS = [
         (of_weights(0.3, order=2),),
         scene=vectors,
         per_sample=False,
+    ),
+    Row(
+        "fisher",
+        preset("fisher", 0.3),
+        on_sampled,
+        partial(on_sampled, graph=True),
+        (of_sampled(0.3),),
+        scene=partial(images, 3),
+        per_sample=False,
+    ),
+    Row(
+        "irm",
+        preset("irm", 0.7),
+        on_environments,
+        partial(on_environments, graph=True),
+        (of_scale(0.7),),
+        scene=partial(images, 3),
+        per_sample=False,
+        groups=2,
+    ),
+    Row(
+        "irm_halves",
+        preset("irm", 0.7, halves=True),
+        on_environments,
+        partial(on_environments, graph=True),
+        (of_scale(0.7, halves=True),),
+        scene=partial(images, 3),
+        per_sample=False,
+        groups=2,
+    ),
+    Row(
+        "fishr",
+        preset("fishr", 0.7),
+        partial(on_environments, features=True),
+        partial(on_environments, features=True, graph=True),
+        (of_variance(0.7),),
+        scene=partial(images, 3),
+        per_sample=False,
+        groups=2,
     ),
     *map(input_row, ("l2", "l1", "linf")),
     Row(

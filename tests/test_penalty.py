@@ -579,7 +579,10 @@ def test_refuses_a_call(act, error, said):
     ("axis", "said"),
     [
         ({"wrt": "inptu"}, r"`wrt=...` must be one of 'input', 'weight'; .* mean 'input'\?\)"),
-        ({"of": "lost"}, r"`of=...` must be one of 'output', 'loss'; got 'lost' \(did .* 'loss'"),
+        (
+            {"of": "lost"},
+            r"`of=...` must be one of 'output', 'loss', 'sampled_loss'; got 'lost' \(did .* 'loss'",
+        ),
         ({"scope": "samples", "wrt": "weight"}, "'batch', 'sample'; .* mean 'sample'"),
         ({"scope": "batch"}, "`scope=...` must be one of 'sample'; got 'batch'"),
         ({"form": "square"}, r"mean 'squared'\?"),

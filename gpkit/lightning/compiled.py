@@ -10,8 +10,10 @@ import torch._dynamo
 from torch import Tensor
 
 from gpkit.draws import SeededDraws
+from gpkit.environments import EnvironmentPenalty
 from gpkit.estimators import Target
 from gpkit.penalty import GradientPenalty
+from gpkit.sampled import sampled_losses
 from gpkit.variables import weights
 
 # What is traced: (x, y, weights, seeds) -> loss, and (norms, values, penalty) by name.
@@ -32,7 +34,8 @@ class CompiledLoss:
 
     Raises:
         ValueError: if a penalty evaluates the net at other points, whose forward would leave
-            traces: those need the net outside of a compiled graph.
+            traces: those need the net outside of a compiled graph; or if its weight measures
+            gradients.
         RuntimeError: if this torch cannot trace a gradient.
     """
 
@@ -47,6 +50,16 @@ class CompiledLoss:
                 raise ValueError(
                     f"`compile=True` takes penalties at the data or in the weights; {name!r} is at "
                     f"{penalty.at!r}: leave compile=False"
+                )
+            if isinstance(penalty, EnvironmentPenalty):
+                raise ValueError(
+                    f"`compile=True` cannot trace environments, as {name!r} has them: leave "
+                    "compile=False"
+                )
+            if hasattr(penalty.weight, "measure"):
+                raise ValueError(
+                    f"`compile=True` traces one backward; the weight of {name!r} takes two more to "
+                    f"measure, {penalty.weight!r}: leave compile=False"
                 )
         if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
             raise RuntimeError(
@@ -92,6 +105,8 @@ class CompiledLoss:
         for name, factor in factors.items():
             penalty, rng = self.penalties[name], SeededDraws(seeds[name])
             y = penalty.of(outputs[name]) if callable(penalty.of) else outputs[name]
+            if penalty.of == "sampled_loss":
+                y = sampled_losses(y, rng)
             if isinstance(penalty.wrt, weights):
                 groups = penalty.wrt.groups(y, penalty.of, penalty.scope)
                 targets = [Target(g, self.parameters[name], batched=False) for g in groups]

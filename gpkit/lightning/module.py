@@ -12,12 +12,21 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from gpkit import checks
+from gpkit.classifier import features
+from gpkit.environments import EnvironmentPenalty
 from gpkit.isolation import double_backward, isolated
 from gpkit.lightning.compiled import CompiledLoss
 from gpkit.lightning.losses import LossFunction, per_sample
 from gpkit.lightning.metrics import as_metrics, prediction
 from gpkit.lightning.norms import input_norms, weight_norm
-from gpkit.lightning.passes import Pass, differentiated, reuses_input_graph, unpack
+from gpkit.lightning.passes import (
+    Pass,
+    differentiated,
+    environments,
+    reuses_input_graph,
+    unpack,
+    with_features,
+)
 from gpkit.penalty import GradientPenalty, Terms
 from gpkit.sums import Penalties, penalties_by_name
 from gpkit.variables import weights
@@ -29,7 +38,9 @@ class PenalizedModule(pl.LightningModule):
     The trained loss is ``loss(net(x), y)`` and the sum of the penalties. Penalties in the weights,
     and those in the inputs at the data itself, reuse the graph of the training forward. A penalty
     at other points evaluates the net there; where one asks for fakes, as interpolates do, and there
-    is no generator, the fake of a sample is the sample before it in the batch.
+    is no generator, the fake of a sample is the sample before it in the batch. A penalty on
+    environments takes them from batches ``(x, y, env)``, env integers ``[B]``; where a batch has
+    none, its two halves are taken for environments.
 
     It logs ``train/loss`` (without penalties), ``train/loss_total``, ``penalty/<name>`` (weighted,
     as it enters the loss) and ``penalty/<name>/weight``; on the steps that the trainer logs,
@@ -114,7 +125,7 @@ class PenalizedModule(pl.LightningModule):
         """Return the scalar that is trained on, penalties included.
 
         Args:
-            batch: ``(x, y)``.
+            batch: ``(x, y)``, or ``(x, y, env)``.
 
         Returns:
             The loss and the sum of its penalties.
@@ -188,11 +199,26 @@ class PenalizedModule(pl.LightningModule):
         per_sample = log_norms or any(p.of == "loss" and p.scope == "sample" for p in penalties)
         with double_backward() if self.penalties else nullcontext():
             done = self._forward(x, y, graph_in_x=graph_in_x, per_sample=per_sample)
-            terms = {name: self._act(p, done, y) for name, p in self.penalties.items()}
+            env = environments(batch)
+            terms = {name: self._act(p, done, y, env) for name, p in self.penalties.items()}
         total = done.loss
         for term in terms.values():
             total = total if term is None else total + term.penalty
-        return total, done, terms
+        self._measure(done.loss, terms)
+        return self._rescaled(total), done, terms
+
+    def _rescaled(self, total: Tensor) -> Tensor:
+        """Return the total divided by the greatest scale that a penalty's weight asks for."""
+        scale = max((p.loss_scale() for p in self.penalties.values()), default=1.0)
+        return total if scale == 1 else total / scale
+
+    def _measure(self, loss: Tensor, terms: dict[str, Terms | None]) -> None:
+        """Show the gradients of loss and penalties to weights that adapt to them."""
+        for name, term in terms.items():
+            penalty = self.penalties[name]
+            measure = getattr(penalty.weight, "measure", None)
+            if measure is not None and term is not None and torch.is_grad_enabled():
+                measure(loss, term.penalty, self.net.parameters(), penalty.step - 1)
 
     def _compiled_total(
         self, x: Tensor, y: Any, *, log_norms: bool
@@ -209,12 +235,13 @@ class PenalizedModule(pl.LightningModule):
         total = loss
         for name, (norms, values, part) in parts.items():
             terms[name] = Terms(norms, values, factors[name], part)
+            self.penalties[name].observe(norms)
             total = total + part
         done = Pass(x, None, loss, None)
         if log_norms:  # a compiled graph is gone after one backward: the norms have their own
             with isolated(self.net, 0, x.device):
                 done = self._forward(x, y, graph_in_x=True, per_sample=True)
-        return total, done, terms
+        return self._rescaled(total), done, terms
 
     def _differentiated(self, x: Tensor, y: Any) -> tuple[dict[str, Tensor], Tensor]:
         """Return what each penalty differentiates, by name, and the loss."""
@@ -228,13 +255,17 @@ class PenalizedModule(pl.LightningModule):
     def _forward(self, x: Tensor, y: Any, *, graph_in_x: bool, per_sample: bool) -> Pass:
         if graph_in_x and x.is_floating_point():
             x = x.detach().requires_grad_()  # the user's own tensor keeps its requires_grad
-        output = self.net(x)
+        wanted = any(with_features(p) for p in self.penalties.values())
+        output, a = features(self.net, x) if wanted else (self.net(x), None)
         losses = self.per_sample_loss(output, y) if per_sample else None
         loss = self.loss(output, y)
-        return Pass(x, output, loss if loss.ndim == 0 else loss.mean(), losses)
+        return Pass(x, output, loss if loss.ndim == 0 else loss.mean(), losses, a)
 
-    def _act(self, penalty: GradientPenalty, done: Pass, y: Any) -> Terms | None:
+    def _act(self, penalty: GradientPenalty, done: Pass, y: Any, env: Tensor) -> Terms | None:
         step = self._step()
+        if isinstance(penalty, EnvironmentPenalty):
+            output = (done.output, done.features) if with_features(penalty) else done.output
+            return penalty.act(output, y, env, step=step)
         if isinstance(penalty.wrt, weights):
             return penalty.act(differentiated(penalty, done), self.net, step=step)
         if reuses_input_graph(penalty):

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from gpkit.environments import EnvironmentPenalty
 from gpkit.penalty import GradientPenalty
 from gpkit.variables import weights
 
@@ -20,12 +22,14 @@ class Pass:
         output: what the net gave.
         loss: the mean loss, without penalties.
         losses: the loss of each sample, ``[B]``; None where no one asks for it.
+        features: what the net's last linear layer was given, ``[B, d]``; likewise.
     """
 
     x: Tensor
     output: Any
     loss: Tensor
     losses: Tensor | None
+    features: Tensor | None = None
 
 
 def reuses_input_graph(penalty: GradientPenalty) -> bool:
@@ -40,11 +44,16 @@ def differentiated(penalty: GradientPenalty, done: Pass) -> Any:
     return done.losses if penalty.scope == "sample" else done.loss
 
 
+def with_features(penalty: GradientPenalty) -> bool:
+    """Whether a penalty takes what the last linear layer is given."""
+    return isinstance(penalty, EnvironmentPenalty) and penalty.statistic.features
+
+
 def unpack(batch: Any) -> tuple[Tensor, Any]:
     """Return x and y of a batch.
 
     Args:
-        batch: ``(x, y)``.
+        batch: ``(x, y)``, or ``(x, y, env)``.
 
     Returns:
         x, a tensor, and y.
@@ -52,9 +61,18 @@ def unpack(batch: Any) -> tuple[Tensor, Any]:
     Raises:
         TypeError: if it is anything else.
     """
-    if not isinstance(batch, (list, tuple)) or len(batch) != 2 or not isinstance(batch[0], Tensor):
+    several = isinstance(batch, (list, tuple)) and len(batch) in (2, 3)
+    if not several or not isinstance(batch[0], Tensor):
         raise TypeError(
-            "PenalizedModule takes batches (x, y) with a tensor x [B, ...]; got "
+            "PenalizedModule takes batches (x, y), or (x, y, env), with a tensor x [B, ...]; got "
             f"{type(batch).__name__}: override nothing, use GradientPenalty in a module of your own"
         )
     return batch[0], batch[1]
+
+
+def environments(batch: Any) -> Tensor:
+    """Return the environment of each sample, ``[B]``: two equal halves where a batch has none."""
+    if len(batch) == 3:
+        return batch[2]
+    size = len(batch[0])
+    return torch.arange(size, device=batch[0].device) * 2 // size

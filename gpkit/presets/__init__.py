@@ -6,6 +6,8 @@ Every preset takes that class's arguments as well (``order``, ``estimator``, ``e
 """
 
 from gpkit.presets.critic import r1, r2, wgan_gp, wgan_lp
+from gpkit.presets.drawn import fisher
+from gpkit.presets.environments import fishr, irm
 from gpkit.presets.input import curvature, eikonal, input_grad_norm, jacobian
 from gpkit.presets.weight import none, weight_grad_norm
 
@@ -14,6 +16,9 @@ PRESETS = {
     for preset in (
         none,
         weight_grad_norm,
+        fisher,
+        irm,
+        fishr,
         input_grad_norm,
         jacobian,
         curvature,
