@@ -8,6 +8,7 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says the same
+    from gpkit.activations import activation
     from gpkit.derivatives import derivative
     from gpkit.estimators import exact, projection
     from gpkit.forms import norm, one_sided, power, squared, two_sided
@@ -15,6 +16,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says th
     from gpkit.penalty import GradientPenalty, Terms
     from gpkit.points import fake, interpolate, perturb, real
     from gpkit.presets import (
+        contractive,
         curvature,
         eikonal,
         input_grad_norm,
@@ -34,6 +36,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says th
 __version__ = "0.1.0"
 
 _HOMES = {
+    "gpkit.activations": "activation",
     "gpkit.derivatives": "derivative",
     "gpkit.estimators": "exact projection",
     "gpkit.forms": "norm one_sided power squared two_sided",
@@ -41,7 +44,8 @@ _HOMES = {
     "gpkit.penalty": "GradientPenalty Terms",
     "gpkit.points": "fake interpolate perturb real",
     "gpkit.presets": "curvature eikonal input_grad_norm jacobian none r1 r2 weight_grad_norm "
-    "wgan_gp wgan_lp",
+    "wgan_gp wgan_lp "
+    "contractive",
     "gpkit.schedules": "cosine switch warmup",
     "gpkit.sums": "PenaltySum sum",
     "gpkit.training": "train",

@@ -66,8 +66,10 @@ class GradientPenalty:
     Args:
         of: what is differentiated. "output": all that the function gives, so that several outputs
             have the Frobenius norm of their Jacobian; "loss": the same, but one value per sample is
-            required; or a function of what the callable gives, as ``lambda out: out["logits"]``.
-        wrt: with respect to what: "input", "weight", or ``gpkit.weights("head.*")``.
+            required; a function of what the callable gives, as ``lambda out: out["logits"]``; or
+            ``gpkit.activation("encoder.3")``, the output of a submodule.
+        wrt: with respect to what: "input", "weight", ``gpkit.weights("head.*")``, or
+            ``gpkit.activation("encoder.3")``.
         scope: the groups: what is averaged before the norm is taken. "sample", the only one
             for inputs, or "batch", the default for weights.
         order: k >= 1, of the derivative. 1 is the gradient.
@@ -288,14 +290,8 @@ class GradientPenalty:
         if not any(trained(t.y) for t in targets):
             return  # nothing is being trained: the value was asked for, and here it is
         if not any(graphs.depends(t.y, x) for t in targets for x in t.xs):
-            hint = (
-                "x.requires_grad_() must come before the forward, and the same tensors be given"
-                if inputs
-                else "was it computed from other parameters, or under reentrant checkpointing? "
-                "use checkpoint(..., use_reentrant=False)"
-            )
             kind = type(self.wrt).__name__
-            cause = f"what it differentiates does not depend on the {kind}: {hint}"
+            cause = f"what it differentiates does not depend on the {kind}: {self.wrt.missing}"
         elif kink:
             cause = (
                 f"order {self.order} of a piecewise-linear net ({kink}) is zero everywhere: use a "

@@ -170,6 +170,14 @@ def outputs_graph(act: Any, s: Scene, of: str = "real") -> Any:
     return act(s.f(x), x)
 
 
+def hidden_graph(act: Any, s: Scene) -> Any:
+    x, caught = s.real.clone().requires_grad_(), []
+    hook = s.net[1].register_forward_hook(lambda module, args, h: caught.append(h))
+    s.f(x)
+    hook.remove()
+    return act(caught[0], x)
+
+
 # What it must be: norms [G] of the points z, and values [G], of the parameters.
 
 Oracle = Callable[[Scene, oracles.Params, list[Tensor]], tuple[float, Tensor, Tensor]]
@@ -204,6 +212,16 @@ def of_weights(weight: float, *, order: int = 1, per_sample: bool = False) -> Or
         norms = torch.cat(
             [oracles.weight_norm(lambda p, g=g: loss(p, g), params, order) for g in groups]
         )
+        return weight, norms, norms**2
+
+    return oracle
+
+
+def of_hidden(weight: float, layers: int = 2) -> Oracle:
+    def oracle(s: Scene, params: oracles.Params, z: list[Tensor]) -> tuple[float, Tensor, Tensor]:
+        first = nn.Sequential(*s.net[:layers])
+        own = {name: params[name] for name, _ in first.named_parameters()}
+        norms = oracles.input_norms(lambda x: functional_call(first, own, (x[None],))[0], 1, z[0])
         return weight, norms, norms**2
 
     return oracle
@@ -272,6 +290,14 @@ ROWS = [
         on_outputs,
         outputs_graph,
         (of_inputs(0.7, lambda n: n**2 / 2),),
+        scene=partial(images, 3),
+    ),
+    Row(
+        "contractive",
+        preset("contractive", 0.7, activation="1", estimator="exact"),
+        on_outputs,
+        hidden_graph,
+        (of_hidden(0.7),),
         scene=partial(images, 3),
     ),
     Row(

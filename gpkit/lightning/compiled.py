@@ -9,6 +9,7 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
+from gpkit import captures
 from gpkit.draws import SeededDraws
 from gpkit.estimators import Target
 from gpkit.penalty import GradientPenalty
@@ -47,6 +48,11 @@ class CompiledLoss:
                 raise ValueError(
                     f"`compile=True` takes penalties at the data or in the weights; {name!r} is at "
                     f"{penalty.at!r}: leave compile=False"
+                )
+            if captures.names(penalty.of, penalty.wrt):
+                raise ValueError(
+                    f"`compile=True` takes no named activation; {name!r} has one: leave "
+                    "compile=False"
                 )
         if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
             raise RuntimeError(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from gpkit import captures
 from gpkit.penalty import GradientPenalty
 from gpkit.variables import weights
 
@@ -20,12 +22,14 @@ class Pass:
         output: what the net gave.
         loss: the mean loss, without penalties.
         losses: the loss of each sample, ``[B]``; None where no one asks for it.
+        activations: those that penalties name, ``[B, *H]`` each.
     """
 
     x: Tensor
     output: Any
     loss: Tensor
     losses: Tensor | None
+    activations: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def reuses_input_graph(penalty: GradientPenalty) -> bool:
@@ -35,9 +39,22 @@ def reuses_input_graph(penalty: GradientPenalty) -> bool:
 
 def differentiated(penalty: GradientPenalty, done: Pass) -> Any:
     """Return what a penalty differentiates, of a forward pass that was made."""
+    if isinstance(penalty.of, captures.Named):
+        return done.activations[penalty.of.name]
     if penalty.of != "loss":
         return done.output
     return done.losses if penalty.scope == "sample" else done.loss
+
+
+def variable(penalty: GradientPenalty, done: Pass) -> Tensor:
+    """Return the variable of a penalty at the data itself, of a forward pass that was made."""
+    wrt = penalty.wrt
+    return done.activations[wrt.name] if isinstance(wrt, captures.Named) else done.x
+
+
+def activation_names(penalty: GradientPenalty) -> list[str]:
+    """Return the names of the activations that a penalty asks for."""
+    return captures.names(penalty.of, penalty.wrt)
 
 
 def unpack(batch: Any) -> tuple[Tensor, Any]:

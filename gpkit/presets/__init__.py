@@ -6,6 +6,7 @@ Every preset takes that class's arguments as well (``order``, ``estimator``, ``e
 """
 
 from gpkit.presets.critic import r1, r2, wgan_gp, wgan_lp
+from gpkit.presets.inner import contractive
 from gpkit.presets.input import curvature, eikonal, input_grad_norm, jacobian
 from gpkit.presets.weight import none, weight_grad_norm
 
@@ -16,6 +17,7 @@ PRESETS = {
         weight_grad_norm,
         input_grad_norm,
         jacobian,
+        contractive,
         curvature,
         eikonal,
         wgan_gp,
