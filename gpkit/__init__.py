@@ -24,11 +24,13 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says th
         none,
         r1,
         r2,
+        spectral_jacobian,
         weight_grad_norm,
         wgan_gp,
         wgan_lp,
     )
     from gpkit.schedules import cosine, switch, warmup
+    from gpkit.spectral import power_iteration
     from gpkit.sums import PenaltySum, sum
     from gpkit.training import train
     from gpkit.variables import inputs, weights
@@ -43,9 +45,11 @@ _HOMES = {
     "gpkit.lightning.module": "PenalizedModule",
     "gpkit.penalty": "GradientPenalty Terms",
     "gpkit.points": "fake interpolate perturb real",
+    "gpkit.spectral": "power_iteration",
     "gpkit.presets": "curvature eikonal input_grad_norm jacobian none r1 r2 weight_grad_norm "
     "wgan_gp wgan_lp "
-    "contractive",
+    "contractive "
+    "spectral_jacobian",
     "gpkit.schedules": "cosine switch warmup",
     "gpkit.sums": "PenaltySum sum",
     "gpkit.training": "train",

@@ -78,7 +78,8 @@ class GradientPenalty:
             ``norm="l1"`` or ``norm="linf"`` instead of "l2".
         at: where: "data", "real", "fake", "interpolate", "perturb", an object such as
             ``gpkit.perturb(0.5)``, or a function ``(real, fake) -> points``.
-        estimator: "exact", "projection" or ``gpkit.projection(n)``. None is "exact", but for
+        estimator: "exact", "projection" or ``gpkit.projection(n)``, or for the largest singular
+            value "power_iteration" or ``gpkit.power_iteration(n)``. None is "exact", but for
             order >= 2 in the weights, whose full derivative is out of reach, "projection".
         weight: λ >= 0, or a schedule: a function of the optimiser step.
         every: act on every k-th step, with the weight multiplied by k (lazy regularisation).
@@ -127,6 +128,8 @@ class GradientPenalty:
                 f"`estimator=projection()` estimates the l2 norm; got norm={self.form.norm!r}: "
                 "use estimator='exact'"
             )
+        if hasattr(self.estimator, "require"):
+            self.estimator.require(self.order, self.form.norm)
         self.weight = weight if callable(weight) else checks.number("weight=...", weight, 0)
         self.every = checks.integer("every=...", every, 1)
         self.seed = seed if seed is None else checks.integer("seed=...", seed, 0)

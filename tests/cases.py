@@ -227,6 +227,14 @@ def of_hidden(weight: float, layers: int = 2) -> Oracle:
     return oracle
 
 
+def of_spectrum(weight: float) -> Oracle:
+    def oracle(s: Scene, params: oracles.Params, z: list[Tensor]) -> tuple[float, Tensor, Tensor]:
+        norms = oracles.spectral_norms(lambda x: s.apply(params, x[None])[0], z[0])
+        return weight, norms, norms**2
+
+    return oracle
+
+
 @dataclass(frozen=True)
 class Row:
     """A penalty: how it is built and called, and what it must be."""
@@ -239,6 +247,7 @@ class Row:
     scene: Callable[..., Scene] = images
     where: tuple[str, ...] = ("real",)  # the samples at which the net is evaluated
     per_sample: bool = True
+    twice: bool = True  # whether the penalty's own second derivative is exact
 
 
 def preset(name: str, weight: float, **chosen: Any) -> Callable[..., Any]:
@@ -291,6 +300,15 @@ ROWS = [
         outputs_graph,
         (of_inputs(0.7, lambda n: n**2 / 2),),
         scene=partial(images, 3),
+    ),
+    Row(
+        "spectral_jacobian",
+        preset("spectral_jacobian", 0.7, estimator=gpkit.power_iteration(60)),
+        on_outputs,
+        outputs_graph,
+        (of_spectrum(0.7),),
+        scene=partial(images, 3),
+        twice=False,
     ),
     Row(
         "contractive",

@@ -8,6 +8,7 @@ Every preset takes that class's arguments as well (``order``, ``estimator``, ``e
 from gpkit.presets.critic import r1, r2, wgan_gp, wgan_lp
 from gpkit.presets.inner import contractive
 from gpkit.presets.input import curvature, eikonal, input_grad_norm, jacobian
+from gpkit.presets.spectral import spectral_jacobian
 from gpkit.presets.weight import none, weight_grad_norm
 
 PRESETS = {
@@ -18,6 +19,7 @@ PRESETS = {
         input_grad_norm,
         jacobian,
         contractive,
+        spectral_jacobian,
         curvature,
         eikonal,
         wgan_gp,
