@@ -8,6 +8,7 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says the same
+    from gpkit.activations import activation
     from gpkit.adaptive import gradient_share, target_norm
     from gpkit.classifier import features
     from gpkit.derivatives import derivative
@@ -18,6 +19,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says th
     from gpkit.penalty import GradientPenalty, Terms
     from gpkit.points import fake, interpolate, perturb, real
     from gpkit.presets import (
+        contractive,
         curvature,
         eikonal,
         fisher,
@@ -28,11 +30,13 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says th
         none,
         r1,
         r2,
+        spectral_jacobian,
         weight_grad_norm,
         wgan_gp,
         wgan_lp,
     )
     from gpkit.schedules import cosine, lazy_adam, rescaled, switch, warmup
+    from gpkit.spectral import power_iteration
     from gpkit.sums import PenaltySum, sum
     from gpkit.training import train
     from gpkit.variables import inputs, weights
@@ -40,6 +44,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says th
 __version__ = "0.1.0"
 
 _HOMES = {
+    "gpkit.activations": "activation",
     "gpkit.adaptive": "gradient_share target_norm",
     "gpkit.classifier": "features",
     "gpkit.derivatives": "derivative",
@@ -49,10 +54,25 @@ _HOMES = {
     "gpkit.lightning.module": "PenalizedModule",
     "gpkit.penalty": "GradientPenalty Terms",
     "gpkit.points": "fake interpolate perturb real",
-    "gpkit.presets": "curvature eikonal input_grad_norm jacobian none r1 r2 weight_grad_norm "
-    "fisher fishr irm "
-    "wgan_gp wgan_lp",
+    "gpkit.presets": (
+        "contractive "
+        "curvature "
+        "eikonal "
+        "fisher "
+        "fishr "
+        "input_grad_norm "
+        "irm "
+        "jacobian "
+        "none "
+        "r1 "
+        "r2 "
+        "spectral_jacobian "
+        "weight_grad_norm "
+        "wgan_gp "
+        "wgan_lp "
+    ),
     "gpkit.schedules": "cosine lazy_adam rescaled switch warmup",
+    "gpkit.spectral": "power_iteration",
     "gpkit.sums": "PenaltySum sum",
     "gpkit.training": "train",
     "gpkit.variables": "inputs weights",

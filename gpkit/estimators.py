@@ -10,6 +10,7 @@ from torch import Tensor
 from gpkit import checks
 from gpkit.derivatives import as_rows, derivative_rows, gradients
 from gpkit.draws import Source, normal
+from gpkit.spectral import power_iteration
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,12 @@ class projection:  # noqa: N801
 
 
 DISTRIBUTIONS = ("rademacher", "gaussian", "sphere")
-ESTIMATORS = {"exact": exact, "projection": projection}
-Estimator = exact | projection
+ESTIMATORS = {
+    "exact": exact,
+    "projection": projection,
+    "power_iteration": power_iteration,
+}
+Estimator = exact | projection | power_iteration
 
 
 def wide(x: Tensor) -> torch.dtype:

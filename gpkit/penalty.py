@@ -67,8 +67,10 @@ class GradientPenalty:
         of: what is differentiated. "output": all that the function gives, so that several outputs
             have the Frobenius norm of their Jacobian; "loss": the same, but one value per sample is
             required; "sampled_loss": the cross-entropy of logits ``[B, C]`` with labels drawn from
-            them; or a function of what the callable gives, as ``lambda out: out["logits"]``.
-        wrt: with respect to what: "input", "weight", or ``gpkit.weights("head.*")``.
+            them; a function of what the callable gives, as ``lambda out: out["logits"]``; or
+            ``gpkit.activation("encoder.3")``, the output of a submodule.
+        wrt: with respect to what: "input", "weight", ``gpkit.weights("head.*")``, or
+            ``gpkit.activation("encoder.3")``.
         scope: the groups: what is averaged before the norm is taken. "sample", the only one
             for inputs, or "batch", the default for weights.
         order: k >= 1, of the derivative. 1 is the gradient.
@@ -77,7 +79,8 @@ class GradientPenalty:
             ``norm="l1"`` or ``norm="linf"`` instead of "l2".
         at: where: "data", "real", "fake", "interpolate", "perturb", an object such as
             ``gpkit.perturb(0.5)``, or a function ``(real, fake) -> points``.
-        estimator: "exact", "projection" or ``gpkit.projection(n)``. None is "exact", but for
+        estimator: "exact", "projection" or ``gpkit.projection(n)``, or for the largest singular
+            value "power_iteration" or ``gpkit.power_iteration(n)``. None is "exact", but for
             order >= 2 in the weights, whose full derivative is out of reach, "projection".
         weight: λ >= 0, or a schedule: a function of the optimiser step.
         every: act on every k-th step, with the weight multiplied by k (lazy regularisation).
@@ -128,6 +131,8 @@ class GradientPenalty:
                 f"`estimator=projection()` estimates the l2 norm; got norm={self.form.norm!r}: "
                 "use estimator='exact'"
             )
+        if hasattr(self.estimator, "require"):
+            self.estimator.require(self.order, self.form.norm)
         self.weight = weight if callable(weight) else checks.number("weight=...", weight, 0)
         self.every = checks.integer("every=...", every, 1)
         self.seed = seed if seed is None else checks.integer("seed=...", seed, 0)
@@ -316,14 +321,8 @@ class GradientPenalty:
         if not any(trained(t.y) for t in targets):
             return  # nothing is being trained: the value was asked for, and here it is
         if not any(graphs.depends(t.y, x) for t in targets for x in t.xs):
-            hint = (
-                "x.requires_grad_() must come before the forward, and the same tensors be given"
-                if inputs
-                else "was it computed from other parameters, or under reentrant checkpointing? "
-                "use checkpoint(..., use_reentrant=False)"
-            )
             kind = type(self.wrt).__name__
-            cause = f"what it differentiates does not depend on the {kind}: {hint}"
+            cause = f"what it differentiates does not depend on the {kind}: {self.wrt.missing}"
         elif kink:
             cause = (
                 f"order {self.order} of a piecewise-linear net ({kink}) is zero everywhere: use a "

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from gpkit import checks
+from gpkit import captures, checks
 from gpkit.draws import Source
 from gpkit.estimators import Target
 from gpkit.isolation import isolated
@@ -50,6 +51,18 @@ class Call:
         """Whether ``f`` is a value, not a function: a tensor, or what ``of`` takes one from."""
         return isinstance(self.f, Tensor) or (callable(self.of) and not callable(self.f))
 
+    def run(
+        self, xs: Points, device: torch.device, wrt: Any = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return what is differentiated, of a forward that leaves no trace, and activations."""
+        wanted = captures.names(self.of, wrt)
+        net = captures.module_of(wanted[0], self.f, self.args) if wanted else None
+        with isolated(self.f, self.seed, device), captures.captured(net, wanted) as caught:
+            y = self.f(*xs)
+        if isinstance(self.of, captures.Named):
+            y = caught[self.of.name]
+        return self.selected(y), caught
+
     def selected(self, y: Any) -> Tensor:
         """Return what is differentiated, of what ``f`` gave."""
         if callable(self.of):
@@ -69,10 +82,11 @@ class inputs:  # noqa: N801  variables read as functions: wrt=weights("classifie
     """The inputs of a function: one tensor ``[B, *S]`` or several. Its groups are the samples."""
 
     scopes = ("sample",)
+    missing = "x.requires_grad_() must come before the forward, and the same tensors be given"
 
     def targets(self, call: Call) -> Iterator[Target]:
         """Yield the one target: ``y`` is ``[B, m]`` and every group is a sample."""
-        if len(call.args) > 1:
+        if len(call.args) > 1 + bool(captures.names(call.of, self)):
             raise TypeError(
                 "an input penalty takes f and the samples; several inputs go into one tuple: "
                 f"penalty(f, (x1, x2)); got {len(call.args)} arguments after f"
@@ -81,13 +95,20 @@ class inputs:  # noqa: N801  variables read as functions: wrt=weights("classifie
             xs = self.given(call)
             y = call.selected(call.f)
         elif callable(call.f):
-            real, fake = self.samples(call)
-            xs = call.at(real, fake, call.rng)
-            with isolated(call.f, call.seed, xs[0].device):
-                y = call.selected(call.f(*xs))
+            xs = self.points(call)
+            y, caught = call.run(xs, xs[0].device, self)
+            xs = self.chosen(xs, caught)
         else:
             raise TypeError(f"expected a tensor or a callable; got a {type(call.f).__name__}")
         yield Target(self.columns(y, len(xs[0]), call.of), xs, batched=True)
+
+    def points(self, call: Call) -> Points:
+        """Return where a function is evaluated."""
+        return call.at(*self.samples(call), call.rng)
+
+    def chosen(self, xs: Points, caught: Mapping[str, Tensor]) -> Points:
+        """Return the variables of a forward that was made at ``xs``."""
+        return xs
 
     def given(self, call: Call) -> Points:
         """Return the samples whose graph the caller already has."""
@@ -109,10 +130,13 @@ class inputs:  # noqa: N801  variables read as functions: wrt=weights("classifie
 
     def samples(self, call: Call) -> tuple[Points | None, Points | None]:
         """Return real and fake samples; one positional argument is the points themselves."""
-        if call.args:
+        args = call.args
+        if captures.names(call.of, self):  # the module that has them may come last
+            args = args[:-1] if args and isinstance(args[-1], nn.Module) else args
+        if args:
             if call.real is not None or (call.fake is not None and not call.at.moves):
                 raise TypeError("give the samples once: by position, or as real=... and fake=...")
-            points = as_points(call.args[0])
+            points = as_points(args[0])
             fake = points if call.fake is None and not call.at.moves else None
             return points, fake if call.fake is None else as_points(call.fake)
         if call.real is None and call.fake is None:
@@ -155,6 +179,10 @@ class weights:  # noqa: N801
     match: str = "*"
 
     scopes = ("batch", "sample")
+    missing = (
+        "was it computed from other parameters, or under reentrant checkpointing? "
+        "use checkpoint(..., use_reentrant=False)"
+    )
 
     def targets(self, call: Call) -> Iterator[Target]:
         """Yield one target of G = 1 for the batch, or one for every sample."""
@@ -170,9 +198,10 @@ class weights:  # noqa: N801
         if not call.computed:
             if not callable(y):
                 raise TypeError(f"expected a tensor or a callable; got a {type(y).__name__}")
-            with isolated(y, call.seed, params[0].device):
-                y = y()
-        for group in self.groups(call.selected(y), call.of, call.scope):
+            y, _ = call.run((), params[0].device)
+        else:
+            y = call.selected(y)
+        for group in self.groups(y, call.of, call.scope):
             yield Target(group, params, batched=False)
 
     def groups(self, y: Tensor, of: Of, scope: str) -> list[Tensor]:

@@ -200,6 +200,14 @@ def classes(s: Scene) -> tuple[Tensor, Tensor]:
     return s.target.argmax(1), torch.tensor([7, 3, 3, 7, 3])[: len(s.target)]
 
 
+def hidden_graph(act: Any, s: Scene) -> Any:
+    x, caught = s.real.clone().requires_grad_(), []
+    hook = s.net[1].register_forward_hook(lambda module, args, h: caught.append(h))
+    s.f(x)
+    hook.remove()
+    return act(caught[0], x)
+
+
 # What it must be: norms [G] of the points z, and values [G], of the parameters.
 
 Oracle = Callable[[Scene, oracles.Params, list[Tensor]], tuple[float, Tensor, Tensor]]
@@ -250,6 +258,16 @@ def of_sampled(weight: float) -> Oracle:
     return oracle
 
 
+def of_hidden(weight: float, layers: int = 2) -> Oracle:
+    def oracle(s: Scene, params: oracles.Params, z: list[Tensor]) -> tuple[float, Tensor, Tensor]:
+        first = nn.Sequential(*s.net[:layers])
+        own = {name: params[name] for name, _ in first.named_parameters()}
+        norms = oracles.input_norms(lambda x: functional_call(first, own, (x[None],))[0], 1, z[0])
+        return weight, norms, norms**2
+
+    return oracle
+
+
 def by_environment(s: Scene, of: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
     """Return ``of(x, y)`` of each environment's samples, ``[E, ...]``."""
     y, env = classes(s)
@@ -287,6 +305,12 @@ def of_variance(weight: float) -> Oracle:
         values = (variances - variances.mean(0)).square().sum(1)
         return weight, values.detach().sqrt(), values
 
+
+def of_spectrum(weight: float) -> Oracle:
+    def oracle(s: Scene, params: oracles.Params, z: list[Tensor]) -> tuple[float, Tensor, Tensor]:
+        norms = oracles.spectral_norms(lambda x: s.apply(params, x[None])[0], z[0])
+        return weight, norms, norms**2
+
     return oracle
 
 
@@ -303,6 +327,7 @@ class Row:
     where: tuple[str, ...] = ("real",)  # the samples at which the net is evaluated
     per_sample: bool = True
     groups: int = 1  # where they are not the samples
+    twice: bool = True  # whether the penalty's own second derivative is exact
 
 
 def preset(name: str, weight: float, **chosen: Any) -> Callable[..., Any]:
@@ -393,6 +418,23 @@ ROWS = [
         on_outputs,
         outputs_graph,
         (of_inputs(0.7, lambda n: n**2 / 2),),
+        scene=partial(images, 3),
+    ),
+    Row(
+        "spectral_jacobian",
+        preset("spectral_jacobian", 0.7, estimator=gpkit.power_iteration(60)),
+        on_outputs,
+        outputs_graph,
+        (of_spectrum(0.7),),
+        scene=partial(images, 3),
+        twice=False,
+    ),
+    Row(
+        "contractive",
+        preset("contractive", 0.7, activation="1", estimator="exact"),
+        on_outputs,
+        hidden_graph,
+        (of_hidden(0.7),),
         scene=partial(images, 3),
     ),
     Row(

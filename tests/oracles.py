@@ -30,6 +30,12 @@ def input_norms(
     return torch.linalg.vector_norm(entries, ORDS[norm], dim=1)
 
 
+def spectral_norms(f: Callable[..., Tensor], z: Tensor, *others: Tensor) -> Tensor:
+    """Return the largest singular value of each sample's Jacobian in z, ``[B]``."""
+    J = derivative(f, 1, z, *others)
+    return torch.linalg.svdvals(J.reshape(len(z), -1, z[0].numel()))[:, 0]
+
+
 def weight_norm(loss: Callable[[Params], Tensor], params: Params, order: int = 1) -> Tensor:
     """Return the norm of the k-th derivative in all parameters together, ``[1]``."""
     flat = torch.cat([p.flatten() for p in params.values()])

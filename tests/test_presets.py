@@ -129,7 +129,7 @@ def test_gradcheck_twice(row):
 
     params = [p.requires_grad_() for p in s.params.values()]
     assert torch.autograd.gradcheck(value, params, fast_mode=True)
-    assert torch.autograd.gradgradcheck(value, params, fast_mode=True)
+    assert not row.twice or torch.autograd.gradgradcheck(value, params, fast_mode=True)
 
 
 @rows(lambda row: row.per_sample)

@@ -9,6 +9,7 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
+from gpkit import captures
 from gpkit.draws import SeededDraws
 from gpkit.environments import EnvironmentPenalty
 from gpkit.estimators import Target
@@ -60,6 +61,11 @@ class CompiledLoss:
                 raise ValueError(
                     f"`compile=True` traces one backward; the weight of {name!r} takes two more to "
                     f"measure, {penalty.weight!r}: leave compile=False"
+                )
+            if captures.names(penalty.of, penalty.wrt):
+                raise ValueError(
+                    f"`compile=True` takes no named activation; {name!r} has one: leave "
+                    "compile=False"
                 )
         if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
             raise RuntimeError(

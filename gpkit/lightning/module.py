@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,6 +13,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from gpkit import checks
+from gpkit.captures import captured
 from gpkit.classifier import features
 from gpkit.environments import EnvironmentPenalty
 from gpkit.isolation import double_backward, isolated
@@ -21,10 +23,12 @@ from gpkit.lightning.metrics import as_metrics, prediction
 from gpkit.lightning.norms import input_norms, weight_norm
 from gpkit.lightning.passes import (
     Pass,
+    activation_names,
     differentiated,
     environments,
     reuses_input_graph,
     unpack,
+    variable,
     with_features,
 )
 from gpkit.penalty import GradientPenalty, Terms
@@ -197,8 +201,11 @@ class PenalizedModule(pl.LightningModule):
         penalties = self.penalties.values()
         graph_in_x = log_norms or any(map(reuses_input_graph, penalties))
         per_sample = log_norms or any(p.of == "loss" and p.scope == "sample" for p in penalties)
+        named = [n for p in penalties if not p.at.moves for n in activation_names(p)]
         with double_backward() if self.penalties else nullcontext():
-            done = self._forward(x, y, graph_in_x=graph_in_x, per_sample=per_sample)
+            with captured(self.net, dict.fromkeys(named)) as activations:
+                done = self._forward(x, y, graph_in_x=graph_in_x, per_sample=per_sample)
+            done = replace(done, activations=activations)
             env = environments(batch)
             terms = {name: self._act(p, done, y, env) for name, p in self.penalties.items()}
         total = done.loss
@@ -269,14 +276,15 @@ class PenalizedModule(pl.LightningModule):
         if isinstance(penalty.wrt, weights):
             return penalty.act(differentiated(penalty, done), self.net, step=step)
         if reuses_input_graph(penalty):
-            return penalty.act(differentiated(penalty, done), done.x, step=step)
+            return penalty.act(differentiated(penalty, done), variable(penalty, done), step=step)
 
         def function(x: Tensor) -> Any:
             output = self.net(x)
             return self.per_sample_loss(output, y) if penalty.of == "loss" else output
 
         x = done.x.detach()
-        return penalty.act(function, real=x, fake=x.roll(1, 0), step=step)
+        net = [self.net] if activation_names(penalty) else []
+        return penalty.act(function, *net, real=x, fake=x.roll(1, 0), step=step)
 
     def _evaluate(self, batch: Any, stage: str) -> None:
         # Norms need a graph, which inference mode and its tensors cannot give.

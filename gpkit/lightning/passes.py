@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gpkit import captures
 from gpkit.environments import EnvironmentPenalty
 from gpkit.penalty import GradientPenalty
 from gpkit.variables import weights
@@ -23,6 +25,7 @@ class Pass:
         loss: the mean loss, without penalties.
         losses: the loss of each sample, ``[B]``; None where no one asks for it.
         features: what the net's last linear layer was given, ``[B, d]``; likewise.
+        activations: those that penalties name, ``[B, *H]`` each.
     """
 
     x: Tensor
@@ -30,6 +33,7 @@ class Pass:
     loss: Tensor
     losses: Tensor | None
     features: Tensor | None = None
+    activations: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def reuses_input_graph(penalty: GradientPenalty) -> bool:
@@ -39,6 +43,8 @@ def reuses_input_graph(penalty: GradientPenalty) -> bool:
 
 def differentiated(penalty: GradientPenalty, done: Pass) -> Any:
     """Return what a penalty differentiates, of a forward pass that was made."""
+    if isinstance(penalty.of, captures.Named):
+        return done.activations[penalty.of.name]
     if penalty.of != "loss":
         return done.output
     return done.losses if penalty.scope == "sample" else done.loss
@@ -47,6 +53,17 @@ def differentiated(penalty: GradientPenalty, done: Pass) -> Any:
 def with_features(penalty: GradientPenalty) -> bool:
     """Whether a penalty takes what the last linear layer is given."""
     return isinstance(penalty, EnvironmentPenalty) and penalty.statistic.features
+
+
+def variable(penalty: GradientPenalty, done: Pass) -> Tensor:
+    """Return the variable of a penalty at the data itself, of a forward pass that was made."""
+    wrt = penalty.wrt
+    return done.activations[wrt.name] if isinstance(wrt, captures.Named) else done.x
+
+
+def activation_names(penalty: GradientPenalty) -> list[str]:
+    """Return the names of the activations that a penalty asks for."""
+    return captures.names(penalty.of, penalty.wrt)
 
 
 def unpack(batch: Any) -> tuple[Tensor, Any]:

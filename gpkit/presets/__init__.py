@@ -8,7 +8,9 @@ Every preset takes that class's arguments as well (``order``, ``estimator``, ``e
 from gpkit.presets.critic import r1, r2, wgan_gp, wgan_lp
 from gpkit.presets.drawn import fisher
 from gpkit.presets.environments import fishr, irm
+from gpkit.presets.inner import contractive
 from gpkit.presets.input import curvature, eikonal, input_grad_norm, jacobian
+from gpkit.presets.spectral import spectral_jacobian
 from gpkit.presets.weight import none, weight_grad_norm
 
 PRESETS = {
@@ -21,6 +23,8 @@ PRESETS = {
         fishr,
         input_grad_norm,
         jacobian,
+        contractive,
+        spectral_jacobian,
         curvature,
         eikonal,
         wgan_gp,
