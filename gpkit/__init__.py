@@ -12,19 +12,27 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says th
     from gpkit.estimators import exact, projection
     from gpkit.forms import norm, one_sided, power, squared, two_sided
     from gpkit.lightning.module import PenalizedModule
+    from gpkit.mixtures import mixture, uniform
     from gpkit.penalty import GradientPenalty, Terms
     from gpkit.points import fake, interpolate, perturb, real
     from gpkit.presets import (
         curvature,
+        dragan,
+        duq,
         eikonal,
+        hessian,
         input_grad_norm,
         jacobian,
+        max_gp,
         none,
         r1,
+        r1_r2,
         r2,
         weight_grad_norm,
+        wgan_div,
         wgan_gp,
         wgan_lp,
+        zero_gp,
     )
     from gpkit.schedules import cosine, switch, warmup
     from gpkit.sums import PenaltySum, sum
@@ -38,10 +46,14 @@ _HOMES = {
     "gpkit.estimators": "exact projection",
     "gpkit.forms": "norm one_sided power squared two_sided",
     "gpkit.lightning.module": "PenalizedModule",
+    "gpkit.mixtures": "mixture uniform",
     "gpkit.penalty": "GradientPenalty Terms",
     "gpkit.points": "fake interpolate perturb real",
     "gpkit.presets": "curvature eikonal input_grad_norm jacobian none r1 r2 weight_grad_norm "
-    "wgan_gp wgan_lp",
+    "wgan_gp wgan_lp "
+    "dragan max_gp r1_r2 wgan_div zero_gp "
+    "duq "
+    "hessian",
     "gpkit.schedules": "cosine switch warmup",
     "gpkit.sums": "PenaltySum sum",
     "gpkit.training": "train",

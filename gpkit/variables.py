@@ -13,6 +13,7 @@ from gpkit import checks
 from gpkit.draws import Source
 from gpkit.estimators import Target
 from gpkit.isolation import isolated
+from gpkit.pixels import require_images
 from gpkit.points import At, Points, as_points, require_floating
 
 Of = str | Callable[[Any], Tensor]
@@ -29,7 +30,7 @@ class Call:
         fake: fake samples, if given by keyword.
         of: "output", "loss", or a function of what ``f`` gives.
         at: where a callable is evaluated.
-        scope: "sample" or "batch".
+        scope: "sample", "pixel" or "batch".
         rng: draws points.
         seed: for the random numbers of a forward.
     """
@@ -63,12 +64,15 @@ class Call:
 
 @dataclass(frozen=True)
 class inputs:  # noqa: N801  variables read as functions: wrt=weights("classifier.*")
-    """The inputs of a function: one tensor ``[B, *S]`` or several. Its groups are the samples."""
+    """The inputs of a function: one tensor ``[B, *S]`` or several. Its groups are the samples.
 
-    scopes = ("sample",)
+    With ``scope="pixel"`` they are the pixels of all samples: inputs are ``[B, C, *S]``.
+    """
+
+    scopes = ("sample", "pixel")
 
     def targets(self, call: Call) -> Iterator[Target]:
-        """Yield the one target: ``y`` is ``[B, m]`` and every group is a sample."""
+        """Yield the one target: ``y`` is ``[B, m]``, a row for each sample."""
         if len(call.args) > 1:
             raise TypeError(
                 "an input penalty takes f and the samples; several inputs go into one tuple: "
@@ -84,7 +88,10 @@ class inputs:  # noqa: N801  variables read as functions: wrt=weights("classifie
                 y = call.selected(call.f(*xs))
         else:
             raise TypeError(f"expected a tensor or a callable; got a {type(call.f).__name__}")
-        yield Target(self.columns(y, len(xs[0]), call.of), xs, batched=True)
+        columns = self.columns(y, len(xs[0]), call.of)
+        if call.scope == "pixel":
+            require_images(xs)
+        yield Target(columns, xs, batched=True, pixels=call.scope == "pixel")
 
     def given(self, call: Call) -> Points:
         """Return the samples whose graph the caller already has."""

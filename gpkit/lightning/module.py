@@ -17,7 +17,14 @@ from gpkit.lightning.compiled import CompiledLoss
 from gpkit.lightning.losses import LossFunction, per_sample
 from gpkit.lightning.metrics import as_metrics, prediction
 from gpkit.lightning.norms import input_norms, weight_norm
-from gpkit.lightning.passes import Pass, differentiated, reuses_input_graph, unpack
+from gpkit.lightning.passes import (
+    Pass,
+    differentiated,
+    needs_losses,
+    repeated,
+    reuses_input_graph,
+    unpack,
+)
 from gpkit.penalty import GradientPenalty, Terms
 from gpkit.sums import Penalties, penalties_by_name
 from gpkit.variables import weights
@@ -29,7 +36,8 @@ class PenalizedModule(pl.LightningModule):
     The trained loss is ``loss(net(x), y)`` and the sum of the penalties. Penalties in the weights,
     and those in the inputs at the data itself, reuse the graph of the training forward. A penalty
     at other points evaluates the net there; where one asks for fakes, as interpolates do, and there
-    is no generator, the fake of a sample is the sample before it in the batch.
+    is no generator, the fake of a sample is the sample before it in the batch; where one is
+    at several points a sample, as in a mixture, they share the sample's target.
 
     It logs ``train/loss`` (without penalties), ``train/loss_total``, ``penalty/<name>`` (weighted,
     as it enters the loss) and ``penalty/<name>/weight``; on the steps that the trainer logs,
@@ -185,7 +193,7 @@ class PenalizedModule(pl.LightningModule):
         self._first = False
         penalties = self.penalties.values()
         graph_in_x = log_norms or any(map(reuses_input_graph, penalties))
-        per_sample = log_norms or any(p.of == "loss" and p.scope == "sample" for p in penalties)
+        per_sample = log_norms or any(map(needs_losses, penalties))
         with double_backward() if self.penalties else nullcontext():
             done = self._forward(x, y, graph_in_x=graph_in_x, per_sample=per_sample)
             terms = {name: self._act(p, done, y) for name, p in self.penalties.items()}
@@ -240,11 +248,14 @@ class PenalizedModule(pl.LightningModule):
         if reuses_input_graph(penalty):
             return penalty.act(differentiated(penalty, done), done.x, step=step)
 
-        def function(x: Tensor) -> Any:
-            output = self.net(x)
-            return self.per_sample_loss(output, y) if penalty.of == "loss" else output
-
         x = done.x.detach()
+
+        def function(z: Tensor) -> Any:
+            output = self.net(z)
+            if penalty.of != "loss":
+                return output
+            return self.per_sample_loss(output, repeated(y, len(x), len(z)))
+
         return penalty.act(function, real=x, fake=x.roll(1, 0), step=step)
 
     def _evaluate(self, batch: Any, stage: str) -> None:
