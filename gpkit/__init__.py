@@ -16,24 +16,32 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says th
     from gpkit.estimators import exact, projection
     from gpkit.forms import norm, one_sided, power, squared, two_sided
     from gpkit.lightning.module import PenalizedModule
+    from gpkit.mixtures import mixture, uniform
     from gpkit.penalty import GradientPenalty, Terms
     from gpkit.points import fake, interpolate, perturb, real
     from gpkit.presets import (
         contractive,
         curvature,
+        dragan,
+        duq,
         eikonal,
         fisher,
         fishr,
+        hessian,
         input_grad_norm,
         irm,
         jacobian,
+        max_gp,
         none,
         r1,
+        r1_r2,
         r2,
         spectral_jacobian,
         weight_grad_norm,
+        wgan_div,
         wgan_gp,
         wgan_lp,
+        zero_gp,
     )
     from gpkit.schedules import cosine, lazy_adam, rescaled, switch, warmup
     from gpkit.spectral import power_iteration
@@ -52,24 +60,32 @@ _HOMES = {
     "gpkit.estimators": "exact projection",
     "gpkit.forms": "norm one_sided power squared two_sided",
     "gpkit.lightning.module": "PenalizedModule",
+    "gpkit.mixtures": "mixture uniform",
     "gpkit.penalty": "GradientPenalty Terms",
     "gpkit.points": "fake interpolate perturb real",
     "gpkit.presets": (
         "contractive "
         "curvature "
+        "dragan "
+        "duq "
         "eikonal "
         "fisher "
         "fishr "
+        "hessian "
         "input_grad_norm "
         "irm "
         "jacobian "
+        "max_gp "
         "none "
         "r1 "
+        "r1_r2 "
         "r2 "
         "spectral_jacobian "
         "weight_grad_norm "
+        "wgan_div "
         "wgan_gp "
         "wgan_lp "
+        "zero_gp "
     ),
     "gpkit.schedules": "cosine lazy_adam rescaled switch warmup",
     "gpkit.spectral": "power_iteration",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from gpkit import checks
 from gpkit.derivatives import as_rows, derivative_rows, gradients
 from gpkit.draws import Source, normal
+from gpkit.pixels import per_pixel
 from gpkit.spectral import power_iteration
 
 
@@ -21,11 +23,19 @@ class Target:
         y: ``[G, m]``: m outputs for each of G groups.
         xs: the variables: ``[G, *S]`` each if ``batched``, else any shapes and G = 1.
         batched: whether group g of ``y`` depends on ``x[g]`` alone.
+        pixels: whether every pixel of the ``xs`` ``[G, C, *S]`` has a norm of its own, at order 1.
     """
 
     y: Tensor
     xs: tuple[Tensor, ...]
     batched: bool
+    pixels: bool = False
+
+    def split(self, rows: Iterable[tuple[Tensor, ...]]) -> Iterable[tuple[Tensor, ...]]:
+        """Return the rows of a derivative with one line for each norm: a group, or a pixel."""
+        if not self.pixels:
+            return rows
+        return (tuple(map(per_pixel, row, self.xs)) for row in rows)
 
 
 @dataclass(frozen=True)
@@ -38,9 +48,8 @@ class exact:  # noqa: N801  estimators read as functions: estimator=projection(4
 
     def squared_norms(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:
         """Return n² ``[G]``, differentiable, in float32 or better."""
-        return reduce_rows(
-            derivative_rows(target.y, target.xs, order, batched=target.batched), norm
-        )
+        rows = derivative_rows(target.y, target.xs, order, batched=target.batched)
+        return reduce_rows(target.split(rows), norm)
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ class projection:  # noqa: N801
             along = sum((r * v).sum() for r, v in zip(rows, vs, strict=True))
             assert isinstance(along, Tensor)
             rows = tuple(as_rows(g, target.batched) for g in gradients(along, target.xs))
-        return reduce_rows([rows], norm)
+        return reduce_rows(target.split([rows]), norm)
 
     def draw(self, rows: tuple[Tensor, ...], rng: Source) -> list[Tensor]:
         """Return v in the shapes ``[G, n]`` of ``rows``, with E[v vᵀ] = I over a whole row."""

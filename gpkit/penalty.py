@@ -10,11 +10,12 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from gpkit import checks, graphs
+from gpkit import checks, graphs, pixels
 from gpkit.draws import Source
 from gpkit.estimators import ESTIMATORS, Estimator, Target, exact, projection
 from gpkit.forms import FORMS, Form, root
-from gpkit.points import POINTS, At, computed
+from gpkit.points import At, as_at
+from gpkit.reductions import REDUCTIONS
 from gpkit.schedules import Schedule
 from gpkit.variables import VARIABLES, Call, Of, Variables, weights
 
@@ -29,6 +30,7 @@ class Axes(TypedDict, total=False):
     form: str | Form
     at: str | At | Callable[[Any, Any], Any]
     estimator: str | Estimator | None
+    reduce: str
     every: int
     seed: int | None
     name: str
@@ -41,8 +43,9 @@ class Terms:
     Args:
         norms: ``[G]``: n, the norm of each group's derivative.
         values: ``[G]``: form(n), unreduced and unweighted.
-        weight: the factor of their mean at this step.
-        penalty: ``weight * values.mean()``, the scalar that enters the loss.
+        weight: the factor of their mean, or maximum, at this step.
+        penalty: ``weight * values.mean()``, the scalar that enters the loss; ``values.amax()``
+            where the penalty has ``reduce="max"``.
     """
 
     norms: Tensor
@@ -71,17 +74,20 @@ class GradientPenalty:
             ``gpkit.activation("encoder.3")``, the output of a submodule.
         wrt: with respect to what: "input", "weight", ``gpkit.weights("head.*")``, or
             ``gpkit.activation("encoder.3")``.
-        scope: the groups: what is averaged before the norm is taken. "sample", the only one
-            for inputs, or "batch", the default for weights.
+        scope: the groups: what is averaged before the norm is taken. For inputs "sample", or
+            "pixel": every pixel of ``[B, C, *S]`` has the norm of its C channels, at order 1; for
+            weights "batch", the default, or "sample".
         order: k >= 1, of the derivative. 1 is the gradient.
         form: what is done to the norm n: "squared" n², "norm" n, ``gpkit.two_sided(c)`` (n - c)²,
             ``gpkit.one_sided(c)`` max(0, n - c)², ``gpkit.power(p)`` n^p; each takes
             ``norm="l1"`` or ``norm="linf"`` instead of "l2".
         at: where: "data", "real", "fake", "interpolate", "perturb", an object such as
-            ``gpkit.perturb(0.5)``, or a function ``(real, fake) -> points``.
+            ``gpkit.perturb(0.5)``, ``gpkit.uniform(-1, 1)`` or ``gpkit.mixture("real", "fake")``,
+            or a function ``(real, fake) -> points``.
         estimator: "exact", "projection" or ``gpkit.projection(n)``, or for the largest singular
             value "power_iteration" or ``gpkit.power_iteration(n)``. None is "exact", but for
             order >= 2 in the weights, whose full derivative is out of reach, "projection".
+        reduce: "mean" over the groups, or "max": the largest of the micro-batch.
         weight: λ >= 0, or a schedule: a function of the optimiser step.
         every: act on every k-th step, with the weight multiplied by k (lazy regularisation).
         seed: of the penalty's own random numbers; None takes torch's initial seed. Each rank of
@@ -108,6 +114,7 @@ class GradientPenalty:
         form: str | Form = "squared",
         at: str | At | Callable[[Any, Any], Any] = "data",
         estimator: str | Estimator | None = None,
+        reduce: str = "mean",
         weight: float | Schedule = 1.0,
         every: int = 1,
         seed: int | None = None,
@@ -120,9 +127,7 @@ class GradientPenalty:
         self.scope = checks.choice("scope=...", scope or self.wrt.scopes[0], self.wrt.scopes)
         self.order = checks.integer("order=...", order, 1)
         self.form: Form = checks.piece("form=...", form, FORMS, Form)
-        if callable(at) and not isinstance(at, At):
-            at = computed(at)
-        self.at: At = checks.piece("at=...", at, POINTS, At)
+        self.at = as_at("at=...", at)
         if estimator is None:
             estimator = projection() if order > 1 and isinstance(self.wrt, weights) else exact()
         self.estimator: Estimator = checks.piece("estimator=...", estimator, ESTIMATORS, Estimator)
@@ -133,6 +138,9 @@ class GradientPenalty:
             )
         if hasattr(self.estimator, "require"):
             self.estimator.require(self.order, self.form.norm)
+        if self.scope == "pixel":
+            pixels.require_axes(self.order, self.estimator, (exact, projection))
+        self.reduce = checks.choice("reduce=...", reduce, REDUCTIONS)
         self.weight = weight if callable(weight) else checks.number("weight=...", weight, 0)
         self.every = checks.integer("every=...", every, 1)
         self.seed = seed if seed is None else checks.integer("seed=...", seed, 0)
@@ -216,6 +224,10 @@ class GradientPenalty:
         )
         return root(squared_norms), self.form(squared_norms)
 
+    def total(self, values: Tensor) -> Tensor:
+        """Return one number for the values ``[G]``: their mean or maximum."""
+        return REDUCTIONS[self.reduce](values)
+
     def count_step(self, step: int | None = None) -> float:
         """Count a step, the given or the next one, and return the weight on it."""
         self.step = self.step if step is None else step
@@ -224,7 +236,7 @@ class GradientPenalty:
         return weight
 
     def weight_at(self, step: int) -> float:
-        """Return the factor of the mean value at an optimiser step: zero where it is skipped."""
+        """Return the factor of the reduced value at an optimiser step: zero where it is skipped."""
         if step % self.every:
             return 0.0
         weight = self.weight(step) if callable(self.weight) else self.weight
@@ -263,7 +275,18 @@ class GradientPenalty:
                 obj.load_state_dict(state[name])
 
     def __repr__(self) -> str:
-        names = ("of", "wrt", "scope", "order", "form", "at", "estimator", "weight", "every")
+        names = (
+            "of",
+            "wrt",
+            "scope",
+            "order",
+            "form",
+            "at",
+            "estimator",
+            "reduce",
+            "weight",
+            "every",
+        )
         axes = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
         return f"GradientPenalty({axes})"
 
@@ -287,7 +310,7 @@ class GradientPenalty:
             if not self._seen_to_act:
                 graphs.require_derivatives(targets[0].y, targets[0].xs, self.order)
             norms, values = self.measure(targets, rng)
-            terms = Terms(norms, values, weight, weight * values.mean())
+            terms = Terms(norms, values, weight, weight * self.total(values))
         if not train:
             cut = (terms.norms.detach(), terms.values.detach())
             terms = Terms(*cut, weight, terms.penalty.detach())

@@ -14,6 +14,7 @@ from gpkit import captures, checks
 from gpkit.draws import Source
 from gpkit.estimators import Target
 from gpkit.isolation import isolated
+from gpkit.pixels import require_images
 from gpkit.points import At, Points, as_points, require_floating
 from gpkit.sampled import sampled_losses
 
@@ -31,7 +32,7 @@ class Call:
         fake: fake samples, if given by keyword.
         of: "output", "loss", "sampled_loss", or a function of what ``f`` gives.
         at: where a callable is evaluated.
-        scope: "sample" or "batch".
+        scope: "sample", "pixel" or "batch".
         rng: draws points.
         seed: for the random numbers of a forward.
     """
@@ -79,13 +80,16 @@ class Call:
 
 @dataclass(frozen=True)
 class inputs:  # noqa: N801  variables read as functions: wrt=weights("classifier.*")
-    """The inputs of a function: one tensor ``[B, *S]`` or several. Its groups are the samples."""
+    """The inputs of a function: one tensor ``[B, *S]`` or several. Its groups are the samples.
 
-    scopes = ("sample",)
+    With ``scope="pixel"`` they are the pixels of all samples: inputs are ``[B, C, *S]``.
+    """
+
+    scopes = ("sample", "pixel")
     missing = "x.requires_grad_() must come before the forward, and the same tensors be given"
 
     def targets(self, call: Call) -> Iterator[Target]:
-        """Yield the one target: ``y`` is ``[B, m]`` and every group is a sample."""
+        """Yield the one target: ``y`` is ``[B, m]``, a row for each sample."""
         if len(call.args) > 1 + bool(captures.names(call.of, self)):
             raise TypeError(
                 "an input penalty takes f and the samples; several inputs go into one tuple: "
@@ -100,7 +104,10 @@ class inputs:  # noqa: N801  variables read as functions: wrt=weights("classifie
             xs = self.chosen(xs, caught)
         else:
             raise TypeError(f"expected a tensor or a callable; got a {type(call.f).__name__}")
-        yield Target(self.columns(y, len(xs[0]), call.of), xs, batched=True)
+        columns = self.columns(y, len(xs[0]), call.of)
+        if call.scope == "pixel":
+            require_images(xs)
+        yield Target(columns, xs, batched=True, pixels=call.scope == "pixel")
 
     def points(self, call: Call) -> Points:
         """Return where a function is evaluated."""

@@ -221,13 +221,16 @@ def of_inputs(
     norm: str = "l2",
     loss: bool = False,
     z_index: int = 0,
+    of: Callable[[Tensor], Tensor] = lambda output: output,
 ) -> Oracle:
     def oracle(s: Scene, params: oracles.Params, z: list[Tensor]) -> tuple[float, Tensor, Tensor]:
         def f(x: Tensor, target: Tensor) -> Tensor:  # of one sample
             output = s.apply(params, x[None])[0]
-            return squared_errors(output, target) if loss else output
+            return squared_errors(output, target) if loss else of(output)
 
-        norms = oracles.input_norms(f, order, z[z_index], s.target, norm=norm)
+        points = z[z_index]
+        target = torch.cat([s.target] * (len(points) // len(s.target)))
+        norms = oracles.input_norms(f, order, points, target, norm=norm)
         return weight, norms, value(norms)
 
     return oracle
@@ -328,6 +331,13 @@ class Row:
     per_sample: bool = True
     groups: int = 1  # where they are not the samples
     twice: bool = True  # whether the penalty's own second derivative is exact
+    points: int = 1  # for each sample
+    reduce: Callable[[Tensor], Tensor] = torch.mean  # of the values
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the points are random even where real and fake are equal."""
+        return "near" in self.where
 
 
 def preset(name: str, weight: float, **chosen: Any) -> Callable[..., Any]:
@@ -489,6 +499,65 @@ ROWS = [
         partial(outputs_graph, of="fake"),
         (of_inputs(7.0, lambda n: n**2 / 2),),
         where=("fake",),
+    ),
+    Row(
+        "r1_r2",
+        preset("r1_r2", 7.0),
+        on_critic,
+        None,
+        (of_inputs(7.0, lambda n: n**2),),  # 7/2 of two means of B are 7 of the mean of 2 B
+        where=("real+fake",),
+        points=2,
+    ),
+    Row(
+        "dragan",
+        preset("dragan", 7.0),
+        on_critic,
+        None,
+        (of_inputs(7.0, lambda n: (n - 1) ** 2),),
+        where=("near",),
+    ),
+    Row(
+        "zero_gp",
+        preset("zero_gp", 7.0),
+        on_critic,
+        None,
+        (of_inputs(7.0, lambda n: n**2),),
+        where=("between",),
+    ),
+    Row(
+        "wgan_div",
+        preset("wgan_div", 3.0),
+        on_critic,
+        None,
+        (of_inputs(3.0, lambda n: n**6),),
+        where=("between",),
+    ),
+    Row(
+        "max_gp",
+        preset("max_gp", 7.0),
+        on_critic,
+        None,
+        (of_inputs(7.0, lambda n: n**2),),
+        where=("between",),
+        reduce=torch.max,
+    ),
+    Row(
+        "duq",
+        preset("duq", 0.7),
+        on_outputs,
+        outputs_graph,
+        (of_inputs(0.7, lambda n: (n - 1) ** 2, of=lambda output: output.sum()),),
+        scene=partial(images, 3),
+    ),
+    Row(
+        "hessian",
+        preset("hessian", 0.3, estimator="exact"),
+        on_weights,
+        weights_graph,
+        (of_weights(0.3, order=2),),
+        scene=vectors,
+        per_sample=False,
     ),
     Row(
         "sum",

@@ -90,7 +90,7 @@ class CompiledLoss:
             seeds: of their random numbers, each a tensor.
 
         Returns:
-            The loss, and for each penalty its norms ``[G]``, values ``[G]`` and weighted mean.
+            The loss, and for each penalty its norms ``[G]``, values ``[G]`` and weighted total.
         """
         acting = tuple(factors)
         if acting not in self._compiled:
@@ -118,9 +118,10 @@ class CompiledLoss:
                 targets = [Target(g, self.parameters[name], batched=False) for g in groups]
             else:
                 column = penalty.wrt.columns(y, len(x), penalty.of)
-                targets = [Target(column, (x,), batched=True)]
+                pixels = penalty.scope == "pixel"
+                targets = [Target(column, (x,), batched=True, pixels=pixels)]
             norms, values = penalty.measure(targets, rng)
-            parts[name] = norms, values, factor * values.mean()
+            parts[name] = norms, values, factor * penalty.total(values)
         return loss, parts
 
     def __getstate__(self) -> dict[str, Any]:

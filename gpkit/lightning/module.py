@@ -26,6 +26,8 @@ from gpkit.lightning.passes import (
     activation_names,
     differentiated,
     environments,
+    needs_losses,
+    repeated,
     reuses_input_graph,
     unpack,
     variable,
@@ -42,7 +44,8 @@ class PenalizedModule(pl.LightningModule):
     The trained loss is ``loss(net(x), y)`` and the sum of the penalties. Penalties in the weights,
     and those in the inputs at the data itself, reuse the graph of the training forward. A penalty
     at other points evaluates the net there; where one asks for fakes, as interpolates do, and there
-    is no generator, the fake of a sample is the sample before it in the batch. A penalty on
+    is no generator, the fake of a sample is the sample before it in the batch; where one is
+    at several points a sample, as in a mixture, they share the sample's target. A penalty on
     environments takes them from batches ``(x, y, env)``, env integers ``[B]``; where a batch has
     none, its two halves are taken for environments.
 
@@ -200,7 +203,7 @@ class PenalizedModule(pl.LightningModule):
         self._first = False
         penalties = self.penalties.values()
         graph_in_x = log_norms or any(map(reuses_input_graph, penalties))
-        per_sample = log_norms or any(p.of == "loss" and p.scope == "sample" for p in penalties)
+        per_sample = log_norms or any(map(needs_losses, penalties))
         named = [n for p in penalties if not p.at.moves for n in activation_names(p)]
         with double_backward() if self.penalties else nullcontext():
             with captured(self.net, dict.fromkeys(named)) as activations:
@@ -278,11 +281,14 @@ class PenalizedModule(pl.LightningModule):
         if reuses_input_graph(penalty):
             return penalty.act(differentiated(penalty, done), variable(penalty, done), step=step)
 
-        def function(x: Tensor) -> Any:
-            output = self.net(x)
-            return self.per_sample_loss(output, y) if penalty.of == "loss" else output
-
         x = done.x.detach()
+
+        def function(z: Tensor) -> Any:
+            output = self.net(z)
+            if penalty.of != "loss":
+                return output
+            return self.per_sample_loss(output, repeated(y, len(x), len(z)))
+
         net = [self.net] if activation_names(penalty) else []
         return penalty.act(function, *net, real=x, fake=x.roll(1, 0), step=step)
 

@@ -47,7 +47,40 @@ def differentiated(penalty: GradientPenalty, done: Pass) -> Any:
         return done.activations[penalty.of.name]
     if penalty.of != "loss":
         return done.output
-    return done.losses if penalty.scope == "sample" else done.loss
+    return done.losses if needs_losses(penalty) else done.loss
+
+
+def needs_losses(penalty: GradientPenalty) -> bool:
+    """Whether a penalty differentiates the loss of each sample."""
+    return penalty.of == "loss" and penalty.scope in ("sample", "pixel")
+
+
+def repeated(y: Any, batch: int, points: int) -> Any:
+    """Return the target of a batch for points of which each sample has several, as in a mixture.
+
+    Args:
+        y: the target of ``batch`` samples, a tensor or any structure of them.
+        batch: the number of samples.
+        points: that of the points at which the loss is asked for.
+
+    Returns:
+        The target, over and over: ``[points, ...]``.
+
+    Raises:
+        ValueError: if the points are not a multiple of the samples.
+    """
+    if points == batch:
+        return y
+    if points % batch:
+        raise ValueError(
+            f'`of="loss"` needs a target for each point, and {points} points are no multiple of '
+            f'the batch of {batch}: use of="output", or as many points for every sample'
+        )
+
+    def repeat(t: Tensor) -> Tensor:
+        return torch.cat([t] * (points // batch)) if t.ndim else t
+
+    return torch.utils._pytree.tree_map_only(Tensor, repeat, y)
 
 
 def with_features(penalty: GradientPenalty) -> bool:
