@@ -308,6 +308,8 @@ def of_variance(weight: float) -> Oracle:
         values = (variances - variances.mean(0)).square().sum(1)
         return weight, values.detach().sqrt(), values
 
+    return oracle
+
 
 def of_spectrum(weight: float) -> Oracle:
     def oracle(s: Scene, params: oracles.Params, z: list[Tensor]) -> tuple[float, Tensor, Tensor]:
