@@ -53,6 +53,7 @@ def environments(seed: int) -> tuple[Batch, Batch]:
 
 
 def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Return the accuracy in percent."""
     with torch.no_grad():
         return 100 * ((net(x) > 0) == y).float().mean().item()
 
@@ -99,6 +100,7 @@ METHODS: dict[str, tuple[Callable[[], gpkit.EnvironmentPenalty] | None, bool]] =
 
 
 def main() -> None:
+    """Print each method's test accuracy, and its standard deviation over the seeds."""
     seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     for name, (make, grey) in METHODS.items():
         found = [run(make, seed, grey) for seed in range(seeds)]
