@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says the same
     from gpkit.activations import activation
+    from gpkit.averages import running_average
     from gpkit.derivatives import derivative
     from gpkit.estimators import exact, projection
     from gpkit.forms import norm, one_sided, power, squared, two_sided
@@ -22,6 +23,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says th
         input_grad_norm,
         jacobian,
         none,
+        path_length,
         r1,
         r2,
         spectral_jacobian,
@@ -39,6 +41,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "gpkit.activations": "activation",
+    "gpkit.averages": "running_average",
     "gpkit.derivatives": "derivative",
     "gpkit.estimators": "exact projection",
     "gpkit.forms": "norm one_sided power squared two_sided",
@@ -49,7 +52,8 @@ _HOMES = {
     "gpkit.presets": "curvature eikonal input_grad_norm jacobian none r1 r2 weight_grad_norm "
     "wgan_gp wgan_lp "
     "contractive "
-    "spectral_jacobian",
+    "spectral_jacobian "
+    "path_length",
     "gpkit.schedules": "cosine switch warmup",
     "gpkit.sums": "PenaltySum sum",
     "gpkit.training": "train",

@@ -6,6 +6,7 @@ Every preset takes that class's arguments as well (``order``, ``estimator``, ``e
 """
 
 from gpkit.presets.critic import r1, r2, wgan_gp, wgan_lp
+from gpkit.presets.generator import path_length
 from gpkit.presets.inner import contractive
 from gpkit.presets.input import curvature, eikonal, input_grad_norm, jacobian
 from gpkit.presets.spectral import spectral_jacobian
@@ -20,6 +21,7 @@ PRESETS = {
         jacobian,
         contractive,
         spectral_jacobian,
+        path_length,
         curvature,
         eikonal,
         wgan_gp,
