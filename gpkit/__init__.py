@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says the same
     from gpkit.activations import activation
     from gpkit.adaptive import gradient_share, target_norm
+    from gpkit.averages import running_average
     from gpkit.classifier import features
     from gpkit.derivatives import derivative
     from gpkit.environments import EnvironmentPenalty
@@ -33,6 +34,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says th
         jacobian,
         max_gp,
         none,
+        path_length,
         r1,
         r1_r2,
         r2,
@@ -54,6 +56,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "gpkit.activations": "activation",
     "gpkit.adaptive": "gradient_share target_norm",
+    "gpkit.averages": "running_average",
     "gpkit.classifier": "features",
     "gpkit.derivatives": "derivative",
     "gpkit.environments": "EnvironmentPenalty",
@@ -77,6 +80,7 @@ _HOMES = {
         "jacobian "
         "max_gp "
         "none "
+        "path_length "
         "r1 "
         "r1_r2 "
         "r2 "

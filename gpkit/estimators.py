@@ -11,6 +11,7 @@ from torch import Tensor
 from gpkit import checks
 from gpkit.derivatives import as_rows, derivative_rows, gradients
 from gpkit.draws import Source, normal
+from gpkit.latents import gaussian_product
 from gpkit.pixels import per_pixel
 from gpkit.spectral import power_iteration
 
@@ -113,8 +114,9 @@ ESTIMATORS = {
     "exact": exact,
     "projection": projection,
     "power_iteration": power_iteration,
+    "gaussian_product": gaussian_product,
 }
-Estimator = exact | projection | power_iteration
+Estimator = exact | projection | power_iteration | gaussian_product
 
 
 def wide(x: Tensor) -> torch.dtype:

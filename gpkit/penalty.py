@@ -19,6 +19,19 @@ from gpkit.reductions import REDUCTIONS
 from gpkit.schedules import Schedule
 from gpkit.variables import VARIABLES, Call, Of, Variables, weights
 
+AXES = (
+    "of",
+    "wrt",
+    "scope",
+    "order",
+    "form",
+    "at",
+    "estimator",
+    "reduce",
+    "weight",
+    "every",
+)
+
 
 class Axes(TypedDict, total=False):
     """The arguments of `GradientPenalty` but for the weight, for functions that pass them on."""
@@ -199,7 +212,7 @@ class GradientPenalty:
         weight = self.count_step(step)
         if weight == 0:
             return None
-        terms, targets = self._evaluate(f, args, real, fake, weight)
+        terms, targets = self._evaluate(f, args, real, fake, weight, observe=True)
         if torch.is_grad_enabled() and not (self._seen_to_act and terms.penalty.requires_grad):
             self._require_effect(terms, targets)
         self.observe(terms.norms)
@@ -211,18 +224,32 @@ class GradientPenalty:
         """Return the norms and values behind the penalty. It takes the arguments of a call.
 
         It acts on every step, whatever ``every`` says, counts none, and does not ask whether the
-        penalty trains anything. ``weight`` is that of the last step, up to this one, on which a
-        call acts.
+        penalty trains anything; a running average stays as it is. ``weight`` is that of the last
+        step, up to this one, on which a call acts.
         """
         step = self.step if step is None else step
         return self._evaluate(f, args, real, fake, self.weight_at(step - step % self.every))[0]
 
-    def measure(self, targets: list[Target], rng: Source) -> tuple[Tensor, Tensor]:
-        """Return norms and values ``[G]``: the formula alone, as torch.compile can trace it."""
+    def measure(
+        self, targets: list[Target], rng: Source, *, observe: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return norms and values ``[G]``: the formula alone, as torch.compile can trace it.
+
+        Args:
+            targets: what is differentiated.
+            rng: of an estimator that draws.
+            observe: whether the form's state, if it has one, takes the norms in.
+
+        Returns:
+            The norms and the values.
+        """
         squared_norms = torch.cat(
             [self.estimator.squared_norms(t, self.order, self.form.norm, rng) for t in targets]
         )
-        return root(squared_norms), self.form(squared_norms)
+        norms = root(squared_norms)
+        if observe:
+            self.form.observe(norms)
+        return norms, self.form(squared_norms)
 
     def total(self, values: Tensor) -> Tensor:
         """Return one number for the values ``[G]``: their mean or maximum."""
@@ -258,40 +285,41 @@ class GradientPenalty:
             observe(norms, self.step - 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state: plain numbers. The seed and the count of draws are the generator."""
-        state: dict[str, Any] = {"step": self.step, "draws": self.draws, "seed": self.seed}
-        for name in ("weight", "form", "at", "estimator", "wrt"):
-            obj = getattr(self, name)
-            if hasattr(obj, "state_dict"):
-                state[name] = obj.state_dict()
-        return state
+        """Return the state: plain numbers. The seed and the count of draws are the generator.
+
+        An axis that has a state of its own, as a running average, is under its name in "axes".
+        """
+        state = {"step": self.step, "draws": self.draws, "seed": self.seed}
+        axes = {name: axis.state_dict() for name, axis in self._stateful().items()}
+        axes = {name: own for name, own in axes.items() if own}
+        return {**state, "axes": axes} if axes else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
+        """Go on from a state. An axis that it does not have begins at its beginning."""
         self.step, self.draws, self.seed = state["step"], state["draws"], state["seed"]
-        for name in ("weight", "form", "at", "estimator", "wrt"):
-            obj = getattr(self, name)
-            if hasattr(obj, "load_state_dict") and name in state:
-                obj.load_state_dict(state[name])
+        for name, axis in self._stateful().items():
+            if name in state.get("axes", {}):
+                axis.load_state_dict(state["axes"][name])
+
+    def _stateful(self) -> dict[str, Any]:
+        """Return the axes that may have a state. A module's is its owner's to save."""
+        axes = {name: getattr(self, name) for name in AXES}
+        kept = {n: a for n, a in axes.items() if not isinstance(a, nn.Module)}
+        return {n: a for n, a in kept.items() if hasattr(a, "state_dict")}
 
     def __repr__(self) -> str:
-        names = (
-            "of",
-            "wrt",
-            "scope",
-            "order",
-            "form",
-            "at",
-            "estimator",
-            "reduce",
-            "weight",
-            "every",
-        )
-        axes = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        axes = ", ".join(f"{name}={getattr(self, name)!r}" for name in AXES)
         return f"GradientPenalty({axes})"
 
     def _evaluate(
-        self, f: Any, args: tuple[Any, ...], real: Any, fake: Any, weight: float
+        self,
+        f: Any,
+        args: tuple[Any, ...],
+        real: Any,
+        fake: Any,
+        weight: float,
+        *,
+        observe: bool = False,
     ) -> tuple[Terms, list[Target]]:
         train = torch.is_grad_enabled()
         args = tuple(list(a) if isinstance(a, Iterator) else a for a in args)  # net.parameters()
@@ -309,7 +337,7 @@ class GradientPenalty:
                     )
             if not self._seen_to_act:
                 graphs.require_derivatives(targets[0].y, targets[0].xs, self.order)
-            norms, values = self.measure(targets, rng)
+            norms, values = self.measure(targets, rng, observe=observe)
             terms = Terms(norms, values, weight, weight * self.total(values))
         if not train:
             cut = (terms.norms.detach(), terms.values.detach())

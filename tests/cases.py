@@ -472,6 +472,20 @@ ROWS = [
         (of_inputs(0.7, lambda n: (n - 1) ** 2),),
     ),
     Row(
+        "path_length",  # of one product with a Gaussian, and a moving average: test_path_length.py
+        preset(
+            "path_length",
+            7.0,
+            every=1,
+            estimator="exact",
+            form=gpkit.two_sided(gpkit.running_average(1.0, 1.5)),
+        ),
+        on_outputs,
+        None,
+        (of_inputs(7.0, lambda n: (n - 1.5) ** 2),),
+        scene=partial(images, 3),
+    ),
+    Row(
         "wgan_gp",
         preset("wgan_gp", 7.0),
         on_critic,

@@ -10,6 +10,7 @@ import torch._dynamo
 from torch import Tensor
 
 from gpkit import captures
+from gpkit.averages import running_average
 from gpkit.draws import SeededDraws
 from gpkit.environments import EnvironmentPenalty
 from gpkit.estimators import Target
@@ -65,6 +66,11 @@ class CompiledLoss:
             if captures.names(penalty.of, penalty.wrt):
                 raise ValueError(
                     f"`compile=True` takes no named activation; {name!r} has one: leave "
+                    "compile=False"
+                )
+            if isinstance(getattr(penalty.form, "center", None), running_average):
+                raise ValueError(
+                    f"`compile=True` takes no running average; {name!r} has one: leave "
                     "compile=False"
                 )
         if not hasattr(torch._dynamo.config, "trace_autograd_ops"):

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpkit import checks
 from gpkit.captures import captured
@@ -239,7 +240,8 @@ class PenalizedModule(pl.LightningModule):
         seeds = {n: torch.tensor(self.penalties[n].next_seed()) for n in acting}
         if any(reuses_input_graph(self.penalties[n]) for n in acting):
             x = x.detach().requires_grad_()
-        with double_backward():
+        # Not double_backward(): its hook would be a new one, and a new graph, at every step.
+        with sdpa_kernel(SDPBackend.MATH):
             loss, parts = self._compiled(x, y, acting, seeds)
         terms: dict[str, Terms | None] = dict.fromkeys(factors)
         total = loss

@@ -9,6 +9,7 @@ from gpkit.presets.adversarial import dragan, max_gp, r1_r2, wgan_div, zero_gp
 from gpkit.presets.critic import r1, r2, wgan_gp, wgan_lp
 from gpkit.presets.drawn import fisher
 from gpkit.presets.environments import fishr, irm
+from gpkit.presets.generator import path_length
 from gpkit.presets.inner import contractive
 from gpkit.presets.input import curvature, eikonal, input_grad_norm, jacobian
 from gpkit.presets.spectral import spectral_jacobian
@@ -29,6 +30,7 @@ PRESETS = {
         jacobian,
         contractive,
         spectral_jacobian,
+        path_length,
         curvature,
         eikonal,
         duq,
