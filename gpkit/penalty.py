@@ -242,7 +242,7 @@ class GradientPenalty:
         seed = self.next_seed()
         with torch.inference_mode(False), torch.enable_grad():
             rng = torch.Generator(device_of(f, args, real, fake)).manual_seed(seed)
-            call = Call(f, args, real, fake, self.of, self.at, self.scope, rng, seed)
+            call = Call(f, args, real, fake, self.of, self.at, self.scope, rng, seed, self.order)
             targets = list(self.wrt.targets(call))
             for target in targets:
                 if not target.y.requires_grad:

@@ -32,6 +32,7 @@ class Call:
         scope: "sample" or "batch".
         rng: draws points.
         seed: for the random numbers of a forward.
+        order: k, of the derivative.
     """
 
     f: Any
@@ -43,6 +44,7 @@ class Call:
     scope: str
     rng: Source
     seed: int
+    order: int = 1
 
     @property
     def computed(self) -> bool:
@@ -80,7 +82,7 @@ class inputs:  # noqa: N801  variables read as functions: wrt=weights("classifie
         elif callable(call.f):
             real, fake = self.samples(call)
             xs = call.at(real, fake, call.rng)
-            with isolated(call.f, call.seed, xs[0].device):
+            with isolated(call.f, call.seed, xs[0].device, call.order):
                 y = call.selected(call.f(*xs))
         else:
             raise TypeError(f"expected a tensor or a callable; got a {type(call.f).__name__}")
@@ -167,7 +169,7 @@ class weights:  # noqa: N801
         if not call.computed:
             if not callable(y):
                 raise TypeError(f"expected a tensor or a callable; got a {type(y).__name__}")
-            with isolated(y, call.seed, params[0].device):
+            with isolated(y, call.seed, params[0].device, call.order):
                 y = y()
         for group in self.groups(call.selected(y), call.of, call.scope):
             yield Target(group, params, batched=False)

@@ -186,7 +186,7 @@ class PenalizedModule(pl.LightningModule):
         penalties = self.penalties.values()
         graph_in_x = log_norms or any(map(reuses_input_graph, penalties))
         per_sample = log_norms or any(p.of == "loss" and p.scope == "sample" for p in penalties)
-        with double_backward() if self.penalties else nullcontext():
+        with double_backward(self._order()) if self.penalties else nullcontext():
             done = self._forward(x, y, graph_in_x=graph_in_x, per_sample=per_sample)
             terms = {name: self._act(p, done, y) for name, p in self.penalties.items()}
         total = done.loss
@@ -203,7 +203,7 @@ class PenalizedModule(pl.LightningModule):
         seeds = {n: torch.tensor(self.penalties[n].next_seed()) for n in acting}
         if any(reuses_input_graph(self.penalties[n]) for n in acting):
             x = x.detach().requires_grad_()
-        with double_backward():
+        with double_backward(self._order()):
             loss, parts = self._compiled(x, y, acting, seeds)
         terms: dict[str, Terms | None] = dict.fromkeys(factors)
         total = loss
@@ -220,6 +220,10 @@ class PenalizedModule(pl.LightningModule):
         """Return what each penalty differentiates, by name, and the loss."""
         done = self._forward(x, y, graph_in_x=False, per_sample=True)
         return {name: differentiated(p, done) for name, p in self.penalties.items()}, done.loss
+
+    def _order(self) -> int:
+        """Return the highest order of the penalties."""
+        return max((penalty.order for penalty in self.penalties.values()), default=1)
 
     def _step(self) -> int | None:
         """Return the optimiser step; None without a trainer, where penalties count themselves."""
