@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says the same
     from gpkit.derivatives import derivative
-    from gpkit.estimators import exact, projection
+    from gpkit.directional import directional_derivative
+    from gpkit.estimators import exact, projection, taylor
     from gpkit.forms import norm, one_sided, power, squared, two_sided
     from gpkit.lightning.module import PenalizedModule
     from gpkit.penalty import GradientPenalty, Terms
@@ -35,7 +36,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "gpkit.derivatives": "derivative",
-    "gpkit.estimators": "exact projection",
+    "gpkit.directional": "directional_derivative",
+    "gpkit.estimators": "exact projection taylor",
     "gpkit.forms": "norm one_sided power squared two_sided",
     "gpkit.lightning.module": "PenalizedModule",
     "gpkit.penalty": "GradientPenalty Terms",

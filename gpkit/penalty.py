@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gpkit import checks, graphs
 from gpkit.draws import Source
-from gpkit.estimators import ESTIMATORS, Estimator, Target, exact, projection
+from gpkit.estimators import ESTIMATORS, Estimator, Target, exact, projection, taylor
 from gpkit.forms import FORMS, Form, root
 from gpkit.points import POINTS, At, computed
 from gpkit.schedules import Schedule
@@ -76,8 +76,9 @@ class GradientPenalty:
             ``norm="l1"`` or ``norm="linf"`` instead of "l2".
         at: where: "data", "real", "fake", "interpolate", "perturb", an object such as
             ``gpkit.perturb(0.5)``, or a function ``(real, fake) -> points``.
-        estimator: "exact", "projection" or ``gpkit.projection(n)``. None is "exact", but for
-            order >= 2 in the weights, whose full derivative is out of reach, "projection".
+        estimator: "exact", "projection" or ``gpkit.projection(n)``, "taylor" or
+            ``gpkit.taylor(n)``. None is "exact", but for order >= 2 in the weights, whose full
+            derivative is out of reach, "projection".
         weight: λ >= 0, or a schedule: a function of the optimiser step.
         every: act on every k-th step, with the weight multiplied by k (lazy regularisation).
         seed: of the penalty's own random numbers; None takes torch's initial seed. Each rank of
@@ -120,10 +121,10 @@ class GradientPenalty:
         if estimator is None:
             estimator = projection() if order > 1 and isinstance(self.wrt, weights) else exact()
         self.estimator: Estimator = checks.piece("estimator=...", estimator, ESTIMATORS, Estimator)
-        if isinstance(self.estimator, projection) and self.form.norm != "l2":
+        if isinstance(self.estimator, (projection, taylor)) and self.form.norm != "l2":
             raise ValueError(
-                f"`estimator=projection()` estimates the l2 norm; got norm={self.form.norm!r}: "
-                "use estimator='exact'"
+                f"`estimator={type(self.estimator).__name__}()` estimates the l2 norm; "
+                f"got norm={self.form.norm!r}: use estimator='exact'"
             )
         self.weight = weight if callable(weight) else checks.number("weight=...", weight, 0)
         self.every = checks.integer("every=...", every, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -82,11 +83,18 @@ class inputs:  # noqa: N801  variables read as functions: wrt=weights("classifie
         elif callable(call.f):
             real, fake = self.samples(call)
             xs = call.at(real, fake, call.rng)
-            with isolated(call.f, call.seed, xs[0].device, call.order):
-                y = call.selected(call.f(*xs))
+            evaluate = partial(self.evaluated, call)
+            yield Target(evaluate(xs), xs, batched=True, evaluate=evaluate)
+            return
         else:
             raise TypeError(f"expected a tensor or a callable; got a {type(call.f).__name__}")
         yield Target(self.columns(y, len(xs[0]), call.of), xs, batched=True)
+
+    def evaluated(self, call: Call, xs: Points) -> Tensor:
+        """Return ``[B, m]``: the callable at points, every time with the same random numbers."""
+        with isolated(call.f, call.seed, xs[0].device, call.order):
+            y = call.selected(call.f(*xs))
+            return self.columns(y, len(xs[0]), call.of)
 
     def given(self, call: Call) -> Points:
         """Return the samples whose graph the caller already has."""

@@ -90,3 +90,14 @@ def standardised(x: Tensor, dims: tuple[int, ...], eps: float = 1e-5) -> Tensor:
     mean = x.sum(dims, keepdim=True) / math.prod(x.shape[d] for d in dims)
     var = torch.var(x, dims, correction=0, keepdim=True)
     return (x - mean) / (var + eps) ** 0.5
+
+
+def along(f: Callable[[Tensor], Tensor], order: int, x: Tensor, v: Tensor) -> Tensor:
+    """Return d^k/dt^k f(x + t v) at t = 0, by nested forward mode: of the shape of f(x)."""
+
+    def path(t: Tensor) -> Tensor:
+        return f(x + t * v)
+
+    for _ in range(order):
+        path = jacfwd(path)
+    return path(x.new_zeros(()))
