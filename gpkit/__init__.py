@@ -13,8 +13,9 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says th
     from gpkit.averages import running_average
     from gpkit.classifier import features
     from gpkit.derivatives import derivative
+    from gpkit.directional import directional_derivative
     from gpkit.environments import EnvironmentPenalty
-    from gpkit.estimators import exact, projection
+    from gpkit.estimators import exact, projection, taylor
     from gpkit.forms import norm, one_sided, power, squared, two_sided
     from gpkit.lightning.module import PenalizedModule
     from gpkit.mixtures import mixture, uniform
@@ -59,8 +60,9 @@ _HOMES = {
     "gpkit.averages": "running_average",
     "gpkit.classifier": "features",
     "gpkit.derivatives": "derivative",
+    "gpkit.directional": "directional_derivative",
     "gpkit.environments": "EnvironmentPenalty",
-    "gpkit.estimators": "exact projection",
+    "gpkit.estimators": "exact projection taylor",
     "gpkit.forms": "norm one_sided power squared two_sided",
     "gpkit.lightning.module": "PenalizedModule",
     "gpkit.mixtures": "mixture uniform",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gpkit import checks
-from gpkit.estimators import wide
+from gpkit.targets import wide
 
 
 @dataclass(kw_only=True)

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from gpkit import graphs
 from gpkit.derivatives import gradients
-from gpkit.estimators import Target, wide
 from gpkit.forms import root
 from gpkit.isolation import isolated
 from gpkit.penalty import GradientPenalty, Terms, device_of
 from gpkit.schedules import Schedule
+from gpkit.targets import Target, wide
 
 Losses = Callable[[Tensor, Tensor], Tensor]
 
@@ -152,7 +152,14 @@ class EnvironmentPenalty(GradientPenalty):
         return f"EnvironmentPenalty({self.statistic!r}, weight={self.weight!r}, every={self.every})"
 
     def _evaluate(
-        self, f: Any, args: tuple[Any, ...], real: Any, fake: Any, weight: float
+        self,
+        f: Any,
+        args: tuple[Any, ...],
+        real: Any,
+        fake: Any,
+        weight: float,
+        *,
+        observe: bool = False,
     ) -> tuple[Terms, list[Target]]:
         train, seed = torch.is_grad_enabled(), self.next_seed()
         if real is not None or fake is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,20 +11,23 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from gpkit.norm_layers import elementary
+
 
 @contextmanager
-def isolated(function: Any, seed: int, device: torch.device) -> Iterator[None]:
+def isolated(function: Any, seed: int, device: torch.device, order: int = 1) -> Iterator[None]:
     """Run a forward whose buffers and random numbers are its own, and that can be differentiated.
 
     Batch statistics, and whatever else the modules that run keep in buffers, are written to copies;
     dropout draws from ``seed``, and the streams of ``device`` and of the CPU are given back;
-    attention and recurrent nets use kernels that have a double backward.
+    attention, recurrent nets and norm layers use kernels that have the derivatives.
 
     Args:
         function: what will be called, or a module that it runs. Modules that it calls are seen as
             they are called.
         seed: for the random numbers of this forward.
         device: where it runs.
+        order: k, of the penalty.
 
     Yields:
         Nothing.
@@ -35,7 +38,7 @@ def isolated(function: Any, seed: int, device: torch.device) -> Iterator[None]:
         torch.default_generator.manual_seed(seed)
         for index in cuda:
             torch.cuda.default_generators[index].manual_seed(seed)
-        stack.enter_context(double_backward())
+        stack.enter_context(double_backward(order))
         stack.enter_context(own_buffers(function))
         yield
 
@@ -77,11 +80,18 @@ def own_buffers(function: Any) -> Iterator[None]:
 
 
 @contextmanager
-def double_backward() -> Iterator[None]:
-    """Choose kernels that have a double backward.
+def double_backward(order: int = 1) -> Iterator[None]:
+    """Choose kernels that have a double backward, or the k + 1 that a penalty of order k needs.
 
     Fused attention has none (the math kernel has); cuDNN's recurrent nets have none (torch's own
-    have), and cuDNN is left alone until there is a recurrent net.
+    have), and cuDNN is left alone until there is a recurrent net. Fused layer norm and batch norm
+    have a wrong third derivative: for order >= 2 they are computed in elementary operations.
+
+    Args:
+        order: k, of the penalty.
+
+    Yields:
+        Nothing.
     """
     cudnn = torch.backends.cudnn.enabled
 
@@ -91,7 +101,7 @@ def double_backward() -> Iterator[None]:
 
     hook = register_module_forward_pre_hook(without_cudnn)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), elementary() if order >= 2 else nullcontext():
             yield
     finally:
         hook.remove()

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from gpkit.derivatives import as_rows, gradients
 from gpkit.draws import Source, normal
-
-if TYPE_CHECKING:
-    from gpkit.estimators import Target
+from gpkit.targets import Estimator, Target
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class per_pixel:  # noqa: N801  axes read as functions: of=per_pixel()
 
 
 @dataclass(frozen=True)
-class gaussian_product:  # noqa: N801  estimators read as functions
+class gaussian_product(Estimator):  # noqa: N801  estimators read as functions
     r"""One product of the Jacobian with a Gaussian vector, whose length is itself the quantity.
 
     .. math:: n^2 = \frac1L \|J^\top y\|^2, \quad y \sim N(0, I)
@@ -44,7 +41,7 @@ class gaussian_product:  # noqa: N801  estimators read as functions
     Source: Karras et al. (2020), arXiv:1912.04958.
     """
 
-    def require(self, order: int, norm: str) -> None:
+    def check(self, order: int, norm: str, batched: bool) -> None:
         """Refuse what has no such product.
 
         Raises:

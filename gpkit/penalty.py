@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from gpkit import checks, graphs, pixels
 from gpkit.draws import Source
-from gpkit.estimators import ESTIMATORS, Estimator, Target, exact, projection
+from gpkit.estimators import ESTIMATORS, exact, projection
 from gpkit.forms import FORMS, Form, root
 from gpkit.points import At, as_at
 from gpkit.reductions import REDUCTIONS
 from gpkit.schedules import Schedule
-from gpkit.variables import VARIABLES, Call, Of, Variables, weights
+from gpkit.targets import Estimator, Target
+from gpkit.variables import VARIABLES, Call, Of, Variables, inputs, weights
 
 AXES = (
     "of",
@@ -97,9 +98,10 @@ class GradientPenalty:
         at: where: "data", "real", "fake", "interpolate", "perturb", an object such as
             ``gpkit.perturb(0.5)``, ``gpkit.uniform(-1, 1)`` or ``gpkit.mixture("real", "fake")``,
             or a function ``(real, fake) -> points``.
-        estimator: "exact", "projection" or ``gpkit.projection(n)``, or for the largest singular
-            value "power_iteration" or ``gpkit.power_iteration(n)``. None is "exact", but for
-            order >= 2 in the weights, whose full derivative is out of reach, "projection".
+        estimator: "exact", "projection" or ``gpkit.projection(n)``, "taylor" or
+            ``gpkit.taylor(n)``, or for the largest singular value "power_iteration" or
+            ``gpkit.power_iteration(n)``. None is "exact", but for order >= 2 in the weights, whose
+            full derivative is out of reach, "projection".
         reduce: "mean" over the groups, or "max": the largest of the micro-batch.
         weight: λ >= 0, or a schedule: a function of the optimiser step.
         every: act on every k-th step, with the weight multiplied by k (lazy regularisation).
@@ -144,13 +146,7 @@ class GradientPenalty:
         if estimator is None:
             estimator = projection() if order > 1 and isinstance(self.wrt, weights) else exact()
         self.estimator: Estimator = checks.piece("estimator=...", estimator, ESTIMATORS, Estimator)
-        if isinstance(self.estimator, projection) and self.form.norm != "l2":
-            raise ValueError(
-                f"`estimator=projection()` estimates the l2 norm; got norm={self.form.norm!r}: "
-                "use estimator='exact'"
-            )
-        if hasattr(self.estimator, "require"):
-            self.estimator.require(self.order, self.form.norm)
+        self.estimator.check(self.order, self.form.norm, isinstance(self.wrt, inputs))
         if self.scope == "pixel":
             pixels.require_axes(self.order, self.estimator, (exact, projection))
         self.reduce = checks.choice("reduce=...", reduce, REDUCTIONS)
@@ -326,7 +322,7 @@ class GradientPenalty:
         seed = self.next_seed()
         with torch.inference_mode(False), torch.enable_grad():
             rng = torch.Generator(device_of(f, args, real, fake)).manual_seed(seed)
-            call = Call(f, args, real, fake, self.of, self.at, self.scope, rng, seed)
+            call = Call(f, args, real, fake, self.of, self.at, self.scope, rng, seed, self.order)
             targets = list(self.wrt.targets(call))
             for target in targets:
                 if not target.y.requires_grad:
@@ -356,12 +352,12 @@ class GradientPenalty:
 
     def _require_effect(self, terms: Terms, targets: list[Target]) -> None:
         """Refuse a penalty that trains nothing though there is something to train."""
-        inputs = [] if isinstance(self.wrt, weights) else [x for t in targets for x in t.xs]
+        given = [] if isinstance(self.wrt, weights) else [x for t in targets for x in t.xs]
 
         graphs.require_derivatives(targets[0].y, targets[0].xs, self.order + 1)
 
         def trained(tensor: Tensor) -> list[Tensor]:
-            return [p for p in graphs.leaves(tensor) if not any(p is x for x in inputs)]
+            return [p for p in graphs.leaves(tensor) if not any(p is x for x in given)]
 
         kink = None
         if self.order > 1 and not terms.norms.any():

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpkit.draws import Source, uniform
-from gpkit.estimators import wide
+from gpkit.targets import wide
 
 
 def sampled_losses(logits: Tensor, rng: Source) -> Tensor:

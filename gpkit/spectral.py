@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,13 +11,11 @@ from torch import Tensor
 from gpkit import checks, graphs
 from gpkit.derivatives import as_rows, gradients
 from gpkit.draws import Source, normal
-
-if TYPE_CHECKING:
-    from gpkit.estimators import Target
+from gpkit.targets import Estimator, Target
 
 
 @dataclass(frozen=True)
-class power_iteration:  # noqa: N801  estimators read as functions: estimator=power_iteration(10)
+class power_iteration(Estimator):  # noqa: N801  estimators read as functions: estimator=power_iteration(10)
     r"""The largest singular value of each group's Jacobian, instead of its Frobenius norm.
 
     .. math:: n^2 = \|J^\top u\|^2 \le \sigma_{\max}(J)^2, \quad
@@ -43,7 +40,7 @@ class power_iteration:  # noqa: N801  estimators read as functions: estimator=po
     def __post_init__(self) -> None:
         checks.integer("power_iteration(iterations=...)", self.iterations, 1)
 
-    def require(self, order: int, norm: str) -> None:
+    def check(self, order: int, norm: str, batched: bool) -> None:
         """Refuse what has no spectral norm here.
 
         Raises:

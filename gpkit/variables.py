@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,11 @@ from torch import Tensor, nn
 
 from gpkit import captures, checks
 from gpkit.draws import Source
-from gpkit.estimators import Target
 from gpkit.isolation import isolated
 from gpkit.pixels import require_images
 from gpkit.points import At, Points, as_points, require_floating
 from gpkit.sampled import sampled_losses
+from gpkit.targets import Target
 
 Of = str | Callable[[Any], Tensor]
 
@@ -35,6 +36,7 @@ class Call:
         scope: "sample", "pixel" or "batch".
         rng: draws points.
         seed: for the random numbers of a forward.
+        order: k, of the derivative.
     """
 
     f: Any
@@ -46,6 +48,7 @@ class Call:
     scope: str
     rng: Source
     seed: int
+    order: int = 1
 
     @property
     def computed(self) -> bool:
@@ -58,7 +61,10 @@ class Call:
         """Return what is differentiated, of a forward that leaves no trace, and activations."""
         wanted = captures.names(self.of, wrt)
         net = captures.module_of(wanted[0], self.f, self.args) if wanted else None
-        with isolated(self.f, self.seed, device), captures.captured(net, wanted) as caught:
+        with (
+            isolated(self.f, self.seed, device, self.order),
+            captures.captured(net, wanted) as caught,
+        ):
             y = self.f(*xs)
         if isinstance(self.of, captures.Named):
             y = caught[self.of.name]
@@ -95,19 +101,22 @@ class inputs:  # noqa: N801  variables read as functions: wrt=weights("classifie
                 "an input penalty takes f and the samples; several inputs go into one tuple: "
                 f"penalty(f, (x1, x2)); got {len(call.args)} arguments after f"
             )
+        evaluate = None
         if call.computed:
             xs = self.given(call)
             y = call.selected(call.f)
         elif callable(call.f):
-            xs = self.points(call)
-            y, caught = call.run(xs, xs[0].device, self)
-            xs = self.chosen(xs, caught)
+            given = self.points(call)
+            y, caught = call.run(given, given[0].device, self)
+            xs = self.chosen(given, caught)
+            if xs is given:  # an activation cannot be moved by moving the inputs
+                evaluate = partial(self.evaluated, call)
         else:
             raise TypeError(f"expected a tensor or a callable; got a {type(call.f).__name__}")
         columns = self.columns(y, len(xs[0]), call.of)
         if call.scope == "pixel":
             require_images(xs)
-        yield Target(columns, xs, batched=True, pixels=call.scope == "pixel")
+        yield Target(columns, xs, True, evaluate, pixels=call.scope == "pixel")
 
     def points(self, call: Call) -> Points:
         """Return where a function is evaluated."""
@@ -116,6 +125,11 @@ class inputs:  # noqa: N801  variables read as functions: wrt=weights("classifie
     def chosen(self, xs: Points, caught: Mapping[str, Tensor]) -> Points:
         """Return the variables of a forward that was made at ``xs``."""
         return xs
+
+    def evaluated(self, call: Call, *xs: Tensor) -> Tensor:
+        """Return ``[B, m]`` at some points; the same random numbers are drawn at all of them."""
+        y, _ = call.run(xs, xs[0].device, self)
+        return self.columns(y, len(xs[0]), call.of)
 
     def given(self, call: Call) -> Points:
         """Return the samples whose graph the caller already has."""

@@ -1,5 +1,6 @@
 """What the penalties must be: torch.func references and closed forms, without gpkit."""
 
+import math
 import warnings
 from collections.abc import Callable
 
@@ -74,3 +75,35 @@ def projection_std(M: Tensor, distribution: str) -> float:
     else:  # uniform on the sphere of radius √m
         variance = m / (m + 2) * (trace**2 + 2 * square) - trace**2
     return (variance.sqrt() / trace).item()
+
+
+def coupled_derivative(f: Callable[[Tensor], Tensor], order: int, z: Tensor) -> Tensor:
+    """Return k times over the gradient in z of the batch's sum, ``[B, *O, *S, ..., *S]``.
+
+    It is that of each sample where samples do not see one another; batch statistics couple them.
+    """
+    if order == 0:
+        return f(z)
+
+    def summed(z: Tensor) -> Tensor:
+        return coupled_derivative(f, order - 1, z).sum(0)
+
+    return jacrev(summed)(z).movedim(-z.ndim, 0)
+
+
+def standardised(x: Tensor, dims: tuple[int, ...], eps: float = 1e-5) -> Tensor:
+    """Return (x - mean) / √(variance + ε) over ``dims``."""
+    mean = x.sum(dims, keepdim=True) / math.prod(x.shape[d] for d in dims)
+    var = torch.var(x, dims, correction=0, keepdim=True)
+    return (x - mean) / (var + eps) ** 0.5
+
+
+def along(f: Callable[[Tensor], Tensor], order: int, x: Tensor, v: Tensor) -> Tensor:
+    """Return d^k/dt^k f(x + t v) at t = 0, by nested forward mode: of the shape of f(x)."""
+
+    def path(t: Tensor) -> Tensor:
+        return f(x + t * v)
+
+    for _ in range(order):
+        path = jacfwd(path)
+    return path(x.new_zeros(()))

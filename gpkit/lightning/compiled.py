@@ -13,9 +13,9 @@ from gpkit import captures
 from gpkit.averages import running_average
 from gpkit.draws import SeededDraws
 from gpkit.environments import EnvironmentPenalty
-from gpkit.estimators import Target
 from gpkit.penalty import GradientPenalty
 from gpkit.sampled import sampled_losses
+from gpkit.targets import Target
 from gpkit.variables import weights
 
 # What is traced: (x, y, weights, seeds) -> loss, and (norms, values, penalty) by name.

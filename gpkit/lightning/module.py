@@ -34,6 +34,7 @@ from gpkit.lightning.passes import (
     variable,
     with_features,
 )
+from gpkit.norm_layers import elementary
 from gpkit.penalty import GradientPenalty, Terms
 from gpkit.sums import Penalties, penalties_by_name
 from gpkit.variables import weights
@@ -206,7 +207,7 @@ class PenalizedModule(pl.LightningModule):
         graph_in_x = log_norms or any(map(reuses_input_graph, penalties))
         per_sample = log_norms or any(map(needs_losses, penalties))
         named = [n for p in penalties if not p.at.moves for n in activation_names(p)]
-        with double_backward() if self.penalties else nullcontext():
+        with double_backward(self._order()) if self.penalties else nullcontext():
             with captured(self.net, dict.fromkeys(named)) as activations:
                 done = self._forward(x, y, graph_in_x=graph_in_x, per_sample=per_sample)
             done = replace(done, activations=activations)
@@ -241,7 +242,8 @@ class PenalizedModule(pl.LightningModule):
         if any(reuses_input_graph(self.penalties[n]) for n in acting):
             x = x.detach().requires_grad_()
         # Not double_backward(): its hook would be a new one, and a new graph, at every step.
-        with sdpa_kernel(SDPBackend.MATH):
+        norm_layers = elementary() if self._order() > 1 else nullcontext()
+        with sdpa_kernel(SDPBackend.MATH), norm_layers:
             loss, parts = self._compiled(x, y, acting, seeds)
         terms: dict[str, Terms | None] = dict.fromkeys(factors)
         total = loss
@@ -259,6 +261,10 @@ class PenalizedModule(pl.LightningModule):
         """Return what each penalty differentiates, by name, and the loss."""
         done = self._forward(x, y, graph_in_x=False, per_sample=True)
         return {name: differentiated(p, done) for name, p in self.penalties.items()}, done.loss
+
+    def _order(self) -> int:
+        """Return the highest order of the penalties."""
+        return max((penalty.order for penalty in self.penalties.values()), default=1)
 
     def _step(self) -> int | None:
         """Return the optimiser step; None without a trainer, where penalties count themselves."""
