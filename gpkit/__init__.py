@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says the same
     from gpkit.derivatives import derivative
+    from gpkit.differences import curvature_difference, finite_difference
     from gpkit.estimators import exact, projection
     from gpkit.forms import norm, one_sided, power, squared, two_sided
     from gpkit.lightning.module import PenalizedModule
     from gpkit.penalty import GradientPenalty, Terms
     from gpkit.points import fake, interpolate, perturb, real
     from gpkit.presets import (
+        cure,
         curvature,
         eikonal,
+        gnp,
         input_grad_norm,
         jacobian,
         none,
@@ -35,13 +38,14 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "gpkit.derivatives": "derivative",
+    "gpkit.differences": "curvature_difference finite_difference",
     "gpkit.estimators": "exact projection",
     "gpkit.forms": "norm one_sided power squared two_sided",
     "gpkit.lightning.module": "PenalizedModule",
     "gpkit.penalty": "GradientPenalty Terms",
     "gpkit.points": "fake interpolate perturb real",
-    "gpkit.presets": "curvature eikonal input_grad_norm jacobian none r1 r2 weight_grad_norm "
-    "wgan_gp wgan_lp",
+    "gpkit.presets": "cure curvature eikonal gnp input_grad_norm jacobian none r1 r2 "
+    "weight_grad_norm wgan_gp wgan_lp",
     "gpkit.schedules": "cosine switch warmup",
     "gpkit.sums": "PenaltySum sum",
     "gpkit.training": "train",

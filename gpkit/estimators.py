@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,15 +21,34 @@ class Target:
         y: ``[G, m]``: m outputs for each of G groups.
         xs: the variables: ``[G, *S]`` each if ``batched``, else any shapes and G = 1.
         batched: whether group g of ``y`` depends on ``x[g]`` alone.
+        evaluate: gives ``y`` anew, with the same random numbers: at the inputs that it is called
+            with, or, called with nothing, at the weights as they are. None where only a graph is.
     """
 
     y: Tensor
     xs: tuple[Tensor, ...]
     batched: bool
+    evaluate: Callable[..., Tensor] | None = None
+
+
+class Estimator:
+    """How n² is obtained."""
+
+    # Whether the graph of the function is enough; if not, the function itself is needed.
+    reuses_graph = True
+    # Whether a backward pass goes through each graph but once: then it needs no double backward.
+    first_order = False
+
+    def check(self, order: int, batched: bool) -> None:
+        """Refuse a derivative that it does not estimate: of inputs if ``batched``, else weights."""
+
+    def squared_norms(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:
+        """Return n² ``[G]``, differentiable, in float32 or better."""
+        raise NotImplementedError(f"{type(self).__name__} must define squared_norms")
 
 
 @dataclass(frozen=True)
-class exact:  # noqa: N801  estimators read as functions: estimator=projection(4)
+class exact(Estimator):  # noqa: N801  estimators read as functions: estimator=projection(4)
     """All entries of the derivative, by nested double backprop.
 
     m outputs in n variables take m·(1 + n + ... + n^(k-1)) backward passes: one for the gradient
@@ -43,7 +63,7 @@ class exact:  # noqa: N801  estimators read as functions: estimator=projection(4
 
 
 @dataclass(frozen=True)
-class projection:  # noqa: N801
+class projection(Estimator):  # noqa: N801
     r"""Random projections: an unbiased estimate of the squared Frobenius norm.
 
     .. math:: n^2 = \frac1N \sum_{j=1}^N
@@ -100,7 +120,6 @@ class projection:  # noqa: N801
 
 DISTRIBUTIONS = ("rademacher", "gaussian", "sphere")
 ESTIMATORS = {"exact": exact, "projection": projection}
-Estimator = exact | projection
 
 
 def wide(x: Tensor) -> torch.dtype:

@@ -29,6 +29,8 @@ HINTS = {
     "compile the whole penalised loss instead, or leave the net uncompiled",
     "leaky_relu": "a piecewise-linear activation has no derivative of this order: "
     "use a smooth one (GELU, SiLU, softplus, tanh)",
+    "donated buffers": "a compiled net gives its buffers up after one backward: set "
+    "torch._functorch.config.donated_buffer = False before it is compiled",
     "freed": "the graph of the loss is gone: call the penalty before loss.backward()",
     "Inference tensors": "a tensor made under inference_mode is in the graph: clone it outside",
     "modified by an inplace operation": "a tensor of the graph was changed in place",

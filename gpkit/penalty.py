@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from gpkit import checks, graphs
+from gpkit.differences import finite_difference
 from gpkit.draws import Source
 from gpkit.estimators import ESTIMATORS, Estimator, Target, exact, projection
 from gpkit.forms import FORMS, Form, root
 from gpkit.points import POINTS, At, computed
 from gpkit.schedules import Schedule
+from gpkit.together import with_loss
 from gpkit.variables import VARIABLES, Call, Of, Variables, weights
 
 
@@ -76,8 +78,9 @@ class GradientPenalty:
             ``norm="l1"`` or ``norm="linf"`` instead of "l2".
         at: where: "data", "real", "fake", "interpolate", "perturb", an object such as
             ``gpkit.perturb(0.5)``, or a function ``(real, fake) -> points``.
-        estimator: "exact", "projection" or ``gpkit.projection(n)``. None is "exact", but for
-            order >= 2 in the weights, whose full derivative is out of reach, "projection".
+        estimator: "exact", "projection" or ``gpkit.projection(n)``, "finite_difference" or
+            ``gpkit.finite_difference(step)``. None is "exact", but for order >= 2 in the weights,
+            whose full derivative is out of reach, "projection".
         weight: λ >= 0, or a schedule: a function of the optimiser step.
         every: act on every k-th step, with the weight multiplied by k (lazy regularisation).
         seed: of the penalty's own random numbers; None takes torch's initial seed. Each rank of
@@ -119,7 +122,9 @@ class GradientPenalty:
         self.at: At = checks.piece("at=...", at, POINTS, At)
         if estimator is None:
             estimator = projection() if order > 1 and isinstance(self.wrt, weights) else exact()
-        self.estimator: Estimator = checks.piece("estimator=...", estimator, ESTIMATORS, Estimator)
+        named = {**ESTIMATORS, "finite_difference": finite_difference}
+        self.estimator: Estimator = checks.piece("estimator=...", estimator, named, Estimator)
+        self.estimator.check(self.order, not isinstance(self.wrt, weights))
         if isinstance(self.estimator, projection) and self.form.norm != "l2":
             raise ValueError(
                 f"`estimator=projection()` estimates the l2 norm; got norm={self.form.norm!r}: "
@@ -188,6 +193,34 @@ class GradientPenalty:
             self._require_effect(terms, targets)
         return terms
 
+    def with_loss(self, closure: Callable[[], Any], net: Any, *, step: int | None = None) -> Tensor:
+        """Return the loss and the penalty in the weights as one scalar, and count a step.
+
+        The forward that gives the loss is the training forward, which moves batch-norm statistics
+        and random numbers, and the penalty makes use of it: by finite differences, a step takes
+        two forward and backward passes in all, which have been made when this returns; its
+        backward only hands the gradient out, and a graph behind the closure is used up.
+
+        >>> import gpkit, torch
+        >>> w = torch.tensor([3.0, 4.0], dtype=torch.float64, requires_grad=True)
+        >>> penalty = gpkit.weight_grad_norm(weight=0.1, estimator="finite_difference")
+        >>> penalty.with_loss(lambda: (w**2).sum() / 2, [w]).item()  # 25 / 2 + 0.1·25
+        15.0
+
+        Args:
+            closure: gives the loss ``[]``, or losses ``[B]``, whose mean is trained on.
+            net: the module, or its parameters.
+            step: as in a call.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            TypeError: if the penalty is not in the weights.
+            RuntimeError: as a call does.
+        """
+        return with_loss(self, closure, net, step)
+
     def terms(
         self, f: Any, *args: Any, real: Any = None, fake: Any = None, step: int | None = None
     ) -> Terms:
@@ -242,7 +275,8 @@ class GradientPenalty:
         seed = self.next_seed()
         with torch.inference_mode(False), torch.enable_grad():
             rng = torch.Generator(device_of(f, args, real, fake)).manual_seed(seed)
-            call = Call(f, args, real, fake, self.of, self.at, self.scope, rng, seed)
+            twice = not self.estimator.first_order
+            call = Call(f, args, real, fake, self.of, self.at, self.scope, rng, seed, twice)
             targets = list(self.wrt.targets(call))
             for target in targets:
                 if not target.y.requires_grad:
@@ -251,7 +285,7 @@ class GradientPenalty:
                         "Was it computed under no_grad, detached, or made by a gradient without "
                         "create_graph=True?"
                     )
-            if not self._seen_to_act:
+            if twice and not self._seen_to_act:
                 graphs.require_derivatives(targets[0].y, targets[0].xs, self.order)
             norms, values = self.measure(targets, rng)
             terms = Terms(norms, values, weight, weight * values.mean())
@@ -274,7 +308,8 @@ class GradientPenalty:
         """Refuse a penalty that trains nothing though there is something to train."""
         inputs = [] if isinstance(self.wrt, weights) else [x for t in targets for x in t.xs]
 
-        graphs.require_derivatives(targets[0].y, targets[0].xs, self.order + 1)
+        if not self.estimator.first_order:
+            graphs.require_derivatives(targets[0].y, targets[0].xs, self.order + 1)
 
         def trained(tensor: Tensor) -> list[Tensor]:
             return [p for p in graphs.leaves(tensor) if not any(p is x for x in inputs)]

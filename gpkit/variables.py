@@ -5,17 +5,34 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gpkit import checks
 from gpkit.draws import Source
 from gpkit.estimators import Target
-from gpkit.isolation import isolated
+from gpkit.isolation import RandomState, isolated
 from gpkit.points import At, Points, as_points, require_floating
 
 Of = str | Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A loss that was computed, and how it is computed anew.
+
+    Args:
+        value: the loss, whose graph is there.
+        function: gives it anew.
+        state: of the random numbers that it was computed with.
+    """
+
+    value: Tensor
+    function: Callable[[], Any]
+    state: RandomState
 
 
 @dataclass(frozen=True)
@@ -32,6 +49,7 @@ class Call:
         scope: "sample" or "batch".
         rng: draws points.
         seed: for the random numbers of a forward.
+        twice: whether a forward will be differentiated twice.
     """
 
     f: Any
@@ -43,6 +61,7 @@ class Call:
     scope: str
     rng: Source
     seed: int
+    twice: bool = True
 
     @property
     def computed(self) -> bool:
@@ -80,11 +99,17 @@ class inputs:  # noqa: N801  variables read as functions: wrt=weights("classifie
         elif callable(call.f):
             real, fake = self.samples(call)
             xs = call.at(real, fake, call.rng)
-            with isolated(call.f, call.seed, xs[0].device):
-                y = call.selected(call.f(*xs))
+            yield Target(self.evaluated(call, *xs), xs, True, partial(self.evaluated, call))
+            return
         else:
             raise TypeError(f"expected a tensor or a callable; got a {type(call.f).__name__}")
         yield Target(self.columns(y, len(xs[0]), call.of), xs, batched=True)
+
+    def evaluated(self, call: Call, *xs: Tensor) -> Tensor:
+        """Return ``[B, m]`` at some points; the same random numbers are drawn at all of them."""
+        with isolated(call.f, call.seed, xs[0].device, twice=call.twice):
+            y = call.selected(call.f(*xs))
+        return self.columns(y, len(xs[0]), call.of)
 
     def given(self, call: Call) -> Points:
         """Return the samples whose graph the caller already has."""
@@ -163,14 +188,40 @@ class weights:  # noqa: N801
                 f"penalty(loss, net.parameters()); got {len(call.args)} arguments after the loss"
             )
         params = self.chosen(call.args[0])
-        y = call.f
-        if not call.computed:
-            if not callable(y):
-                raise TypeError(f"expected a tensor or a callable; got a {type(y).__name__}")
-            with isolated(y, call.seed, params[0].device):
-                y = y()
-        for group in self.groups(call.selected(y), call.of, call.scope):
-            yield Target(group, params, batched=False)
+        device, again = params[0].device, None
+        if isinstance(call.f, Computed):
+            y = call.f.value
+            again = partial(self.evaluated, call, call.f.function, call.f.state, device, y)
+        elif call.computed:
+            y = call.selected(call.f)
+        elif callable(call.f):
+            y = self.evaluated(call, call.f, call.seed, device)
+            again = partial(self.evaluated, call, call.f, call.seed, device, y)
+        else:
+            raise TypeError(f"expected a tensor or a callable; got a {type(call.f).__name__}")
+        for i, group in enumerate(self.groups(y, call.of, call.scope)):
+            yield Target(group, params, False, again and partial(self.group, call, again, i))
+
+    def evaluated(
+        self,
+        call: Call,
+        function: Callable[[], Any],
+        seed: int | RandomState,
+        device: torch.device,
+        before: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss at the weights as they are, or refuse one that was there ``before``."""
+        with isolated(function, seed, device, twice=call.twice):
+            y = call.selected(function())
+        if y is before:
+            raise RuntimeError(
+                "the closure gave the same tensor twice: the loss must be computed inside of it"
+            )
+        return y
+
+    def group(self, call: Call, again: Callable[[], Tensor], i: int) -> Tensor:
+        """Return what is differentiated for the i-th group, computed anew."""
+        return self.groups(again(), call.of, call.scope)[i]
 
     def groups(self, y: Tensor, of: Of, scope: str) -> list[Tensor]:
         """Return what is differentiated for each group, ``[1, m]``, or refuse other shapes."""

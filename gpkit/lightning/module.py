@@ -27,9 +27,10 @@ class PenalizedModule(pl.LightningModule):
     """A net trained on a loss and gradient penalties, for batches ``(x, y)``.
 
     The trained loss is ``loss(net(x), y)`` and the sum of the penalties. Penalties in the weights,
-    and those in the inputs at the data itself, reuse the graph of the training forward. A penalty
-    at other points evaluates the net there; where one asks for fakes, as interpolates do, and there
-    is no generator, the fake of a sample is the sample before it in the batch.
+    and those in the inputs at the data itself, reuse the graph of the training forward, unless they
+    are finite differences. A penalty at other points evaluates the net there; where one asks for
+    fakes, as interpolates do, and there is no generator, the fake of a sample is the sample before
+    it in the batch.
 
     It logs ``train/loss`` (without penalties), ``train/loss_total``, ``penalty/<name>`` (weighted,
     as it enters the loss) and ``penalty/<name>/weight``; on the steps that the trainer logs,
@@ -186,7 +187,8 @@ class PenalizedModule(pl.LightningModule):
         penalties = self.penalties.values()
         graph_in_x = log_norms or any(map(reuses_input_graph, penalties))
         per_sample = log_norms or any(p.of == "loss" and p.scope == "sample" for p in penalties)
-        with double_backward() if self.penalties else nullcontext():
+        twice = not all(p.estimator.first_order for p in penalties)
+        with double_backward() if twice else nullcontext():
             done = self._forward(x, y, graph_in_x=graph_in_x, per_sample=per_sample)
             terms = {name: self._act(p, done, y) for name, p in self.penalties.items()}
         total = done.loss
@@ -236,7 +238,17 @@ class PenalizedModule(pl.LightningModule):
     def _act(self, penalty: GradientPenalty, done: Pass, y: Any) -> Terms | None:
         step = self._step()
         if isinstance(penalty.wrt, weights):
-            return penalty.act(differentiated(penalty, done), self.net, step=step)
+            if penalty.estimator.reuses_graph:
+                return penalty.act(differentiated(penalty, done), self.net, step=step)
+
+            def closure() -> Any:
+                losses = penalty.of == "loss" and penalty.scope == "sample"
+                x = done.x.detach()
+                return differentiated(
+                    penalty, self._forward(x, y, graph_in_x=False, per_sample=losses)
+                )
+
+            return penalty.act(closure, self.net, step=step)
         if reuses_input_graph(penalty):
             return penalty.act(differentiated(penalty, done), done.x, step=step)
 

@@ -6,6 +6,7 @@ Every preset takes that class's arguments as well (``order``, ``estimator``, ``e
 """
 
 from gpkit.presets.critic import r1, r2, wgan_gp, wgan_lp
+from gpkit.presets.difference import cure, gnp
 from gpkit.presets.input import curvature, eikonal, input_grad_norm, jacobian
 from gpkit.presets.weight import none, weight_grad_norm
 
@@ -14,7 +15,9 @@ PRESETS = {
     for preset in (
         none,
         weight_grad_norm,
+        gnp,
         input_grad_norm,
+        cure,
         jacobian,
         curvature,
         eikonal,
