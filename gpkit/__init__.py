@@ -13,22 +13,25 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says th
     from gpkit.averages import running_average
     from gpkit.classifier import features
     from gpkit.derivatives import derivative
+    from gpkit.differences import curvature_difference, finite_difference
     from gpkit.directional import directional_derivative
     from gpkit.environments import EnvironmentPenalty
     from gpkit.estimators import exact, projection, taylor
     from gpkit.forms import norm, one_sided, power, squared, two_sided
     from gpkit.lightning.module import PenalizedModule
     from gpkit.mixtures import mixture, uniform
-    from gpkit.penalty import GradientPenalty, Terms
+    from gpkit.penalty import GradientPenalty
     from gpkit.points import fake, interpolate, perturb, real
     from gpkit.presets import (
         contractive,
+        cure,
         curvature,
         dragan,
         duq,
         eikonal,
         fisher,
         fishr,
+        gnp,
         hessian,
         input_grad_norm,
         irm,
@@ -49,6 +52,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says th
     from gpkit.schedules import cosine, lazy_adam, rescaled, switch, warmup
     from gpkit.spectral import power_iteration
     from gpkit.sums import PenaltySum, sum
+    from gpkit.terms import Terms
     from gpkit.training import train
     from gpkit.variables import inputs, weights
 
@@ -60,22 +64,26 @@ _HOMES = {
     "gpkit.averages": "running_average",
     "gpkit.classifier": "features",
     "gpkit.derivatives": "derivative",
+    "gpkit.differences": "curvature_difference finite_difference",
     "gpkit.directional": "directional_derivative",
     "gpkit.environments": "EnvironmentPenalty",
     "gpkit.estimators": "exact projection taylor",
     "gpkit.forms": "norm one_sided power squared two_sided",
     "gpkit.lightning.module": "PenalizedModule",
     "gpkit.mixtures": "mixture uniform",
-    "gpkit.penalty": "GradientPenalty Terms",
+    "gpkit.penalty": "GradientPenalty",
+    "gpkit.terms": "Terms",
     "gpkit.points": "fake interpolate perturb real",
     "gpkit.presets": (
         "contractive "
+        "cure "
         "curvature "
         "dragan "
         "duq "
         "eikonal "
         "fisher "
         "fishr "
+        "gnp "
         "hessian "
         "input_grad_norm "
         "irm "

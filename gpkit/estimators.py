@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gpkit import checks
 from gpkit.derivatives import as_rows, derivative_rows, gradients
+from gpkit.differences import finite_difference
 from gpkit.draws import Source, normal
 from gpkit.latents import gaussian_product
 from gpkit.spectral import power_iteration
@@ -181,6 +182,7 @@ DISTRIBUTIONS = ("rademacher", "gaussian", "sphere")
 ESTIMATORS = {
     "exact": exact,
     "projection": projection,
+    "finite_difference": finite_difference,
     "taylor": taylor,
     "power_iteration": power_iteration,
     "gaussian_product": gaussian_product,

@@ -33,6 +33,8 @@ HINTS = {
     "mode, is wrong: give the penalty a callable, for which gpkit computes them in elementary "
     "operations, or run the forward under gpkit.norm_layers.elementary(), or use group norm or "
     "order=1",
+    "donated buffers": "a compiled net gives its buffers up after one backward: set "
+    "torch._functorch.config.donated_buffer = False before it is compiled",
     "freed": "the graph of the loss is gone: call the penalty before loss.backward()",
     "Inference tensors": "a tensor made under inference_mode is in the graph: clone it outside",
     "modified by an inplace operation": "a tensor of the graph was changed in place",

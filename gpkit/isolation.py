@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -13,9 +15,18 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from gpkit.norm_layers import elementary
 
+RandomState = tuple[Tensor, ...]
+
 
 @contextmanager
-def isolated(function: Any, seed: int, device: torch.device, order: int = 1) -> Iterator[None]:
+def isolated(
+    function: Any,
+    seed: int | RandomState,
+    device: torch.device,
+    order: int = 1,
+    *,
+    twice: bool = True,
+) -> Iterator[None]:
     """Run a forward whose buffers and random numbers are its own, and that can be differentiated.
 
     Batch statistics, and whatever else the modules that run keep in buffers, are written to copies;
@@ -25,9 +36,10 @@ def isolated(function: Any, seed: int, device: torch.device, order: int = 1) -> 
     Args:
         function: what will be called, or a module that it runs. Modules that it calls are seen as
             they are called.
-        seed: for the random numbers of this forward.
+        seed: for the random numbers of this forward, or the state to draw them from.
         device: where it runs.
         order: k, of the penalty.
+        twice: whether it will be differentiated twice. If not, any kernel will do.
 
     Yields:
         Nothing.
@@ -35,12 +47,26 @@ def isolated(function: Any, seed: int, device: torch.device, order: int = 1) -> 
     cuda = [device.index or 0] if device.type == "cuda" else []
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=cuda))
-        torch.default_generator.manual_seed(seed)
-        for index in cuda:
-            torch.cuda.default_generators[index].manual_seed(seed)
-        stack.enter_context(double_backward(order))
+        for i, generator in enumerate(generators(device)):
+            if isinstance(seed, int):
+                generator.manual_seed(seed)
+            else:
+                generator.set_state(seed[i])
+        if twice:
+            stack.enter_context(double_backward(order))
         stack.enter_context(own_buffers(function))
         yield
+
+
+def generators(device: torch.device) -> list[torch.Generator]:
+    """Return the generators that a forward on ``device`` draws from: the CPU's and its own."""
+    cuda = [device.index or 0] if device.type == "cuda" else []
+    return [torch.default_generator, *[torch.cuda.default_generators[i] for i in cuda]]
+
+
+def random_state(device: torch.device) -> RandomState:
+    """Return the state of the random numbers, for `isolated` to draw the same ones again."""
+    return tuple(generator.get_state() for generator in generators(device))
 
 
 @contextmanager
@@ -48,7 +74,8 @@ def own_buffers(function: Any) -> Iterator[None]:
     """Give modules copies of their buffers to write to, and the originals back at the end.
 
     The originals are put back as objects and never written to: a copy back would spoil graphs
-    that have saved them.
+    that have saved them. Modules are seen as they are called; but where the function names a
+    compiled one, whose trace would take in what looks on, those are taken that it names.
     """
     swapped: list[tuple[nn.Module, str, Tensor, Tensor]] = []
     seen: set[nn.Module] = set()
@@ -65,18 +92,37 @@ def own_buffers(function: Any) -> Iterator[None]:
                     swapped.append((owner, name, buffer, buffer.clone()))
                     owner._buffers[name] = swapped[-1][-1]
 
-    hook = register_module_forward_pre_hook(swap)
+    named = named_modules(function)
+    compiled = any(is_compiled(m) for owner in named for m in owner.modules())
+    hook = None if compiled else register_module_forward_pre_hook(swap)
     try:
-        owner = getattr(function, "__self__", function)
-        if isinstance(owner, nn.Module):
+        for owner in named if compiled else named[:1]:
             swap(owner)
         yield
     finally:
-        hook.remove()
+        if hook is not None:
+            hook.remove()
         for module, name, original, copy in swapped:
             # functional_call may have put its own tensor there, and the original back itself.
             if module._buffers.get(name) is copy:
                 module._buffers[name] = original
+
+
+def named_modules(function: Any) -> list[nn.Module]:
+    """Return the modules that a function is, is a method of, or names from outside."""
+    if isinstance(function, functools.partial):
+        named = [function.func, *function.args, *function.keywords.values()]
+        return [m for part in named for m in named_modules(part)]
+    found = [function, getattr(function, "__self__", None)]
+    if inspect.isfunction(function):
+        outside = inspect.getclosurevars(function)
+        found += [*outside.nonlocals.values(), *outside.globals.values()]
+    return [m for m in found if isinstance(m, nn.Module)]
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile stands behind a module's call."""
+    return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import torch
@@ -12,26 +11,18 @@ from torch import Tensor, nn
 
 from gpkit import checks, graphs, pixels
 from gpkit.draws import Source
+from gpkit.effect import acts
 from gpkit.estimators import ESTIMATORS, exact, projection
 from gpkit.forms import FORMS, Form, root
 from gpkit.points import At, as_at
 from gpkit.reductions import REDUCTIONS
 from gpkit.schedules import Schedule
 from gpkit.targets import Estimator, Target
+from gpkit.terms import Terms
+from gpkit.together import with_loss
 from gpkit.variables import VARIABLES, Call, Of, Variables, inputs, weights
 
-AXES = (
-    "of",
-    "wrt",
-    "scope",
-    "order",
-    "form",
-    "at",
-    "estimator",
-    "reduce",
-    "weight",
-    "every",
-)
+AXES = ["of", "wrt", "scope", "order", "form", "at", "estimator", "reduce", "weight", "every"]
 
 
 class Axes(TypedDict, total=False):
@@ -48,24 +39,6 @@ class Axes(TypedDict, total=False):
     every: int
     seed: int | None
     name: str
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What a penalty is made of, for G groups (samples, or one batch).
-
-    Args:
-        norms: ``[G]``: n, the norm of each group's derivative.
-        values: ``[G]``: form(n), unreduced and unweighted.
-        weight: the factor of their mean, or maximum, at this step.
-        penalty: ``weight * values.mean()``, the scalar that enters the loss; ``values.amax()``
-            where the penalty has ``reduce="max"``.
-    """
-
-    norms: Tensor
-    values: Tensor
-    weight: float
-    penalty: Tensor
 
 
 class GradientPenalty:
@@ -98,10 +71,10 @@ class GradientPenalty:
         at: where: "data", "real", "fake", "interpolate", "perturb", an object such as
             ``gpkit.perturb(0.5)``, ``gpkit.uniform(-1, 1)`` or ``gpkit.mixture("real", "fake")``,
             or a function ``(real, fake) -> points``.
-        estimator: "exact", "projection" or ``gpkit.projection(n)``, "taylor" or
-            ``gpkit.taylor(n)``, or for the largest singular value "power_iteration" or
-            ``gpkit.power_iteration(n)``. None is "exact", but for order >= 2 in the weights, whose
-            full derivative is out of reach, "projection".
+        estimator: "exact"; "projection" or ``gpkit.projection(n)``; "finite_difference" or
+            ``gpkit.finite_difference(step)``; "taylor" or ``gpkit.taylor(n)``; or for the largest
+            singular value "power_iteration" or ``gpkit.power_iteration(n)``. None is "exact", but
+            for order >= 2 in the weights, whose full derivative is out of reach, "projection".
         reduce: "mean" over the groups, or "max": the largest of the micro-batch.
         weight: λ >= 0, or a schedule: a function of the optimiser step.
         every: act on every k-th step, with the weight multiplied by k (lazy regularisation).
@@ -214,6 +187,34 @@ class GradientPenalty:
         self.observe(terms.norms)
         return terms
 
+    def with_loss(self, closure: Callable[[], Any], net: Any, *, step: int | None = None) -> Tensor:
+        """Return the loss and the penalty in the weights as one scalar, and count a step.
+
+        The forward that gives the loss is the training forward, which moves batch-norm statistics
+        and random numbers, and the penalty makes use of it: by finite differences, a step takes
+        two forward and backward passes in all, which have been made when this returns; its
+        backward only hands the gradient out, and a graph behind the closure is used up.
+
+        >>> import gpkit, torch
+        >>> w = torch.tensor([3.0, 4.0], dtype=torch.float64, requires_grad=True)
+        >>> penalty = gpkit.weight_grad_norm(weight=0.1, estimator="finite_difference")
+        >>> penalty.with_loss(lambda: (w**2).sum() / 2, [w]).item()  # 25 / 2 + 0.1·25
+        15.0
+
+        Args:
+            closure: gives the loss ``[]``, or losses ``[B]``, whose mean is trained on.
+            net: the module, or its parameters.
+            step: as in a call.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            TypeError: if the penalty is not in the weights.
+            RuntimeError: as a call does.
+        """
+        return with_loss(self, closure, net, step)
+
     def terms(
         self, f: Any, *args: Any, real: Any = None, fake: Any = None, step: int | None = None
     ) -> Terms:
@@ -322,7 +323,9 @@ class GradientPenalty:
         seed = self.next_seed()
         with torch.inference_mode(False), torch.enable_grad():
             rng = torch.Generator(device_of(f, args, real, fake)).manual_seed(seed)
-            call = Call(f, args, real, fake, self.of, self.at, self.scope, rng, seed, self.order)
+            twice = not self.estimator.first_order
+            axes = (self.of, self.at, self.scope, rng, seed, self.order, twice)
+            call = Call(f, args, real, fake, *axes)
             targets = list(self.wrt.targets(call))
             for target in targets:
                 if not target.y.requires_grad:
@@ -331,7 +334,7 @@ class GradientPenalty:
                         "Was it computed under no_grad, detached, or made by a gradient without "
                         "create_graph=True?"
                     )
-            if not self._seen_to_act:
+            if twice and not self._seen_to_act:
                 graphs.require_derivatives(targets[0].y, targets[0].xs, self.order)
             norms, values = self.measure(targets, rng, observe=observe)
             terms = Terms(norms, values, weight, weight * self.total(values))
@@ -352,36 +355,7 @@ class GradientPenalty:
 
     def _require_effect(self, terms: Terms, targets: list[Target]) -> None:
         """Refuse a penalty that trains nothing though there is something to train."""
-        given = [] if isinstance(self.wrt, weights) else [x for t in targets for x in t.xs]
-
-        graphs.require_derivatives(targets[0].y, targets[0].xs, self.order + 1)
-
-        def trained(tensor: Tensor) -> list[Tensor]:
-            return [p for p in graphs.leaves(tensor) if not any(p is x for x in given)]
-
-        kink = None
-        if self.order > 1 and not terms.norms.any():
-            kink = next(filter(None, (graphs.piecewise_linear(t.y) for t in targets)), None)
-        if trained(terms.penalty) and not kink:
-            self._seen_to_act = True
-            return
-        if not any(trained(t.y) for t in targets):
-            return  # nothing is being trained: the value was asked for, and here it is
-        if not any(graphs.depends(t.y, x) for t in targets for x in t.xs):
-            kind = type(self.wrt).__name__
-            cause = f"what it differentiates does not depend on the {kind}: {self.wrt.missing}"
-        elif kink:
-            cause = (
-                f"order {self.order} of a piecewise-linear net ({kink}) is zero everywhere: use a "
-                "smooth activation (GELU, SiLU, softplus, tanh), or order=1"
-            )
-        else:
-            cause = (
-                f"the derivative of order {self.order} is constant in them. Is the function linear "
-                "or a polynomial of that degree, or does it hold a gradient taken without "
-                "create_graph=True, a detach, or reentrant checkpointing?"
-            )
-        raise RuntimeError(f"the penalty depends on no parameter that is trained: {cause}")
+        self._seen_to_act = acts(self, terms, targets) or self._seen_to_act
 
 
 def device_of(*values: Any) -> torch.device:

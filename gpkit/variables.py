@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,13 +13,28 @@ from torch import Tensor, nn
 
 from gpkit import captures, checks
 from gpkit.draws import Source
-from gpkit.isolation import isolated
+from gpkit.isolation import RandomState, isolated
 from gpkit.pixels import require_images
 from gpkit.points import At, Points, as_points, require_floating
 from gpkit.sampled import sampled_losses
 from gpkit.targets import Target
 
 Of = str | Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A loss that was computed, and how it is computed anew.
+
+    Args:
+        value: the loss, whose graph is there.
+        function: gives it anew.
+        state: of the random numbers that it was computed with.
+    """
+
+    value: Tensor
+    function: Callable[[], Any]
+    state: RandomState
 
 
 @dataclass(frozen=True)
@@ -37,6 +52,7 @@ class Call:
         rng: draws points.
         seed: for the random numbers of a forward.
         order: k, of the derivative.
+        twice: whether a forward will be differentiated twice.
     """
 
     f: Any
@@ -47,8 +63,9 @@ class Call:
     at: At
     scope: str
     rng: Source
-    seed: int
+    seed: int | RandomState
     order: int = 1
+    twice: bool = True
 
     @property
     def computed(self) -> bool:
@@ -62,7 +79,7 @@ class Call:
         wanted = captures.names(self.of, wrt)
         net = captures.module_of(wanted[0], self.f, self.args) if wanted else None
         with (
-            isolated(self.f, self.seed, device, self.order),
+            isolated(self.f, self.seed, device, self.order, twice=self.twice),
             captures.captured(net, wanted) as caught,
         ):
             y = self.f(*xs)
@@ -215,15 +232,39 @@ class weights:  # noqa: N801
                 f"penalty(loss, net.parameters()); got {len(call.args)} arguments after the loss"
             )
         params = self.chosen(call.args[0])
-        y = call.f
-        if not call.computed:
-            if not callable(y):
-                raise TypeError(f"expected a tensor or a callable; got a {type(y).__name__}")
-            y, _ = call.run((), params[0].device)
+        device, again = params[0].device, None
+        if isinstance(call.f, Computed):
+            y = call.selected(call.f.value)
+            again = partial(self.evaluated, call, call.f.function, call.f.state, device, y)
+        elif call.computed:
+            y = call.selected(call.f)
+        elif callable(call.f):
+            y = self.evaluated(call, call.f, call.seed, device)
+            again = partial(self.evaluated, call, call.f, call.seed, device, y)
         else:
-            y = call.selected(y)
-        for group in self.groups(y, call.of, call.scope):
-            yield Target(group, params, batched=False)
+            raise TypeError(f"expected a tensor or a callable; got a {type(call.f).__name__}")
+        for i, group in enumerate(self.groups(y, call.of, call.scope)):
+            yield Target(group, params, False, again and partial(self.group, call, again, i))
+
+    def evaluated(
+        self,
+        call: Call,
+        function: Callable[[], Any],
+        seed: int | RandomState,
+        device: torch.device,
+        before: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss at the weights as they are, or refuse one that was there ``before``."""
+        y, _ = replace(call, f=function, seed=seed).run((), device)
+        if y is before:
+            raise RuntimeError(
+                "the closure gave the same tensor twice: the loss must be computed inside of it"
+            )
+        return y
+
+    def group(self, call: Call, again: Callable[[], Tensor], i: int) -> Tensor:
+        """Return what is differentiated for the i-th group, computed anew."""
+        return self.groups(again(), call.of, call.scope)[i]
 
     def groups(self, y: Tensor, of: Of, scope: str) -> list[Tensor]:
         """Return what is differentiated for each group, ``[1, m]``, or refuse other shapes."""

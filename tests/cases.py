@@ -236,6 +236,28 @@ def of_inputs(
     return oracle
 
 
+def of_cure(weight: float, h: float) -> Oracle:
+    def oracle(s: Scene, params: oracles.Params, z: list[Tensor]) -> tuple[float, Tensor, Tensor]:
+        def f(x: Tensor, target: Tensor) -> Tensor:
+            return squared_errors(s.apply(params, x[None])[0], target)
+
+        norms = oracles.gradient_change(f, h, z[0], s.target)
+        return weight, norms, norms**2
+
+    return oracle
+
+
+def of_gnp(r: float, alpha: float) -> Oracle:
+    def oracle(s: Scene, params: oracles.Params, z: list[Tensor]) -> tuple[float, Tensor, Tensor]:
+        def loss(params: oracles.Params) -> Tensor:
+            return squared_errors(s.apply(params, z[0]), s.target).mean()
+
+        norms = oracles.weight_norm_by_difference(loss, params, r)
+        return alpha * r, norms, norms
+
+    return oracle
+
+
 def of_weights(weight: float, *, order: int = 1, per_sample: bool = False) -> Oracle:
     def oracle(s: Scene, params: oracles.Params, z: list[Tensor]) -> tuple[float, Tensor, Tensor]:
         def loss(params: oracles.Params, rows: slice) -> Tensor:
@@ -341,6 +363,8 @@ class Row:
         """Whether the points are random even where real and fake are equal."""
         return "near" in self.where
 
+    consistent: bool = True  # the gradient is that of the value, not an estimate of it
+
 
 def preset(name: str, weight: float, **chosen: Any) -> Callable[..., Any]:
     return lambda **axes: getattr(gpkit, name)(weight=weight, **{**chosen, **axes})
@@ -422,6 +446,26 @@ ROWS = [
         scene=partial(images, 3),
         per_sample=False,
         groups=2,
+    ),
+    Row(
+        "gnp",
+        lambda **axes: gpkit.gnp(r=0.3, alpha=0.7, **axes),
+        on_weights,
+        None,
+        (of_gnp(0.3, 0.7),),
+        scene=partial(images, 3),
+        where=("real", "real"),
+        per_sample=False,
+        consistent=False,
+    ),
+    Row(
+        "cure",
+        preset("cure", 0.7, h=0.4),
+        on_losses,
+        None,
+        (of_cure(0.7, 0.4),),
+        scene=partial(images, 3),
+        where=("real", "moved"),
     ),
     *map(input_row, ("l2", "l1", "linf")),
     Row(

@@ -51,6 +51,26 @@ def weight_norm(loss: Callable[[Params], Tensor], params: Params, order: int = 1
     return of_vector(flat).square().sum().sqrt().reshape(1)
 
 
+def gradient_change(f: Callable[..., Tensor], h: float, z: Tensor, *others: Tensor) -> Tensor:
+    """Return the norm of ∇f(z + hs) - ∇f(z), s the unit vector of the signs of ∇f(z), ``[B]``."""
+    gradient = vmap(jacrev(f))
+    here = gradient(z, *others)
+    signs = here.flatten(1).sign()
+    units = signs / signs.abs().sum(1, keepdim=True).clamp(min=1).sqrt()
+    there = gradient(z + h * units.reshape(z.shape), *others)
+    return torch.linalg.vector_norm((there - here).flatten(1), dim=1)
+
+
+def weight_norm_by_difference(loss: Callable[[Params], Tensor], params: Params, r: float) -> Tensor:
+    """Return ‖∇L‖ ``[1]``, whose own gradient is (∇L(θ + r∇L/‖∇L‖) - ∇L(θ)) / r."""
+    grads = jacrev(loss)({name: p.detach() for name, p in params.items()})
+    grads = {name: g.detach() for name, g in grads.items()}
+    norm = torch.sqrt(sum(g.square().sum() for g in grads.values()))
+    moved = {name: p + r * grads[name] / norm for name, p in params.items()} if norm else params
+    slope = (loss(moved) - loss(params)) / r
+    return (norm + slope - slope.detach()).reshape(1)
+
+
 def tanh_ridge(W: Tensor, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return u·tanh(Wx), its gradient and its Hessian in x: ``[B], [B, n], [B, n, n]``."""
     t = torch.tanh(x @ W.T)  # [B, h]

@@ -48,6 +48,11 @@ class CompiledLoss:
         net: torch.nn.Module,
     ) -> None:
         for name, penalty in penalties.items():
+            if not penalty.estimator.reuses_graph:
+                raise ValueError(
+                    f"`compile=True` takes penalties of one graph; {name!r} evaluates the net at "
+                    f"other points, by {penalty.estimator!r}: leave compile=False"
+                )
             if not isinstance(penalty.wrt, weights) and penalty.at.moves:
                 raise ValueError(
                     f"`compile=True` takes penalties at the data or in the weights; {name!r} is at "

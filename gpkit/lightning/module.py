@@ -44,12 +44,13 @@ class PenalizedModule(pl.LightningModule):
     """A net trained on a loss and gradient penalties, for batches ``(x, y)``.
 
     The trained loss is ``loss(net(x), y)`` and the sum of the penalties. Penalties in the weights,
-    and those in the inputs at the data itself, reuse the graph of the training forward. A penalty
-    at other points evaluates the net there; where one asks for fakes, as interpolates do, and there
-    is no generator, the fake of a sample is the sample before it in the batch; where one is
-    at several points a sample, as in a mixture, they share the sample's target. A penalty on
-    environments takes them from batches ``(x, y, env)``, env integers ``[B]``; where a batch has
-    none, its two halves are taken for environments.
+    and those in the inputs at the data itself, reuse the graph of the training forward, unless
+    their estimator evaluates the net itself (finite differences, Taylor mode). A penalty at other
+    points evaluates the net there; where one asks for fakes, as interpolates do, and there is no
+    generator, the fake of a sample is the sample before it in the batch; where one is at several
+    points a sample, as in a mixture, they share the sample's target. A penalty on environments
+    takes them from batches ``(x, y, env)``, env integers ``[B]``; where a batch has none, its two
+    halves are taken for environments.
 
     It logs ``train/loss`` (without penalties), ``train/loss_total``, ``penalty/<name>`` (weighted,
     as it enters the loss) and ``penalty/<name>/weight``; on the steps that the trainer logs,
@@ -207,7 +208,8 @@ class PenalizedModule(pl.LightningModule):
         graph_in_x = log_norms or any(map(reuses_input_graph, penalties))
         per_sample = log_norms or any(map(needs_losses, penalties))
         named = [n for p in penalties if not p.at.moves for n in activation_names(p)]
-        with double_backward(self._order()) if self.penalties else nullcontext():
+        twice = not all(p.estimator.first_order for p in penalties)
+        with double_backward(self._order()) if twice else nullcontext():
             with captured(self.net, dict.fromkeys(named)) as activations:
                 done = self._forward(x, y, graph_in_x=graph_in_x, per_sample=per_sample)
             done = replace(done, activations=activations)
@@ -285,7 +287,17 @@ class PenalizedModule(pl.LightningModule):
             output = (done.output, done.features) if with_features(penalty) else done.output
             return penalty.act(output, y, env, step=step)
         if isinstance(penalty.wrt, weights):
-            return penalty.act(differentiated(penalty, done), self.net, step=step)
+            if penalty.estimator.reuses_graph:
+                return penalty.act(differentiated(penalty, done), self.net, step=step)
+
+            def closure() -> Any:
+                losses = penalty.of == "loss" and penalty.scope == "sample"
+                x = done.x.detach()
+                return differentiated(
+                    penalty, self._forward(x, y, graph_in_x=False, per_sample=losses)
+                )
+
+            return penalty.act(closure, self.net, step=step)
         if reuses_input_graph(penalty):
             return penalty.act(differentiated(penalty, done), variable(penalty, done), step=step)
 

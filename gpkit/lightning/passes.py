@@ -38,9 +38,8 @@ class Pass:
 
 def reuses_input_graph(penalty: GradientPenalty) -> bool:
     """Whether an input penalty is taken at the data itself, where the training graph is."""
-    if not getattr(penalty.estimator, "reuses_graph", True):
-        return False
-    return not isinstance(penalty.wrt, weights) and not penalty.at.moves
+    at_data = not isinstance(penalty.wrt, weights) and not penalty.at.moves
+    return at_data and penalty.estimator.reuses_graph
 
 
 def differentiated(penalty: GradientPenalty, done: Pass) -> Any:

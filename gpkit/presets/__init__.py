@@ -7,6 +7,7 @@ Every preset takes that class's arguments as well (``order``, ``estimator``, ``e
 
 from gpkit.presets.adversarial import dragan, max_gp, r1_r2, wgan_div, zero_gp
 from gpkit.presets.critic import r1, r2, wgan_gp, wgan_lp
+from gpkit.presets.difference import cure, gnp
 from gpkit.presets.drawn import fisher
 from gpkit.presets.environments import fishr, irm
 from gpkit.presets.generator import path_length
@@ -26,7 +27,9 @@ PRESETS = {
         irm,
         fishr,
         hessian,
+        gnp,
         input_grad_norm,
+        cure,
         jacobian,
         contractive,
         spectral_jacobian,
