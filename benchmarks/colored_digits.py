@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gpkit
+from gpkit.environments import EnvironmentPenalty
 
 COPIES = 8  # of each training image, with flips and colours of their own
 STEPS, JUMP, WEIGHT = 501, 190, 91257.0  # the authors' of IRM, as is the optimiser
@@ -58,7 +59,7 @@ def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
         return 100 * ((net(x) > 0) == y).float().mean().item()
 
 
-def run(make: Callable[[], gpkit.EnvironmentPenalty] | None, seed: int, grey: bool) -> float:
+def run(make: Callable[[], EnvironmentPenalty] | None, seed: int, grey: bool) -> float:
     """Train on the whole batch and return the test accuracy in percent."""
     (x, y, env), (x_test, y_test, _) = environments(seed)
     if grey:  # the oracle sees no colour
@@ -90,7 +91,7 @@ def annealed() -> gpkit.rescaled:
     return gpkit.rescaled(gpkit.switch(1.0, WEIGHT, at=JUMP))
 
 
-METHODS: dict[str, tuple[Callable[[], gpkit.EnvironmentPenalty] | None, bool]] = {
+METHODS: dict[str, tuple[Callable[[], EnvironmentPenalty] | None, bool]] = {
     "ERM": (None, False),
     "IRM": (lambda: gpkit.irm(weight=annealed()), False),
     "IRM, halves": (lambda: gpkit.irm(weight=annealed(), halves=True), False),

@@ -13,9 +13,8 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says th
     from gpkit.averages import running_average
     from gpkit.classifier import features
     from gpkit.derivatives import derivative
-    from gpkit.differences import curvature_difference, finite_difference
+    from gpkit.differences import finite_difference
     from gpkit.directional import directional_derivative
-    from gpkit.environments import EnvironmentPenalty
     from gpkit.estimators import exact, projection, taylor
     from gpkit.forms import norm, one_sided, power, squared, two_sided
     from gpkit.lightning.module import PenalizedModule
@@ -54,7 +53,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says th
     from gpkit.sums import PenaltySum, sum
     from gpkit.terms import Terms
     from gpkit.training import train
-    from gpkit.variables import inputs, weights
+    from gpkit.variables import weights
 
 __version__ = "0.1.0"
 
@@ -64,9 +63,8 @@ _HOMES = {
     "gpkit.averages": "running_average",
     "gpkit.classifier": "features",
     "gpkit.derivatives": "derivative",
-    "gpkit.differences": "curvature_difference finite_difference",
+    "gpkit.differences": "finite_difference",
     "gpkit.directional": "directional_derivative",
-    "gpkit.environments": "EnvironmentPenalty",
     "gpkit.estimators": "exact projection taylor",
     "gpkit.forms": "norm one_sided power squared two_sided",
     "gpkit.lightning.module": "PenalizedModule",
@@ -105,7 +103,7 @@ _HOMES = {
     "gpkit.spectral": "power_iteration",
     "gpkit.sums": "PenaltySum sum",
     "gpkit.training": "train",
-    "gpkit.variables": "inputs weights",
+    "gpkit.variables": "weights",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 __all__ = sorted(_HOME)

@@ -138,6 +138,10 @@ class taylor(Estimator):  # noqa: N801
         Raises:
             ValueError: if the norm is not l2.
         """
+        if not batched:
+            raise ValueError(
+                "`estimator=taylor()` is for inputs; got weights: use estimator='projection'"
+            )
         if norm != "l2":
             raise ValueError(
                 f"`estimator=taylor()` estimates the l2 norm; got norm={norm!r}: "
@@ -163,8 +167,8 @@ class taylor(Estimator):  # noqa: N801
 
         if target.evaluate is None:
             raise ValueError(
-                "`estimator=taylor()` evaluates the function of the inputs itself, and got a graph "
-                "or a weight penalty: give a callable and samples, penalty(f, x)"
+                "`estimator=taylor()` evaluates the function of the inputs itself, and got a tensor: "
+                "give a callable and samples, penalty(f, x)"
             )
         flat = tuple(as_rows(x, True) for x in target.xs)  # [G, n]
         alone = sum(x.shape[1] for x in flat) == 1

@@ -177,10 +177,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
         assert not torch.equal(p, first.get_parameter(name))
     states = [{n: p.state_dict() for n, p in m.penalties.items()} for m in (whole, resumed)]
     assert states[0] == states[1] == json.loads(json.dumps(states[0]))
-    assert states[0]["weight"]["weight"]["value"] != 1
-    assert states[0]["input"]["weight"]["value"] != 1
+    assert states[0]["weight"]["axes"]["weight"]["value"] != 1
+    assert states[0]["input"]["axes"]["weight"]["value"] != 1
     # 5 batches make 3 steps an epoch: 9 steps, of which 0, 2, ..., 8 have acted and measured
-    assert states[0]["input"]["weight"]["step"] == states[0]["weight"]["weight"]["step"] == 8
+    assert (
+        states[0]["input"]["axes"]["weight"]["step"]
+        == states[0]["weight"]["axes"]["weight"]["step"]
+        == 8
+    )
 
 
 def test_a_state_without_a_schedules_own_still_loads():

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gpkit
+from gpkit.differences import curvature_difference
 from gpkit.perturbation import perturbed
 
 SIDES = ("forward", "backward", "central")
@@ -472,8 +473,8 @@ def call(**axes):
         (call(estimator="cure"), "must be one of 'exact', 'projection', 'finite_difference'"),
         (lambda: fd(0.0), r"`finite_difference\(step=...\)` must be a number > 0; got 0.0"),
         (lambda: fd(side="centre"), r"got 'centre' \(did you mean 'central'\?\)"),
-        (lambda: gpkit.curvature_difference(-1), "must be a number > 0; got -1"),
-        (call(estimator=gpkit.curvature_difference(), wrt="weight"), "needs wrt='input'"),
+        (lambda: curvature_difference(-1), "must be a number > 0; got -1"),
+        (call(estimator=curvature_difference(), wrt="weight"), "needs wrt='input'"),
         (
             lambda: gpkit.cure()(torch.zeros(5, requires_grad=True), torch.zeros(5, 1)),
             "the samples do not require grad",

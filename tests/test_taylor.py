@@ -365,8 +365,8 @@ def test_refuses_what_is_no_function_of_inputs():
     penalty = gpkit.GradientPenalty(order=2, estimator="taylor")
     with pytest.raises(ValueError, match=r"give a callable and samples, penalty\(f, x\)"):
         penalty(net(x), x)
-    with pytest.raises(ValueError, match="or a weight penalty: give a callable"):
-        gpkit.weight_grad_norm(estimator="taylor")(lambda: net(x).square().mean(), net)
+    with pytest.raises(ValueError, match="is for inputs; got weights"):
+        gpkit.weight_grad_norm(estimator="taylor")
     with pytest.raises(ValueError, match=r"`estimator=taylor\(\)` estimates the l2 norm; got"):
         gpkit.GradientPenalty(estimator="taylor", form=gpkit.norm(norm="l1"))
     with pytest.raises(ValueError, match=r"`taylor\(n=...\)` must be an integer >= 1; got 0"):
