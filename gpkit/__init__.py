@@ -8,44 +8,102 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says the same
+    from gpkit.activations import activation
+    from gpkit.adaptive import gradient_share, target_norm
+    from gpkit.averages import running_average
+    from gpkit.classifier import features
     from gpkit.derivatives import derivative
-    from gpkit.estimators import exact, projection
+    from gpkit.differences import finite_difference
+    from gpkit.directional import directional_derivative
+    from gpkit.estimators import exact, projection, taylor
     from gpkit.forms import norm, one_sided, power, squared, two_sided
     from gpkit.lightning.module import PenalizedModule
-    from gpkit.penalty import GradientPenalty, Terms
+    from gpkit.mixtures import mixture, uniform
+    from gpkit.penalty import GradientPenalty
     from gpkit.points import fake, interpolate, perturb, real
     from gpkit.presets import (
+        contractive,
+        cure,
         curvature,
+        dragan,
+        duq,
         eikonal,
+        fisher,
+        fishr,
+        gnp,
+        hessian,
         input_grad_norm,
+        irm,
         jacobian,
+        max_gp,
         none,
+        path_length,
         r1,
+        r1_r2,
         r2,
+        spectral_jacobian,
         weight_grad_norm,
+        wgan_div,
         wgan_gp,
         wgan_lp,
+        zero_gp,
     )
-    from gpkit.schedules import cosine, switch, warmup
+    from gpkit.schedules import cosine, lazy_adam, rescaled, switch, warmup
+    from gpkit.spectral import power_iteration
     from gpkit.sums import PenaltySum, sum
+    from gpkit.terms import Terms
     from gpkit.training import train
-    from gpkit.variables import inputs, weights
+    from gpkit.variables import weights
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "gpkit.activations": "activation",
+    "gpkit.adaptive": "gradient_share target_norm",
+    "gpkit.averages": "running_average",
+    "gpkit.classifier": "features",
     "gpkit.derivatives": "derivative",
-    "gpkit.estimators": "exact projection",
+    "gpkit.differences": "finite_difference",
+    "gpkit.directional": "directional_derivative",
+    "gpkit.estimators": "exact projection taylor",
     "gpkit.forms": "norm one_sided power squared two_sided",
     "gpkit.lightning.module": "PenalizedModule",
-    "gpkit.penalty": "GradientPenalty Terms",
+    "gpkit.mixtures": "mixture uniform",
+    "gpkit.penalty": "GradientPenalty",
+    "gpkit.terms": "Terms",
     "gpkit.points": "fake interpolate perturb real",
-    "gpkit.presets": "curvature eikonal input_grad_norm jacobian none r1 r2 weight_grad_norm "
-    "wgan_gp wgan_lp",
-    "gpkit.schedules": "cosine switch warmup",
+    "gpkit.presets": (
+        "contractive "
+        "cure "
+        "curvature "
+        "dragan "
+        "duq "
+        "eikonal "
+        "fisher "
+        "fishr "
+        "gnp "
+        "hessian "
+        "input_grad_norm "
+        "irm "
+        "jacobian "
+        "max_gp "
+        "none "
+        "path_length "
+        "r1 "
+        "r1_r2 "
+        "r2 "
+        "spectral_jacobian "
+        "weight_grad_norm "
+        "wgan_div "
+        "wgan_gp "
+        "wgan_lp "
+        "zero_gp "
+    ),
+    "gpkit.schedules": "cosine lazy_adam rescaled switch warmup",
+    "gpkit.spectral": "power_iteration",
     "gpkit.sums": "PenaltySum sum",
     "gpkit.training": "train",
-    "gpkit.variables": "inputs weights",
+    "gpkit.variables": "weights",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 __all__ = sorted(_HOME)

@@ -9,26 +9,15 @@ from torch import Tensor
 
 from gpkit import checks
 from gpkit.derivatives import as_rows, derivative_rows, gradients
+from gpkit.differences import finite_difference
 from gpkit.draws import Source, normal
+from gpkit.latents import gaussian_product
+from gpkit.spectral import power_iteration
+from gpkit.targets import Estimator, Target, reduce_rows, wide
 
 
 @dataclass(frozen=True)
-class Target:
-    """What is differentiated, with respect to what.
-
-    Args:
-        y: ``[G, m]``: m outputs for each of G groups.
-        xs: the variables: ``[G, *S]`` each if ``batched``, else any shapes and G = 1.
-        batched: whether group g of ``y`` depends on ``x[g]`` alone.
-    """
-
-    y: Tensor
-    xs: tuple[Tensor, ...]
-    batched: bool
-
-
-@dataclass(frozen=True)
-class exact:  # noqa: N801  estimators read as functions: estimator=projection(4)
+class exact(Estimator):  # noqa: N801  estimators read as functions: estimator=projection(4)
     """All entries of the derivative, by nested double backprop.
 
     m outputs in n variables take m·(1 + n + ... + n^(k-1)) backward passes: one for the gradient
@@ -37,13 +26,12 @@ class exact:  # noqa: N801  estimators read as functions: estimator=projection(4
 
     def squared_norms(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:
         """Return n² ``[G]``, differentiable, in float32 or better."""
-        return reduce_rows(
-            derivative_rows(target.y, target.xs, order, batched=target.batched), norm
-        )
+        rows = derivative_rows(target.y, target.xs, order, batched=target.batched)
+        return reduce_rows(target.split(rows), norm)
 
 
 @dataclass(frozen=True)
-class projection:  # noqa: N801
+class projection(Estimator):  # noqa: N801
     r"""Random projections: an unbiased estimate of the squared Frobenius norm.
 
     .. math:: n^2 = \frac1N \sum_{j=1}^N
@@ -68,6 +56,18 @@ class projection:  # noqa: N801
         checks.integer("projection(n=...)", self.n, 1)
         checks.choice("projection(distribution=...)", self.distribution, DISTRIBUTIONS)
 
+    def check(self, order: int, norm: str, batched: bool) -> None:
+        """Refuse other norms.
+
+        Raises:
+            ValueError: if the norm is not l2.
+        """
+        if norm != "l2":
+            raise ValueError(
+                f"`estimator=projection()` estimates the l2 norm; got norm={norm!r}: "
+                "use estimator='exact'"
+            )
+
     def squared_norms(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:
         """Return the estimate of n² ``[G]``, differentiable, in float32 or better."""
         random = order > 1 or target.y.shape[1] > 1
@@ -84,7 +84,7 @@ class projection:  # noqa: N801
             along = sum((r * v).sum() for r, v in zip(rows, vs, strict=True))
             assert isinstance(along, Tensor)
             rows = tuple(as_rows(g, target.batched) for g in gradients(along, target.xs))
-        return reduce_rows([rows], norm)
+        return reduce_rows(target.split([rows]), norm)
 
     def draw(self, rows: tuple[Tensor, ...], rng: Source) -> list[Tensor]:
         """Return v in the shapes ``[G, n]`` of ``rows``, with E[v vᵀ] = I over a whole row."""
@@ -98,31 +98,96 @@ class projection:  # noqa: N801
         return [v.to(r.dtype) for v, r in zip(vs, rows, strict=True)]
 
 
+@dataclass(frozen=True)
+class taylor(Estimator):  # noqa: N801
+    r"""The k-th derivative along one random direction, by Taylor mode: polynomial in k.
+
+    .. math:: n^2 = \frac1N \sum_{j=1}^N \sum_o (D^k f_o[v_j, \dots, v_j])^2
+
+    with fresh v of E[v vᵀ] = I for each sample and j. It estimates E_v ‖D^k f[v, ..., v]‖², which
+    is the squared Frobenius norm at k = 1 only: at k = 2 it is, with H the Hessian,
+
+    - 2‖H‖_F² + (tr H)² for "gaussian" v,
+    - 2‖H‖_F² + (tr H)² - 2 Σ_i H_ii² for "rademacher",
+    - (2‖H‖_F² + (tr H)²) d / (d + 2) for "sphere", d the number of entries of a sample.
+
+    It vanishes where the k-th derivative does for "gaussian" and "sphere"; with "rademacher" a
+    Hessian such as diag(1, -1) goes unseen. For inputs of one number v = 1, and n = |f^(k)| is
+    exact. It is for inputs, and evaluates the function itself on jets: give the penalty a callable.
+    It takes smooth functions, see `gpkit.directional_derivative`.
+
+    Args:
+        n: N, the number of directions.
+        distribution: of v: "rademacher" (±1), "gaussian", or "sphere" (of radius √d).
+
+    Source: Griewank and Walther (2008), Evaluating Derivatives, chapter 13.
+    """
+
+    n: int = 1
+    distribution: str = "rademacher"
+
+    reuses_graph = False
+
+    def __post_init__(self) -> None:
+        checks.integer("taylor(n=...)", self.n, 1)
+        checks.choice("taylor(distribution=...)", self.distribution, DISTRIBUTIONS)
+
+    def check(self, order: int, norm: str, batched: bool) -> None:
+        """Refuse other norms.
+
+        Raises:
+            ValueError: if the norm is not l2.
+        """
+        if not batched:
+            raise ValueError(
+                "`estimator=taylor()` is for inputs; got weights: use estimator='projection'"
+            )
+        if norm != "l2":
+            raise ValueError(
+                f"`estimator=taylor()` estimates the l2 norm; got norm={norm!r}: "
+                "use estimator='exact'"
+            )
+
+    def squared_norms(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:
+        """Return the estimate ``[G]``, differentiable, in float32 or better.
+
+        Args:
+            target: one of inputs, with its function.
+            order: k.
+            norm: "l2".
+            rng: draws directions.
+
+        Returns:
+            n² of each group.
+
+        Raises:
+            ValueError: if there is no function to evaluate.
+        """
+        from gpkit.directional import last_derivative, paths
+
+        if target.evaluate is None:
+            raise ValueError(
+                "`estimator=taylor()` evaluates the function of the inputs itself, and got a tensor: "
+                "give a callable and samples, penalty(f, x)"
+            )
+        flat = tuple(as_rows(x, True) for x in target.xs)  # [G, n]
+        alone = sum(x.shape[1] for x in flat) == 1
+        draws = []
+        for _ in range(1 if alone else self.n):
+            vs = projection(1, self.distribution).draw(flat, rng)
+            vs = [torch.ones_like(v) for v in vs] if alone else vs
+            shaped = tuple(v.reshape(x.shape) for v, x in zip(vs, target.xs, strict=True))
+            y = last_derivative(target.evaluate(*paths(target.xs, shaped, order)), order)
+            draws.append(reduce_rows([(y,)], norm))
+        return torch.stack(draws).mean(0)
+
+
 DISTRIBUTIONS = ("rademacher", "gaussian", "sphere")
-ESTIMATORS = {"exact": exact, "projection": projection}
-Estimator = exact | projection
-
-
-def wide(x: Tensor) -> torch.dtype:
-    """Return the dtype in which norms are taken: float32 for half precision."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def reduce_rows(rows: object, norm: str) -> Tensor:
-    """Return n² ``[G]`` of a derivative whose entries come in rows, each a tuple of ``[G, n]``."""
-    total: Tensor | None = None
-    for row in rows:  # type: ignore[attr-defined]
-        for part in row:
-            part = part.to(wide(part))
-            if norm == "l2":
-                part = part.square().sum(1)
-            elif norm == "l1":
-                part = part.abs().sum(1)
-            else:
-                part = part.abs().amax(1)
-            if total is None:
-                total = part
-            else:
-                total = torch.maximum(total, part) if norm == "linf" else total + part
-    assert total is not None, "a derivative has at least one entry"
-    return total if norm == "l2" else total.square()
+ESTIMATORS = {
+    "exact": exact,
+    "projection": projection,
+    "finite_difference": finite_difference,
+    "taylor": taylor,
+    "power_iteration": power_iteration,
+    "gaussian_product": gaussian_product,
+}

@@ -7,12 +7,14 @@ is taken to be zero, a subgradient.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gpkit import checks
+from gpkit.averages import running_average
 
 NORMS = ("l2", "l1", "linf")
 
@@ -50,6 +52,9 @@ class Form:
         """Return ``[G]`` values for ``[G]`` squared norms."""
         return self.value(squared_norms) * self.scale
 
+    def observe(self, norms: Tensor) -> None:
+        """Take in the norms ``[G]`` of a call before it is valued, where the form has a state."""
+
     def value(self, squared_norms: Tensor) -> Tensor:
         """Return the value before ``scale``: ``[G]`` to ``[G]``."""
         raise NotImplementedError(f"{type(self).__name__} must define value(squared_norms)")
@@ -83,20 +88,41 @@ class norm(Form):  # noqa: N801
 class two_sided(Form):  # noqa: N801
     """(n - c)²: the norm is drawn to the centre c from both sides.
 
+    c is a number, or a ``gpkit.running_average()`` of the norms.
+
     >>> two_sided(1.0)(torch.tensor([0.0, 4.0, 9.0]))
     tensor([1., 1., 4.])
     """
 
-    center: float = 1.0
+    center: float | running_average = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.number(f"{type(self).__name__}(center=...)", self.center)
+        if not isinstance(self.center, running_average):
+            checks.number(f"{type(self).__name__}(center=...)", self.center)
+
+    @property
+    def c(self) -> float:
+        """The centre as it is now."""
+        return self.center.value if isinstance(self.center, running_average) else self.center
 
     def value(self, squared_norms: Tensor) -> Tensor:
-        if self.center == 0:
+        if self.c == 0:
             return squared_norms
-        return (root(squared_norms) - self.center).square()
+        return (root(squared_norms) - self.c).square()
+
+    def observe(self, norms: Tensor) -> None:
+        if isinstance(self.center, running_average):
+            self.center.update(norms)
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the state of a running average; a number has none."""
+        return self.center.state_dict() if isinstance(self.center, running_average) else {}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from a state."""
+        if isinstance(self.center, running_average):
+            self.center.load_state_dict(state)
 
 
 @dataclass(frozen=True)
@@ -108,9 +134,9 @@ class one_sided(two_sided):  # noqa: N801
     """
 
     def value(self, squared_norms: Tensor) -> Tensor:
-        if self.center == 0:
+        if self.c == 0:
             return squared_norms
-        return (root(squared_norms) - self.center).relu().square()
+        return (root(squared_norms) - self.c).relu().square()
 
 
 @dataclass(frozen=True)

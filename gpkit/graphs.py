@@ -14,7 +14,7 @@ ONCE: Any = once_differentiable(lambda ctx, *grads: None)
 # Operations whose second derivative is zero: through them alone, an order >= 2 penalty is nothing.
 PIECEWISE_LINEAR = ("Relu", "LeakyRelu", "Hardtanh", "Threshold", "Prelu", "Abs")
 
-# What torch says when there is no further derivative, and what helps.
+# What torch says (or calls a node) when there is no further derivative, and what helps.
 HINTS = {
     "scaled_dot_product": "fused attention has no double backward: run the forward under "
     "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or give the penalty a callable, "
@@ -29,6 +29,12 @@ HINTS = {
     "compile the whole penalised loss instead, or leave the net uncompiled",
     "leaky_relu": "a piecewise-linear activation has no derivative of this order: "
     "use a smooth one (GELU, SiLU, softplus, tanh)",
+    "NativeLayerNorm": "torch's third derivative of layer norm, and of batch norm in training "
+    "mode, is wrong: give the penalty a callable, for which gpkit computes them in elementary "
+    "operations, or run the forward under gpkit.norm_layers.elementary(), or use group norm or "
+    "order=1",
+    "donated buffers": "a compiled net gives its buffers up after one backward: set "
+    "torch._functorch.config.donated_buffer = False before it is compiled",
     "freed": "the graph of the loss is gone: call the penalty before loss.backward()",
     "Inference tensors": "a tensor made under inference_mode is in the graph: clone it outside",
     "modified by an inplace operation": "a tensor of the graph was changed in place",
@@ -96,16 +102,17 @@ def require_derivatives(y: Tensor, xs: tuple[Tensor, ...], order: int) -> None:
             cause = HINTS["once_differentiable"]
         elif name.startswith("ScaledDotProduct"):
             cause = HINTS["scaled_dot_product"]
-        elif order >= 3 and (
-            name.startswith("NativeLayerNorm")
-            or ("BatchNorm" in name and getattr(node, "_saved_training", False))
+        elif order >= (2 if "BackwardBackward" in name else 3) and (
+            name.startswith("NativeLayerNorm") or ("BatchNorm" in name and in_training(node))
         ):
-            cause = (
-                "torch's third derivative of layer norm, and of batch norm in training mode, is "
-                "wrong: write the norm out in elementary operations, or use group norm or order=1"
-            )
+            cause = HINTS["NativeLayerNorm"]
         if cause:
             raise RuntimeError(f"there is no derivative of order {order} through {name}: {cause}")
+
+
+def in_training(node: Any) -> bool:
+    """Whether a node of batch norm, or of its derivative, is that of batch statistics."""
+    return getattr(node, "_saved_training", False) or getattr(node, "_saved_train", False)
 
 
 def piecewise_linear(y: Tensor) -> str | None:

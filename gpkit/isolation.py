@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,20 +13,33 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from gpkit.norm_layers import elementary
+
+RandomState = tuple[Tensor, ...]
+
 
 @contextmanager
-def isolated(function: Any, seed: int, device: torch.device) -> Iterator[None]:
+def isolated(
+    function: Any,
+    seed: int | RandomState,
+    device: torch.device,
+    order: int = 1,
+    *,
+    twice: bool = True,
+) -> Iterator[None]:
     """Run a forward whose buffers and random numbers are its own, and that can be differentiated.
 
     Batch statistics, and whatever else the modules that run keep in buffers, are written to copies;
     dropout draws from ``seed``, and the streams of ``device`` and of the CPU are given back;
-    attention and recurrent nets use kernels that have a double backward.
+    attention, recurrent nets and norm layers use kernels that have the derivatives.
 
     Args:
         function: what will be called, or a module that it runs. Modules that it calls are seen as
             they are called.
-        seed: for the random numbers of this forward.
+        seed: for the random numbers of this forward, or the state to draw them from.
         device: where it runs.
+        order: k, of the penalty.
+        twice: whether it will be differentiated twice. If not, any kernel will do.
 
     Yields:
         Nothing.
@@ -32,12 +47,26 @@ def isolated(function: Any, seed: int, device: torch.device) -> Iterator[None]:
     cuda = [device.index or 0] if device.type == "cuda" else []
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=cuda))
-        torch.default_generator.manual_seed(seed)
-        for index in cuda:
-            torch.cuda.default_generators[index].manual_seed(seed)
-        stack.enter_context(double_backward())
+        for i, generator in enumerate(generators(device)):
+            if isinstance(seed, int):
+                generator.manual_seed(seed)
+            else:
+                generator.set_state(seed[i])
+        if twice:
+            stack.enter_context(double_backward(order))
         stack.enter_context(own_buffers(function))
         yield
+
+
+def generators(device: torch.device) -> list[torch.Generator]:
+    """Return the generators that a forward on ``device`` draws from: the CPU's and its own."""
+    cuda = [device.index or 0] if device.type == "cuda" else []
+    return [torch.default_generator, *[torch.cuda.default_generators[i] for i in cuda]]
+
+
+def random_state(device: torch.device) -> RandomState:
+    """Return the state of the random numbers, for `isolated` to draw the same ones again."""
+    return tuple(generator.get_state() for generator in generators(device))
 
 
 @contextmanager
@@ -45,7 +74,8 @@ def own_buffers(function: Any) -> Iterator[None]:
     """Give modules copies of their buffers to write to, and the originals back at the end.
 
     The originals are put back as objects and never written to: a copy back would spoil graphs
-    that have saved them.
+    that have saved them. Modules are seen as they are called; but where the function names a
+    compiled one, whose trace would take in what looks on, those are taken that it names.
     """
     swapped: list[tuple[nn.Module, str, Tensor, Tensor]] = []
     seen: set[nn.Module] = set()
@@ -62,26 +92,52 @@ def own_buffers(function: Any) -> Iterator[None]:
                     swapped.append((owner, name, buffer, buffer.clone()))
                     owner._buffers[name] = swapped[-1][-1]
 
-    hook = register_module_forward_pre_hook(swap)
+    named = named_modules(function)
+    compiled = any(is_compiled(m) for owner in named for m in owner.modules())
+    hook = None if compiled else register_module_forward_pre_hook(swap)
     try:
-        owner = getattr(function, "__self__", function)
-        if isinstance(owner, nn.Module):
+        for owner in named if compiled else named[:1]:
             swap(owner)
         yield
     finally:
-        hook.remove()
+        if hook is not None:
+            hook.remove()
         for module, name, original, copy in swapped:
             # functional_call may have put its own tensor there, and the original back itself.
             if module._buffers.get(name) is copy:
                 module._buffers[name] = original
 
 
+def named_modules(function: Any) -> list[nn.Module]:
+    """Return the modules that a function is, is a method of, or names from outside."""
+    if isinstance(function, functools.partial):
+        named = [function.func, *function.args, *function.keywords.values()]
+        return [m for part in named for m in named_modules(part)]
+    found = [function, getattr(function, "__self__", None)]
+    if inspect.isfunction(function):
+        outside = inspect.getclosurevars(function)
+        found += [*outside.nonlocals.values(), *outside.globals.values()]
+    return [m for m in found if isinstance(m, nn.Module)]
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile stands behind a module's call."""
+    return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
+
+
 @contextmanager
-def double_backward() -> Iterator[None]:
-    """Choose kernels that have a double backward.
+def double_backward(order: int = 1) -> Iterator[None]:
+    """Choose kernels that have a double backward, or the k + 1 that a penalty of order k needs.
 
     Fused attention has none (the math kernel has); cuDNN's recurrent nets have none (torch's own
-    have), and cuDNN is left alone until there is a recurrent net.
+    have), and cuDNN is left alone until there is a recurrent net. Fused layer norm and batch norm
+    have a wrong third derivative: for order >= 2 they are computed in elementary operations.
+
+    Args:
+        order: k, of the penalty.
+
+    Yields:
+        Nothing.
     """
     cudnn = torch.backends.cudnn.enabled
 
@@ -91,7 +147,7 @@ def double_backward() -> Iterator[None]:
 
     hook = register_module_forward_pre_hook(without_cudnn)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), elementary() if order >= 2 else nullcontext():
             yield
     finally:
         hook.remove()

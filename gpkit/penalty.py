@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from gpkit import checks, graphs
+from gpkit import checks, graphs, pixels
 from gpkit.draws import Source
-from gpkit.estimators import ESTIMATORS, Estimator, Target, exact, projection
+from gpkit.effect import acts
+from gpkit.estimators import ESTIMATORS, exact, projection
 from gpkit.forms import FORMS, Form, root
-from gpkit.points import POINTS, At, computed
+from gpkit.points import At, as_at
+from gpkit.reductions import REDUCTIONS
 from gpkit.schedules import Schedule
-from gpkit.variables import VARIABLES, Call, Of, Variables, weights
+from gpkit.targets import Estimator, Target
+from gpkit.terms import Terms
+from gpkit.together import with_loss
+from gpkit.variables import VARIABLES, Call, Of, Variables, inputs, weights
+
+AXES = ["of", "wrt", "scope", "order", "form", "at", "estimator", "reduce", "weight", "every"]
 
 
 class Axes(TypedDict, total=False):
@@ -29,26 +35,10 @@ class Axes(TypedDict, total=False):
     form: str | Form
     at: str | At | Callable[[Any, Any], Any]
     estimator: str | Estimator | None
+    reduce: str
     every: int
     seed: int | None
     name: str
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What a penalty is made of, for G groups (samples, or one batch).
-
-    Args:
-        norms: ``[G]``: n, the norm of each group's derivative.
-        values: ``[G]``: form(n), unreduced and unweighted.
-        weight: the factor of their mean at this step.
-        penalty: ``weight * values.mean()``, the scalar that enters the loss.
-    """
-
-    norms: Tensor
-    values: Tensor
-    weight: float
-    penalty: Tensor
 
 
 class GradientPenalty:
@@ -66,18 +56,26 @@ class GradientPenalty:
     Args:
         of: what is differentiated. "output": all that the function gives, so that several outputs
             have the Frobenius norm of their Jacobian; "loss": the same, but one value per sample is
-            required; or a function of what the callable gives, as ``lambda out: out["logits"]``.
-        wrt: with respect to what: "input", "weight", or ``gpkit.weights("head.*")``.
-        scope: the groups: what is averaged before the norm is taken. "sample", the only one
-            for inputs, or "batch", the default for weights.
+            required; "sampled_loss": the cross-entropy of logits ``[B, C]`` with labels drawn from
+            them; a function of what the callable gives, as ``lambda out: out["logits"]``; or
+            ``gpkit.activation("encoder.3")``, the output of a submodule.
+        wrt: with respect to what: "input", "weight", ``gpkit.weights("head.*")``, or
+            ``gpkit.activation("encoder.3")``.
+        scope: the groups: what is averaged before the norm is taken. For inputs "sample", or
+            "pixel": every pixel of ``[B, C, *S]`` has the norm of its C channels, at order 1; for
+            weights "batch", the default, or "sample".
         order: k >= 1, of the derivative. 1 is the gradient.
         form: what is done to the norm n: "squared" n², "norm" n, ``gpkit.two_sided(c)`` (n - c)²,
             ``gpkit.one_sided(c)`` max(0, n - c)², ``gpkit.power(p)`` n^p; each takes
             ``norm="l1"`` or ``norm="linf"`` instead of "l2".
         at: where: "data", "real", "fake", "interpolate", "perturb", an object such as
-            ``gpkit.perturb(0.5)``, or a function ``(real, fake) -> points``.
-        estimator: "exact", "projection" or ``gpkit.projection(n)``. None is "exact", but for
-            order >= 2 in the weights, whose full derivative is out of reach, "projection".
+            ``gpkit.perturb(0.5)``, ``gpkit.uniform(-1, 1)`` or ``gpkit.mixture("real", "fake")``,
+            or a function ``(real, fake) -> points``.
+        estimator: "exact"; "projection" or ``gpkit.projection(n)``; "finite_difference" or
+            ``gpkit.finite_difference(step)``; "taylor" or ``gpkit.taylor(n)``; or for the largest
+            singular value "power_iteration" or ``gpkit.power_iteration(n)``. None is "exact", but
+            for order >= 2 in the weights, whose full derivative is out of reach, "projection".
+        reduce: "mean" over the groups, or "max": the largest of the micro-batch.
         weight: λ >= 0, or a schedule: a function of the optimiser step.
         every: act on every k-th step, with the weight multiplied by k (lazy regularisation).
         seed: of the penalty's own random numbers; None takes torch's initial seed. Each rank of
@@ -104,27 +102,27 @@ class GradientPenalty:
         form: str | Form = "squared",
         at: str | At | Callable[[Any, Any], Any] = "data",
         estimator: str | Estimator | None = None,
+        reduce: str = "mean",
         weight: float | Schedule = 1.0,
         every: int = 1,
         seed: int | None = None,
         name: str = "penalty",
     ) -> None:
-        self.of = of if callable(of) else checks.choice("of=...", of, ("output", "loss"))
+        self.of = (
+            of if callable(of) else checks.choice("of=...", of, ("output", "loss", "sampled_loss"))
+        )
         self.wrt: Variables = checks.piece("wrt=...", wrt, VARIABLES, Variables)
         self.scope = checks.choice("scope=...", scope or self.wrt.scopes[0], self.wrt.scopes)
         self.order = checks.integer("order=...", order, 1)
         self.form: Form = checks.piece("form=...", form, FORMS, Form)
-        if callable(at) and not isinstance(at, At):
-            at = computed(at)
-        self.at: At = checks.piece("at=...", at, POINTS, At)
+        self.at = as_at("at=...", at)
         if estimator is None:
             estimator = projection() if order > 1 and isinstance(self.wrt, weights) else exact()
         self.estimator: Estimator = checks.piece("estimator=...", estimator, ESTIMATORS, Estimator)
-        if isinstance(self.estimator, projection) and self.form.norm != "l2":
-            raise ValueError(
-                f"`estimator=projection()` estimates the l2 norm; got norm={self.form.norm!r}: "
-                "use estimator='exact'"
-            )
+        self.estimator.check(self.order, self.form.norm, isinstance(self.wrt, inputs))
+        if self.scope == "pixel":
+            pixels.require_axes(self.order, self.estimator, (exact, projection))
+        self.reduce = checks.choice("reduce=...", reduce, REDUCTIONS)
         self.weight = weight if callable(weight) else checks.number("weight=...", weight, 0)
         self.every = checks.integer("every=...", every, 1)
         self.seed = seed if seed is None else checks.integer("seed=...", seed, 0)
@@ -183,10 +181,39 @@ class GradientPenalty:
         weight = self.count_step(step)
         if weight == 0:
             return None
-        terms, targets = self._evaluate(f, args, real, fake, weight)
+        terms, targets = self._evaluate(f, args, real, fake, weight, observe=True)
         if torch.is_grad_enabled() and not (self._seen_to_act and terms.penalty.requires_grad):
             self._require_effect(terms, targets)
+        self.observe(terms.norms)
         return terms
+
+    def with_loss(self, closure: Callable[[], Any], net: Any, *, step: int | None = None) -> Tensor:
+        """Return the loss and the penalty in the weights as one scalar, and count a step.
+
+        The forward that gives the loss is the training forward, which moves batch-norm statistics
+        and random numbers, and the penalty makes use of it: by finite differences, a step takes
+        two forward and backward passes in all, which have been made when this returns; its
+        backward only hands the gradient out, and a graph behind the closure is used up.
+
+        >>> import gpkit, torch
+        >>> w = torch.tensor([3.0, 4.0], dtype=torch.float64, requires_grad=True)
+        >>> penalty = gpkit.weight_grad_norm(weight=0.1, estimator="finite_difference")
+        >>> penalty.with_loss(lambda: (w**2).sum() / 2, [w]).item()  # 25 / 2 + 0.1·25
+        15.0
+
+        Args:
+            closure: gives the loss ``[]``, or losses ``[B]``, whose mean is trained on.
+            net: the module, or its parameters.
+            step: as in a call.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            TypeError: if the penalty is not in the weights.
+            RuntimeError: as a call does.
+        """
+        return with_loss(self, closure, net, step)
 
     def terms(
         self, f: Any, *args: Any, real: Any = None, fake: Any = None, step: int | None = None
@@ -194,18 +221,36 @@ class GradientPenalty:
         """Return the norms and values behind the penalty. It takes the arguments of a call.
 
         It acts on every step, whatever ``every`` says, counts none, and does not ask whether the
-        penalty trains anything. ``weight`` is that of the last step, up to this one, on which a
-        call acts.
+        penalty trains anything; a running average stays as it is. ``weight`` is that of the last
+        step, up to this one, on which a call acts.
         """
         step = self.step if step is None else step
         return self._evaluate(f, args, real, fake, self.weight_at(step - step % self.every))[0]
 
-    def measure(self, targets: list[Target], rng: Source) -> tuple[Tensor, Tensor]:
-        """Return norms and values ``[G]``: the formula alone, as torch.compile can trace it."""
+    def measure(
+        self, targets: list[Target], rng: Source, *, observe: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return norms and values ``[G]``: the formula alone, as torch.compile can trace it.
+
+        Args:
+            targets: what is differentiated.
+            rng: of an estimator that draws.
+            observe: whether the form's state, if it has one, takes the norms in.
+
+        Returns:
+            The norms and the values.
+        """
         squared_norms = torch.cat(
             [self.estimator.squared_norms(t, self.order, self.form.norm, rng) for t in targets]
         )
-        return root(squared_norms), self.form(squared_norms)
+        norms = root(squared_norms)
+        if observe:
+            self.form.observe(norms)
+        return norms, self.form(squared_norms)
+
+    def total(self, values: Tensor) -> Tensor:
+        """Return one number for the values ``[G]``: their mean or maximum."""
+        return REDUCTIONS[self.reduce](values)
 
     def count_step(self, step: int | None = None) -> float:
         """Count a step, the given or the next one, and return the weight on it."""
@@ -215,34 +260,72 @@ class GradientPenalty:
         return weight
 
     def weight_at(self, step: int) -> float:
-        """Return the factor of the mean value at an optimiser step: zero where it is skipped."""
+        """Return the factor of the reduced value at an optimiser step: zero where it is skipped."""
         if step % self.every:
             return 0.0
         weight = self.weight(step) if callable(self.weight) else self.weight
         return float(weight) * self.every
 
+    def loss_scale(self, step: int | None = None) -> float:
+        """Return what the whole loss is divided by: 1 but for a `rescaled` weight.
+
+        Args:
+            step: the optimiser step; None is that of the last call.
+        """
+        scale = getattr(self.weight, "loss_scale", None)
+        return 1.0 if scale is None else scale(max(self.step - 1, 0) if step is None else step)
+
+    def observe(self, norms: Tensor) -> None:
+        """Show the norms of the last call to a weight that adapts to them."""
+        observe = getattr(self.weight, "observe", None)
+        if observe is not None and torch.is_grad_enabled():
+            observe(norms, self.step - 1)
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the state: plain numbers. The seed and the count of draws are the generator."""
-        return {"step": self.step, "draws": self.draws, "seed": self.seed}
+        """Return the state: plain numbers. The seed and the count of draws are the generator.
+
+        An axis that has a state of its own, as a running average, is under its name in "axes".
+        """
+        state = {"step": self.step, "draws": self.draws, "seed": self.seed}
+        axes = {name: axis.state_dict() for name, axis in self._stateful().items()}
+        axes = {name: own for name, own in axes.items() if own}
+        return {**state, "axes": axes} if axes else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
+        """Go on from a state. An axis that it does not have begins at its beginning."""
         self.step, self.draws, self.seed = state["step"], state["draws"], state["seed"]
+        for name, axis in self._stateful().items():
+            if name in state.get("axes", {}):
+                axis.load_state_dict(state["axes"][name])
+
+    def _stateful(self) -> dict[str, Any]:
+        """Return the axes that may have a state. A module's is its owner's to save."""
+        axes = {name: getattr(self, name) for name in AXES}
+        kept = {n: a for n, a in axes.items() if not isinstance(a, nn.Module)}
+        return {n: a for n, a in kept.items() if hasattr(a, "state_dict")}
 
     def __repr__(self) -> str:
-        names = ("of", "wrt", "scope", "order", "form", "at", "estimator", "weight", "every")
-        axes = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        axes = ", ".join(f"{name}={getattr(self, name)!r}" for name in AXES)
         return f"GradientPenalty({axes})"
 
     def _evaluate(
-        self, f: Any, args: tuple[Any, ...], real: Any, fake: Any, weight: float
+        self,
+        f: Any,
+        args: tuple[Any, ...],
+        real: Any,
+        fake: Any,
+        weight: float,
+        *,
+        observe: bool = False,
     ) -> tuple[Terms, list[Target]]:
         train = torch.is_grad_enabled()
         args = tuple(list(a) if isinstance(a, Iterator) else a for a in args)  # net.parameters()
         seed = self.next_seed()
         with torch.inference_mode(False), torch.enable_grad():
             rng = torch.Generator(device_of(f, args, real, fake)).manual_seed(seed)
-            call = Call(f, args, real, fake, self.of, self.at, self.scope, rng, seed)
+            twice = not self.estimator.first_order
+            axes = (self.of, self.at, self.scope, rng, seed, self.order, twice)
+            call = Call(f, args, real, fake, *axes)
             targets = list(self.wrt.targets(call))
             for target in targets:
                 if not target.y.requires_grad:
@@ -251,10 +334,10 @@ class GradientPenalty:
                         "Was it computed under no_grad, detached, or made by a gradient without "
                         "create_graph=True?"
                     )
-            if not self._seen_to_act:
+            if twice and not self._seen_to_act:
                 graphs.require_derivatives(targets[0].y, targets[0].xs, self.order)
-            norms, values = self.measure(targets, rng)
-            terms = Terms(norms, values, weight, weight * values.mean())
+            norms, values = self.measure(targets, rng, observe=observe)
+            terms = Terms(norms, values, weight, weight * self.total(values))
         if not train:
             cut = (terms.norms.detach(), terms.values.detach())
             terms = Terms(*cut, weight, terms.penalty.detach())
@@ -272,42 +355,7 @@ class GradientPenalty:
 
     def _require_effect(self, terms: Terms, targets: list[Target]) -> None:
         """Refuse a penalty that trains nothing though there is something to train."""
-        inputs = [] if isinstance(self.wrt, weights) else [x for t in targets for x in t.xs]
-
-        graphs.require_derivatives(targets[0].y, targets[0].xs, self.order + 1)
-
-        def trained(tensor: Tensor) -> list[Tensor]:
-            return [p for p in graphs.leaves(tensor) if not any(p is x for x in inputs)]
-
-        kink = None
-        if self.order > 1 and not terms.norms.any():
-            kink = next(filter(None, (graphs.piecewise_linear(t.y) for t in targets)), None)
-        if trained(terms.penalty) and not kink:
-            self._seen_to_act = True
-            return
-        if not any(trained(t.y) for t in targets):
-            return  # nothing is being trained: the value was asked for, and here it is
-        if not any(graphs.depends(t.y, x) for t in targets for x in t.xs):
-            hint = (
-                "x.requires_grad_() must come before the forward, and the same tensors be given"
-                if inputs
-                else "was it computed from other parameters, or under reentrant checkpointing? "
-                "use checkpoint(..., use_reentrant=False)"
-            )
-            kind = type(self.wrt).__name__
-            cause = f"what it differentiates does not depend on the {kind}: {hint}"
-        elif kink:
-            cause = (
-                f"order {self.order} of a piecewise-linear net ({kink}) is zero everywhere: use a "
-                "smooth activation (GELU, SiLU, softplus, tanh), or order=1"
-            )
-        else:
-            cause = (
-                f"the derivative of order {self.order} is constant in them. Is the function linear "
-                "or a polynomial of that degree, or does it hold a gradient taken without "
-                "create_graph=True, a detach, or reentrant checkpointing?"
-            )
-        raise RuntimeError(f"the penalty depends on no parameter that is trained: {cause}")
+        self._seen_to_act = acts(self, terms, targets) or self._seen_to_act
 
 
 def device_of(*values: Any) -> torch.device:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gpkit import checks
+from gpkit.deviation import batch_std
 from gpkit.draws import Source, normal, uniform
 
 Points = tuple[Tensor, ...]  # one tensor [B, *S] for every input of the function
@@ -101,7 +102,8 @@ class perturb(At):  # noqa: N801
     Args:
         scale: s.
         noise: "normal", u ~ N(0, I), or "uniform", u ~ U[-1, 1] in every entry.
-        relative: multiply s by the standard deviation over all entries of the batch.
+        relative: multiply s by the standard deviation over all entries of the batch, that of all
+            ranks in a distributed run; each of several inputs has its own.
         along: take a point between x and its perturbation: x + α·s·u, one α in U[0, 1] a sample.
     """
 
@@ -125,10 +127,11 @@ class perturb(At):  # noqa: N801
 
     def delta(self, x: Tensor, rng: Source) -> Tensor:
         """Return the noise at full strength, ``[B, *S]``."""
+        require_floating(x)
         draw = normal if self.noise == "normal" else uniform
         u = draw(rng, x.shape, x.device, x.dtype)
         u = u if self.noise == "normal" else 2 * u - 1
-        return u * self.scale * (x.detach().std(correction=0) if self.relative else 1.0)
+        return u * self.scale * (batch_std(x) if self.relative else 1.0)
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,19 @@ class computed(At):  # noqa: N801
 
 
 POINTS = {p.__name__: p for p in (data, real, fake, interpolate, perturb)}
+
+
+def as_at(where: str, at: Any) -> At:
+    """Return points for what the user said: an object, a name, or a function of their own.
+
+    Raises:
+        ValueError: if a name is none of `POINTS`.
+        TypeError: if it is anything else.
+    """
+    if callable(at) and not isinstance(at, At):
+        return computed(at)
+    points: At = checks.piece(where, at, POINTS, At)
+    return points
 
 
 def per_sample(alpha: Tensor, x: Tensor) -> Tensor:

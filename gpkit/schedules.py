@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from gpkit import checks
 
@@ -74,3 +75,81 @@ class switch:  # noqa: N801
     def __call__(self, step: int) -> float:
         """Return the weight at an optimiser step, counted from 0."""
         return self.before if step < self.at else self.after
+
+
+@dataclass(frozen=True)
+class rescaled:  # noqa: N801
+    r"""A weight λ(t), with the whole loss divided by max(1, λ(t)), as IRM anneals.
+
+    .. math:: (L + \lambda(t) P) \, / \, \max(1, \lambda(t))
+
+    The step of the optimiser then stays of one size where the weight jumps up. `PenalizedModule`
+    divides what it trains on (``train/loss_total``); a loop of your own does it by
+    ``(loss + penalty(...)) / penalty.loss_scale()``. Of several such penalties the greatest counts.
+
+    Args:
+        schedule: λ, a number or a function of the optimiser step, without a state.
+
+    Raises:
+        TypeError: if the schedule adapts.
+
+    Source: Arjovsky et al. (2019), arXiv:1907.02893, in the authors' code.
+
+    >>> weight = rescaled(switch(1.0, 100.0, at=190))
+    >>> [(weight(t), weight.loss_scale(t)) for t in (189, 190)]
+    [(1.0, 1.0), (100.0, 100.0)]
+    """
+
+    schedule: float | Schedule
+
+    def __post_init__(self) -> None:
+        if hasattr(self.schedule, "state_dict"):
+            raise TypeError(
+                "`rescaled(schedule=...)` takes a number or a function of the step; got "
+                f"{self.schedule!r}, which has a state: use it without rescaled"
+            )
+        if not callable(self.schedule):
+            checks.number("rescaled(schedule=...)", self.schedule, 0)
+
+    def __call__(self, step: int) -> float:
+        """Return the weight at an optimiser step, counted from 0."""
+        return float(self.schedule(step) if callable(self.schedule) else self.schedule)
+
+    def loss_scale(self, step: int) -> float:
+        """Return what the whole loss is divided by at an optimiser step."""
+        return max(1.0, self(step))
+
+
+def lazy_adam(
+    lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), every: int = 16
+) -> dict[str, Any]:
+    r"""Return the arguments of Adam corrected for a penalty that acts on every k-th step.
+
+    .. math:: r = k / (k + 1), \quad \mathrm{lr}' = r \, \mathrm{lr}, \quad \beta' = \beta^r
+
+    The authors count the penalty as a step of its own, k + 1 instead of k.
+
+    Args:
+        lr: the learning rate.
+        betas: the decays of the two averages.
+        every: k, that of the penalty.
+
+    Returns:
+        ``lr`` and ``betas``: ``torch.optim.Adam(parameters, **lazy_adam(2e-3, (0.0, 0.99), 16))``.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    Source: Karras et al. (2020), StyleGAN2, arXiv:1912.04958, appendix B.
+
+    >>> lazy_adam(0.004, (0.0, 0.81), every=1)  # r = ½
+    {'lr': 0.002, 'betas': (0.0, 0.9)}
+    """
+    checks.number("lazy_adam(lr=...)", lr, 0)
+    checks.integer("lazy_adam(every=...)", every, 1)
+    first, second = betas
+    for beta in (first, second):
+        if checks.number("lazy_adam(betas=...)", beta, 0) >= 1:
+            raise ValueError(f"`lazy_adam(betas=...)` must be two numbers below 1; got {betas!r}")
+    r = every / (every + 1)
+    return {"lr": lr * r, "betas": (first**r, second**r)}

@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from gpkit import checks
+from gpkit import captures, checks
 from gpkit.draws import Source
-from gpkit.estimators import Target
-from gpkit.isolation import isolated
+from gpkit.isolation import RandomState, isolated
+from gpkit.pixels import require_images
 from gpkit.points import At, Points, as_points, require_floating
+from gpkit.sampled import sampled_losses
+from gpkit.targets import Target
 
 Of = str | Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A loss that was computed, and how it is computed anew.
+
+    Args:
+        value: the loss, whose graph is there.
+        function: gives it anew.
+        state: of the random numbers that it was computed with.
+    """
+
+    value: Tensor
+    function: Callable[[], Any]
+    state: RandomState
 
 
 @dataclass(frozen=True)
@@ -27,11 +46,13 @@ class Call:
         args: what followed it: samples, or a module or its parameters.
         real: real samples, if given by keyword.
         fake: fake samples, if given by keyword.
-        of: "output", "loss", or a function of what ``f`` gives.
+        of: "output", "loss", "sampled_loss", or a function of what ``f`` gives.
         at: where a callable is evaluated.
-        scope: "sample" or "batch".
+        scope: "sample", "pixel" or "batch".
         rng: draws points.
         seed: for the random numbers of a forward.
+        order: k, of the derivative.
+        twice: whether a forward will be differentiated twice.
     """
 
     f: Any
@@ -42,17 +63,36 @@ class Call:
     at: At
     scope: str
     rng: Source
-    seed: int
+    seed: int | RandomState
+    order: int = 1
+    twice: bool = True
 
     @property
     def computed(self) -> bool:
         """Whether ``f`` is a value, not a function: a tensor, or what ``of`` takes one from."""
         return isinstance(self.f, Tensor) or (callable(self.of) and not callable(self.f))
 
+    def run(
+        self, xs: Points, device: torch.device, wrt: Any = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return what is differentiated, of a forward that leaves no trace, and activations."""
+        wanted = captures.names(self.of, wrt)
+        net = captures.module_of(wanted[0], self.f, self.args) if wanted else None
+        with (
+            isolated(self.f, self.seed, device, self.order, twice=self.twice),
+            captures.captured(net, wanted) as caught,
+        ):
+            y = self.f(*xs)
+        if isinstance(self.of, captures.Named):
+            y = caught[self.of.name]
+        return self.selected(y), caught
+
     def selected(self, y: Any) -> Tensor:
         """Return what is differentiated, of what ``f`` gave."""
         if callable(self.of):
             y = self.of(y)
+        if self.of == "sampled_loss" and isinstance(y, Tensor):
+            y = sampled_losses(y, self.rng)
         if not isinstance(y, Tensor):
             raise TypeError(
                 f"the function gave a {type(y).__name__}, and a tensor was expected; choose one "
@@ -63,28 +103,50 @@ class Call:
 
 @dataclass(frozen=True)
 class inputs:  # noqa: N801  variables read as functions: wrt=weights("classifier.*")
-    """The inputs of a function: one tensor ``[B, *S]`` or several. Its groups are the samples."""
+    """The inputs of a function: one tensor ``[B, *S]`` or several. Its groups are the samples.
 
-    scopes = ("sample",)
+    With ``scope="pixel"`` they are the pixels of all samples: inputs are ``[B, C, *S]``.
+    """
+
+    scopes = ("sample", "pixel")
+    missing = "x.requires_grad_() must come before the forward, and the same tensors be given"
 
     def targets(self, call: Call) -> Iterator[Target]:
-        """Yield the one target: ``y`` is ``[B, m]`` and every group is a sample."""
-        if len(call.args) > 1:
+        """Yield the one target: ``y`` is ``[B, m]``, a row for each sample."""
+        if len(call.args) > 1 + bool(captures.names(call.of, self)):
             raise TypeError(
                 "an input penalty takes f and the samples; several inputs go into one tuple: "
                 f"penalty(f, (x1, x2)); got {len(call.args)} arguments after f"
             )
+        evaluate = None
         if call.computed:
             xs = self.given(call)
             y = call.selected(call.f)
         elif callable(call.f):
-            real, fake = self.samples(call)
-            xs = call.at(real, fake, call.rng)
-            with isolated(call.f, call.seed, xs[0].device):
-                y = call.selected(call.f(*xs))
+            given = self.points(call)
+            y, caught = call.run(given, given[0].device, self)
+            xs = self.chosen(given, caught)
+            if xs is given:  # an activation cannot be moved by moving the inputs
+                evaluate = partial(self.evaluated, call)
         else:
             raise TypeError(f"expected a tensor or a callable; got a {type(call.f).__name__}")
-        yield Target(self.columns(y, len(xs[0]), call.of), xs, batched=True)
+        columns = self.columns(y, len(xs[0]), call.of)
+        if call.scope == "pixel":
+            require_images(xs)
+        yield Target(columns, xs, True, evaluate, pixels=call.scope == "pixel")
+
+    def points(self, call: Call) -> Points:
+        """Return where a function is evaluated."""
+        return call.at(*self.samples(call), call.rng)
+
+    def chosen(self, xs: Points, caught: Mapping[str, Tensor]) -> Points:
+        """Return the variables of a forward that was made at ``xs``."""
+        return xs
+
+    def evaluated(self, call: Call, *xs: Tensor) -> Tensor:
+        """Return ``[B, m]`` at some points; the same random numbers are drawn at all of them."""
+        y, _ = call.run(xs, xs[0].device, self)
+        return self.columns(y, len(xs[0]), call.of)
 
     def given(self, call: Call) -> Points:
         """Return the samples whose graph the caller already has."""
@@ -106,10 +168,13 @@ class inputs:  # noqa: N801  variables read as functions: wrt=weights("classifie
 
     def samples(self, call: Call) -> tuple[Points | None, Points | None]:
         """Return real and fake samples; one positional argument is the points themselves."""
-        if call.args:
+        args = call.args
+        if captures.names(call.of, self):  # the module that has them may come last
+            args = args[:-1] if args and isinstance(args[-1], nn.Module) else args
+        if args:
             if call.real is not None or (call.fake is not None and not call.at.moves):
                 raise TypeError("give the samples once: by position, or as real=... and fake=...")
-            points = as_points(call.args[0])
+            points = as_points(args[0])
             fake = points if call.fake is None and not call.at.moves else None
             return points, fake if call.fake is None else as_points(call.fake)
         if call.real is None and call.fake is None:
@@ -152,6 +217,10 @@ class weights:  # noqa: N801
     match: str = "*"
 
     scopes = ("batch", "sample")
+    missing = (
+        "was it computed from other parameters, or under reentrant checkpointing? "
+        "use checkpoint(..., use_reentrant=False)"
+    )
 
     def targets(self, call: Call) -> Iterator[Target]:
         """Yield one target of G = 1 for the batch, or one for every sample."""
@@ -163,14 +232,39 @@ class weights:  # noqa: N801
                 f"penalty(loss, net.parameters()); got {len(call.args)} arguments after the loss"
             )
         params = self.chosen(call.args[0])
-        y = call.f
-        if not call.computed:
-            if not callable(y):
-                raise TypeError(f"expected a tensor or a callable; got a {type(y).__name__}")
-            with isolated(y, call.seed, params[0].device):
-                y = y()
-        for group in self.groups(call.selected(y), call.of, call.scope):
-            yield Target(group, params, batched=False)
+        device, again = params[0].device, None
+        if isinstance(call.f, Computed):
+            y = call.selected(call.f.value)
+            again = partial(self.evaluated, call, call.f.function, call.f.state, device, y)
+        elif call.computed:
+            y = call.selected(call.f)
+        elif callable(call.f):
+            y = self.evaluated(call, call.f, call.seed, device)
+            again = partial(self.evaluated, call, call.f, call.seed, device, y)
+        else:
+            raise TypeError(f"expected a tensor or a callable; got a {type(call.f).__name__}")
+        for i, group in enumerate(self.groups(y, call.of, call.scope)):
+            yield Target(group, params, False, again and partial(self.group, call, again, i))
+
+    def evaluated(
+        self,
+        call: Call,
+        function: Callable[[], Any],
+        seed: int | RandomState,
+        device: torch.device,
+        before: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss at the weights as they are, or refuse one that was there ``before``."""
+        y, _ = replace(call, f=function, seed=seed).run((), device)
+        if y is before:
+            raise RuntimeError(
+                "the closure gave the same tensor twice: the loss must be computed inside of it"
+            )
+        return y
+
+    def group(self, call: Call, again: Callable[[], Tensor], i: int) -> Tensor:
+        """Return what is differentiated for the i-th group, computed anew."""
+        return self.groups(again(), call.of, call.scope)[i]
 
     def groups(self, y: Tensor, of: Of, scope: str) -> list[Tensor]:
         """Return what is differentiated for each group, ``[1, m]``, or refuse other shapes."""

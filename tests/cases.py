@@ -6,14 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import oracles
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import gpkit
+import gpkit.sampled
+from gpkit.classifier import classifier_inputs
 
 torch.set_num_threads(1)  # the nets are small: threads would only wait for each other
 B = 5
@@ -40,6 +44,7 @@ class Scene:
     fake: Tensor  # [B, *S]
     target: Tensor  # [B, m]
     given: oracles.Params = field(default_factory=dict)  # parameters instead of the net's own
+    labels: Tensor | None = None  # as drawn from the model, once: [B]
 
     @property
     def f(self) -> Callable[[Tensor], Tensor]:
@@ -170,6 +175,39 @@ def outputs_graph(act: Any, s: Scene, of: str = "real") -> Any:
     return act(s.f(x), x)
 
 
+def on_sampled(act: Any, s: Scene, *, graph: bool = False) -> Any:
+    original = gpkit.sampled.draw_labels
+
+    def draw(logits: Tensor, rng: Any) -> Tensor:
+        s.labels = original(logits, rng) if s.labels is None else s.labels
+        return s.labels
+
+    with mock.patch("gpkit.sampled.draw_labels", draw):
+        return act(s.f(s.real) if graph else lambda: s.f(s.real), s.weights)
+
+
+def on_environments(act: Any, s: Scene, *, graph: bool = False, features: bool = False) -> Any:
+    def given() -> Any:
+        with classifier_inputs(s.net) as found:
+            logits = s.f(s.real)
+        return (logits, found[0]) if features else logits
+
+    return act(given() if graph else given, *classes(s))
+
+
+def classes(s: Scene) -> tuple[Tensor, Tensor]:
+    """Return classes and environments, of two and of three samples: ``[B]`` each."""
+    return s.target.argmax(1), torch.tensor([7, 3, 3, 7, 3])[: len(s.target)]
+
+
+def hidden_graph(act: Any, s: Scene) -> Any:
+    x, caught = s.real.clone().requires_grad_(), []
+    hook = s.net[1].register_forward_hook(lambda module, args, h: caught.append(h))
+    s.f(x)
+    hook.remove()
+    return act(caught[0], x)
+
+
 # What it must be: norms [G] of the points z, and values [G], of the parameters.
 
 Oracle = Callable[[Scene, oracles.Params, list[Tensor]], tuple[float, Tensor, Tensor]]
@@ -183,14 +221,39 @@ def of_inputs(
     norm: str = "l2",
     loss: bool = False,
     z_index: int = 0,
+    of: Callable[[Tensor], Tensor] = lambda output: output,
 ) -> Oracle:
     def oracle(s: Scene, params: oracles.Params, z: list[Tensor]) -> tuple[float, Tensor, Tensor]:
         def f(x: Tensor, target: Tensor) -> Tensor:  # of one sample
             output = s.apply(params, x[None])[0]
-            return squared_errors(output, target) if loss else output
+            return squared_errors(output, target) if loss else of(output)
 
-        norms = oracles.input_norms(f, order, z[z_index], s.target, norm=norm)
+        points = z[z_index]
+        target = torch.cat([s.target] * (len(points) // len(s.target)))
+        norms = oracles.input_norms(f, order, points, target, norm=norm)
         return weight, norms, value(norms)
+
+    return oracle
+
+
+def of_cure(weight: float, h: float) -> Oracle:
+    def oracle(s: Scene, params: oracles.Params, z: list[Tensor]) -> tuple[float, Tensor, Tensor]:
+        def f(x: Tensor, target: Tensor) -> Tensor:
+            return squared_errors(s.apply(params, x[None])[0], target)
+
+        norms = oracles.gradient_change(f, h, z[0], s.target)
+        return weight, norms, norms**2
+
+    return oracle
+
+
+def of_gnp(r: float, alpha: float) -> Oracle:
+    def oracle(s: Scene, params: oracles.Params, z: list[Tensor]) -> tuple[float, Tensor, Tensor]:
+        def loss(params: oracles.Params) -> Tensor:
+            return squared_errors(s.apply(params, z[0]), s.target).mean()
+
+        norms = oracles.weight_norm_by_difference(loss, params, r)
+        return alpha * r, norms, norms
 
     return oracle
 
@@ -209,6 +272,75 @@ def of_weights(weight: float, *, order: int = 1, per_sample: bool = False) -> Or
     return oracle
 
 
+def of_sampled(weight: float) -> Oracle:
+    def oracle(s: Scene, params: oracles.Params, z: list[Tensor]) -> tuple[float, Tensor, Tensor]:
+        def loss(params: oracles.Params) -> Tensor:
+            return F.cross_entropy(s.apply(params, z[0]), s.labels)
+
+        norms = oracles.weight_norm(loss, params)
+        return weight, norms, norms**2
+
+    return oracle
+
+
+def of_hidden(weight: float, layers: int = 2) -> Oracle:
+    def oracle(s: Scene, params: oracles.Params, z: list[Tensor]) -> tuple[float, Tensor, Tensor]:
+        first = nn.Sequential(*s.net[:layers])
+        own = {name: params[name] for name, _ in first.named_parameters()}
+        norms = oracles.input_norms(lambda x: functional_call(first, own, (x[None],))[0], 1, z[0])
+        return weight, norms, norms**2
+
+    return oracle
+
+
+def by_environment(s: Scene, of: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return ``of(x, y)`` of each environment's samples, ``[E, ...]``."""
+    y, env = classes(s)
+    return torch.stack([of(x[env == e], y[env == e]) for e in env.unique()])
+
+
+def of_scale(weight: float, *, halves: bool = False) -> Oracle:
+    def oracle(s: Scene, params: oracles.Params, z: list[Tensor]) -> tuple[float, Tensor, Tensor]:
+        def slope(x: Tensor, y: Tensor) -> Tensor:
+            logits = s.apply(params, x)
+            return torch.func.grad(lambda w: F.cross_entropy(w * logits, y))(x.new_ones(()))
+
+        def product(x: Tensor, y: Tensor) -> Tensor:
+            return slope(x[::2], y[::2]) * slope(x[1::2], y[1::2])
+
+        values = by_environment(s, product if halves else lambda x, y: slope(x, y) ** 2, z[0])
+        return weight, by_environment(s, slope, z[0]).abs(), 2 * values  # whose mean is the sum
+
+    return oracle
+
+
+def of_variance(weight: float) -> Oracle:
+    def oracle(s: Scene, params: oracles.Params, z: list[Tensor]) -> tuple[float, Tensor, Tensor]:
+        last = str(len(s.net) - 1)
+        head = {name: p for name, p in params.items() if name.startswith(last)}
+
+        def risk(head: oracles.Params, x: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(s.apply({**params, **head}, x[None]), y[None])
+
+        def variance(x: Tensor, y: Tensor) -> Tensor:
+            grads = torch.func.vmap(torch.func.grad(risk), (None, 0, 0))(head, x, y)
+            return torch.cat([g.flatten(1) for g in grads.values()], 1).var(0, correction=0)
+
+        variances = by_environment(s, variance, z[0])
+        values = (variances - variances.mean(0)).square().sum(1)
+        return weight, values.detach().sqrt(), values
+
+    return oracle
+
+
+def of_spectrum(weight: float) -> Oracle:
+    def oracle(s: Scene, params: oracles.Params, z: list[Tensor]) -> tuple[float, Tensor, Tensor]:
+        norms = oracles.spectral_norms(lambda x: s.apply(params, x[None])[0], z[0])
+        return weight, norms, norms**2
+
+    return oracle
+
+
 @dataclass(frozen=True)
 class Row:
     """A penalty: how it is built and called, and what it must be."""
@@ -221,6 +353,17 @@ class Row:
     scene: Callable[..., Scene] = images
     where: tuple[str, ...] = ("real",)  # the samples at which the net is evaluated
     per_sample: bool = True
+    groups: int = 1  # where they are not the samples
+    twice: bool = True  # whether the penalty's own second derivative is exact
+    points: int = 1  # for each sample
+    reduce: Callable[[Tensor], Tensor] = torch.mean  # of the values
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the points are random even where real and fake are equal."""
+        return "near" in self.where
+
+    consistent: bool = True  # the gradient is that of the value, not an estimate of it
 
 
 def preset(name: str, weight: float, **chosen: Any) -> Callable[..., Any]:
@@ -265,6 +408,65 @@ ROWS = [
         scene=vectors,
         per_sample=False,
     ),
+    Row(
+        "fisher",
+        preset("fisher", 0.3),
+        on_sampled,
+        partial(on_sampled, graph=True),
+        (of_sampled(0.3),),
+        scene=partial(images, 3),
+        per_sample=False,
+    ),
+    Row(
+        "irm",
+        preset("irm", 0.7),
+        on_environments,
+        partial(on_environments, graph=True),
+        (of_scale(0.7),),
+        scene=partial(images, 3),
+        per_sample=False,
+        groups=2,
+    ),
+    Row(
+        "irm_halves",
+        preset("irm", 0.7, halves=True),
+        on_environments,
+        partial(on_environments, graph=True),
+        (of_scale(0.7, halves=True),),
+        scene=partial(images, 3),
+        per_sample=False,
+        groups=2,
+    ),
+    Row(
+        "fishr",
+        preset("fishr", 0.7),
+        partial(on_environments, features=True),
+        partial(on_environments, features=True, graph=True),
+        (of_variance(0.7),),
+        scene=partial(images, 3),
+        per_sample=False,
+        groups=2,
+    ),
+    Row(
+        "gnp",
+        lambda **axes: gpkit.gnp(r=0.3, alpha=0.7, **axes),
+        on_weights,
+        None,
+        (of_gnp(0.3, 0.7),),
+        scene=partial(images, 3),
+        where=("real", "real"),
+        per_sample=False,
+        consistent=False,
+    ),
+    Row(
+        "cure",
+        preset("cure", 0.7, h=0.4),
+        on_losses,
+        None,
+        (of_cure(0.7, 0.4),),
+        scene=partial(images, 3),
+        where=("real", "moved"),
+    ),
     *map(input_row, ("l2", "l1", "linf")),
     Row(
         "jacobian",
@@ -272,6 +474,23 @@ ROWS = [
         on_outputs,
         outputs_graph,
         (of_inputs(0.7, lambda n: n**2 / 2),),
+        scene=partial(images, 3),
+    ),
+    Row(
+        "spectral_jacobian",
+        preset("spectral_jacobian", 0.7, estimator=gpkit.power_iteration(60)),
+        on_outputs,
+        outputs_graph,
+        (of_spectrum(0.7),),
+        scene=partial(images, 3),
+        twice=False,
+    ),
+    Row(
+        "contractive",
+        preset("contractive", 0.7, activation="1", estimator="exact"),
+        on_outputs,
+        hidden_graph,
+        (of_hidden(0.7),),
         scene=partial(images, 3),
     ),
     Row(
@@ -295,6 +514,20 @@ ROWS = [
         on_outputs,
         outputs_graph,
         (of_inputs(0.7, lambda n: (n - 1) ** 2),),
+    ),
+    Row(
+        "path_length",  # of one product with a Gaussian, and a moving average: test_path_length.py
+        preset(
+            "path_length",
+            7.0,
+            every=1,
+            estimator="exact",
+            form=gpkit.two_sided(gpkit.running_average(1.0, 1.5)),
+        ),
+        on_outputs,
+        None,
+        (of_inputs(7.0, lambda n: (n - 1.5) ** 2),),
+        scene=partial(images, 3),
     ),
     Row(
         "wgan_gp",
@@ -326,6 +559,65 @@ ROWS = [
         partial(outputs_graph, of="fake"),
         (of_inputs(7.0, lambda n: n**2 / 2),),
         where=("fake",),
+    ),
+    Row(
+        "r1_r2",
+        preset("r1_r2", 7.0),
+        on_critic,
+        None,
+        (of_inputs(7.0, lambda n: n**2),),  # 7/2 of two means of B are 7 of the mean of 2 B
+        where=("real+fake",),
+        points=2,
+    ),
+    Row(
+        "dragan",
+        preset("dragan", 7.0),
+        on_critic,
+        None,
+        (of_inputs(7.0, lambda n: (n - 1) ** 2),),
+        where=("near",),
+    ),
+    Row(
+        "zero_gp",
+        preset("zero_gp", 7.0),
+        on_critic,
+        None,
+        (of_inputs(7.0, lambda n: n**2),),
+        where=("between",),
+    ),
+    Row(
+        "wgan_div",
+        preset("wgan_div", 3.0),
+        on_critic,
+        None,
+        (of_inputs(3.0, lambda n: n**6),),
+        where=("between",),
+    ),
+    Row(
+        "max_gp",
+        preset("max_gp", 7.0),
+        on_critic,
+        None,
+        (of_inputs(7.0, lambda n: n**2),),
+        where=("between",),
+        reduce=torch.max,
+    ),
+    Row(
+        "duq",
+        preset("duq", 0.7),
+        on_outputs,
+        outputs_graph,
+        (of_inputs(0.7, lambda n: (n - 1) ** 2, of=lambda output: output.sum()),),
+        scene=partial(images, 3),
+    ),
+    Row(
+        "hessian",
+        preset("hessian", 0.3, estimator="exact"),
+        on_weights,
+        weights_graph,
+        (of_weights(0.3, order=2),),
+        scene=vectors,
+        per_sample=False,
     ),
     Row(
         "sum",

@@ -74,3 +74,26 @@ def test_projections_are_drawn_anew_and_unbiased():
 def test_refuses_points_whose_forward_would_leave_traces():
     with pytest.raises(ValueError, match="'wgan_gp' is at interpolate"):
         gpkit.PenalizedModule(nn.Linear(2, 1), nn.MSELoss(), gpkit.wgan_gp(), compile=True)
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore::Warning")
+def test_pixels_and_the_maximum_equal_eager():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 2))
+    penalties = {
+        "pixel": gpkit.input_grad_norm(weight=0.7, scope="pixel", form=gpkit.norm()),
+        "max": gpkit.jacobian(weight=0.5, estimator="exact", reduce="max"),
+    }
+    batches = [(torch.rand(3, 2, 4, 4), torch.rand(3, 2))] * 2
+    eager, compiled = (
+        losses_and_gradients(
+            gpkit.PenalizedModule(
+                copy.deepcopy(net), nn.MSELoss(), copy.deepcopy(penalties), compile=compile
+            ),
+            batches,
+        )
+        for compile in (False, True)
+    )
+    for expected, found in zip(eager[1], compiled[1], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

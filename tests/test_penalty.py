@@ -392,21 +392,6 @@ def test_once_differentiable_function(order):
     gpkit.curvature(order=order)(net[2](h).tanh(), h).backward()
 
 
-@pytest.mark.parametrize("norm", [nn.LayerNorm(4), nn.BatchNorm1d(4)])
-def test_norms_with_a_wrong_third_derivative(norm):
-    # torch is silently wrong there; order 1 is right, and so is batch norm in evaluation
-    norm = norm.double()
-    net, x = nn.Sequential(nn.Linear(3, 4), norm, nn.Tanh(), nn.Linear(4, 1)).double(), data()
-    with pytest.raises(RuntimeError, match="third derivative of layer norm, and of batch norm"):
-        gpkit.curvature()(net, x)
-    with pytest.raises(RuntimeError, match="or use group norm or order=1"):
-        gpkit.derivative(net(x.requires_grad_()).squeeze(1), x, order=3)
-    gpkit.curvature().terms(net, x)
-    gpkit.r1()(net, real=x)
-    if isinstance(norm, nn.BatchNorm1d):
-        gpkit.curvature()(net.eval(), x)
-
-
 # Refusals.
 
 NET, LINEAR, RELU = mlp(), nn.Linear(3, 1).double(), mlp(act=nn.ReLU)
@@ -579,9 +564,12 @@ def test_refuses_a_call(act, error, said):
     ("axis", "said"),
     [
         ({"wrt": "inptu"}, r"`wrt=...` must be one of 'input', 'weight'; .* mean 'input'\?\)"),
-        ({"of": "lost"}, r"`of=...` must be one of 'output', 'loss'; got 'lost' \(did .* 'loss'"),
+        (
+            {"of": "lost"},
+            r"`of=...` must be one of 'output', 'loss', 'sampled_loss'; got 'lost' \(did .* 'loss'",
+        ),
         ({"scope": "samples", "wrt": "weight"}, "'batch', 'sample'; .* mean 'sample'"),
-        ({"scope": "batch"}, "`scope=...` must be one of 'sample'; got 'batch'"),
+        ({"scope": "batch"}, "`scope=...` must be one of 'sample', 'pixel'; got 'batch'"),
         ({"form": "square"}, r"mean 'squared'\?"),
         ({"at": "interpolat"}, r"mean 'interpolate'\?"),
         ({"estimator": "exactly"}, r"mean 'exact'\?"),

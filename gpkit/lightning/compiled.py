@@ -9,9 +9,13 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
+from gpkit import captures
+from gpkit.averages import running_average
 from gpkit.draws import SeededDraws
-from gpkit.estimators import Target
+from gpkit.environments import EnvironmentPenalty
 from gpkit.penalty import GradientPenalty
+from gpkit.sampled import sampled_losses
+from gpkit.targets import Target
 from gpkit.variables import weights
 
 # What is traced: (x, y, weights, seeds) -> loss, and (norms, values, penalty) by name.
@@ -32,7 +36,8 @@ class CompiledLoss:
 
     Raises:
         ValueError: if a penalty evaluates the net at other points, whose forward would leave
-            traces: those need the net outside of a compiled graph.
+            traces: those need the net outside of a compiled graph; or if its weight measures
+            gradients.
         RuntimeError: if this torch cannot trace a gradient.
     """
 
@@ -43,10 +48,35 @@ class CompiledLoss:
         net: torch.nn.Module,
     ) -> None:
         for name, penalty in penalties.items():
+            if not penalty.estimator.reuses_graph:
+                raise ValueError(
+                    f"`compile=True` takes penalties of one graph; {name!r} evaluates the net at "
+                    f"other points, by {penalty.estimator!r}: leave compile=False"
+                )
             if not isinstance(penalty.wrt, weights) and penalty.at.moves:
                 raise ValueError(
                     f"`compile=True` takes penalties at the data or in the weights; {name!r} is at "
                     f"{penalty.at!r}: leave compile=False"
+                )
+            if isinstance(penalty, EnvironmentPenalty):
+                raise ValueError(
+                    f"`compile=True` cannot trace environments, as {name!r} has them: leave "
+                    "compile=False"
+                )
+            if hasattr(penalty.weight, "measure"):
+                raise ValueError(
+                    f"`compile=True` traces one backward; the weight of {name!r} takes two more to "
+                    f"measure, {penalty.weight!r}: leave compile=False"
+                )
+            if captures.names(penalty.of, penalty.wrt):
+                raise ValueError(
+                    f"`compile=True` takes no named activation; {name!r} has one: leave "
+                    "compile=False"
+                )
+            if isinstance(getattr(penalty.form, "center", None), running_average):
+                raise ValueError(
+                    f"`compile=True` takes no running average; {name!r} has one: leave "
+                    "compile=False"
                 )
         if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
             raise RuntimeError(
@@ -71,7 +101,7 @@ class CompiledLoss:
             seeds: of their random numbers, each a tensor.
 
         Returns:
-            The loss, and for each penalty its norms ``[G]``, values ``[G]`` and weighted mean.
+            The loss, and for each penalty its norms ``[G]``, values ``[G]`` and weighted total.
         """
         acting = tuple(factors)
         if acting not in self._compiled:
@@ -92,14 +122,17 @@ class CompiledLoss:
         for name, factor in factors.items():
             penalty, rng = self.penalties[name], SeededDraws(seeds[name])
             y = penalty.of(outputs[name]) if callable(penalty.of) else outputs[name]
+            if penalty.of == "sampled_loss":
+                y = sampled_losses(y, rng)
             if isinstance(penalty.wrt, weights):
                 groups = penalty.wrt.groups(y, penalty.of, penalty.scope)
                 targets = [Target(g, self.parameters[name], batched=False) for g in groups]
             else:
                 column = penalty.wrt.columns(y, len(x), penalty.of)
-                targets = [Target(column, (x,), batched=True)]
+                pixels = penalty.scope == "pixel"
+                targets = [Target(column, (x,), batched=True, pixels=pixels)]
             norms, values = penalty.measure(targets, rng)
-            parts[name] = norms, values, factor * values.mean()
+            parts[name] = norms, values, factor * penalty.total(values)
         return loss, parts
 
     def __getstate__(self) -> dict[str, Any]:

@@ -4,20 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpkit import checks
+from gpkit.captures import captured
+from gpkit.classifier import features
+from gpkit.environments import EnvironmentPenalty
 from gpkit.isolation import double_backward, isolated
 from gpkit.lightning.compiled import CompiledLoss
 from gpkit.lightning.losses import LossFunction, per_sample
 from gpkit.lightning.metrics import as_metrics, prediction
 from gpkit.lightning.norms import input_norms, weight_norm
-from gpkit.lightning.passes import Pass, differentiated, reuses_input_graph, unpack
+from gpkit.lightning.passes import (
+    Pass,
+    activation_names,
+    differentiated,
+    environments,
+    needs_losses,
+    repeated,
+    reuses_input_graph,
+    unpack,
+    variable,
+    with_features,
+)
+from gpkit.norm_layers import elementary
 from gpkit.penalty import GradientPenalty, Terms
 from gpkit.sums import Penalties, penalties_by_name
 from gpkit.variables import weights
@@ -27,9 +44,13 @@ class PenalizedModule(pl.LightningModule):
     """A net trained on a loss and gradient penalties, for batches ``(x, y)``.
 
     The trained loss is ``loss(net(x), y)`` and the sum of the penalties. Penalties in the weights,
-    and those in the inputs at the data itself, reuse the graph of the training forward. A penalty
-    at other points evaluates the net there; where one asks for fakes, as interpolates do, and there
-    is no generator, the fake of a sample is the sample before it in the batch.
+    and those in the inputs at the data itself, reuse the graph of the training forward, unless
+    their estimator evaluates the net itself (finite differences, Taylor mode). A penalty at other
+    points evaluates the net there; where one asks for fakes, as interpolates do, and there is no
+    generator, the fake of a sample is the sample before it in the batch; where one is at several
+    points a sample, as in a mixture, they share the sample's target. A penalty on environments
+    takes them from batches ``(x, y, env)``, env integers ``[B]``; where a batch has none, its two
+    halves are taken for environments.
 
     It logs ``train/loss`` (without penalties), ``train/loss_total``, ``penalty/<name>`` (weighted,
     as it enters the loss) and ``penalty/<name>/weight``; on the steps that the trainer logs,
@@ -114,7 +135,7 @@ class PenalizedModule(pl.LightningModule):
         """Return the scalar that is trained on, penalties included.
 
         Args:
-            batch: ``(x, y)``.
+            batch: ``(x, y)``, or ``(x, y, env)``.
 
         Returns:
             The loss and the sum of its penalties.
@@ -185,14 +206,33 @@ class PenalizedModule(pl.LightningModule):
         self._first = False
         penalties = self.penalties.values()
         graph_in_x = log_norms or any(map(reuses_input_graph, penalties))
-        per_sample = log_norms or any(p.of == "loss" and p.scope == "sample" for p in penalties)
-        with double_backward() if self.penalties else nullcontext():
-            done = self._forward(x, y, graph_in_x=graph_in_x, per_sample=per_sample)
-            terms = {name: self._act(p, done, y) for name, p in self.penalties.items()}
+        per_sample = log_norms or any(map(needs_losses, penalties))
+        named = [n for p in penalties if not p.at.moves for n in activation_names(p)]
+        twice = not all(p.estimator.first_order for p in penalties)
+        with double_backward(self._order()) if twice else nullcontext():
+            with captured(self.net, dict.fromkeys(named)) as activations:
+                done = self._forward(x, y, graph_in_x=graph_in_x, per_sample=per_sample)
+            done = replace(done, activations=activations)
+            env = environments(batch)
+            terms = {name: self._act(p, done, y, env) for name, p in self.penalties.items()}
         total = done.loss
         for term in terms.values():
             total = total if term is None else total + term.penalty
-        return total, done, terms
+        self._measure(done.loss, terms)
+        return self._rescaled(total), done, terms
+
+    def _rescaled(self, total: Tensor) -> Tensor:
+        """Return the total divided by the greatest scale that a penalty's weight asks for."""
+        scale = max((p.loss_scale() for p in self.penalties.values()), default=1.0)
+        return total if scale == 1 else total / scale
+
+    def _measure(self, loss: Tensor, terms: dict[str, Terms | None]) -> None:
+        """Show the gradients of loss and penalties to weights that adapt to them."""
+        for name, term in terms.items():
+            penalty = self.penalties[name]
+            measure = getattr(penalty.weight, "measure", None)
+            if measure is not None and term is not None and torch.is_grad_enabled():
+                measure(loss, term.penalty, self.net.parameters(), penalty.step - 1)
 
     def _compiled_total(
         self, x: Tensor, y: Any, *, log_norms: bool
@@ -203,23 +243,30 @@ class PenalizedModule(pl.LightningModule):
         seeds = {n: torch.tensor(self.penalties[n].next_seed()) for n in acting}
         if any(reuses_input_graph(self.penalties[n]) for n in acting):
             x = x.detach().requires_grad_()
-        with double_backward():
+        # Not double_backward(): its hook would be a new one, and a new graph, at every step.
+        norm_layers = elementary() if self._order() > 1 else nullcontext()
+        with sdpa_kernel(SDPBackend.MATH), norm_layers:
             loss, parts = self._compiled(x, y, acting, seeds)
         terms: dict[str, Terms | None] = dict.fromkeys(factors)
         total = loss
         for name, (norms, values, part) in parts.items():
             terms[name] = Terms(norms, values, factors[name], part)
+            self.penalties[name].observe(norms)
             total = total + part
         done = Pass(x, None, loss, None)
         if log_norms:  # a compiled graph is gone after one backward: the norms have their own
             with isolated(self.net, 0, x.device):
                 done = self._forward(x, y, graph_in_x=True, per_sample=True)
-        return total, done, terms
+        return self._rescaled(total), done, terms
 
     def _differentiated(self, x: Tensor, y: Any) -> tuple[dict[str, Tensor], Tensor]:
         """Return what each penalty differentiates, by name, and the loss."""
         done = self._forward(x, y, graph_in_x=False, per_sample=True)
         return {name: differentiated(p, done) for name, p in self.penalties.items()}, done.loss
+
+    def _order(self) -> int:
+        """Return the highest order of the penalties."""
+        return max((penalty.order for penalty in self.penalties.values()), default=1)
 
     def _step(self) -> int | None:
         """Return the optimiser step; None without a trainer, where penalties count themselves."""
@@ -228,24 +275,42 @@ class PenalizedModule(pl.LightningModule):
     def _forward(self, x: Tensor, y: Any, *, graph_in_x: bool, per_sample: bool) -> Pass:
         if graph_in_x and x.is_floating_point():
             x = x.detach().requires_grad_()  # the user's own tensor keeps its requires_grad
-        output = self.net(x)
+        wanted = any(with_features(p) for p in self.penalties.values())
+        output, a = features(self.net, x) if wanted else (self.net(x), None)
         losses = self.per_sample_loss(output, y) if per_sample else None
         loss = self.loss(output, y)
-        return Pass(x, output, loss if loss.ndim == 0 else loss.mean(), losses)
+        return Pass(x, output, loss if loss.ndim == 0 else loss.mean(), losses, a)
 
-    def _act(self, penalty: GradientPenalty, done: Pass, y: Any) -> Terms | None:
+    def _act(self, penalty: GradientPenalty, done: Pass, y: Any, env: Tensor) -> Terms | None:
         step = self._step()
+        if isinstance(penalty, EnvironmentPenalty):
+            output = (done.output, done.features) if with_features(penalty) else done.output
+            return penalty.act(output, y, env, step=step)
         if isinstance(penalty.wrt, weights):
-            return penalty.act(differentiated(penalty, done), self.net, step=step)
-        if reuses_input_graph(penalty):
-            return penalty.act(differentiated(penalty, done), done.x, step=step)
+            if penalty.estimator.reuses_graph:
+                return penalty.act(differentiated(penalty, done), self.net, step=step)
 
-        def function(x: Tensor) -> Any:
-            output = self.net(x)
-            return self.per_sample_loss(output, y) if penalty.of == "loss" else output
+            def closure() -> Any:
+                losses = penalty.of == "loss" and penalty.scope == "sample"
+                x = done.x.detach()
+                return differentiated(
+                    penalty, self._forward(x, y, graph_in_x=False, per_sample=losses)
+                )
+
+            return penalty.act(closure, self.net, step=step)
+        if reuses_input_graph(penalty):
+            return penalty.act(differentiated(penalty, done), variable(penalty, done), step=step)
 
         x = done.x.detach()
-        return penalty.act(function, real=x, fake=x.roll(1, 0), step=step)
+
+        def function(z: Tensor) -> Any:
+            output = self.net(z)
+            if penalty.of != "loss":
+                return output
+            return self.per_sample_loss(output, repeated(y, len(x), len(z)))
+
+        net = [self.net] if activation_names(penalty) else []
+        return penalty.act(function, *net, real=x, fake=x.roll(1, 0), step=step)
 
     def _evaluate(self, batch: Any, stage: str) -> None:
         # Norms need a graph, which inference mode and its tensors cannot give.

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from gpkit.estimators import wide
+from gpkit.targets import wide
 
 
 def weight_norm(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 from gpkit.estimators import projection
 from gpkit.forms import squared, two_sided
+from gpkit.mixtures import Bound, mixture, uniform
 from gpkit.penalty import Axes, GradientPenalty
+from gpkit.points import At, data
 from gpkit.presets.choice import preset
 from gpkit.schedules import Schedule
 
@@ -117,17 +119,24 @@ def curvature(weight: float | Schedule = 0.01, **axes: Unpack[Axes]) -> Gradient
 
 
 def eikonal(
-    weight: float | Schedule = 0.1, center: float = 1.0, **axes: Unpack[Axes]
+    weight: float | Schedule = 0.1,
+    center: float = 1.0,
+    low: Bound | None = None,
+    high: Bound | None = None,
+    **axes: Unpack[Axes],
 ) -> GradientPenalty:
     r"""Draw the slope of a field to one, as that of a signed distance.
 
     .. math:: \lambda \, \text{mean}_i \, (\|\nabla_{x_i} f(x_i)\| - 1)^2
 
-    Called ``penalty(f, x)`` with the points ``[B, d]`` of your choice.
+    Called ``penalty(f, x)`` with the points ``[B, d]`` of your choice. With a box, the mean is over
+    x and as many uniform points in the box, as in the paper.
 
     Args:
         weight: λ.
         center: the slope wanted, 1.
+        low: the box's lower end, a number or one for each dimension; None for no box.
+        high: its upper end, likewise.
         **axes: of `GradientPenalty`.
 
     Returns:
@@ -142,4 +151,10 @@ def eikonal(
     >>> eikonal(weight=0.1)(lambda x: 3 * x.sum(1), torch.zeros(4, 1)).item()  # 0.1 (3 - 1)²
     0.4000000059604645
     """
-    return preset("eikonal", weight, Axes(of="output", wrt="input", form=two_sided(center)), axes)
+    if (low is None) != (high is None):
+        raise ValueError(
+            f"`eikonal(low=..., high=...)` needs both ends of the box, or none; got {low}, {high}"
+        )
+    at: At = data() if low is None or high is None else mixture("data", uniform(low, high))
+    chosen = Axes(of="output", wrt="input", form=two_sided(center), at=at)
+    return preset("eikonal", weight, chosen, axes)

@@ -1,0 +1,289 @@
+"""Differences: norms of derivatives from the function at neighbouring points."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpkit import checks, graphs
+from gpkit.derivatives import as_rows, gradients
+from gpkit.draws import Source
+from gpkit.forms import root
+from gpkit.perturbation import known_gradient, perturbed, require_leaves
+from gpkit.targets import Estimator, Target, reduce_rows, wide
+
+Rows = list[Tensor]  # one [G, n] for every variable
+
+SIDES = ("forward", "backward", "central")
+
+
+@dataclass(frozen=True)
+class finite_difference(Estimator):  # noqa: N801  as estimator=finite_difference(0.01)
+    r"""The gradient's norm from the function a small step away: first derivatives alone.
+
+    With v the direction of steepest ascent, a constant, in the inputs
+
+    .. math:: n = \frac{f(x + h v) - f(x)}{h}, \quad v = \nabla f(x) / \|\nabla f(x)\|,
+
+    which is trained as it stands, and in the weights n = ‖∇L‖ itself, with the gradient
+
+    .. math:: \nabla_\theta \, n^2 = 2 H \nabla L
+              \approx 2 n \, \frac{\nabla L(\theta + h v) - \nabla L(\theta)}{h}.
+
+    "backward" takes (f(x) - f(x - hv)) / h, "central" (f(x + hv) - f(x - hv)) / 2h. The error is
+    h, or h² for "central", times a higher derivative; a piecewise-linear net has the right n, but
+    kinks within h make the gradient of it differ by an amount that does not vanish with h. All
+    samples move at once: batch norm in training mode, which couples them, makes n another one.
+
+    As no backward passes a graph twice, it serves compiled nets, fused attention, cuDNN's recurrent
+    nets and once-differentiable Functions. The penalty must be given the function itself. In the
+    weights it costs a forward and backward for the gradient and one for each other point; together
+    with the loss, `GradientPenalty.with_loss`, two in all. The weights are moved in place and given
+    back bit for bit, also after an error. With norm="l1" and "linf", v is the dual direction: the
+    sign of the gradient, or of its largest entry.
+
+    Args:
+        step: the Euclidean length of the step, h·‖v‖. None is 2√ε, for "central" ε^(1/3)/2, with ε
+            the spacing of numbers at one (of autocast's, if it is on), and larger where the entries
+            of the sample, or of the weights that take part, are: times their root mean square. In
+            float32 that is 7e-4 and 2e-3; an ε‖∇L‖ of other papers is h.
+        side: "forward", "backward" or "central".
+
+    Source: Finlay and Oberman (2021), arXiv:1905.11468; in the weights Karakida et al. (2023),
+    arXiv:2210.02720.
+
+    >>> import gpkit
+    >>> x = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+    >>> f = lambda x: (x**2).sum(1) / 2  # (|x + hv|² - |x|²) / 2h = 5 + h/2
+    >>> penalty = gpkit.input_grad_norm(form="norm", estimator=finite_difference(0.5))
+    >>> penalty(f, x).item()
+    5.25
+    """
+
+    step: float | None = None
+    side: str = "forward"
+
+    reuses_graph = False
+    first_order = True
+
+    def __post_init__(self) -> None:
+        if self.step is not None:
+            checks.number("finite_difference(step=...)", self.step, 0, strict=True)
+        checks.choice("finite_difference(side=...)", self.side, SIDES)
+
+    def check(self, order: int, norm: str, batched: bool) -> None:
+        """Refuse all but gradients.
+
+        Raises:
+            ValueError: for a higher order.
+        """
+        require_gradient(self, order)
+
+    def squared_norms(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:
+        """Return n² ``[G]``, differentiable once, in float32 or better."""
+        evaluate = require_function(self, target)
+        if target.batched:
+            return self.of_inputs(target, evaluate, norm)
+        return self.of_weights(target, evaluate, norm)
+
+    def of_inputs(self, target: Target, evaluate: Callable[..., Tensor], norm: str) -> Tensor:
+        """Return ((f(x + hv) - f(x)) / h)²."""
+        grads = first_gradients(target.y, target.xs)
+        rows = [as_rows(g.to(wide(g)), True) for g in known(grads, target.xs)]
+        directions = steepest(rows, norm)
+        lengths = self.lengths(target, directions)  # h, [G]
+
+        def along(sign: float) -> Tensor:
+            if sign == 0:
+                y = target.y
+            else:
+                moves = [(lengths * sign).unsqueeze(1) * v for v in directions]
+                pairs = zip(target.xs, moves, strict=True)
+                y = evaluate(*[x + move.reshape(x.shape).to(x.dtype) for x, move in pairs])
+            return y.to(wide(y)).squeeze(1)
+
+        (a, b), n2 = SIGNS[self.side], reduce_rows([tuple(rows)], norm)
+        if not any(g is not None for g in grads):
+            return n2  # y does not depend on x
+        slope = (along(b) - along(a)) / ((b - a) * lengths)
+        return (slope * moving(n2)).square()
+
+    def of_weights(self, target: Target, evaluate: Callable[..., Tensor], norm: str) -> Tensor:
+        """Return ‖∇L‖², with a gradient 2n (∇L(θ + hv) - ∇L(θ)) / h for all leaves of the graph."""
+        require_leaves(target.xs)
+        leaves = graphs.leaves(target.y)
+        where = [next((i for i, p in enumerate(leaves) if p is x), None) for x in target.xs]
+        base = first_gradients(target.y, tuple(leaves))
+        grads = known([None if i is None else base[i] for i in where], target.xs)
+        rows = [as_rows(g.to(wide(g)), False) for g in grads]
+        n2 = reduce_rows([tuple(rows)], norm)
+        if all(i is None for i in where):
+            return n2  # y does not depend on the weights
+        directions = steepest(rows, norm)
+        length = self.lengths(target, directions)  # h, [1]
+
+        def along(sign: float) -> list[Tensor]:
+            if sign == 0:
+                return [g.to(wide(g)) for g in known(base, leaves)]
+            pairs = zip(target.xs, directions, strict=True)
+            moves = [(length * sign * v).reshape(x.shape).to(x.dtype) for x, v in pairs]
+            with perturbed(target.xs, moves):
+                moved = first_gradients(evaluate(), tuple(leaves))
+            return [g.to(wide(g)) for g in known(moved, leaves)]
+
+        a, b = SIGNS[self.side]
+        factor = 2 * root(n2) / ((b - a) * length)  # [1]
+        pairs = zip(along(a), along(b), strict=True)
+        slopes = [(after - before) * factor for before, after in pairs]
+        return known_gradient(n2, leaves, slopes)
+
+    def lengths(self, target: Target, directions: Rows) -> Tensor:
+        """Return h ``[G]``: the length of the step is h·‖v‖."""
+        length = length_of(directions)
+        if self.step is None:
+            rows = [as_rows(x.detach().to(wide(x)), target.batched) for x in target.xs]
+            size = length_of(rows) / sum(row.shape[1] for row in rows) ** 0.5
+            epsilon = spacing(target.y, *target.xs)
+            step = epsilon ** (1 / 3) / 2 if self.side == "central" else 2 * epsilon**0.5
+            step = step * size.clamp(min=1)
+        else:
+            step = torch.full_like(length, self.step)
+        return step / torch.where(length > 0, length, torch.ones_like(length))
+
+
+SIGNS = {"forward": (0.0, 1.0), "backward": (-1.0, 0.0), "central": (-1.0, 1.0)}
+
+
+@dataclass(frozen=True)
+class curvature_difference(Estimator):  # noqa: N801
+    r"""How far the gradient changes over a step along its signs.
+
+    .. math:: n^2 = \|\nabla f(x + h z) - \nabla f(x)\|^2,
+              \quad z = \mathrm{sign} \nabla f(x) \, / \, \|\mathrm{sign} \nabla f(x)\|
+
+    z is a constant. It is about h‖Hz‖ for a small h, and zero where the gradient is. The penalty
+    must be given the function itself, and takes a double backward.
+
+    Args:
+        h: the Euclidean length of the step.
+
+    Source: Moosavi-Dezfooli et al. (2019), arXiv:1811.09716.
+    """
+
+    h: float = 1.5
+
+    reuses_graph = False
+
+    def __post_init__(self) -> None:
+        checks.number("curvature_difference(h=...)", self.h, 0, strict=True)
+
+    def check(self, order: int, norm: str, batched: bool) -> None:
+        """Refuse all but gradients in the inputs.
+
+        Raises:
+            ValueError: for a higher order, or for weights.
+        """
+        require_gradient(self, order)
+        if not batched:
+            raise ValueError("`estimator=curvature_difference()` needs wrt='input'; got weights")
+
+    def squared_norms(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:
+        """Return n² ``[G]``, differentiable, in float32 or better."""
+        evaluate = require_function(self, target)
+        here = gradients(target.y.sum(), target.xs)
+        signs = steepest([as_rows(g.detach().to(wide(g)), True) for g in here], "l1")
+        length = length_of(signs)
+        scale = (self.h / torch.where(length > 0, length, torch.ones_like(length))).unsqueeze(1)
+        pairs = zip(target.xs, signs, strict=True)
+        xs = tuple(x + (v * scale).reshape(x.shape).to(x.dtype) for x, v in pairs)
+        there = gradients(evaluate(*xs).sum(), xs)
+        changes = [
+            as_rows((b.to(wide(b)) - a) * moving(length).reshape(-1, *[1] * (a.ndim - 1)), True)
+            for a, b in zip(here, there, strict=True)
+        ]
+        return reduce_rows([tuple(changes)], norm)
+
+
+def require_gradient(estimator: Estimator, order: int) -> None:
+    """Refuse an order other than one.
+
+    Raises:
+        ValueError: if there is another.
+    """
+    if order > 1:
+        raise ValueError(
+            f"`estimator={type(estimator).__name__}()` takes order=1; got order={order}: use "
+            "estimator='projection' or 'exact'"
+        )
+
+
+def require_function(estimator: Estimator, target: Target) -> Callable[..., Tensor]:
+    """Return the function to evaluate, or refuse a graph alone, and several outputs.
+
+    Raises:
+        ValueError: if there is no function, or several outputs.
+    """
+    name = type(estimator).__name__
+    if target.evaluate is None:
+        call = "penalty(f, x)" if target.batched else "penalty(closure, net)"
+        raise ValueError(
+            f"`estimator={name}()` evaluates the function at other points, and got a tensor: give "
+            f"it the function, {call}, or use estimator='exact'"
+        )
+    if target.y.shape[1] > 1:
+        raise ValueError(
+            f"`estimator={name}()` takes one output a group; got {target.y.shape[1]}: use "
+            "estimator='projection' or 'exact'"
+        )
+    return target.evaluate
+
+
+def first_gradients(y: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """Return dy/dx for each x, without a graph of its own; None where there is none."""
+    if not y.requires_grad:
+        return (None,) * len(xs)
+    with torch.autocast(y.device.type, enabled=False):
+        try:
+            return torch.autograd.grad(y.sum(), xs, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            raise RuntimeError(graphs.explain(error)) from error
+
+
+def known(grads: Any, xs: Any) -> list[Tensor]:
+    """Return gradients with zeros where there are none."""
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, xs, strict=True)]
+
+
+def steepest(rows: Rows, norm: str) -> Rows:
+    """Return v with ⟨g, v⟩ = ‖g‖ for gradients g ``[G, n]``; zeros for a zero gradient."""
+    if norm == "l1":
+        return [row.sign() for row in rows]
+    if norm == "linf":
+        whole = torch.cat(rows, 1)
+        largest = whole.abs().argmax(1, keepdim=True)
+        v = torch.zeros_like(whole).scatter(1, largest, whole.gather(1, largest).sign())
+        return list(v.split([row.shape[1] for row in rows], 1))
+    length = length_of(rows).unsqueeze(1)
+    return [row * torch.where(length == 0, length, 1 / length) for row in rows]
+
+
+def length_of(rows: Rows) -> Tensor:
+    """Return the Euclidean length of rows ``[G, n]``: ``[G]``."""
+    return reduce_rows([tuple(rows)], "l2").sqrt()
+
+
+def moving(size: Tensor) -> Tensor:
+    """Return one where there is a direction to move along, and zero where there is none."""
+    return (size != 0).to(size)
+
+
+def spacing(y: Tensor, *xs: Tensor) -> float:
+    """Return the spacing at one of the coarsest numbers that a function is computed in."""
+    dtypes = [t.dtype for t in (y, *xs)]
+    if torch.is_autocast_enabled(y.device.type):
+        dtypes.append(torch.get_autocast_dtype(y.device.type))
+    return max(torch.finfo(dtype).eps for dtype in dtypes)

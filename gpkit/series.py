@@ -1,0 +1,160 @@
+"""Power series: the coefficients of f(a_0 + a_1 t + ... + a_k t^k) from a_0, ..., a_k.
+
+Each takes O(k²) products of coefficients: from a differential equation that f satisfies follows a
+recurrence for its coefficients. Source: Griewank and Walther (2008), Evaluating Derivatives,
+chapter 13.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Series = list[Any]  # of tensors, or of numbers
+
+
+def product(a: Series, b: Series, times: Callable[[Any, Any], Any] = torch.mul) -> Series:
+    """Return the coefficients of a b; ``times`` may be any bilinear map, as a matrix product."""
+    return [total(times(a[i], b[n - i]) for i in range(n + 1)) for n in range(len(a))]
+
+
+def total(terms: Any) -> Any:
+    """Return the sum of at least one term."""
+    terms = iter(terms)
+    out = next(terms)
+    for term in terms:
+        out = out + term
+    return out
+
+
+def scaled(a: Series, factor: Any, shift: float = 0.0) -> Series:
+    """Return the coefficients of factor·a + shift."""
+    return [factor * a[0] + shift, *(factor * x for x in a[1:])]
+
+
+def integral(start: Tensor, slope: Callable[[Series], Any], a: Series) -> Series:
+    """Return y of y' = s a', y_0 = start; ``slope`` gives s_m from y_0, ..., y_m."""
+    y, s = [start], []
+    for n in range(1, len(a)):
+        s.append(slope(y))
+        y.append(total(i * a[i] * s[n - i] for i in range(1, n + 1)) / n)
+    return y
+
+
+def known(s: Series) -> Callable[[Series], Any]:
+    """Return a slope whose coefficients are known."""
+    return lambda y: s[len(y) - 1]
+
+
+def quotient(a: Series, b: Series) -> Series:
+    """Return the coefficients of a / b."""
+    c: Series = []
+    for n in range(len(a)):
+        rest = total([a[n], *(-(b[i] * c[n - i]) for i in range(1, n + 1))])
+        c.append(rest / b[0])
+    return c
+
+
+def exp(a: Series) -> Series:
+    """Solve y' = y a'."""
+    return integral(a[0].exp(), lambda y: y[-1], a)
+
+
+def log(a: Series) -> Series:
+    """Solve y' = a' / a."""
+    one = [torch.ones_like(a[0]), *[torch.zeros_like(a[0])] * (len(a) - 1)]
+    return integral(a[0].log(), known(quotient(one, a)), a)
+
+
+def power(a: Series, p: float) -> Series:
+    """Return a^p: by products where p is an integer, so that a may be zero; else a y' = p y a'."""
+    if p == int(p) and abs(p) <= 32:
+        one = [torch.ones_like(a[0]), *[torch.zeros_like(a[0])] * (len(a) - 1)]
+        y = one if p == 0 else a
+        for _ in range(int(abs(p)) - 1):
+            y = product(y, a)
+        return quotient(one, y) if p < 0 else y
+    y = [a[0].pow(p)]
+    for n in range(1, len(a)):
+        terms = ((p * i - (n - i)) * a[i] * y[n - i] for i in range(1, n + 1))
+        y.append(total(terms) / (n * a[0]))
+    return y
+
+
+def tanh(a: Series) -> Series:
+    """Solve y' = (1 - y²) a'."""
+    return integral(a[0].tanh(), lambda y: float(len(y) == 1) - square_at_end(y), a)
+
+
+def sigmoid(a: Series) -> Series:
+    """Solve y' = (y - y²) a'."""
+    return integral(a[0].sigmoid(), lambda y: y[-1] - square_at_end(y), a)
+
+
+def square_at_end(y: Series) -> Any:
+    """Return the last known coefficient of y²."""
+    return total(y[i] * y[-1 - i] for i in range(len(y)))
+
+
+def sine_and_cosine(a: Series) -> tuple[Series, Series]:
+    """Solve s' = c a', c' = -s a'."""
+    s, c = [a[0].sin()], [a[0].cos()]
+    for n in range(1, len(a)):
+        pairs = range(1, n + 1)
+        s_n = total(i * a[i] * c[n - i] for i in pairs) / n
+        c.append(-total(i * a[i] * s[n - i] for i in pairs) / n)
+        s.append(s_n)
+    return s, c
+
+
+def erf(a: Series) -> Series:
+    """Solve y' = 2/√π exp(-a²) a'."""
+    bell = scaled(exp(scaled(product(a, a), -1.0)), 2 / math.sqrt(math.pi))
+    return integral(a[0].erf(), known(bell), a)
+
+
+def softplus(a: Series, beta: float = 1.0, threshold: float = 20.0) -> Series:
+    """Solve y' = sigmoid(β a) a', and y = a where torch says so, past its threshold."""
+    y = integral(F.softplus(a[0], beta, threshold), known(sigmoid(scaled(a, beta))), a)
+    linear = a[0] * beta > threshold
+    return [y[0], *(torch.where(linear, x, z) for x, z in zip(a[1:], y[1:], strict=True))]
+
+
+def gelu(a: Series, approximate: str = "none") -> Series:
+    """Return a Φ(a), or torch's approximation of it."""
+    if approximate == "tanh":
+        inner = [x + 0.044715 * z for x, z in zip(a, power(a, 3), strict=True)]
+        return product(a, scaled(tanh(scaled(inner, math.sqrt(2 / math.pi))), 0.5, 0.5))
+    return product(a, scaled(erf(scaled(a, math.sqrt(0.5))), 0.5, 0.5))
+
+
+def exponentials(a: Series, dim: int | Sequence[int]) -> tuple[Series, Series, Tensor]:
+    """Return e^(a - m), its sum over ``dim``, and m, the greatest value there, a constant."""
+    top = a[0].detach().amax(dim, keepdim=True)
+    e = exp([a[0] - top, *a[1:]])
+    return e, [x.sum(dim, keepdim=True) for x in e], top
+
+
+def softmax(a: Series, dim: int) -> Series:
+    """Return e^a over its sum."""
+    e, sums, _ = exponentials(a, dim)
+    return quotient(e, sums)
+
+
+def log_softmax(a: Series, dim: int) -> Series:
+    """Return a - log of the sum of e^a."""
+    _, sums, top = exponentials(a, dim)
+    logs = log(sums)
+    return [a[0] - top - logs[0], *(x - y for x, y in zip(a[1:], logs[1:], strict=True))]
+
+
+def standardised(a: Series, dims: Sequence[int], eps: float) -> Series:
+    """Return (a - mean) / √(variance + ε) over ``dims``."""
+    centred = [x - x.mean(dims, keepdim=True) for x in a]
+    var = [x.mean(dims, keepdim=True) for x in product(centred, centred)]
+    return product(centred, power([var[0] + eps, *var[1:]], -0.5))

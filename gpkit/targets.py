@@ -1,0 +1,79 @@
+"""What is differentiated, with respect to what, and what an estimator makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpkit.draws import Source
+from gpkit.pixels import per_pixel
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is differentiated, with respect to what.
+
+    Args:
+        y: ``[G, m]``: m outputs for each of G groups.
+        xs: the variables: ``[G, *S]`` each if ``batched``, else any shapes and G = 1.
+        batched: whether group g of ``y`` depends on ``x[g]`` alone.
+        evaluate: gives ``y`` anew, with the same random numbers: at the inputs that it is called
+            with, or, called with nothing, at the weights as they are. None where only a graph is.
+        pixels: whether every pixel of the ``xs`` ``[G, C, *S]`` has a norm of its own, at order 1.
+    """
+
+    y: Tensor
+    xs: tuple[Tensor, ...]
+    batched: bool
+    evaluate: Callable[..., Tensor] | None = None
+    pixels: bool = False
+
+    def split(self, rows: Iterable[tuple[Tensor, ...]]) -> Iterable[tuple[Tensor, ...]]:
+        """Return the rows of a derivative with one line for each norm: a group, or a pixel."""
+        if not self.pixels:
+            return rows
+        return (tuple(map(per_pixel, row, self.xs)) for row in rows)
+
+
+class Estimator:
+    """How n² is obtained."""
+
+    # Whether the graph of the function is enough; if not, the function itself is needed.
+    reuses_graph = True
+    # Whether a backward pass goes through each graph but once: then it needs no double backward.
+    first_order = False
+
+    def check(self, order: int, norm: str, batched: bool) -> None:
+        """Refuse what it does not estimate: of inputs if ``batched``, else of weights."""
+
+    def squared_norms(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:
+        """Return n² ``[G]``, differentiable, in float32 or better."""
+        raise NotImplementedError(f"{type(self).__name__} must define squared_norms")
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """Return the dtype in which norms are taken: float32 for half precision."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def reduce_rows(rows: object, norm: str) -> Tensor:
+    """Return n² ``[G]`` of a derivative whose entries come in rows, each a tuple of ``[G, n]``."""
+    total: Tensor | None = None
+    for row in rows:  # type: ignore[attr-defined]
+        for part in row:
+            part = part.to(wide(part))
+            if norm == "l2":
+                part = part.square().sum(1)
+            elif norm == "l1":
+                part = part.abs().sum(1)
+            else:
+                part = part.abs().amax(1)
+            if total is None:
+                total = part
+            else:
+                total = torch.maximum(total, part) if norm == "linf" else total + part
+    assert total is not None, "a derivative has at least one entry"
+    return total if norm == "l2" else total.square()
