@@ -167,7 +167,7 @@ class taylor(Estimator):  # noqa: N801
 
         if target.evaluate is None:
             raise ValueError(
-                "`estimator=taylor()` evaluates the function of the inputs itself, and got a tensor: "
+                "`estimator=taylor()` evaluates the function itself, and got a tensor: "
                 "give a callable and samples, penalty(f, x)"
             )
         flat = tuple(as_rows(x, True) for x in target.xs)  # [G, n]

@@ -71,7 +71,6 @@ def run(
     Raises:
         ValueError: if a value is out of its range.
         FileNotFoundError: if ``ckpt_path`` does not exist.
-        KeyboardInterrupt: if it was interrupted; ``checkpoints/last.ckpt`` is there to go on from.
     """
     _check_values(cfg)
     _quiet()
@@ -83,8 +82,6 @@ def run(
     module = build_module(cfg, data, set_keys(overrides))
     trainer = build_trainer(cfg, folder, has_validation=bool(data.val_dataloader()), sweep=sweep)
     trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
     metrics: dict[str, Any] = dict(trainer.callback_metrics)
     checkpoint = trainer.checkpoint_callback
     best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
@@ -230,7 +227,8 @@ def hyperparameters(cfg: DictConfig) -> dict[str, Any]:
 
 def _check_values(cfg: DictConfig) -> None:
     """Refuse values that nothing else would refuse before the first step."""
-    checks.integer("seed", cfg.seed, 0)
+    if checks.integer("seed", cfg.seed, 0) >= 2**32:
+        raise ValueError(f"`seed` must be an integer in [0, 2**32); got {cfg.seed}")
     checks.choice("test_checkpoint", cfg.test_checkpoint, ("best", "last"))
     checks.integer("trainer.max_epochs", cfg.trainer.max_epochs, 1)
     checks.integer("trainer.log_every_n_steps", cfg.trainer.log_every_n_steps, 1)

@@ -275,7 +275,7 @@ main()
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--help"], "penalty: curvature, custom, eikonal"),
+        (["--help"], "penalty: contractive, cure, curvature"),
         (["--help"], "model._target_=my_package.MyNet"),
         (["--cfg", "job"], "_target_: gpkit.weight_grad_norm"),
         (["--cfg", "job", "penalty=r1"], "_target_: gpkit.r1"),
