@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says th
         max_gp,
         none,
         path_length,
+        per_sample_grad_norm,
         r1,
         r1_r2,
         r2,
@@ -50,7 +51,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says th
     )
     from gpkit.schedules import cosine, lazy_adam, rescaled, switch, warmup
     from gpkit.spectral import power_iteration
-    from gpkit.sums import PenaltySum, sum
+    from gpkit.sums import sum
     from gpkit.terms import Terms
     from gpkit.training import train
     from gpkit.variables import weights
@@ -89,6 +90,7 @@ _HOMES = {
         "max_gp "
         "none "
         "path_length "
+        "per_sample_grad_norm "
         "r1 "
         "r1_r2 "
         "r2 "
@@ -101,7 +103,7 @@ _HOMES = {
     ),
     "gpkit.schedules": "cosine lazy_adam rescaled switch warmup",
     "gpkit.spectral": "power_iteration",
-    "gpkit.sums": "PenaltySum sum",
+    "gpkit.sums": "sum",
     "gpkit.training": "train",
     "gpkit.variables": "weights",
 }

@@ -392,8 +392,8 @@ ROWS = [
         per_sample=False,
     ),
     Row(
-        "weight_grad_norm_per_sample",
-        preset("weight_grad_norm", 0.3, scope="sample"),
+        "per_sample_grad_norm",
+        preset("per_sample_grad_norm", 0.3),
         on_weights_losses,
         weights_losses_graph,
         (of_weights(0.3, per_sample=True),),

@@ -15,7 +15,7 @@ from gpkit.presets.inner import contractive
 from gpkit.presets.input import curvature, eikonal, input_grad_norm, jacobian
 from gpkit.presets.spectral import spectral_jacobian
 from gpkit.presets.uncertainty import duq
-from gpkit.presets.weight import none, weight_grad_norm
+from gpkit.presets.weight import none, per_sample_grad_norm, weight_grad_norm
 from gpkit.presets.weight_curvature import hessian
 
 PRESETS = {
@@ -23,6 +23,7 @@ PRESETS = {
     for preset in (
         none,
         weight_grad_norm,
+        per_sample_grad_norm,
         fisher,
         irm,
         fishr,

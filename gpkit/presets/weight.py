@@ -64,3 +64,38 @@ def weight_grad_norm(
     2.0
     """
     return preset("weight_grad_norm", weight, Axes(of="loss", wrt=weights(match)), axes)
+
+
+def per_sample_grad_norm(
+    weight: float | Schedule = 0.01, match: str = "*", **axes: Unpack[Axes]
+) -> GradientPenalty:
+    r"""Penalise the gradient of each sample's loss in the weights.
+
+    .. math:: \lambda \, \text{mean}_i \, \|\nabla_\theta \ell_i\|^2
+
+    It is λ times the trace of the empirical Fisher matrix, and exceeds `weight_grad_norm` by the
+    variance of the samples' gradients. Called ``penalty(losses, net.parameters())`` with losses
+    ``[B]``, or ``penalty(closure, net)``; a scalar loss is refused. It takes B backward passes.
+
+    Args:
+        weight: λ.
+        match: the names of the parameters that take part, a shell pattern as "head.*"; other than
+            "*" it needs the call with the module.
+        **axes: of `GradientPenalty`.
+
+    Returns:
+        The penalty.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    Source: for the empirical Fisher matrix Kunstner, Balles and Hennig (2019), arXiv:1905.12558.
+
+    >>> import torch
+    >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> losses = torch.stack([w[0] ** 2, 3 * w[1]])     # ∇ℓ = (2, 0) and (0, 3)
+    >>> per_sample_grad_norm(weight=1.0)(losses, [w]).item()  # (4 + 9) / 2
+    6.5
+    """
+    chosen = Axes(of="loss", wrt=weights(match), scope="sample")
+    return preset("per_sample_grad_norm", weight, chosen, axes)
