@@ -22,9 +22,9 @@ from hydra.utils import instantiate
 from torch import nn
 
 import gpkit
-import gpkit.presets.critic
 from gpkit.models import MLP
 from gpkit.overrides import CONFIG_DIR
+from gpkit.presets import PRESETS
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
@@ -33,6 +33,9 @@ from cases import ROWS, gradients, relative_error  # noqa: E402
 from test_presets import evaluated, expected  # noqa: E402
 
 ROUNDS = 30
+CRITICS = {
+    name for name, f in PRESETS.items() if f.__module__.endswith((".critic", ".adversarial"))
+}
 
 
 def errors() -> dict[str, tuple[float, float]]:
@@ -73,9 +76,11 @@ def costs() -> dict[str, float]:
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         for path in sorted((CONFIG_DIR / "penalty").glob("*.yaml")):
             cfg = compose("train", [f"penalty={path.stem}", "++penalty.every=1"])
+            if path.stem == "fishr":  # its own weight is zero for the first steps
+                cfg.penalty.weight = 1.0
             if path.stem == "sum":
                 cfg = compose("train", ["penalty=sum"])
-            score = path.stem == "eikonal" or hasattr(gpkit.presets.critic, path.stem)
+            score = path.stem == "eikonal" or path.stem in CRITICS
             steps[path.stem] = step(instantiate(cfg.penalty, _convert_="all"), score=score)
     plain = step(None, score=False)
     for run in (plain, *steps.values()):
