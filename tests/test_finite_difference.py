@@ -518,3 +518,31 @@ def test_refuses_what_trains_nothing(kind):
         args = (lambda: net(x).mean(), other)
     with pytest.raises(RuntimeError, match=f"does not depend on the {kind}s"):
         penalty(*args)
+
+
+def test_a_module_takes_two_forwards_and_two_backwards_a_step():
+    # catches a training forward that the penalty does not make use of, another dropout mask, and
+    # batch statistics that move twice
+    torch.manual_seed(0)
+    net = mlp(nn.BatchNorm1d(6), nn.Dropout(0.5))
+    by_hand, x, y = copy.deepcopy(net), data(), torch.randn(5, 1, dtype=torch.float64)
+    penalty = gpkit.weight_grad_norm(weight=0.3, estimator=fd(1e-4))
+    module = gpkit.PenalizedModule(net, nn.MSELoss(), copy.deepcopy(penalty))
+    forwards, backwards = [], []
+    net[0].register_forward_hook(lambda *_: forwards.append(1))
+    net[-1].register_full_backward_hook(lambda *_: backwards.append(1))
+
+    torch.manual_seed(1)
+    total = module.penalized_loss((x, y))
+    after = torch.get_rng_state()
+    total.backward()
+    assert (len(forwards), len(backwards)) == (2, 2)
+
+    torch.manual_seed(1)
+    expected = penalty.with_loss(lambda: nn.functional.mse_loss(by_hand(x), y), by_hand)
+    expected.backward()
+    assert torch.equal(torch.get_rng_state(), after)
+    assert torch.equal(total, expected)
+    for found, wanted in zip(net.parameters(), by_hand.parameters(), strict=True):
+        assert torch.equal(found.grad, wanted.grad)
+    torch.testing.assert_close(net.state_dict(), by_hand.state_dict(), rtol=0, atol=0)

@@ -17,7 +17,7 @@ from gpkit import checks
 from gpkit.captures import captured
 from gpkit.classifier import features
 from gpkit.environments import EnvironmentPenalty
-from gpkit.isolation import double_backward, isolated
+from gpkit.isolation import double_backward, isolated, random_state
 from gpkit.lightning.compiled import CompiledLoss
 from gpkit.lightning.losses import LossFunction, per_sample
 from gpkit.lightning.metrics import as_metrics, prediction
@@ -30,6 +30,7 @@ from gpkit.lightning.passes import (
     needs_losses,
     repeated,
     reuses_input_graph,
+    takes_the_loss_alone,
     unpack,
     variable,
     with_features,
@@ -37,7 +38,8 @@ from gpkit.lightning.passes import (
 from gpkit.norm_layers import elementary
 from gpkit.penalty import GradientPenalty, Terms
 from gpkit.sums import Penalties, penalties_by_name
-from gpkit.variables import weights
+from gpkit.together import summarised
+from gpkit.variables import Computed, weights
 
 
 class PenalizedModule(pl.LightningModule):
@@ -209,10 +211,14 @@ class PenalizedModule(pl.LightningModule):
         per_sample = log_norms or any(map(needs_losses, penalties))
         named = [n for p in penalties if not p.at.moves for n in activation_names(p)]
         twice = not all(p.estimator.first_order for p in penalties)
+        alone = not log_norms and torch.is_grad_enabled() and takes_the_loss_alone(penalties)
+        state = random_state(x.device) if alone else None
         with double_backward(self._order()) if twice else nullcontext():
             with captured(self.net, dict.fromkeys(named)) as activations:
                 done = self._forward(x, y, graph_in_x=graph_in_x, per_sample=per_sample)
-            done = replace(done, activations=activations)
+            done = replace(done, activations=activations, state=state)
+            if alone:  # one backward serves the loss and the penalty
+                done = replace(done, loss=summarised(done.loss))
             env = environments(batch)
             terms = {name: self._act(p, done, y, env) for name, p in self.penalties.items()}
         total = done.loss
@@ -297,6 +303,9 @@ class PenalizedModule(pl.LightningModule):
                     penalty, self._forward(x, y, graph_in_x=False, per_sample=losses)
                 )
 
+            if done.state is not None:
+                again = Computed(done.loss, closure, done.state)
+                return penalty.act(again, self.net, step=step)
             return penalty.act(closure, self.net, step=step)
         if reuses_input_graph(penalty):
             return penalty.act(differentiated(penalty, done), variable(penalty, done), step=step)

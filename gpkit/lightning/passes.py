@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gpkit import captures
 from gpkit.environments import EnvironmentPenalty
+from gpkit.isolation import RandomState
 from gpkit.penalty import GradientPenalty
 from gpkit.variables import weights
 
@@ -26,6 +27,7 @@ class Pass:
         losses: the loss of each sample, ``[B]``; None where no one asks for it.
         features: what the net's last linear layer was given, ``[B, d]``; likewise.
         activations: those that penalties name, ``[B, *H]`` each.
+        state: of the random numbers before it, where it will be made again with the same ones.
     """
 
     x: Tensor
@@ -34,12 +36,27 @@ class Pass:
     losses: Tensor | None
     features: Tensor | None = None
     activations: Mapping[str, Tensor] = field(default_factory=dict)
+    state: RandomState | None = None
 
 
 def reuses_input_graph(penalty: GradientPenalty) -> bool:
     """Whether an input penalty is taken at the data itself, where the training graph is."""
     at_data = not isinstance(penalty.wrt, weights) and not penalty.at.moves
     return at_data and penalty.estimator.reuses_graph
+
+
+def takes_the_loss_alone(penalties: Iterable[GradientPenalty]) -> bool:
+    """Whether there is one penalty, and it takes the gradient of the loss: a finite difference."""
+    first, *others = [*penalties, None]
+    return (
+        first is not None
+        and others == [None]
+        and not hasattr(first.weight, "measure")
+        and (first.of, first.scope) == ("loss", "batch")
+        and isinstance(first.wrt, weights)
+        and first.estimator.first_order
+        and not first.estimator.reuses_graph
+    )
 
 
 def differentiated(penalty: GradientPenalty, done: Pass) -> Any:
