@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from gpkit.calls import Call
 from gpkit.captures import Named
 from gpkit.points import Points
-from gpkit.variables import Call, inputs
+from gpkit.variables import inputs
 
 
 @dataclass(frozen=True)

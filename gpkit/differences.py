@@ -69,6 +69,7 @@ class finite_difference(Estimator):  # noqa: N801  as estimator=finite_differenc
 
     reuses_graph = False
     first_order = True
+    pools = True
 
     def __post_init__(self) -> None:
         if self.step is not None:
@@ -86,6 +87,8 @@ class finite_difference(Estimator):  # noqa: N801  as estimator=finite_differenc
     def squared_norms(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:
         """Return n² ``[G]``, differentiable once, in float32 or better."""
         evaluate = require_function(self, target)
+        if target.mean:
+            return self.of_mean(target, evaluate, norm)
         if target.batched:
             return self.of_inputs(target, evaluate, norm)
         return self.of_weights(target, evaluate, norm)
@@ -119,27 +122,68 @@ class finite_difference(Estimator):  # noqa: N801  as estimator=finite_differenc
         where = [next((i for i, p in enumerate(leaves) if p is x), None) for x in target.xs]
         base = first_gradients(target.y, tuple(leaves))
         grads = known([None if i is None else base[i] for i in where], target.xs)
+        window, scale = target.window, target.scale
+        if window is not None:
+            grads = window.mean(grads, target.xs, scale)
         rows = [as_rows(g.to(wide(g)), False) for g in grads]
         n2 = reduce_rows([tuple(rows)], norm)
-        if all(i is None for i in where):
+        if all(i is None for i in where) and window is None:
             return n2  # y does not depend on the weights
         directions = steepest(rows, norm)
         length = self.lengths(target, directions)  # h, [1]
 
         def along(sign: float) -> list[Tensor]:
             if sign == 0:
-                return [g.to(wide(g)) for g in known(base, leaves)]
+                here = [g.to(wide(g)) for g in known(base, leaves)]
+                return added(here, window.earlier(leaves, scale)) if window else here
             pairs = zip(target.xs, directions, strict=True)
             moves = [(length * sign * v).reshape(x.shape).to(x.dtype) for x, v in pairs]
             with perturbed(target.xs, moves):
-                moved = first_gradients(evaluate(), tuple(leaves))
-            return [g.to(wide(g)) for g in known(moved, leaves)]
+                moved = known(first_gradients(evaluate(), tuple(leaves)), leaves)
+                there = [g.to(wide(g)) for g in moved]
+                return added(there, window.earlier_now(leaves, scale)) if window else there
 
         a, b = SIGNS[self.side]
         factor = 2 * root(n2) / ((b - a) * length)  # [1]
         pairs = zip(along(a), along(b), strict=True)
         slopes = [(after - before) * factor for before, after in pairs]
         return known_gradient(n2, leaves, slopes)
+
+    def of_mean(self, target: Target, evaluate: Callable[..., Tensor], norm: str) -> Tensor:
+        r"""Return n² ``[G]`` of samples of which only the mean loss L is known.
+
+        Every n_i is that of B·∇L. The one moved L has the gradient of all in the one direction that
+        the penalty P asks for: with c_i = ∂P/∂n_i², which is constant, and ⟨g_i, v_i⟩ = n_i,
+
+        .. math:: \nabla_\theta \sum_i c_i n_i^2 \approx
+                  \frac{\nabla_\theta B L(x + h w) - \nabla_\theta B L(x)}{h}, \quad
+                  w_i = 2 c_i n_i v_i
+        """
+        assert target.share is not None
+        leaves = [p for p in graphs.leaves(target.y) if not any(p is x for x in target.xs)]
+        all_grads = first_gradients(target.y, (*target.xs, *leaves))
+        count = len(target.xs)
+        grads, base = known(all_grads[:count], target.xs), known(all_grads[count:], leaves)
+        rows = [as_rows(g.to(wide(g)), True) for g in grads]
+        n2 = reduce_rows([tuple(rows)], norm)
+        c = target.share(n2 / target.scale / target.scale)
+        ws = [(2 * c * root(n2)).unsqueeze(1) * v for v in steepest(rows, norm)]
+        longest = length_of(ws).amax()
+        h = self.lengths(target, [torch.ones_like(n2).unsqueeze(1)]).amin()
+        h = h / torch.where(longest > 0, longest, torch.ones_like(longest))
+
+        def along(sign: float) -> list[Tensor]:
+            if sign == 0:
+                return [g.to(wide(g)) for g in base]
+            pairs = zip(target.xs, ws, strict=True)
+            moved = [x + (sign * h * w).reshape(x.shape).to(x.dtype) for x, w in pairs]
+            there = known(first_gradients(evaluate(*moved), tuple(leaves)), leaves)
+            return [g.to(wide(g)) for g in there]
+
+        a, b = SIGNS[self.side]
+        pairs = zip(along(a), along(b), strict=True)
+        slopes = [(after - before) / ((b - a) * h) for before, after in pairs]
+        return known_gradient(n2, leaves, slopes, c)
 
     def lengths(self, target: Target, directions: Rows) -> Tensor:
         """Return h ``[G]``: the length of the step is h·‖v‖."""
@@ -256,6 +300,11 @@ def first_gradients(y: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor | None, .
 def known(grads: Any, xs: Any) -> list[Tensor]:
     """Return gradients with zeros where there are none."""
     return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, xs, strict=True)]
+
+
+def added(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
+    """Return the sums of tensors, one by one."""
+    return [a + b for a, b in zip(first, second, strict=True)]
 
 
 def steepest(rows: Rows, norm: str) -> Rows:

@@ -158,9 +158,11 @@ class EnvironmentPenalty(GradientPenalty):
         real: Any,
         fake: Any,
         weight: float,
+        scale: Tensor | float = 1.0,
         *,
         observe: bool = False,
     ) -> tuple[Terms, list[Target]]:
+        # δ is taken in float32, from the logits alone: no scale keeps it from rounding to zero.
         train, seed = torch.is_grad_enabled(), self.next_seed()
         if real is not None or fake is not None:
             raise TypeError(f"{self.name} takes no real= or fake=: {USAGE}")

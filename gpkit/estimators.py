@@ -24,8 +24,12 @@ class exact(Estimator):  # noqa: N801  estimators read as functions: estimator=p
     of a scalar, m for a Jacobian, n + 1 for a scalar's Hessian.
     """
 
+    pools = True
+
     def squared_norms(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:
         """Return n² ``[G]``, differentiable, in float32 or better."""
+        if target.window is not None:
+            return target.window.squared_norms(target, norm)
         rows = derivative_rows(target.y, target.xs, order, batched=target.batched)
         return reduce_rows(target.split(rows), norm)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from gpkit import checks, graphs, pixels
+from gpkit import checks, graphs, pixels, window
+from gpkit.calls import Call, Of
 from gpkit.draws import Source
 from gpkit.effect import acts
 from gpkit.estimators import ESTIMATORS, exact, projection
@@ -20,8 +22,9 @@ from gpkit.schedules import Schedule
 from gpkit.targets import Estimator, Target
 from gpkit.terms import Terms
 from gpkit.together import with_loss
-from gpkit.variables import VARIABLES, Call, Of, Variables, inputs, weights
+from gpkit.variables import VARIABLES, Variables, inputs, weights
 
+UNSCALED = 1.0
 AXES = ["of", "wrt", "scope", "order", "form", "at", "estimator", "reduce", "weight", "every"]
 
 
@@ -63,7 +66,9 @@ class GradientPenalty:
             ``gpkit.activation("encoder.3")``.
         scope: the groups: what is averaged before the norm is taken. For inputs "sample", or
             "pixel": every pixel of ``[B, C, *S]`` has the norm of its C channels, at order 1; for
-            weights "batch", the default, or "sample".
+            weights "batch", the default, "sample", "accumulated" (all micro-batches of an
+            optimiser step, in `GradientPenaltyCallback`), or "global": of all ranks as well, for
+            data parallelism that averages their gradients, as DDP does. At order 1.
         order: k >= 1, of the derivative. 1 is the gradient.
         form: what is done to the norm n: "squared" n², "norm" n, ``gpkit.two_sided(c)`` (n - c)²,
             ``gpkit.one_sided(c)`` max(0, n - c)², ``gpkit.power(p)`` n^p; each takes
@@ -120,6 +125,7 @@ class GradientPenalty:
             estimator = projection() if order > 1 and isinstance(self.wrt, weights) else exact()
         self.estimator: Estimator = checks.piece("estimator=...", estimator, ESTIMATORS, Estimator)
         self.estimator.check(self.order, self.form.norm, isinstance(self.wrt, inputs))
+        window.require_gradient(self.scope, self.order, self.estimator)
         if self.scope == "pixel":
             pixels.require_axes(self.order, self.estimator, (exact, projection))
         self.reduce = checks.choice("reduce=...", reduce, REDUCTIONS)
@@ -132,7 +138,13 @@ class GradientPenalty:
         self._seen_to_act = False
 
     def __call__(
-        self, f: Any, *args: Any, real: Any = None, fake: Any = None, step: int | None = None
+        self,
+        f: Any,
+        *args: Any,
+        real: Any = None,
+        fake: Any = None,
+        step: int | None = None,
+        scale: Tensor | float = UNSCALED,
     ) -> Tensor:
         """Return the penalty, a scalar to add to the loss, and count a step.
 
@@ -145,6 +157,9 @@ class GradientPenalty:
             real: real samples, ``[B, *S]``.
             fake: fake samples, ``[B, *S]``.
             step: the optimiser step, for the schedule and ``every``; None counts the calls.
+            scale: of a gradient scaler, under float16: the gradient inside of the penalty is taken
+                of ``scale·f`` and divided by ``scale``, so that it does not round to zero. The
+                penalty's value does not depend on it.
 
         Returns:
             A scalar. It is zero, and nothing is evaluated, where the weight is zero or
@@ -156,7 +171,7 @@ class GradientPenalty:
             TypeError: if the arguments are not of these kinds.
             ValueError: if their shapes do not fit.
         """
-        terms = self.act(f, *args, real=real, fake=fake, step=step)
+        terms = self.act(f, *args, real=real, fake=fake, step=step, scale=scale)
         return (
             torch.zeros((), device=device_of(f, args, real, fake))
             if terms is None
@@ -164,7 +179,13 @@ class GradientPenalty:
         )
 
     def act(
-        self, f: Any, *args: Any, real: Any = None, fake: Any = None, step: int | None = None
+        self,
+        f: Any,
+        *args: Any,
+        real: Any = None,
+        fake: Any = None,
+        step: int | None = None,
+        scale: Tensor | float = UNSCALED,
     ) -> Terms | None:
         """Return the terms of a call, and count a step; None where the call would be zero.
 
@@ -174,6 +195,7 @@ class GradientPenalty:
             real: as in a call.
             fake: as in a call.
             step: as in a call.
+            scale: as in a call.
 
         Returns:
             The terms, or None where the weight is zero or ``every`` skips the step.
@@ -181,7 +203,7 @@ class GradientPenalty:
         weight = self.count_step(step)
         if weight == 0:
             return None
-        terms, targets = self._evaluate(f, args, real, fake, weight, observe=True)
+        terms, targets = self._evaluate(f, args, real, fake, weight, scale, observe=True)
         if torch.is_grad_enabled() and not (self._seen_to_act and terms.penalty.requires_grad):
             self._require_effect(terms, targets)
         self.observe(terms.norms)
@@ -243,6 +265,8 @@ class GradientPenalty:
         squared_norms = torch.cat(
             [self.estimator.squared_norms(t, self.order, self.form.norm, rng) for t in targets]
         )
+        if targets[0].scale is not UNSCALED:
+            squared_norms = squared_norms / targets[0].scale / targets[0].scale
         norms = root(squared_norms)
         if observe:
             self.form.observe(norms)
@@ -315,6 +339,7 @@ class GradientPenalty:
         real: Any,
         fake: Any,
         weight: float,
+        scale: Tensor | float = UNSCALED,
         *,
         observe: bool = False,
     ) -> tuple[Terms, list[Target]]:
@@ -336,12 +361,21 @@ class GradientPenalty:
                     )
             if twice and not self._seen_to_act:
                 graphs.require_derivatives(targets[0].y, targets[0].xs, self.order)
+            if scale is not UNSCALED:
+                targets = [target.scaled(scale) for target in targets]
+            if targets[0].mean:
+                targets = [replace(target, share=self._share) for target in targets]
             norms, values = self.measure(targets, rng, observe=observe)
             terms = Terms(norms, values, weight, weight * self.total(values))
         if not train:
             cut = (terms.norms.detach(), terms.values.detach())
             terms = Terms(*cut, weight, terms.penalty.detach())
         return terms, targets
+
+    def _share(self, squared_norms: Tensor) -> Tensor:
+        """Return the derivative of the reduced value in n² ``[G]``: constants."""
+        n2 = squared_norms.detach().requires_grad_()
+        return torch.autograd.grad(self.total(self.form(n2)), n2)[0]
 
     def next_seed(self) -> int:
         """Return the seed of the next evaluation: a function of the state and the rank alone."""

@@ -49,13 +49,20 @@ def require_leaves(tensors: Sequence[Tensor]) -> None:
         )
 
 
-def known_gradient(value: Tensor, leaves: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
-    """Return one number whose gradients in ``leaves`` are ``grads``: backward computes nothing.
+def known_gradient(
+    value: Tensor,
+    leaves: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    share: Tensor | None = None,
+) -> Tensor:
+    """Return a value whose gradients in ``leaves`` are ``grads``: backward computes nothing.
 
     Args:
-        value: one number, of any shape; its own graph is cut.
+        value: one number, of any shape; its own graph is cut. With ``share`` several, ``[G]``.
         leaves: the tensors that it depends on.
-        grads: the derivative of the number in each, of the leaves' shapes.
+        grads: the derivative of the number in each, of the leaves' shapes; with ``share`` that of
+            ⟨share, value⟩.
+        share: c, ``[G]``: what comes in at the backward must be a multiple of it.
 
     Returns:
         The value, differentiable once.
@@ -66,21 +73,23 @@ def known_gradient(value: Tensor, leaves: Sequence[Tensor], grads: Sequence[Tens
     >>> w.grad
     tensor([6., 8.])
     """
-    out: Tensor = _KnownGradient.apply(value.detach(), len(leaves), *leaves, *grads)
+    share = torch.ones_like(value) if share is None else share
+    out: Tensor = _KnownGradient.apply(value.detach(), share, len(leaves), *leaves, *grads)
     return out
 
 
 class _KnownGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, count: int, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors[count:])
+    def forward(ctx: Any, value: Tensor, share: Tensor, count: int, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(share, *tensors[count:])
         ctx.dtypes = [t.dtype for t in tensors[:count]]
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        factor = grad.reshape(())
-        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        grads = [(g * factor).to(dtype) for g, dtype in pairs]
-        return None, None, *grads, *[None] * len(grads)
+        share, *known = ctx.saved_tensors
+        size = share.square().sum()
+        factor = (grad * share).sum() / torch.where(size == 0, 1, size)
+        grads = [(g * factor).to(dtype) for g, dtype in zip(known, ctx.dtypes, strict=True)]
+        return None, None, None, *grads, *[None] * len(grads)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from gpkit.draws import Source
 from gpkit.pixels import per_pixel
+
+if TYPE_CHECKING:
+    from gpkit.window import Window
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,10 @@ class Target:
         evaluate: gives ``y`` anew, with the same random numbers: at the inputs that it is called
             with, or, called with nothing, at the weights as they are. None where only a graph is.
         pixels: whether every pixel of the ``xs`` ``[G, C, *S]`` has a norm of its own, at order 1.
+        mean: whether the ``y`` of every group is the mean over all: then only their sum is theirs.
+        window: the micro-batches, or ranks, whose gradients are averaged with this one's.
+        scale: what ``y`` is multiplied by, to keep small gradients from rounding to zero.
+        share: n² ``[G]`` -> ∂P/∂n² ``[G]``, constants, P being the reduced value of the penalty.
     """
 
     y: Tensor
@@ -30,6 +38,22 @@ class Target:
     batched: bool
     evaluate: Callable[..., Tensor] | None = None
     pixels: bool = False
+    mean: bool = False
+    window: Window | None = None
+    scale: Tensor | float = 1.0
+    share: Callable[[Tensor], Tensor] | None = None
+
+    def scaled(self, scale: Tensor | float) -> Target:
+        """Return the target of ``y`` times a scale: its n² is that of ``y`` times scale²."""
+        evaluate = self.evaluate
+
+        def scaled(*xs: Tensor) -> Tensor:
+            assert evaluate is not None
+            y = evaluate(*xs)
+            return y.to(wide(y)) * scale
+
+        y = self.y.to(wide(self.y)) * scale
+        return replace(self, y=y, evaluate=evaluate and scaled, scale=scale)
 
     def split(self, rows: Iterable[tuple[Tensor, ...]]) -> Iterable[tuple[Tensor, ...]]:
         """Return the rows of a derivative with one line for each norm: a group, or a pixel."""
@@ -45,6 +69,8 @@ class Estimator:
     reuses_graph = True
     # Whether a backward pass goes through each graph but once: then it needs no double backward.
     first_order = False
+    # Whether gradients in the weights can be averaged over micro-batches before the norm is taken.
+    pools = False
 
     def check(self, order: int, norm: str, batched: bool) -> None:
         """Refuse what it does not estimate: of inputs if ``batched``, else of weights."""

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from gpkit import graphs
+from gpkit.calls import Computed
 from gpkit.isolation import random_state
 from gpkit.perturbation import known_gradient
-from gpkit.variables import Computed, weights
+from gpkit.targets import wide
+from gpkit.variables import weights
+from gpkit.window import Window
 
 if TYPE_CHECKING:
     from gpkit.penalty import GradientPenalty
@@ -65,9 +68,24 @@ def selected(penalty: GradientPenalty, given: Any) -> Tensor:
     return y
 
 
-def summarised(loss: Tensor) -> Tensor:
-    """Return a loss with the gradients of all its leaves, in place of its graph."""
+def summarised(
+    loss: Tensor, scale: Tensor | float = 1.0, *, window: Window | None = None, again: Any = None
+) -> Tensor:
+    """Return a loss with the gradients of all its leaves, in place of its graph.
+
+    Args:
+        loss: one number, or losses whose sum is meant.
+        scale: what it is multiplied by while the gradients are taken.
+        window: takes the gradients in, if there is one.
+        again: for the window, a function that gives the loss anew.
+
+    Returns:
+        The loss. With a window, the graph behind it stays for other uses.
+    """
     leaves = graphs.leaves(loss)
     with torch.autocast(loss.device.type, enabled=False):
-        grads = torch.autograd.grad(loss.sum(), leaves)
+        grads = torch.autograd.grad(loss.sum() * scale, leaves, retain_graph=window is not None)
+    grads = tuple(g.to(wide(g)) / scale for g in grads)
+    if window is not None:
+        window.add(again, leaves, grads)
     return known_gradient(loss, leaves, grads)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,93 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from gpkit import captures, checks
-from gpkit.draws import Source
-from gpkit.isolation import RandomState, isolated
+from gpkit.calls import Call, Computed, Of
 from gpkit.pixels import require_images
-from gpkit.points import At, Points, as_points, require_floating
-from gpkit.sampled import sampled_losses
+from gpkit.points import Points, as_points, require_floating
 from gpkit.targets import Target
-
-Of = str | Callable[[Any], Tensor]
-
-
-@dataclass(frozen=True)
-class Computed:
-    """A loss that was computed, and how it is computed anew.
-
-    Args:
-        value: the loss, whose graph is there.
-        function: gives it anew.
-        state: of the random numbers that it was computed with.
-    """
-
-    value: Tensor
-    function: Callable[[], Any]
-    state: RandomState
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a penalty was called with, and the axes that say how to read it.
-
-    Args:
-        f: a tensor whose graph is there, or a callable to evaluate.
-        args: what followed it: samples, or a module or its parameters.
-        real: real samples, if given by keyword.
-        fake: fake samples, if given by keyword.
-        of: "output", "loss", "sampled_loss", or a function of what ``f`` gives.
-        at: where a callable is evaluated.
-        scope: "sample", "pixel" or "batch".
-        rng: draws points.
-        seed: for the random numbers of a forward.
-        order: k, of the derivative.
-        twice: whether a forward will be differentiated twice.
-    """
-
-    f: Any
-    args: tuple[Any, ...]
-    real: Any
-    fake: Any
-    of: Of
-    at: At
-    scope: str
-    rng: Source
-    seed: int | RandomState
-    order: int = 1
-    twice: bool = True
-
-    @property
-    def computed(self) -> bool:
-        """Whether ``f`` is a value, not a function: a tensor, or what ``of`` takes one from."""
-        return isinstance(self.f, Tensor) or (callable(self.of) and not callable(self.f))
-
-    def run(
-        self, xs: Points, device: torch.device, wrt: Any = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return what is differentiated, of a forward that leaves no trace, and activations."""
-        wanted = captures.names(self.of, wrt)
-        net = captures.module_of(wanted[0], self.f, self.args) if wanted else None
-        with (
-            isolated(self.f, self.seed, device, self.order, twice=self.twice),
-            captures.captured(net, wanted) as caught,
-        ):
-            y = self.f(*xs)
-        if isinstance(self.of, captures.Named):
-            y = caught[self.of.name]
-        return self.selected(y), caught
-
-    def selected(self, y: Any) -> Tensor:
-        """Return what is differentiated, of what ``f`` gave."""
-        if callable(self.of):
-            y = self.of(y)
-        if self.of == "sampled_loss" and isinstance(y, Tensor):
-            y = sampled_losses(y, self.rng)
-        if not isinstance(y, Tensor):
-            raise TypeError(
-                f"the function gave a {type(y).__name__}, and a tensor was expected; choose one "
-                "with `of=lambda output: output[0]`"
-            )
-        return y
+from gpkit.window import POOLED, window_of
 
 
 @dataclass(frozen=True)
@@ -118,8 +36,13 @@ class inputs:  # noqa: N801  variables read as functions: wrt=weights("classifie
                 "an input penalty takes f and the samples; several inputs go into one tuple: "
                 f"penalty(f, (x1, x2)); got {len(call.args)} arguments after f"
             )
-        evaluate = None
-        if call.computed:
+        evaluate, mean = None, False
+        if isinstance(call.f, Computed):
+            xs, mean = self.given(call), call.f.mean
+            y = call.selected(call.f.value)
+            y = y.expand(len(xs[0])) if mean else y
+            evaluate = partial(self.evaluated, call)
+        elif call.computed:
             xs = self.given(call)
             y = call.selected(call.f)
         elif callable(call.f):
@@ -133,7 +56,7 @@ class inputs:  # noqa: N801  variables read as functions: wrt=weights("classifie
         columns = self.columns(y, len(xs[0]), call.of)
         if call.scope == "pixel":
             require_images(xs)
-        yield Target(columns, xs, True, evaluate, pixels=call.scope == "pixel")
+        yield Target(columns, xs, True, evaluate, pixels=call.scope == "pixel", mean=mean)
 
     def points(self, call: Call) -> Points:
         """Return where a function is evaluated."""
@@ -146,6 +69,8 @@ class inputs:  # noqa: N801  variables read as functions: wrt=weights("classifie
     def evaluated(self, call: Call, *xs: Tensor) -> Tensor:
         """Return ``[B, m]`` at some points; the same random numbers are drawn at all of them."""
         y, _ = call.run(xs, xs[0].device, self)
+        if isinstance(call.f, Computed) and call.f.mean:
+            y = y.expand(len(xs[0]))
         return self.columns(y, len(xs[0]), call.of)
 
     def given(self, call: Call) -> Points:
@@ -216,7 +141,7 @@ class weights:  # noqa: N801
 
     match: str = "*"
 
-    scopes = ("batch", "sample")
+    scopes = ("batch", "sample", *POOLED)
     missing = (
         "was it computed from other parameters, or under reentrant checkpointing? "
         "use checkpoint(..., use_reentrant=False)"
@@ -235,27 +160,22 @@ class weights:  # noqa: N801
         device, again = params[0].device, None
         if isinstance(call.f, Computed):
             y = call.selected(call.f.value)
-            again = partial(self.evaluated, call, call.f.function, call.f.state, device, y)
+            again = partial(self.evaluated, call, device, y)
         elif call.computed:
             y = call.selected(call.f)
         elif callable(call.f):
-            y = self.evaluated(call, call.f, call.seed, device)
-            again = partial(self.evaluated, call, call.f, call.seed, device, y)
+            y = self.evaluated(call, device)
+            again = partial(self.evaluated, call, device, y)
         else:
             raise TypeError(f"expected a tensor or a callable; got a {type(call.f).__name__}")
+        window = window_of(call)
         for i, group in enumerate(self.groups(y, call.of, call.scope)):
-            yield Target(group, params, False, again and partial(self.group, call, again, i))
+            evaluate = again and partial(self.group, call, again, i)
+            yield Target(group, params, False, evaluate, window=window)
 
-    def evaluated(
-        self,
-        call: Call,
-        function: Callable[[], Any],
-        seed: int | RandomState,
-        device: torch.device,
-        before: Tensor | None = None,
-    ) -> Tensor:
+    def evaluated(self, call: Call, device: torch.device, before: Tensor | None = None) -> Tensor:
         """Return the loss at the weights as they are, or refuse one that was there ``before``."""
-        y, _ = replace(call, f=function, seed=seed).run((), device)
+        y, _ = call.run((), device)
         if y is before:
             raise RuntimeError(
                 "the closure gave the same tensor twice: the loss must be computed inside of it"
@@ -277,6 +197,10 @@ class weights:  # noqa: N801
                     'reduction="none"'
                 )
             return list(y.reshape(len(y), 1, -1).unbind(0))
+        if scope in POOLED and y[:1].numel() != 1:
+            raise ValueError(
+                f"scope={scope!r} needs one number, or losses [B]; got {list(y.shape)}"
+            )
         return [y.reshape(1, 1) if y.numel() == 1 else y.mean(0).reshape(1, -1)]
 
     def chosen(self, given: Any) -> tuple[Tensor, ...]:

@@ -568,7 +568,7 @@ def test_refuses_a_call(act, error, said):
             {"of": "lost"},
             r"`of=...` must be one of 'output', 'loss', 'sampled_loss'; got 'lost' \(did .* 'loss'",
         ),
-        ({"scope": "samples", "wrt": "weight"}, "'batch', 'sample'; .* mean 'sample'"),
+        ({"scope": "samples", "wrt": "weight"}, "'batch', 'sample', .* mean 'sample'"),
         ({"scope": "batch"}, "`scope=...` must be one of 'sample', 'pixel'; got 'batch'"),
         ({"form": "square"}, r"mean 'squared'\?"),
         ({"at": "interpolat"}, r"mean 'interpolate'\?"),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpkit import checks
+from gpkit.calls import Computed
 from gpkit.captures import captured
 from gpkit.classifier import features
 from gpkit.environments import EnvironmentPenalty
@@ -39,7 +40,7 @@ from gpkit.norm_layers import elementary
 from gpkit.penalty import GradientPenalty, Terms
 from gpkit.sums import Penalties, penalties_by_name
 from gpkit.together import summarised
-from gpkit.variables import Computed, weights
+from gpkit.variables import weights
 
 
 class PenalizedModule(pl.LightningModule):
