@@ -17,10 +17,11 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says th
     from gpkit.directional import directional_derivative
     from gpkit.estimators import exact, projection, taylor
     from gpkit.forms import norm, one_sided, power, squared, two_sided
+    from gpkit.lightning.callback import GradientPenaltyCallback
     from gpkit.lightning.module import PenalizedModule
     from gpkit.mixtures import mixture, uniform
     from gpkit.penalty import GradientPenalty
-    from gpkit.points import fake, interpolate, perturb, real
+    from gpkit.points import interpolate, perturb
     from gpkit.presets import (
         contractive,
         cure,
@@ -52,7 +53,6 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says th
     from gpkit.schedules import cosine, lazy_adam, rescaled, switch, warmup
     from gpkit.spectral import power_iteration
     from gpkit.sums import sum
-    from gpkit.terms import Terms
     from gpkit.training import train
     from gpkit.variables import weights
 
@@ -68,11 +68,11 @@ _HOMES = {
     "gpkit.directional": "directional_derivative",
     "gpkit.estimators": "exact projection taylor",
     "gpkit.forms": "norm one_sided power squared two_sided",
+    "gpkit.lightning.callback": "GradientPenaltyCallback",
     "gpkit.lightning.module": "PenalizedModule",
     "gpkit.mixtures": "mixture uniform",
     "gpkit.penalty": "GradientPenalty",
-    "gpkit.terms": "Terms",
-    "gpkit.points": "fake interpolate perturb real",
+    "gpkit.points": "interpolate perturb",
     "gpkit.presets": (
         "contractive "
         "cure "

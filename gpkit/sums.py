@@ -11,7 +11,9 @@ from gpkit import checks
 from gpkit.penalty import GradientPenalty, Terms
 from gpkit.presets import PRESETS
 
-Penalties = Union[GradientPenalty, "PenaltySum", Mapping[str, GradientPenalty]]
+Penalties = Union[
+    GradientPenalty, "PenaltySum", Mapping[str, GradientPenalty], Iterable[GradientPenalty]
+]
 Parts = Mapping[str, "GradientPenalty | Mapping[str, Any] | None"] | Iterable[str]
 
 
@@ -108,21 +110,32 @@ def penalties_by_name(penalty: Penalties | None) -> dict[str, GradientPenalty]:
     """Return penalties by name.
 
     Args:
-        penalty: one, which goes by its own name; several by name; a sum; or None.
+        penalty: one, which goes by its own name; a list of them; several by name; a sum; or None.
 
     Returns:
         The penalties.
 
     Raises:
         TypeError: if there is anything else.
+        ValueError: if two in a list have the same name.
     """
     if penalty is None:
         return {}
     if isinstance(penalty, GradientPenalty):
         return {penalty.name: penalty}
-    parts = penalty.parts if isinstance(penalty, PenaltySum) else penalty
+    parts: Any = penalty.parts if isinstance(penalty, PenaltySum) else penalty
+    if isinstance(parts, (list, tuple)) and all(isinstance(p, GradientPenalty) for p in parts):
+        named = {part.name: part for part in parts}
+        if len(named) < len(parts):
+            raise ValueError(
+                "`penalty=[...]` has two penalties of one name; name them in a dict, {'a': ...}, "
+                f"or with name=...; got {', '.join(part.name for part in parts)}"
+            )
+        return named
     if not isinstance(parts, Mapping):
-        raise TypeError(f"`penalty=...` must be a penalty or a dict of them; got {penalty!r}")
+        raise TypeError(
+            f"`penalty=...` must be a penalty, or a list or dict of them; got {penalty!r}"
+        )
     for name, part in parts.items():
         if not isinstance(part, GradientPenalty):
             raise TypeError(f"`penalty={{{name!r}: ...}}` must be a penalty; got {part!r}")

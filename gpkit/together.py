@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,23 +69,27 @@ def selected(penalty: GradientPenalty, given: Any) -> Tensor:
 
 
 def summarised(
-    loss: Tensor, scale: Tensor | float = 1.0, *, window: Window | None = None, again: Any = None
+    loss: Tensor,
+    scale: Tensor | float = 1.0,
+    *,
+    retain: bool = False,
+    windows: Iterable[tuple[Window, Callable[[], Tensor]]] = (),
 ) -> Tensor:
     """Return a loss with the gradients of all its leaves, in place of its graph.
 
     Args:
         loss: one number, or losses whose sum is meant.
         scale: what it is multiplied by while the gradients are taken.
-        window: takes the gradients in, if there is one.
-        again: for the window, a function that gives the loss anew.
+        retain: whether the graph behind it stays, for other uses.
+        windows: they take the gradients in, each with a function that gives the loss anew.
 
     Returns:
-        The loss. With a window, the graph behind it stays for other uses.
+        The loss.
     """
     leaves = graphs.leaves(loss)
     with torch.autocast(loss.device.type, enabled=False):
-        grads = torch.autograd.grad(loss.sum() * scale, leaves, retain_graph=window is not None)
+        grads = torch.autograd.grad(loss.sum() * scale, leaves, retain_graph=retain)
     grads = tuple(g.to(wide(g)) / scale for g in grads)
-    if window is not None:
+    for window, again in windows:
         window.add(again, leaves, grads)
     return known_gradient(loss, leaves, grads)

@@ -18,6 +18,7 @@ from torch.func import functional_call
 import gpkit
 import gpkit.sampled
 from gpkit.classifier import classifier_inputs
+from gpkit.terms import Terms
 
 torch.set_num_threads(1)  # the nets are small: threads would only wait for each other
 B = 5
@@ -641,7 +642,7 @@ def rows(choose: Callable[[Row], Any] = lambda row: True) -> pytest.MarkDecorato
     return pytest.mark.parametrize("row", chosen, ids=[row.name for row in chosen])
 
 
-def each_terms(terms: Any) -> list[gpkit.Terms]:
+def each_terms(terms: Any) -> list[Terms]:
     """Return the terms of a penalty, or of each part of a sum."""
     return list(terms.values()) if isinstance(terms, dict) else [terms]
 

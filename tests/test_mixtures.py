@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gpkit
-from gpkit.points import computed, data
+from gpkit.points import computed, data, fake
 
 MANY = 4096
 
@@ -110,7 +110,7 @@ def test_mean_runs_over_all_points_of_a_mixture():
 def test_each_part_cuts_its_own_points(detach):
     generator, net = nn.Linear(3, 3).double(), mlp()
     x = samples(3)[0]
-    at = gpkit.mixture("real", gpkit.fake(detach=detach))
+    at = gpkit.mixture("real", fake(detach=detach))
     gpkit.GradientPenalty(at=at)(net, real=x, fake=generator(x)).backward()
     assert (generator.weight.grad is None) == detach
     assert net[0].weight.grad.any()

@@ -640,9 +640,17 @@ def test_a_penalty_that_a_checkpoint_lacks_begins_at_its_beginning(tmp_path):
     [
         ({"net": lambda x: x}, TypeError, r"`net=...` must be a torch.nn.Module; got a function"),
         ({"loss": 3}, TypeError, r"`loss=...` must be a function \(output, y\) -> loss; got 3"),
-        ({"penalty": "r1"}, TypeError, r"must be a penalty or a dict of them; got 'r1'"),
-        ({"penalty": gpkit.r1}, TypeError, r"must be a penalty or a dict of them; got <function"),
-        ({"penalty": [gpkit.r1()]}, TypeError, r"must be a penalty or a dict of them; got \["),
+        ({"penalty": "r1"}, TypeError, r"must be a penalty, or a list or dict of them; got 'r1'"),
+        (
+            {"penalty": gpkit.r1},
+            TypeError,
+            r"a list or dict of them; got <function",
+        ),
+        (
+            {"penalty": [gpkit.r1]},
+            TypeError,
+            r"a list or dict of them; got \[",
+        ),
         ({"penalty": {"a": 1.0}}, TypeError, r"`penalty=\{'a': ...\}` must be a penalty; got 1.0"),
         ({"metrics": {"f1": "f1"}}, TypeError, r"`metrics=...` must be torchmetrics by name"),
         ({"metrics": 3}, TypeError, r"`metrics=...` must be torchmetrics by name.*got 3"),

@@ -6,7 +6,7 @@ from cases import B
 from torch import nn
 
 import gpkit
-from gpkit.points import POINTS, as_points, computed, data
+from gpkit.points import POINTS, as_points, computed, data, fake, real
 
 SHAPES = pytest.mark.parametrize("shape", [(), (7,), (2, 3, 4)], ids=str)
 MANY = 4096
@@ -20,7 +20,7 @@ def samples(*shape, n=B):
     return torch.randn(2, n, *shape, generator=rng(9), dtype=torch.float64).unbind()
 
 
-@pytest.mark.parametrize(("at", "which"), [(data, 0), (gpkit.real, 0), (gpkit.fake, 1)])
+@pytest.mark.parametrize(("at", "which"), [(data, 0), (real, 0), (fake, 1)])
 @pytest.mark.parametrize("detach", [True, False])
 def test_the_samples_themselves(at, which, detach):
     # catches real and fake exchanged, and a requires_grad that is set on the user's tensor
@@ -104,7 +104,7 @@ def test_computed_points_get_what_the_call_got():
     assert torch.equal(torch.stack(pair), torch.stack([x, y]))
 
 
-@pytest.mark.parametrize("at", [gpkit.interpolate, gpkit.fake], ids=lambda at: at.__name__)
+@pytest.mark.parametrize("at", [gpkit.interpolate, fake], ids=lambda at: at.__name__)
 @pytest.mark.parametrize("detach", [True, False])
 def test_generator_is_trained_only_if_asked(at, detach):
     generator, critic = nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))

@@ -1,0 +1,163 @@
+"""What keeps a penalty from acting on a LightningModule, told before the first step."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import Tensor, nn
+
+from gpkit import checks, graphs
+from gpkit.environments import EnvironmentPenalty
+from gpkit.lightning.asked import replays
+from gpkit.lightning.bases import is_a
+from gpkit.lightning.passes import activation_names
+from gpkit.lightning.probe import Seen
+from gpkit.mixtures import mixture
+from gpkit.penalty import GradientPenalty
+from gpkit.points import At, fake, interpolate
+from gpkit.variables import weights
+
+CANNOT = "GradientPenaltyCallback cannot add its penalties: "
+SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+PENALISED = ("PenalizedModule", "GANModule")
+
+
+def refuse(found: list[str], cause: Exception | None = None) -> None:
+    """Refuse the fit with all that was found, if there is any.
+
+    Raises:
+        ValueError: in one line.
+    """
+    if found:
+        raise ValueError(CANNOT + "; ".join(found)) from cause
+
+
+def before_fit(
+    trainer: Any,
+    module: pl.LightningModule,
+    penalties: Mapping[str, GradientPenalty],
+    name: str | None,
+    manual_backward: int | None,
+) -> list[str]:
+    """Return what can be told of the trainer and the module alone.
+
+    Args:
+        trainer: of the run.
+        module: the LightningModule.
+        penalties: by name.
+        name: of the submodule, None for the module itself.
+        manual_backward: which of the backward calls of a manual optimisation was chosen.
+
+    Returns:
+        A line for each finding.
+    """
+    found = []
+    if sum(is_a(c, "GradientPenaltyCallback") for c in trainer.callbacks) > 1:
+        found.append(
+            "the trainer has two GradientPenaltyCallbacks, and one would differentiate the "
+            "penalties of the other: give all penalties to one, GradientPenaltyCallback([a, b])"
+        )
+    if is_a(module, *PENALISED) and getattr(module, "penalties", None):
+        found.append(
+            f"the {type(module).__name__} has penalties of its own, which would be differentiated: "
+            "give them all to it, or all to the callback"
+        )
+    automatic = module.automatic_optimization
+    if automatic and manual_backward is not None:
+        found.append("`manual_backward=...` is for manual optimisation; leave it out")
+    if not automatic and manual_backward is None:
+        found.append(
+            "the module optimises manually: say which of the manual_backward calls of a training "
+            "step gets the penalty, manual_backward=0 for the first"
+        )
+    names = dict(module.named_modules())
+    net = names.get(name or "")
+    if net is None:
+        hint = checks.nearest(str(name), filter(None, names))
+        listed = ", ".join(repr(n) for n, _ in module.named_children())
+        found.append(f"there is no submodule {name!r}{hint}; there are {listed}")
+    for title, penalty in penalties.items():
+        found += [f"penalty {title!r}: {line}" for line in _of(penalty, trainer, module, net)]
+    return found
+
+
+def _of(
+    penalty: GradientPenalty, trainer: Any, module: pl.LightningModule, net: nn.Module | None
+) -> Iterator[str]:
+    """Yield what is found of one penalty."""
+    strategy = trainer.strategy
+    if isinstance(penalty, EnvironmentPenalty):
+        yield "environments are not seen in a training step: use PenalizedModule"
+        return
+    if is_a(strategy, *SHARDED):
+        yield (
+            f"a {type(strategy).__name__} shards the parameters, which have no double backward: "
+            "use strategy='ddp'"
+        )
+    if not module.automatic_optimization and (replays(penalty) or penalty.scope == "accumulated"):
+        yield (
+            "it runs the training step again, which under manual optimisation would step the "
+            "optimisers: use estimator='exact', scope='batch'"
+        )
+    if replays(penalty) and "dataloader_iter" in inspect.signature(module.training_step).parameters:
+        yield "it runs the training step again, which `dataloader_iter` does not allow: use a batch"
+    if any(isinstance(at, (interpolate, fake)) for at in _points(penalty.at)):
+        yield (
+            f"at={type(penalty.at).__name__}() needs fakes, and a training step shows none: use "
+            "gpkit.GANModule, or penalty(critic, real=..., fake=...) in the training step"
+        )
+    for name in activation_names(penalty) if net is not None else ():
+        options = [n for n, _ in net.named_modules() if n]  # type: ignore[union-attr]
+        if name not in options:
+            yield f"activation({name!r}) names no submodule{checks.nearest(name, options)}"
+    wrt = penalty.wrt
+    if isinstance(wrt, weights) and net is not None:
+        named = [n for n, p in net.named_parameters() if fnmatch.fnmatchcase(n, wrt.match)]
+        if not named:
+            options = [n for n, _ in net.named_parameters()]
+            yield f"weights({wrt.match!r}) matches no parameter{checks.nearest(wrt.match, options)}"
+        elif not any(net.get_parameter(n).requires_grad for n in named):
+            yield f"all {len(named)} parameters of weights({wrt.match!r}) are frozen"
+
+
+def _points(at: At) -> list[At]:
+    """Return the points of a mixture, each, or the points themselves."""
+    return [p for part in at.ats for p in _points(part)] if isinstance(at, mixture) else [at]
+
+
+def at_step(module: nn.Module, title: str, loss: Tensor, seen: Seen, *, wants_x: bool) -> list[str]:
+    """Return what can be told of a step that was made.
+
+    Args:
+        module: the LightningModule.
+        title: how the net that was watched is called.
+        loss: what the step gave.
+        seen: of the net.
+        wants_x: whether its input was wanted.
+
+    Returns:
+        A line for each finding.
+    """
+    found = list(seen.problems)
+    if not loss.requires_grad:
+        found.append("the loss of the training step has no graph: was it detached?")
+    if wants_x and "" not in seen.calls:
+        children = ", ".join(repr(n) for n, _ in module.named_children())
+        found.append(
+            f"the training step does not call {title}: module=... names one that it calls, of "
+            f"{children}"
+        )
+    for name, count in seen.calls.items() if module.automatic_optimization else ():
+        if count > 1:
+            called = f"activation({name!r})" if name else title
+            found.append(f"the training step calls {called} {count} times: name one called once")
+    if any(node.name() == "CheckpointFunctionBackward" for node in graphs.nodes(loss)):
+        found.append(
+            "the training step uses reentrant checkpointing, through which there is no gradient "
+            "of a gradient: checkpoint(..., use_reentrant=False)"
+        )
+    return found

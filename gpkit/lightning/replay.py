@@ -1,0 +1,125 @@
+"""A training step run again, without a trace in logs and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from gpkit.isolation import RandomState
+
+Step = Callable[..., Any]
+
+
+@dataclass
+class Made:
+    """A training step that was made, as far as it takes to make it again.
+
+    Args:
+        step: the module's own training step.
+        args: what it was called with.
+        kwargs: likewise, by name.
+        state: of the random numbers before it; empty where it is not made again.
+    """
+
+    step: Step
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    state: RandomState = ()
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """Return the loss of what a training step gave: a tensor, or the "loss" of a mapping."""
+    return output.get("loss") if isinstance(output, Mapping) else output
+
+
+def with_loss_of(output: Any, loss: Tensor) -> Any:
+    """Return what a training step gave, with another loss in it."""
+    return {**output, "loss": loss} if isinstance(output, Mapping) else loss
+
+
+@contextmanager
+def untraced(module: nn.Module) -> Iterator[None]:
+    """Let a step of a LightningModule log nothing, and give its metrics their state back."""
+    names = [name for name in ("log", "log_dict") if name not in module.__dict__]
+    metrics = [m for m in module.modules() if isinstance(m, Metric)]
+    states = [_state(m) for m in metrics]
+    for name in names:
+        module.__dict__[name] = _silent
+    try:
+        yield
+    finally:
+        for name in names:
+            del module.__dict__[name]
+        for metric, state in zip(metrics, states, strict=True):
+            metric.__dict__.update(state)
+
+
+def _silent(*args: Any, **kwargs: Any) -> None:
+    """Log nothing."""
+
+
+def _state(metric: Metric) -> dict[str, Any]:
+    """Return what an update of a metric changes, as copies."""
+    kept = {k: v for k, v in metric.__dict__.items() if k in metric._defaults or k in CACHES}
+    return {
+        k: v.clone() if isinstance(v, Tensor) else list(v) if isinstance(v, list) else v
+        for k, v in kept.items()
+    }
+
+
+def losses_of(module: nn.Module, made: Made) -> Tensor:
+    """Return the loss of each sample, ``[B]``, of a step made on every sample alone.
+
+    Args:
+        module: the LightningModule.
+        made: the step. Its batch is the first argument.
+
+    Returns:
+        The losses.
+    """
+    named = {**made.kwargs, **({"batch": made.args[0]} if made.args else {})}
+    losses = []
+    with untraced(module):
+        for sample in samples_of(named["batch"]):
+            if made.args:
+                output = made.step(sample, *made.args[1:], **made.kwargs)
+            else:
+                output = made.step(**{**made.kwargs, "batch": sample})
+            losses.append(loss_of(output))
+    return torch.stack([loss for loss in losses if loss is not None])
+
+
+CACHES = ("_update_count", "_computed", "_forward_cache", "_update_called")
+
+
+def samples_of(batch: Any) -> Iterator[Any]:
+    """Yield a batch's samples, each as a batch of one.
+
+    Args:
+        batch: tensors ``[B, ...]`` in any structure. A tensor of another length is in every sample.
+
+    Yields:
+        The batch with ``t[i : i + 1]`` for every such tensor t.
+
+    Raises:
+        TypeError: if there is no tensor in it.
+    """
+    tensors = [t for t in torch.utils._pytree.tree_leaves(batch) if isinstance(t, Tensor)]
+    sizes = [len(t) for t in tensors if t.ndim]
+    if not sizes:
+        raise TypeError(
+            f"scope='sample' cuts the batch into its samples: tensors [B, ...]; got a "
+            f"{type(batch).__name__} without one: use scope='batch'"
+        )
+    for i in range(sizes[0]):
+
+        def cut(t: Tensor, i: int = i) -> Tensor:
+            return t[i : i + 1] if t.ndim and len(t) == sizes[0] else t
+
+        yield torch.utils._pytree.tree_map_only(Tensor, cut, batch)

@@ -1,0 +1,197 @@
+"""The cells of the callback's test matrix, and how one of them is trained with Lightning."""
+
+import itertools
+from dataclasses import astuple, dataclass
+from functools import partial
+
+import by_hand
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.callbacks import GradientAccumulationScheduler
+from pytorch_lightning.plugins import MixedPrecision
+from pytorch_lightning.strategies import DDPStrategy
+from torch import nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+import gpkit
+
+EPOCHS, BATCHES, B = 2, 4, 6  # micro-batches of an epoch, and samples of a micro-batch
+WEIGHT = 0.3
+SGD = partial(torch.optim.SGD, lr=0.2, momentum=0.5)
+
+
+@dataclass(frozen=True)
+class Cell:
+    where: str
+    estimator: str
+    precision: str
+    accumulate: str
+    strategy: str
+    returns: str
+
+    def __str__(self):
+        return "-".join(astuple(self))
+
+
+WHERE = ("weight", "input", "activation")
+ESTIMATORS = ("exact", "difference")
+PRECISIONS = ("32", "bf16", "16", "64")
+ACCUMULATE = ("1", "2", "schedule")
+DDP = ("ddp", "find_unused", "static_graph", "bucket_view")
+RETURNS = ("tensor", "dict")
+AXES = (WHERE, ESTIMATORS, PRECISIONS, ACCUMULATE, ("one", *DDP), RETURNS)
+CELLS = [Cell(*choice) for choice in itertools.product(*AXES)]
+
+
+def pairwise(cells):
+    """Of all cells, so many that every pair of choices on two axes is in one of them."""
+    chosen, missing = [], {p for cell in cells for p in pairs(cell)}
+    while missing:
+        best = max(cells, key=lambda cell: len(pairs(cell) & missing))
+        chosen.append(best)
+        missing -= pairs(best)
+    return chosen
+
+
+def pairs(cell):
+    return set(itertools.combinations(enumerate(astuple(cell)), 2))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(5, 8), nn.Tanh())
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.backbone(x))
+
+
+def net(dtype=torch.float32):
+    torch.manual_seed(0)
+    return Net().to(dtype)
+
+
+def data(dtype=torch.float32, ranks=1):
+    """(x, y), B samples for each rank and micro-batch of an epoch."""
+    rng = torch.Generator().manual_seed(1)
+    x = torch.randn(ranks * BATCHES * B, 5, generator=rng, dtype=torch.float64).to(dtype)
+    return x, torch.randint(3, (len(x),), generator=rng)
+
+
+class Plain(pl.LightningModule):
+    """A module that knows nothing of gpkit."""
+
+    def __init__(self, net, returns="tensor"):
+        super().__init__()
+        self.net = net
+        self.returns = returns
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = F.cross_entropy(self.net(x), y)
+        self.log("loss", loss.detach())
+        return loss if self.returns == "tensor" else {"loss": loss, "extra": len(x)}
+
+    def configure_optimizers(self):
+        return SGD(self.parameters())
+
+
+class Shares(pl.LightningDataModule):
+    """Every rank its own samples, in order."""
+
+    def __init__(self, dtype=torch.float32, ranks=1):
+        super().__init__()
+        self.dtype, self.ranks = dtype, ranks
+
+    def train_dataloader(self):
+        x, y = data(self.dtype, self.ranks)
+        mine = range(self.trainer.global_rank, len(x), self.ranks)
+        return DataLoader(Subset(TensorDataset(x, y), mine), B)
+
+
+def penalty(cell):
+    """The callback of a cell."""
+    estimator = gpkit.finite_difference(by_hand.STEP) if cell.estimator == "difference" else "exact"
+    if cell.where == "weight":
+        made, module = gpkit.weight_grad_norm(WEIGHT, estimator=estimator), None
+    elif cell.where == "input":
+        made, module = gpkit.input_grad_norm(WEIGHT, estimator=estimator), "net"
+    else:
+        wrt = gpkit.activation("backbone")
+        made = gpkit.input_grad_norm(WEIGHT, wrt=wrt, estimator=estimator)
+        module = "net"
+    return gpkit.GradientPenaltyCallback(made, module)
+
+
+def trainer(cell, **options):
+    """The trainer of a cell."""
+    precision = {"32": "32-true", "bf16": "bf16-mixed", "64": "64-true"}.get(cell.precision)
+    if cell.precision == "16":
+        scaler = torch.amp.GradScaler("cpu")
+        options["plugins"] = [MixedPrecision("16-mixed", "cpu", scaler=scaler)]
+    else:
+        options["precision"] = precision
+    callbacks = [penalty(cell), *options.pop("callbacks", [])]
+    if cell.accumulate == "schedule":
+        callbacks.append(GradientAccumulationScheduler({0: 1, 1: 2}))
+    elif cell.accumulate == "2":
+        options["accumulate_grad_batches"] = 2
+    if cell.strategy != "one":
+        chosen = {
+            "ddp": {},
+            "find_unused": {"find_unused_parameters": True},
+            "static_graph": {"static_graph": True},
+            "bucket_view": {"gradient_as_bucket_view": True},
+        }[cell.strategy]
+        options |= {"strategy": DDPStrategy(**chosen), "devices": 2}
+        options["use_distributed_sampler"] = False
+    return pl.Trainer(
+        accelerator="cpu",
+        max_epochs=EPOCHS,
+        callbacks=callbacks,
+        **{"log_every_n_steps": 1, "devices": 1, "logger": False, **QUIET, **options},
+    )
+
+
+QUIET = {
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+def trained(cell):
+    """Return the parameters of a cell, trained with Lightning: a list."""
+    dtype = torch.float64 if cell.precision == "64" else torch.float32
+    module = Plain(net(dtype), cell.returns)
+    trainer(cell).fit(module, Shares(dtype, 1 if cell.strategy == "one" else 2))
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def expected(cell):
+    """Return the parameters of a cell, trained by hand."""
+    dtype = torch.float64 if cell.precision == "64" else torch.float32
+    ranks = 1 if cell.strategy == "one" else 2
+    x, y = data(dtype, ranks)
+    epoch = []
+    for i in range(BATCHES):
+        mine = [slice(i * B * ranks + r, (i + 1) * B * ranks, ranks) for r in range(ranks)]
+        epoch.append([(x[s], y[s]) for s in mine])
+    windows = {"1": [1] * BATCHES * 2, "2": [2] * BATCHES, "schedule": [1] * BATCHES + [2, 2]}
+    made = by_hand.train(
+        net(dtype),
+        epoch * EPOCHS,
+        by_hand.TOTALS[cell.where, cell.estimator],
+        WEIGHT,
+        SGD,
+        precision=cell.precision,
+        windows=windows[cell.accumulate],
+    )
+    return [p.detach() for p in made.parameters()]
+
+
+def difference(mine, true):
+    """The largest difference of any parameter."""
+    return max((a - b).abs().max().item() for a, b in zip(mine, true, strict=True))
