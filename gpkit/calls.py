@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Of = str | Callable[[Any], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Computed:
     """What was computed, and how it is computed anew.
 
@@ -40,7 +40,7 @@ class Computed:
     window: Window | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Call:
     """What a penalty was called with, and the axes that say how to read it.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ def derivative_rows(
     Raises:
         ValueError: if more than ten thousand backward passes would be needed.
     """
-    n = sum(x[0].numel() if batched else x.numel() for x in xs)
+    n = 0 if order == 1 else sum(x[0].numel() if batched else x.numel() for x in xs)
     passes = y.shape[1] * n ** (order - 1)
     if passes > MAX_PASSES:
         raise ValueError(
@@ -94,8 +95,9 @@ def derivative_rows(
             f"takes {passes} backward passes, over the limit of {MAX_PASSES}; "
             "use estimator='projection'"
         )
-    for column in y.unbind(1):
-        rows = tuple(as_rows(g, batched) for g in gradients(column.sum(), xs))
+    for column in y.unbind(1) if y.shape[1] > 1 else [y]:
+        total = column.sum() if column.numel() > 1 else column
+        rows = tuple(as_rows(g, batched) for g in gradients(total, xs))
         if order == 1:
             yield rows
         else:
@@ -104,6 +106,8 @@ def derivative_rows(
 
 def as_rows(x: Tensor, batched: bool) -> Tensor:
     """Return ``x`` as ``[G, n]``: one row a sample, or one row in all."""
+    if batched and x.ndim == 2:
+        return x
     return x.flatten(1) if batched and x.ndim > 1 else x.reshape(len(x) if batched else 1, -1)
 
 
@@ -123,7 +127,9 @@ def gradients(y: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     if not y.requires_grad:
         return tuple(torch.zeros_like(x) for x in xs)
     # A compiled or autocast backward would be traced, or rounded, twice.
-    with torch.autocast(y.device.type, enabled=False):
+    kind = y.device.type
+    rounded = torch.is_autocast_enabled(kind)
+    with torch.autocast(kind, enabled=False) if rounded else nullcontext():
         try:
             grads = torch.autograd.grad(y, xs, create_graph=True, allow_unused=True)
         except RuntimeError as error:

@@ -139,7 +139,7 @@ class finite_difference(Estimator):  # noqa: N801  as estimator=finite_differenc
             pairs = zip(target.xs, directions, strict=True)
             moves = [(length * sign * v).reshape(x.shape).to(x.dtype) for x, v in pairs]
             with perturbed(target.xs, moves):
-                moved = known(first_gradients(evaluate(), tuple(leaves)), leaves)
+                moved = known(first_gradients(evaluate(), tuple(leaves), retain=False), leaves)
                 there = [g.to(wide(g)) for g in moved]
                 return added(there, window.earlier_now(leaves, scale)) if window else there
 
@@ -166,7 +166,7 @@ class finite_difference(Estimator):  # noqa: N801  as estimator=finite_differenc
         grads, base = known(all_grads[:count], target.xs), known(all_grads[count:], leaves)
         rows = [as_rows(g.to(wide(g)), True) for g in grads]
         n2 = reduce_rows([tuple(rows)], norm)
-        c = target.share(n2 / target.scale / target.scale)
+        c = target.share(n2 if target.scale is None else n2 / target.scale / target.scale)
         ws = [(2 * c * root(n2)).unsqueeze(1) * v for v in steepest(rows, norm)]
         longest = length_of(ws).amax()
         h = self.lengths(target, [torch.ones_like(n2).unsqueeze(1)]).amin()
@@ -286,13 +286,27 @@ def require_function(estimator: Estimator, target: Target) -> Callable[..., Tens
     return target.evaluate
 
 
-def first_gradients(y: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    """Return dy/dx for each x, without a graph of its own; None where there is none."""
+def first_gradients(
+    y: Tensor, xs: tuple[Tensor, ...], *, retain: bool = True
+) -> tuple[Tensor | None, ...]:
+    """Return dy/dx for each x, without a graph of its own; None where there is none.
+
+    Args:
+        y: what is summed and differentiated.
+        xs: the variables.
+        retain: whether the graph behind y stays. A compiled one may refuse to.
+
+    Returns:
+        The gradients.
+
+    Raises:
+        RuntimeError: if an operation has none; it says what to do.
+    """
     if not y.requires_grad:
         return (None,) * len(xs)
     with torch.autocast(y.device.type, enabled=False):
         try:
-            return torch.autograd.grad(y.sum(), xs, retain_graph=True, allow_unused=True)
+            return torch.autograd.grad(y.sum(), xs, retain_graph=retain, allow_unused=True)
         except RuntimeError as error:
             raise RuntimeError(graphs.explain(error)) from error
 

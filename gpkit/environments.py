@@ -158,7 +158,7 @@ class EnvironmentPenalty(GradientPenalty):
         real: Any,
         fake: Any,
         weight: float,
-        scale: Tensor | float = 1.0,
+        scale: Tensor | float | None = None,
         *,
         observe: bool = False,
     ) -> tuple[Terms, list[Target]]:

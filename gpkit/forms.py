@@ -50,7 +50,8 @@ class Form:
 
     def __call__(self, squared_norms: Tensor) -> Tensor:
         """Return ``[G]`` values for ``[G]`` squared norms."""
-        return self.value(squared_norms) * self.scale
+        values = self.value(squared_norms)
+        return values if self.scale == 1 else values * self.scale
 
     def observe(self, norms: Tensor) -> None:
         """Take in the norms ``[G]`` of a call before it is valued, where the form has a state."""

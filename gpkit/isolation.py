@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from gpkit.norm_layers import elementary
@@ -125,30 +124,56 @@ def is_compiled(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
 
 
-@contextmanager
-def double_backward(order: int = 1) -> Iterator[None]:
+class double_backward:  # noqa: N801  a context: with double_backward():
     """Choose kernels that have a double backward, or the k + 1 that a penalty of order k needs.
 
-    Fused attention has none (the math kernel has); cuDNN's recurrent nets have none (torch's own
-    have), and cuDNN is left alone until there is a recurrent net. Fused layer norm and batch norm
-    have a wrong third derivative: for order >= 2 they are computed in elementary operations.
+    Fused attention has none (the math kernel has, which sdpa_kernel(SDPBackend.MATH) would choose
+    at eight times the cost of entering); cuDNN's recurrent nets have none (torch's own have), and
+    cuDNN is left alone until there is a recurrent net. Fused layer norm and batch norm have a wrong
+    third derivative: for order >= 2 they are computed in elementary operations.
 
     Args:
         order: k, of the penalty.
-
-    Yields:
-        Nothing.
     """
+
+    def __init__(self, order: int = 1) -> None:
+        self.order = order
+
+    def __enter__(self) -> None:
+        self.others = ExitStack()
+        self.before = [enabled() for enabled, _ in ATTENTION]
+        for (_, enable), wanted in zip(ATTENTION, (True, False, False, False), strict=True):
+            enable(wanted)
+        if torch.backends.cudnn.is_available():
+            self.others.enter_context(without_cudnn())
+        if self.order >= 2:
+            self.others.enter_context(elementary())
+
+    def __exit__(self, *exception: object) -> None:
+        self.others.close()
+        for (_, enable), was in zip(ATTENTION, self.before, strict=True):
+            enable(was)
+
+
+ATTENTION = [
+    (getattr(kernels, f"{name}_sdp_enabled"), getattr(kernels, f"enable_{name}_sdp"))
+    for kernels in (torch.backends.cuda,)
+    for name in ("math", "flash", "mem_efficient", "cudnn")
+]
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Leave cuDNN alone from the first call of a recurrent net on."""
     cudnn = torch.backends.cudnn.enabled
 
-    def without_cudnn(module: nn.Module, _: Any) -> None:
+    def leave(module: nn.Module, _: Any) -> None:
         if isinstance(module, nn.RNNBase):
             torch.backends.cudnn.enabled = False
 
-    hook = register_module_forward_pre_hook(without_cudnn)
+    hook = register_module_forward_pre_hook(leave)
     try:
-        with sdpa_kernel(SDPBackend.MATH), elementary() if order >= 2 else nullcontext():
-            yield
+        yield
     finally:
         hook.remove()
         torch.backends.cudnn.enabled = cudnn

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, TypedDict
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gpkit import checks, graphs, pixels, window
-from gpkit.calls import Call, Of
+from gpkit.calls import Call, Computed, Of
 from gpkit.draws import Source
 from gpkit.effect import acts
 from gpkit.estimators import ESTIMATORS, exact, projection
@@ -24,7 +25,6 @@ from gpkit.terms import Terms
 from gpkit.together import with_loss
 from gpkit.variables import VARIABLES, Variables, inputs, weights
 
-UNSCALED = 1.0
 AXES = ["of", "wrt", "scope", "order", "form", "at", "estimator", "reduce", "weight", "every"]
 
 
@@ -144,7 +144,7 @@ class GradientPenalty:
         real: Any = None,
         fake: Any = None,
         step: int | None = None,
-        scale: Tensor | float = UNSCALED,
+        scale: Tensor | float | None = None,
     ) -> Tensor:
         """Return the penalty, a scalar to add to the loss, and count a step.
 
@@ -185,7 +185,7 @@ class GradientPenalty:
         real: Any = None,
         fake: Any = None,
         step: int | None = None,
-        scale: Tensor | float = UNSCALED,
+        scale: Tensor | float | None = None,
     ) -> Terms | None:
         """Return the terms of a call, and count a step; None where the call would be zero.
 
@@ -257,24 +257,25 @@ class GradientPenalty:
         Args:
             targets: what is differentiated.
             rng: of an estimator that draws.
-            observe: whether the form's state, if it has one, takes the norms in.
+            observe: whether the form's state, if it has one, takes the norms in; and then the
+                norms have no graph.
 
         Returns:
             The norms and the values.
         """
-        squared_norms = torch.cat(
-            [self.estimator.squared_norms(t, self.order, self.form.norm, rng) for t in targets]
-        )
-        if targets[0].scale is not UNSCALED:
-            squared_norms = squared_norms / targets[0].scale / targets[0].scale
-        norms = root(squared_norms)
+        parts = [self.estimator.squared_norms(t, self.order, self.form.norm, rng) for t in targets]
+        squared_norms = torch.cat(parts) if len(parts) > 1 else parts[0]
+        scale = targets[0].scale
+        if scale is not None:
+            squared_norms = squared_norms / scale / scale
+        norms = squared_norms.detach().sqrt() if observe else root(squared_norms)
         if observe:
             self.form.observe(norms)
         return norms, self.form(squared_norms)
 
     def total(self, values: Tensor) -> Tensor:
         """Return one number for the values ``[G]``: their mean or maximum."""
-        return REDUCTIONS[self.reduce](values)
+        return values.reshape(()) if values.shape[0] == 1 else REDUCTIONS[self.reduce](values)
 
     def count_step(self, step: int | None = None) -> float:
         """Count a step, the given or the next one, and return the weight on it."""
@@ -339,14 +340,14 @@ class GradientPenalty:
         real: Any,
         fake: Any,
         weight: float,
-        scale: Tensor | float = UNSCALED,
+        scale: Tensor | float | None = None,
         *,
         observe: bool = False,
     ) -> tuple[Terms, list[Target]]:
         train = torch.is_grad_enabled()
         args = tuple(list(a) if isinstance(a, Iterator) else a for a in args)  # net.parameters()
         seed = self.next_seed()
-        with torch.inference_mode(False), torch.enable_grad():
+        with nullcontext() if train and not torch.is_inference_mode_enabled() else differentiable():
             rng = torch.Generator(device_of(f, args, real, fake)).manual_seed(seed)
             twice = not self.estimator.first_order
             axes = (self.of, self.at, self.scope, rng, seed, self.order, twice)
@@ -361,9 +362,9 @@ class GradientPenalty:
                     )
             if twice and not self._seen_to_act:
                 graphs.require_derivatives(targets[0].y, targets[0].xs, self.order)
-            if scale is not UNSCALED:
+            if scale is not None:
                 targets = [target.scaled(scale) for target in targets]
-            if targets[0].mean:
+            if targets[0].mean and self.estimator.first_order:
                 targets = [replace(target, share=self._share) for target in targets]
             norms, values = self.measure(targets, rng, observe=observe)
             terms = Terms(norms, values, weight, weight * self.total(values))
@@ -392,9 +393,18 @@ class GradientPenalty:
         self._seen_to_act = acts(self, terms, targets) or self._seen_to_act
 
 
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """Let graphs be made, whatever mode is on."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
 def device_of(*values: Any) -> torch.device:
     """Return the device of the first tensor or module among ``values``, else the CPU."""
     for value in values:
+        if isinstance(value, Computed):
+            value = value.value
         if isinstance(value, Tensor):
             return value.device
         if isinstance(value, nn.Module):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gpkit.window import Window
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Target:
     """What is differentiated, with respect to what.
 
@@ -27,9 +27,9 @@ class Target:
         evaluate: gives ``y`` anew, with the same random numbers: at the inputs that it is called
             with, or, called with nothing, at the weights as they are. None where only a graph is.
         pixels: whether every pixel of the ``xs`` ``[G, C, *S]`` has a norm of its own, at order 1.
-        mean: whether the ``y`` of every group is the mean over all: then only their sum is theirs.
+        mean: whether ``y`` is but the sum over the groups, ``[1, 1]``.
         window: the micro-batches, or ranks, whose gradients are averaged with this one's.
-        scale: what ``y`` is multiplied by, to keep small gradients from rounding to zero.
+        scale: what ``y`` was multiplied by, if it was, so that small gradients do not vanish.
         share: n² ``[G]`` -> ∂P/∂n² ``[G]``, constants, P being the reduced value of the penalty.
     """
 
@@ -40,7 +40,7 @@ class Target:
     pixels: bool = False
     mean: bool = False
     window: Window | None = None
-    scale: Tensor | float = 1.0
+    scale: Tensor | float | None = None
     share: Callable[[Tensor], Tensor] | None = None
 
     def scaled(self, scale: Tensor | float) -> Target:
@@ -82,7 +82,10 @@ class Estimator:
 
 def wide(x: Tensor) -> torch.dtype:
     """Return the dtype in which norms are taken: float32 for half precision."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float32 if x.dtype in HALF else x.dtype
+
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 def reduce_rows(rows: object, norm: str) -> Tensor:
@@ -90,7 +93,7 @@ def reduce_rows(rows: object, norm: str) -> Tensor:
     total: Tensor | None = None
     for row in rows:  # type: ignore[attr-defined]
         for part in row:
-            part = part.to(wide(part))
+            part = part.to(wide(part)) if part.dtype in HALF else part
             if norm == "l2":
                 part = part.square().sum(1)
             elif norm == "l1":

@@ -70,7 +70,7 @@ def selected(penalty: GradientPenalty, given: Any) -> Tensor:
 
 def summarised(
     loss: Tensor,
-    scale: Tensor | float = 1.0,
+    scale: Tensor | float | None = None,
     *,
     retain: bool = False,
     windows: Iterable[tuple[Window, Callable[[], Tensor]]] = (),
@@ -88,8 +88,10 @@ def summarised(
     """
     leaves = graphs.leaves(loss)
     with torch.autocast(loss.device.type, enabled=False):
-        grads = torch.autograd.grad(loss.sum() * scale, leaves, retain_graph=retain)
-    grads = tuple(g.to(wide(g)) / scale for g in grads)
+        y = loss.sum() if scale is None else loss.sum() * scale
+        grads = torch.autograd.grad(y, leaves, retain_graph=retain)
+    if scale is not None:
+        grads = tuple(g.to(wide(g)) / scale for g in grads)
     for window, again in windows:
         window.add(again, leaves, grads)
     return known_gradient(loss, leaves, grads)

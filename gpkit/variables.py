@@ -40,7 +40,6 @@ class inputs:  # noqa: N801  variables read as functions: wrt=weights("classifie
         if isinstance(call.f, Computed):
             xs, mean = self.given(call), call.f.mean
             y = call.selected(call.f.value)
-            y = y.expand(len(xs[0])) if mean else y
             evaluate = partial(self.evaluated, call)
         elif call.computed:
             xs = self.given(call)
@@ -53,7 +52,7 @@ class inputs:  # noqa: N801  variables read as functions: wrt=weights("classifie
                 evaluate = partial(self.evaluated, call)
         else:
             raise TypeError(f"expected a tensor or a callable; got a {type(call.f).__name__}")
-        columns = self.columns(y, len(xs[0]), call.of)
+        columns = summed(y, xs) if mean else self.columns(y, len(xs[0]), call.of)
         if call.scope == "pixel":
             require_images(xs)
         yield Target(columns, xs, True, evaluate, pixels=call.scope == "pixel", mean=mean)
@@ -70,7 +69,7 @@ class inputs:  # noqa: N801  variables read as functions: wrt=weights("classifie
         """Return ``[B, m]`` at some points; the same random numbers are drawn at all of them."""
         y, _ = call.run(xs, xs[0].device, self)
         if isinstance(call.f, Computed) and call.f.mean:
-            y = y.expand(len(xs[0]))
+            return summed(y, xs)
         return self.columns(y, len(xs[0]), call.of)
 
     def given(self, call: Call) -> Points:
@@ -129,6 +128,11 @@ class inputs:  # noqa: N801  variables read as functions: wrt=weights("classifie
                 f"{list(y.shape)}: use per-sample losses, or gpkit.jacobian for outputs"
             )
         return y.reshape(batch, -1)
+
+
+def summed(mean: Tensor, xs: Points) -> Tensor:
+    """Return the sum ``[1, 1]`` over the samples of what one number is the mean of."""
+    return (mean * xs[0].shape[0]).reshape(1, 1)
 
 
 @dataclass(frozen=True)
@@ -212,7 +216,9 @@ class weights:  # noqa: N801
         else:
             given = [given] if isinstance(given, Tensor) else list(given)
             named = {str(i): p for i, p in enumerate(given)}
-        chosen = {n: p for n, p in named.items() if fnmatch.fnmatchcase(n, self.match)}
+        chosen: dict[str, Any] = named
+        if self.match != "*":
+            chosen = {n: p for n, p in named.items() if fnmatch.fnmatchcase(n, self.match)}
         if not chosen:
             hint = checks.nearest(self.match, named)
             raise ValueError(

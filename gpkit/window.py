@@ -51,7 +51,7 @@ class Window:
             self._sums[leaf] = self._sums[leaf] + grad if leaf in self._sums else grad
 
     def mean(
-        self, grads: Sequence[Tensor], xs: Sequence[Tensor], scale: Tensor | float
+        self, grads: Sequence[Tensor], xs: Sequence[Tensor], scale: Tensor | float | None
     ) -> list[Tensor]:
         """Return ḡ, a constant in float32 or better: of the earlier gradients, and these.
 
@@ -66,7 +66,7 @@ class Window:
         means = [g.detach().to(wide(g)) for g in grads]
         for i, x in enumerate(xs):
             if x in self._sums:
-                means[i] = means[i] + self._sums[x] * scale
+                means[i] = means[i] + scaled(self._sums[x], scale)
         if self.ranks and torch.distributed.is_available() and torch.distributed.is_initialized():
             flat = torch.cat([g.reshape(-1) for g in means])
             torch.distributed.all_reduce(flat)
@@ -91,7 +91,7 @@ class Window:
         n2 = n2 + along(local)
         sums: dict[Tensor, Tensor] = {}
         for again in self._again:
-            y = again() * target.scale
+            y = scaled(again(), target.scale)
             part = along(gradients(y, target.xs))
             leaves = graphs.leaves(part)
             for leaf, grad in zip(leaves, first_gradients(part, tuple(leaves)), strict=True):
@@ -101,18 +101,26 @@ class Window:
             n2 = n2 + known_gradient(torch.zeros_like(n2), list(sums), list(sums.values()))
         return n2
 
-    def earlier(self, leaves: Sequence[Tensor], scale: Tensor | float) -> list[Tensor]:
+    def earlier(self, leaves: Sequence[Tensor], scale: Tensor | float | None) -> list[Tensor]:
         """Return the sum of the earlier micro-batches' gradients, times ``scale``."""
         zeros = [torch.zeros_like(x, dtype=wide(x)) for x in leaves]
-        return [self._sums.get(x, zero) * scale for x, zero in zip(leaves, zeros, strict=True)]
+        return [
+            scaled(self._sums.get(x, zero), scale) for x, zero in zip(leaves, zeros, strict=True)
+        ]
 
-    def earlier_now(self, leaves: Sequence[Tensor], scale: Tensor | float) -> list[Tensor]:
+    def earlier_now(self, leaves: Sequence[Tensor], scale: Tensor | float | None) -> list[Tensor]:
         """Return that sum at the weights as they are: each micro-batch is run again."""
         totals = [torch.zeros_like(x, dtype=wide(x)) for x in leaves]
         for again in self._again:
-            grads = known(first_gradients(again() * scale, tuple(leaves)), leaves)
+            y = scaled(again(), scale)
+            grads = known(first_gradients(y, tuple(leaves), retain=False), leaves)
             totals = [t + g for t, g in zip(totals, grads, strict=True)]
         return totals
+
+
+def scaled(x: Tensor, scale: Tensor | float | None) -> Tensor:
+    """Return ``x`` times a scale, if there is one."""
+    return x if scale is None else x * scale
 
 
 def window_of(call: Call) -> Window | None:

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor
 
 from gpkit.captures import Named
 from gpkit.estimators import taylor
-from gpkit.lightning.probe import Seen
+from gpkit.lightning.passes import activation_names
+from gpkit.lightning.probe import Needs, Seen
 from gpkit.penalty import GradientPenalty
 from gpkit.variables import weights
 from gpkit.window import POOLED
+
+
+def needs(penalties: Collection[GradientPenalty]) -> Needs:
+    """Return what penalties need of a training step."""
+    named = [n for p in penalties if not calls_net(p) for n in activation_names(p)]
+    return Needs(
+        max((p.order for p in penalties if not p.estimator.first_order), default=0),
+        any(map(wants_input, penalties)),
+        any(map(wants_output, penalties)),
+        tuple(dict.fromkeys(named)),
+        any(map(replays, penalties)),
+    )
 
 
 def in_weights(penalty: GradientPenalty) -> bool:

@@ -91,7 +91,7 @@ class GradientPenaltyCallback(Callback):
             if manual_backward is None
             else checks.integer("manual_backward=...", manual_backward, 0)
         )
-        self._replaced: tuple[Any, dict[str, Any]] | None = None
+        self._replaced: tuple[Any, dict[str, Any], PenalisedStep] | None = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Take the place of the module's ``training_step``."""
@@ -110,7 +110,7 @@ class GradientPenaltyCallback(Callback):
             pl_module.__dict__[STEP] = wraps(original)(partial(step.manual, original))
             which = self.manual_backward or 0
             pl_module.__dict__[BACKWARD] = wraps(backward)(partial(step.backward, backward, which))
-        self._replaced = pl_module, own
+        self._replaced = pl_module, own, step
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Give the module its ``training_step`` back."""
@@ -132,7 +132,8 @@ class GradientPenaltyCallback(Callback):
 
     def _give_back(self) -> None:
         if self._replaced is not None:
-            module, own = self._replaced
+            module, own, step = self._replaced
+            step.traces.remove()
             for name in (STEP, BACKWARD):
                 module.__dict__.pop(name, None)
             module.__dict__.update(own)

@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What penalties need of a training step, all together.
+
+    Args:
+        order: the highest order of those that are differentiated twice; 0 where none is.
+        x: whether the net's input is differentiated in.
+        output: whether the net's output is differentiated.
+        activations: names of submodules.
+        state: whether the step may be run again, with the same random numbers.
+    """
+
+    order: int = 0
+    x: bool = False
+    output: bool = False
+    activations: tuple[str, ...] = ()
+    state: bool = False
+
+    @property
+    def watch(self) -> bool:
+        """Whether the net has to be watched."""
+        return self.x or self.output or bool(self.activations)
 
 
 @dataclass
@@ -30,16 +54,7 @@ class Seen:
     problems: list[str] = field(default_factory=list)
 
 
-@contextmanager
-def watched(
-    net: nn.Module,
-    title: str,
-    *,
-    x: bool = False,
-    output: bool = False,
-    activations: Iterable[str] = (),
-    moved: Mapping[str, Tensor] | None = None,
-) -> Iterator[Seen]:
+class watched:  # noqa: N801  a context: with watched(net, ...) as seen
     """Watch a net while it runs. No hook is left behind.
 
     An input that has no graph is replaced by a leaf that requires grad, and so is an activation;
@@ -49,26 +64,33 @@ def watched(
     Args:
         net: what is watched.
         title: how a problem calls it.
-        x: whether its input is to be differentiated in.
-        output: whether its output is asked for.
-        activations: names of its submodules.
+        needs: whether its input and its output are needed, and which activations.
         moved: other values to compute with: of the input under the name "", of activations.
-
-    Yields:
-        What was seen, complete when the block ends.
     """
-    seen, moved = Seen(), moved or {}
-    with ExitStack() as stack:
-        if x or "" in moved:
-            enter = partial(_enter, seen, title, moved.get(""))
-            hook = net.register_forward_pre_hook(enter, with_kwargs=True)
-            stack.callback(hook.remove)
-        if output:
-            stack.callback(net.register_forward_hook(partial(_leave, seen)).remove)
-        for name in activations:
+
+    def __init__(
+        self, net: nn.Module, title: str, needs: Needs, moved: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self.net, self.title, self.needs, self.moved = net, title, needs, moved or {}
+
+    def __enter__(self) -> Seen:
+        """Return what is seen, complete when the block ends."""
+        seen, net, moved = Seen(), self.net, self.moved
+        self.hooks: list[RemovableHandle] = []
+        if self.needs.x:
+            enter = partial(_enter, seen, self.title, moved.get(""))
+            self.hooks.append(net.register_forward_pre_hook(enter, with_kwargs=True))
+        if self.needs.output:
+            self.hooks.append(net.register_forward_hook(partial(_leave, seen)))
+        for name in self.needs.activations:
             catch = partial(_catch, seen, name, moved.get(name))
-            stack.callback(net.get_submodule(name).register_forward_hook(catch).remove)
-        yield seen
+            self.hooks.append(net.get_submodule(name).register_forward_hook(catch))
+        return seen
+
+    def __exit__(self, *exception: object) -> None:
+        """Take the hooks back."""
+        for hook in self.hooks:
+            hook.remove()
 
 
 def _enter(

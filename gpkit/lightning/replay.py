@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,25 +44,46 @@ def with_loss_of(output: Any, loss: Tensor) -> Any:
     return {**output, "loss": loss} if isinstance(output, Mapping) else loss
 
 
-@contextmanager
-def untraced(module: nn.Module) -> Iterator[None]:
-    """Let a step of a LightningModule log nothing, and give its metrics their state back."""
-    names = [name for name in ("log", "log_dict") if name not in module.__dict__]
-    metrics = [m for m in module.modules() if isinstance(m, Metric)]
-    states = [_state(m) for m in metrics]
-    for name in names:
-        module.__dict__[name] = _silent
-    try:
-        yield
-    finally:
-        for name in names:
-            del module.__dict__[name]
-        for metric, state in zip(metrics, states, strict=True):
-            metric.__dict__.update(state)
+class Traces:
+    """What a training step leaves behind, its logs and the state of its metrics, held back at will.
+
+    Args:
+        module: the LightningModule. Its ``log`` and ``log_dict`` pass through here until `remove`,
+            as the same functions all the time: a compiled step is not compiled anew.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.silent = False
+        self._own = {name: module.__dict__[name] for name in LOGS if name in module.__dict__}
+        for name in LOGS:
+            module.__dict__[name] = partial(self._log, getattr(module, name))
+
+    def remove(self) -> None:
+        """Give the module its own functions back."""
+        for name in LOGS:
+            self.module.__dict__.pop(name, None)
+        self.module.__dict__.update(self._own)
+
+    def _log(self, log: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        if not self.silent:
+            log(*args, **kwargs)
+
+    @contextmanager
+    def none(self) -> Iterator[None]:
+        """Let a step leave no traces."""
+        metrics = [m for m in self.module.modules() if isinstance(m, Metric)]
+        states = [_state(m) for m in metrics]
+        self.silent = True
+        try:
+            yield
+        finally:
+            self.silent = False
+            for metric, state in zip(metrics, states, strict=True):
+                metric.__dict__.update(state)
 
 
-def _silent(*args: Any, **kwargs: Any) -> None:
-    """Log nothing."""
+LOGS = ("log", "log_dict")
 
 
 def _state(metric: Metric) -> dict[str, Any]:
@@ -73,19 +95,20 @@ def _state(metric: Metric) -> dict[str, Any]:
     }
 
 
-def losses_of(module: nn.Module, made: Made) -> Tensor:
+def losses_of(module: nn.Module, made: Made, traces: Traces) -> Tensor:
     """Return the loss of each sample, ``[B]``, of a step made on every sample alone.
 
     Args:
-        module: the LightningModule.
+        module: the LightningModule, named for the isolation of what is called.
         made: the step. Its batch is the first argument.
+        traces: of the module.
 
     Returns:
         The losses.
     """
     named = {**made.kwargs, **({"batch": made.args[0]} if made.args else {})}
     losses = []
-    with untraced(module):
+    with traces.none():
         for sample in samples_of(named["batch"]):
             if made.args:
                 output = made.step(sample, *made.args[1:], **made.kwargs)

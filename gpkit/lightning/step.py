@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.compiler import set_stance
 
 from gpkit.calls import Computed
 from gpkit.captures import Named
-from gpkit.isolation import double_backward, isolated, random_state
+from gpkit.isolation import double_backward, is_compiled, isolated, random_state
 from gpkit.lightning import asked
 from gpkit.lightning.findings import at_step, refuse
-from gpkit.lightning.passes import activation_names
-from gpkit.lightning.probe import Seen, watched
-from gpkit.lightning.replay import Made, Step, loss_of, losses_of, untraced, with_loss_of
+from gpkit.lightning.probe import Needs, Seen, watched
+from gpkit.lightning.replay import Made, Step, Traces, loss_of, losses_of, with_loss_of
 from gpkit.penalty import GradientPenalty, Terms
 from gpkit.together import summarised
 from gpkit.window import POOLED, Window
@@ -43,12 +44,26 @@ class PenalisedStep:
         self.trainer = trainer
         self.module = module
         self.penalties = penalties
-        self.net: nn.Module | None = dict(module.named_modules()).get(name or "")
+        self.net: nn.Module = dict(module.named_modules()).get(name or "", module)
         self.title = f"the submodule {name!r}" if name else f"the {type(module).__name__} itself"
         self.problems = problems
         self.windows: dict[str, Window] = {}
-        self._drawn: tuple[int, dict[str, int]] = (-1, {})  # a batch, and the draws before it
+        self._drawn: tuple[int, list[int]] = (-1, [])  # a batch, and the draws before it
+        self._at: int | None = 0  # the optimiser step
+        self._divides = any(hasattr(p.weight, "loss_scale") for p in penalties.values())
+        # A compiled net has neither hooks nor a double backward.
+        self._compiled = any(map(is_compiled, module.modules())) or hasattr(
+            module.training_step, "_torchdynamo_orig_callable"
+        )
         self._first = True
+        if self._compiled and any(self._runs_eager(p) for p in penalties.values()):
+            rank_zero_warn(
+                "penalties by double backprop, in inputs or in activations run a compiled module "
+                "uncompiled; estimator='finite_difference' in the weights runs it compiled"
+            )
+        self.traces = Traces(module)
+        self._known: dict[tuple[str, ...], Needs] = {}
+        self._parameters: list[Tensor] = []
         self._manual: tuple[Made, Seen] | None = None
         self._calls = 0
 
@@ -59,10 +74,11 @@ class PenalisedStep:
             return step(*args, **kwargs)
         self._repeat_draws(acting)
         made = Made(step, args, kwargs)
-        if any(map(asked.replays, acting.values())):
+        needs = self._needs(acting)
+        if needs.state:
             made.state = random_state(self.module.device)
         try:
-            with self._watched(acting.values()) as seen:
+            with self._watched(needs) as seen:
                 output = step(*args, **kwargs)
         except Exception as error:
             refuse(self.problems, error)  # of which the error may be a consequence
@@ -75,7 +91,7 @@ class PenalisedStep:
     def manual(self, step: Step, *args: Any, **kwargs: Any) -> Any:
         """Run a training step that optimises manually, and watch it."""
         self._calls = 0
-        with self._watched(self.penalties.values()) as seen:
+        with self._watched(self._needs(self.penalties)) as seen:
             self._manual = Made(step, args, kwargs), seen
             return step(*args, **kwargs)
 
@@ -93,6 +109,7 @@ class PenalisedStep:
     def _acting(self) -> Acting:
         """Return the penalties that act on this step; the others count it."""
         step, acting = self._step(), {}
+        self._at = step
         for name, penalty in self.penalties.items():
             if penalty.weight_at(penalty.step if step is None else step):
                 acting[name] = penalty
@@ -104,41 +121,44 @@ class PenalisedStep:
         """Draw the same numbers where a closure is called again for a batch, as LBFGS does."""
         now = self.trainer.fit_loop.total_batch_idx
         if self._drawn[0] == now:
-            for name, draws in self._drawn[1].items():
-                self.penalties[name].draws = draws
+            for penalty, draws in zip(acting.values(), self._drawn[1], strict=True):
+                penalty.draws = draws
         else:
-            self._drawn = now, {name: penalty.draws for name, penalty in acting.items()}
+            self._drawn = now, [penalty.draws for penalty in acting.values()]
 
     @contextmanager
-    def _watched(
-        self, penalties: Iterable[GradientPenalty], moved: Mapping[str, Tensor] | None = None
-    ) -> Iterator[Seen]:
+    def _watched(self, needs: Needs, moved: Mapping[str, Tensor] | None = None) -> Iterator[Seen]:
         """Watch the net, on kernels that the penalties can differentiate."""
-        penalties = [p for p in penalties if self.net is not None]
-        twice = [p.order for p in penalties if not p.estimator.first_order]
-        x = any(map(asked.wants_input, penalties))
-        output = any(map(asked.wants_output, penalties))
-        named = dict.fromkeys(
-            n for p in penalties if not asked.calls_net(p) for n in activation_names(p)
-        )
-        with ExitStack() as stack:
-            if twice:
-                stack.enter_context(double_backward(max(twice)))
-            if twice or x or output or named:  # a compiled net has no hooks, no double backward
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            net = self.net or self.module
-            yield stack.enter_context(
-                watched(net, self.title, x=x, output=output, activations=named, moved=moved)
-            )
+        seeing = watched(self.net, self.title, needs, moved)
+        if self._compiled and (needs.order or needs.watch):
+            with double_backward(needs.order), set_stance("force_eager"), seeing as seen:
+                yield seen
+        elif needs.order:
+            with double_backward(needs.order), seeing as seen:
+                yield seen
+        else:
+            with seeing as seen:
+                yield seen
+
+    def _runs_eager(self, penalty: GradientPenalty) -> bool:
+        needs = asked.needs([penalty])
+        return needs.order > 0 or needs.watch
+
+    def _needs(self, acting: Acting) -> Needs:
+        """Return what penalties need, of which the same ones mostly act."""
+        names = tuple(acting)
+        if names not in self._known:
+            self._known[names] = asked.needs(acting.values())
+        return self._known[names]
 
     def _penalised(self, made: Made, seen: Seen, loss: Tensor, acting: Acting) -> Tensor:
         """Return the loss with the penalties that act."""
         if self._first or seen.problems:
-            wants_x = any(map(asked.wants_input, acting.values()))
+            wants_x = self._needs(acting).x
             found = at_step(self.module, self.title, loss, seen, wants_x=wants_x)
             refuse([*self.problems, *found])
             self._first = not acting
-        step, scale = self._step(), self._scale(loss)
+        step, scale = self._at, self._scale(loss)
         last = not self.trainer.fit_loop._should_accumulate()
         pooled = {n: p for n, p in acting.items() if p.scope in POOLED}
         waiting = {} if last else pooled
@@ -163,8 +183,8 @@ class PenalisedStep:
             measure = getattr(penalty.weight, "measure", None)
             if measure is not None:
                 measure(base, term.penalty, self.module.parameters(), penalty.step - 1)
-        divisor = max((p.loss_scale() for p in self.penalties.values()), default=1.0)
-        total = total if divisor == 1 else total / divisor
+        if self._divides:
+            total = total / max(p.loss_scale() for p in self.penalties.values())
         if last:
             self.windows.clear()
             self._log(total, terms)
@@ -177,9 +197,11 @@ class PenalisedStep:
         again = partial(self.again, self.module, made, penalty)
         if asked.in_weights(penalty):
             if asked.one_by_one(penalty):
-                return [partial(losses_of, self.module, made), self.net]
+                return [partial(losses_of, self.module, made, self.traces), self.net]
             window = self._window(name, penalty) if penalty.scope in POOLED else None
-            return [Computed(value, again, made.state, window=window), self.net]
+            f = Computed(value, again, made.state, window=window)
+            named = getattr(penalty.wrt, "match", "*") != "*"
+            return [f, self.net if named else self._all()]
         wrt, mean = penalty.wrt, penalty.of == "loss"
         x = seen.activations[wrt.name] if isinstance(wrt, Named) else seen.x
         assert x is not None
@@ -188,6 +210,12 @@ class PenalisedStep:
         if penalty.at.moves:  # L there, for each sample, has the right sum
             return [lambda z: again(z).expand(len(z)), x.detach()]
         return [Computed(value, again, made.state, mean=mean), x]
+
+    def _all(self) -> list[Tensor]:
+        """Return the parameters of the net, which are looked up once."""
+        if not self._parameters:
+            self._parameters = list(self.net.parameters())
+        return self._parameters
 
     def again(self, module: nn.Module, made: Made, penalty: GradientPenalty, *xs: Tensor) -> Any:
         """Return what a penalty differentiates, of a step made again, at other inputs if given.
@@ -202,7 +230,7 @@ class PenalisedStep:
             The loss, or what the net gives.
         """
         moved = {getattr(penalty.wrt, "name", ""): xs[0]} if xs else None
-        with untraced(module), self._watched([penalty], moved) as seen:
+        with self.traces.none(), self._watched(asked.needs([penalty]), moved) as seen:
             output = made.step(*made.args, **made.kwargs)
         return asked.value(penalty, seen, loss_of(output))
 
@@ -216,16 +244,15 @@ class PenalisedStep:
         size = self.trainer.accumulate_grad_batches
         return self.windows.setdefault(name, Window(size, ranks=penalty.scope == "global"))
 
-    def _scale(self, loss: Tensor) -> Tensor | float:
+    def _scale(self, loss: Tensor) -> Tensor | None:
         """Return the scale of the gradient scaler, without waiting for the device."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        return 1.0 if scaler is None else scaler.scale(torch.ones((), device=loss.device))
+        return None if scaler is None else scaler.scale(torch.ones((), device=loss.device))
 
     def _log(self, total: Tensor, terms: Mapping[str, Terms | None]) -> None:
         """Log the total and the penalties, on the steps that the trainer logs."""
-        every = getattr(self.trainer, "log_every_n_steps", 0)
-        step = self._step()
-        if step is not None and (every == 0 or (step + 1) % every):
+        every = self.trainer.log_every_n_steps
+        if self._at is not None and (every == 0 or (self._at + 1) % every):
             return
         log = self.module.log
         log("train/loss_total", total.detach())
