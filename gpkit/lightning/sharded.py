@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 from gpkit import graphs
 from gpkit.differences import SIGNS, finite_difference, spacing
+from gpkit.environments import EnvironmentPenalty
 from gpkit.forms import root
 from gpkit.isolation import isolated
 from gpkit.penalty import GradientPenalty
@@ -22,6 +23,7 @@ from gpkit.terms import Terms
 from gpkit.variables import Computed, weights
 
 Entry = Callable[[Tensor], Tensor]
+Gradient = Mapping[Tensor, Tensor | None]  # of every trained weight; None where nothing arrived
 
 
 def is_sharded(net: nn.Module) -> bool:
@@ -32,9 +34,10 @@ def is_sharded(net: nn.Module) -> bool:
 def refusals(net: nn.Module, penalties: Mapping[str, GradientPenalty]) -> list[str]:
     """Return what stands in the way of penalties on a sharded net: a line for each finding.
 
-    FSDP2 computes with copies of the weights that it gathers and frees again, so that the shards
-    which are trained are in no graph: there is nothing to differentiate twice. Gradients arrive at
-    them averaged over all processes, and that average is all that a penalty can see.
+    FSDP2 computes with copies of the weights that it gathers before a forward or a backward pass
+    and frees after it: a graph cannot be passed twice, and the shards that are trained are not in
+    it. Gradients arrive at the shards averaged over the processes; no other gradient in the weights
+    is to be had. Finite differences in the inputs take plain forwards, and are as they always are.
 
     Args:
         net: a module to which, or inside of which, ``fully_shard`` was applied.
@@ -45,34 +48,33 @@ def refusals(net: nn.Module, penalties: Mapping[str, GradientPenalty]) -> list[s
     """
     found = []
     for name, penalty in penalties.items():
-        here, wrt = f"penalty {name!r} under FSDP:", type(penalty.wrt).__name__
-        if not isinstance(penalty.wrt, weights):
-            found.append(f"{here} a penalty in the weights was expected; got wrt={wrt}: use DDP")
-        elif not isinstance(penalty.estimator, finite_difference):
+        here = f"penalty {name!r} under FSDP:"
+        if isinstance(penalty, EnvironmentPenalty):
+            continue  # it differentiates in the logits, not through the net
+        if not isinstance(penalty.estimator, finite_difference):
+            kind = type(penalty.estimator).__name__
             found.append(
-                f"{here} the sharded weights are in no graph to differentiate twice; got "
-                f"estimator={type(penalty.estimator).__name__}(): use "
-                "estimator='finite_difference', or DDP"
+                f"{here} double backprop needs the gathered weights twice, and FSDP frees them "
+                f"after one backward; got {kind}(): use estimator='finite_difference', or DDP"
             )
+        if not isinstance(penalty.wrt, weights):
+            continue
         if penalty.of not in ("loss", "output"):
             found.append(f"{here} of='loss' was expected; got of={penalty.of!r}: use DDP")
         if penalty.scope == "sample":
             found.append(
-                f"{here} gradients arrive averaged over all processes; got scope='sample': use "
+                f"{here} gradients arrive averaged over the processes; got scope='sample': use "
                 "scope='global', or DDP"
             )
         if hasattr(penalty.weight, "measure"):
-            found.append(
-                f"{here} a number or a schedule was expected; got "
-                f"weight={type(penalty.weight).__name__}(): use a number"
-            )
-    whole = [
-        n for n, p in net.named_parameters() if p.requires_grad and not isinstance(p, DTensor)
-    ]
+            kind = type(penalty.weight).__name__
+            found.append(f"{here} a weight that measures gradients, {kind}(), needs DDP")
+    trained = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
+    whole = [n for n, p in trained if not isinstance(p, DTensor)]
     if whole:
         found.append(
-            f"under FSDP all trained parameters must be sharded; {', '.join(whole)} would not be "
-            "averaged over the processes: apply fully_shard to a module that holds them"
+            f"under FSDP every trained parameter must be sharded; not sharded, and so not averaged "
+            f"over the processes: {', '.join(whole)}: apply fully_shard to what holds them"
         )
     return found
 
@@ -123,77 +125,93 @@ class ShardedWeights:
             returned with its own graph.
 
         Raises:
-            RuntimeError: if no gradient arrives at the weights of a penalty.
+            RuntimeError: if the loss has no graph, or no gradient arrives at the weights of one.
         """
         factors = {name: penalty.count_step(step) for name, penalty in penalties.items()}
         terms: dict[str, Terms | None] = dict.fromkeys(penalties)
         if not any(factors.values()):
             return given.value, terms
-        trained = [p for p in self.parameters if p.requires_grad]
+        if not given.value.requires_grad:
+            raise RuntimeError(
+                "the penalty has nothing to differentiate: the loss has no graph. Was it computed "
+                "under no_grad, or detached?"
+            )
         epsilon = spacing(given.value, *graphs.leaves(given.value))
-        here = self.gradient(given.value, trained)
+        here = self.gradient(given.value)
         for name, weight in factors.items():
             if weight:
-                terms[name] = self.term(penalties[name], weight, given, trained, here, epsilon)
-        return known_gradient(given.value, trained, known(here, trained)), terms
+                terms[name] = self.term(penalties[name], weight, given, here, epsilon)
+        return known_gradient(given.value, list(here), known(here, here)), terms
 
     def term(
         self,
         penalty: GradientPenalty,
         weight: float,
         given: Computed,
-        trained: list[nn.Parameter],
-        here: list[Tensor | None],
+        here: Gradient,
         epsilon: float,
     ) -> Terms:
-        """Return the terms of one penalty, given the gradient of the loss."""
-        assert isinstance(penalty.estimator, finite_difference)
-        difference = penalty.estimator
-        chosen = penalty.wrt.chosen(self.net)
-        places = [next(i for i, p in enumerate(trained) if p is x) for x in chosen]
-        if all(here[i] is None for i in places):
+        """Return the terms of one penalty, whose factor is ``weight``.
+
+        Args:
+            penalty: in the weights, by finite differences.
+            weight: λ on this step, not zero.
+            given: the loss, and how it is computed anew.
+            here: the gradient of the loss.
+            epsilon: the spacing at one of the numbers that the loss is computed in.
+
+        Returns:
+            The terms, G = 1.
+
+        Raises:
+            RuntimeError: if no gradient has arrived at its weights.
+        """
+        wrt, difference = penalty.wrt, penalty.estimator
+        assert isinstance(wrt, weights)
+        assert isinstance(difference, finite_difference)
+        chosen = wrt.chosen(self.net)
+        if all(here[x] is None for x in chosen):
             raise RuntimeError(
                 "no gradient arrived at the sharded weights of a penalty: does the loss depend on "
                 "them, and is set_requires_gradient_sync(True) on?"
             )
-        grads = [known(here, trained)[i] for i in places]
-        n, directions = steepest(grads, penalty.form.norm)
-        moving = length_of(directions)
-        h = difference.length(length_of(chosen) / sum(x.numel() for x in chosen) ** 0.5, epsilon)
-        h = h / torch.where(moving > 0, moving, torch.ones_like(moving))
+        n, directions = steepest(known(here, chosen), penalty.form.norm)
+        size = length_of(chosen) / sum(x.numel() for x in chosen) ** 0.5
+        length = length_of(directions)
+        h = difference.length(size, epsilon) / torch.where(length > 0, length, 1)
 
         def along(sign: float) -> list[Tensor]:
             if sign == 0:
-                return known(here, trained)
+                return known(here, here)
             moves = [(h * sign * v).to(x.dtype) for x, v in zip(chosen, directions, strict=True)]
             with self.gathered_anew(), perturbed(shards(chosen), shards(moves)):
                 again = isolated(given.function, given.state, given.value.device, twice=False)
                 with torch.enable_grad(), again:
                     loss = given.function()
-                return known(self.gradient(loss, trained), trained)
+                return known(self.gradient(loss), here)
 
         a, b = SIGNS[difference.side]
         factor = 2 * n / ((b - a) * h)
         pairs = zip(along(a), along(b), strict=True)
-        slopes = [(after - before).to(wide(after)) * factor for before, after in pairs]
-        n2 = known_gradient(n.square().reshape(1), trained, slopes)
+        slopes = [(after.to(wide(after)) - before) * factor for before, after in pairs]
+        n2 = known_gradient(n.square().reshape(1), list(here), slopes)
         norms = root(n2).detach()
         penalty.form.observe(norms)
         values = penalty.form(n2)
         penalty.observe(norms)
         return Terms(norms, values, weight, weight * penalty.total(values))
 
-    def gradient(self, loss: Tensor, trained: Sequence[Tensor]) -> list[Tensor | None]:
+    def gradient(self, loss: Tensor) -> Gradient:
         """Return the gradient of a loss, averaged over the processes; ``.grad`` is untouched."""
-        kept = [p.grad for p in trained]
-        for p in trained:
+        kept = {p: p.grad for p in self.parameters if p.requires_grad}
+        for p in kept:
             p.grad = None
         try:
             with self.gathered_anew(), torch.autocast(loss.device.type, enabled=False):
                 loss.backward()
-            return [p.grad for p in trained]
+            return {p: p.grad for p in kept}
         finally:
-            for p, grad in zip(trained, kept, strict=True):
+            for p, grad in kept.items():
                 p.grad = grad
 
     @contextmanager
@@ -207,10 +225,10 @@ class ShardedWeights:
                     module.reshard()
 
 
-def known(grads: Sequence[Tensor | None], xs: Sequence[Tensor]) -> list[Tensor]:
-    """Return gradients with zeros where there are none."""
-    pairs = zip(grads, xs, strict=True)
-    return [torch.zeros_like(x.detach()) if g is None else g for g, x in pairs]
+def known(gradient: Gradient, xs: Iterable[Tensor]) -> list[Tensor]:
+    """Return the parts of a gradient in some weights, zeros where there are none."""
+    pairs = [(x, gradient[x]) for x in xs]
+    return [torch.zeros_like(x.detach()) if g is None else g for x, g in pairs]
 
 
 def shards(tensors: Sequence[Tensor]) -> list[Tensor]:
