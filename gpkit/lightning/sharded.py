@@ -27,7 +27,11 @@ Gradient = Mapping[Tensor, Tensor | None]  # of every trained weight; None where
 
 
 def is_sharded(net: nn.Module) -> bool:
-    """Whether FSDP2's ``fully_shard`` was applied to a module or to one inside of it."""
+    """Whether FSDP2's ``fully_shard`` was applied to a module or to one inside of it.
+
+    >>> is_sharded(nn.Linear(2, 1))
+    False
+    """
     return any(isinstance(module, FSDPModule) for module in net.modules())
 
 
@@ -90,10 +94,15 @@ class ShardedWeights:
     is differentiated by FSDP's own backward, each time anew: two forward and backward passes in
     all with one penalty (three for "central"), one more (two) for each further one. The shards are
     moved where they lie, and given back bit for bit, also after an error; n and h take an
-    all-reduce of a few numbers.
+    all-reduce of a few numbers. In a training step::
+
+        before = random_state(device)
+        given = Computed(closure(), closure, before)
+        loss, terms = sharded_weights.terms({"gp": penalty}, given)
 
     Args:
-        net: a module to which, or inside of which, ``fully_shard`` was applied.
+        net: a module to which, or inside of which, ``fully_shard`` was applied. Its parameters are
+            taken as they are now, so this comes before the first step.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -115,7 +124,8 @@ class ShardedWeights:
 
         Args:
             penalties: in the weights, by finite differences, by name.
-            given: the loss ``[]`` of this process's samples, how it is computed anew, and the state
+            given: the loss ``[]`` of this process's samples, how it is computed anew (without a
+                trace in logs and metrics; buffers and random numbers are seen to), and the state
                 of the random numbers before it.
             step: the optimiser step; None counts the calls.
 
