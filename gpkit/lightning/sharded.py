@@ -27,7 +27,7 @@ Gradient = Mapping[Tensor, Tensor | None]  # of every trained weight; None where
 
 
 def is_sharded(net: nn.Module) -> bool:
-    """Whether FSDP2's ``fully_shard`` was applied to a module or to one inside of it.
+    """Return whether FSDP2's ``fully_shard`` was applied to a module or to one inside of it.
 
     >>> is_sharded(nn.Linear(2, 1))
     False
