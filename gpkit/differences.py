@@ -188,15 +188,22 @@ class finite_difference(Estimator):  # noqa: N801  as estimator=finite_differenc
     def lengths(self, target: Target, directions: Rows) -> Tensor:
         """Return h ``[G]``: the length of the step is h·‖v‖."""
         length = length_of(directions)
-        if self.step is None:
-            rows = [as_rows(x.detach().to(wide(x)), target.batched) for x in target.xs]
-            size = length_of(rows) / sum(row.shape[1] for row in rows) ** 0.5
-            epsilon = spacing(target.y, *target.xs)
-            step = epsilon ** (1 / 3) / 2 if self.side == "central" else 2 * epsilon**0.5
-            step = step * size.clamp(min=1)
-        else:
-            step = torch.full_like(length, self.step)
+        rows = [as_rows(x.detach().to(wide(x)), target.batched) for x in target.xs]
+        size = length_of(rows) / sum(row.shape[1] for row in rows) ** 0.5
+        step = self.length(size, spacing(target.y, *target.xs))
         return step / torch.where(length > 0, length, torch.ones_like(length))
+
+    def length(self, size: Tensor, epsilon: float) -> Tensor:
+        """Return the Euclidean length of the step, in the shape of ``size``.
+
+        Args:
+            size: the root mean square of the entries that are moved.
+            epsilon: the spacing at one of the numbers that the function is computed in.
+        """
+        if self.step is not None:
+            return torch.full_like(size, self.step)
+        step = epsilon ** (1 / 3) / 2 if self.side == "central" else 2 * epsilon**0.5
+        return step * size.clamp(min=1)
 
 
 SIGNS = {"forward": (0.0, 1.0), "backward": (-1.0, 0.0), "central": (-1.0, 1.0)}
