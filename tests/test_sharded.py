@@ -18,9 +18,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import gpkit
+from gpkit.calls import Computed
 from gpkit.isolation import random_state
 from gpkit.lightning.sharded import ShardedWeights, is_sharded, refusals
-from gpkit.variables import Computed
 
 B, RANKS, STEPS, H = 8, 2, 4, 0.01
 SGD, ADAM = partial(torch.optim.SGD, lr=0.05, momentum=0.9), partial(torch.optim.Adam, lr=0.01)
@@ -79,6 +79,7 @@ def pair(weight=0.1, match="*", norm="l2", c=None, step=H, side="forward", every
     penalty = gpkit.GradientPenalty(
         of="loss",
         wrt=gpkit.weights(match),
+        scope="global",
         form=gpkit.squared(norm=norm) if c is None else gpkit.two_sided(c, norm=norm),
         estimator=gpkit.finite_difference(step, side=side),
         weight=weight,
@@ -278,27 +279,8 @@ class Net(pl.LightningModule):
         return SGD(self.parameters())
 
 
-class Penalise(pl.Callback):
-    """As little of a callback as there can be."""
-
-    def on_fit_start(self, trainer, module):
-        shards, step = ShardedWeights(module), module.training_step
-        penalties = {"p": pair(step=0.1)[0]}
-
-        def penalised(batch, batch_idx):
-            def again():
-                return F.mse_loss(module.net(batch[0]), batch[1])
-
-            before = random_state(module.device)
-            given = Computed(step(batch, batch_idx), again, before)
-            loss, terms = shards.terms(penalties, given, trainer.global_step)
-            return loss + terms["p"].penalty
-
-        module.training_step = penalised
-
-
-def fit(rank):
-    """Train with Lightning's own strategy, two batches a step, the gradient clipped."""
+def fit(rank, penalty=None):
+    """Train with Lightning's own strategy and gpkit's callback, the gradient clipped."""
     module = Net()
     part = Subset(TensorDataset(*data(torch.float32)), range(rank, STEPS * B, RANKS))
     trainer = pl.Trainer(
@@ -307,16 +289,26 @@ def fit(rank):
         strategy=ModelParallelStrategy(data_parallel_size=RANKS, tensor_parallel_size=1),
         use_distributed_sampler=False,
         max_epochs=1,
-        accumulate_grad_batches=2,
         gradient_clip_val=0.3,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[Penalise()],
+        callbacks=[gpkit.GradientPenaltyCallback(penalty or pair(step=0.1)[0])],
     )
     trainer.fit(module, DataLoader(part, B // RANKS))
     return whole(module.net)
+
+
+def fit_refused(rank):
+    """What is said at the first step of fits with penalties that FSDP cannot have."""
+    said = []
+    for penalty in (gpkit.weight_grad_norm(), gpkit.input_grad_norm()):
+        try:
+            fit(rank, penalty)
+        except ValueError as error:
+            said.append(str(error))
+    return said
 
 
 def fail(rank):
@@ -370,16 +362,17 @@ def both(rank):
     return {n: p.grad.full_tensor() for n, p in net.named_parameters()}
 
 
+GLOBAL = {"estimator": "finite_difference", "scope": "global"}
 REFUSED = {
-    "exact": gpkit.weight_grad_norm(),
+    "exact": gpkit.weight_grad_norm(scope="global"),
     "projected": gpkit.jacobian(),
-    "sampled": gpkit.weight_grad_norm(of="sampled_loss", estimator="finite_difference"),
+    "sampled": gpkit.weight_grad_norm(of="sampled_loss", **GLOBAL),
     "sample": gpkit.weight_grad_norm(scope="sample", estimator="finite_difference"),
-    "adaptive": gpkit.weight_grad_norm(gpkit.gradient_share(0.1), estimator="finite_difference"),
+    "adaptive": gpkit.weight_grad_norm(gpkit.gradient_share(0.1), **GLOBAL),
 }
 TAKEN = {
-    "weight": gpkit.weight_grad_norm(estimator="finite_difference"),
-    "gnp": gpkit.gnp(),
+    "weight": gpkit.weight_grad_norm(estimator="finite_difference", scope="global"),
+    "gnp": gpkit.gnp(scope="global"),
     "input": gpkit.input_grad_norm(estimator="finite_difference"),
     "logits": gpkit.irm(),
 }
@@ -404,7 +397,13 @@ def work(rank, port, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=RANKS)
     known = {name: train(name, rank) for name in CASES}
-    known |= {"Lightning": fit(rank), "errors": fail(rank), "both": both(rank), "said": refused()}
+    known |= {
+        "Lightning": fit(rank),
+        "refused": fit_refused(rank),
+        "errors": fail(rank),
+        "both": both(rank),
+        "said": refused(),
+    }
     torch.save(known, folder / f"{rank}.pt")
     dist.barrier()
     os._exit(0)  # at the interpreter's own exit gloo's threads abort the process now and then
@@ -445,18 +444,15 @@ def test_trains_in_lightning_as_one_process(ranks):
     net = single()
     params, optimizer = list(net.parameters()), SGD(net.parameters())
     x, y = data(torch.float32)
-    for step in range(STEPS // 2):
-        total = [torch.zeros_like(p) for p in params]
-        for micro in range(2):
-            batch = [t[(2 * step + micro) * B :][:B] for t in (x, y)]
+    for step in range(STEPS):
+        x_, y_ = (t[step * B :][:B] for t in (x, y))
 
-            def again(x=batch[0], y=batch[1]):
-                return torch.autograd.grad(F.mse_loss(net(x), y), params)
+        def again(x=x_, y=y_):
+            return torch.autograd.grad(F.mse_loss(net(x), y), params)
 
-            base = again()
-            slopes, n = slope(base, params, [True] * 6, again, "l2", 0.1, "forward", torch.float32)
-            for t, g, s in zip(total, base, slopes, strict=True):
-                t += (g + 0.1 * 2 * n * s) / 2
+        base = again()
+        slopes, n = slope(base, params, [True] * 6, again, "l2", 0.1, "forward", torch.float32)
+        total = [g + 0.1 * 2 * n * s for g, s in zip(base, slopes, strict=True)]
         length = torch.cat([t.reshape(-1) for t in total]).norm()
         assert length > 0.3  # or nothing is clipped
         for p, t in zip(params, total, strict=True):
@@ -503,6 +499,14 @@ def test_goes_with_a_finite_difference_in_the_inputs(ranks):
     true = {name: g + 0.1 * 2 * n * s + i for name, g, s, i in parts}
     for known in ranks:
         torch.testing.assert_close(known["both"], true, rtol=1e-12, atol=1e-12)
+
+
+def test_a_fit_is_refused_with_what_to_use(ranks):
+    for known in ranks:
+        weight, inputs = known["refused"]
+        assert "double backprop needs the gathered weights twice" in weight
+        assert "got scope='batch': use scope='global'" in weight
+        assert "under ModelParallelStrategy penalties are in the weights" in inputs
 
 
 def test_says_what_cannot_be_and_what_to_use(ranks):

@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor, nn
 
 from gpkit import checks, graphs
 from gpkit.environments import EnvironmentPenalty
-from gpkit.lightning.asked import replays
+from gpkit.lightning.asked import in_weights, replays
 from gpkit.lightning.bases import is_a
 from gpkit.lightning.passes import activation_names
 from gpkit.lightning.probe import Seen
@@ -22,7 +23,6 @@ from gpkit.points import At, fake, interpolate
 from gpkit.variables import weights
 
 CANNOT = "GradientPenaltyCallback cannot add its penalties: "
-SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 PENALISED = ("PenalizedModule", "GANModule")
 
 
@@ -80,6 +80,15 @@ def before_fit(
         hint = checks.nearest(str(name), filter(None, names))
         listed = ", ".join(repr(n) for n, _ in module.named_children())
         found.append(f"there is no submodule {name!r}{hint}; there are {listed}")
+    if sharded(module):
+        from gpkit.lightning.sharded import refusals
+
+        found += refusals(module, penalties)
+        if trainer.accumulate_grad_batches > 1:
+            found.append(
+                "under FSDP the penalty is that of one micro-batch a step; got "
+                f"accumulate_grad_batches={trainer.accumulate_grad_batches}: use 1, or DDP"
+            )
     for title, penalty in penalties.items():
         found += [f"penalty {title!r}: {line}" for line in _of(penalty, trainer, module, net)]
     return found
@@ -93,10 +102,19 @@ def _of(
     if isinstance(penalty, EnvironmentPenalty):
         yield "environments are not seen in a training step: use PenalizedModule"
         return
-    if is_a(strategy, *SHARDED):
+    if is_a(strategy, "FSDPStrategy"):
         yield (
-            f"a {type(strategy).__name__} shards the parameters, which have no double backward: "
-            "use strategy='ddp'"
+            "strategy='fsdp' is FSDP1, whose flat parameters have no double backward: use "
+            "ModelParallelStrategy, fully_shard in configure_model, and "
+            "estimator='finite_difference' with scope='global'; or strategy='ddp'"
+        )
+    elif is_a(strategy, "DeepSpeedStrategy"):
+        yield "DeepSpeed keeps the gradients to itself: use strategy='ddp'"
+    elif is_a(strategy, "ModelParallelStrategy") and not (in_weights(penalty) and sharded(module)):
+        yield (
+            "under ModelParallelStrategy penalties are in the weights, of modules to which "
+            "fully_shard was applied: use estimator='finite_difference' with scope='global', or "
+            "strategy='ddp'"
         )
     if not module.automatic_optimization and (replays(penalty) or penalty.scope == "accumulated"):
         yield (
@@ -122,6 +140,15 @@ def _of(
             yield f"weights({wrt.match!r}) matches no parameter{checks.nearest(wrt.match, options)}"
         elif not any(net.get_parameter(n).requires_grad for n in named):
             yield f"all {len(named)} parameters of weights({wrt.match!r}) are frozen"
+
+
+def sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 holds the parameters, or some of them."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    from gpkit.lightning.sharded import is_sharded
+
+    return is_sharded(module)
 
 
 def _points(at: At) -> list[At]:

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
 
 from gpkit import graphs
+from gpkit.calls import Computed
 from gpkit.differences import SIGNS, finite_difference, spacing
 from gpkit.environments import EnvironmentPenalty
 from gpkit.forms import root
@@ -20,7 +21,7 @@ from gpkit.penalty import GradientPenalty
 from gpkit.perturbation import known_gradient, perturbed
 from gpkit.targets import wide
 from gpkit.terms import Terms
-from gpkit.variables import Computed, weights
+from gpkit.variables import weights
 
 Entry = Callable[[Tensor], Tensor]
 Gradient = Mapping[Tensor, Tensor | None]  # of every trained weight; None where nothing arrived
@@ -41,7 +42,7 @@ def refusals(net: nn.Module, penalties: Mapping[str, GradientPenalty]) -> list[s
     FSDP2 computes with copies of the weights that it gathers before a forward or a backward pass
     and frees after it: a graph cannot be passed twice, and the shards that are trained are not in
     it. Gradients arrive at the shards averaged over the processes; no other gradient in the weights
-    is to be had. Finite differences in the inputs take plain forwards, and are as they always are.
+    is to be had.
 
     Args:
         net: a module to which, or inside of which, ``fully_shard`` was applied.
@@ -65,10 +66,10 @@ def refusals(net: nn.Module, penalties: Mapping[str, GradientPenalty]) -> list[s
             continue
         if penalty.of not in ("loss", "output"):
             found.append(f"{here} of='loss' was expected; got of={penalty.of!r}: use DDP")
-        if penalty.scope == "sample":
+        if penalty.scope != "global":
             found.append(
-                f"{here} gradients arrive averaged over the processes; got scope='sample': use "
-                "scope='global', or DDP"
+                f"{here} gradients arrive averaged over the processes; got scope={penalty.scope!r}:"
+                " use scope='global', or DDP"
             )
         if hasattr(penalty.weight, "measure"):
             kind = type(penalty.weight).__name__

@@ -16,7 +16,7 @@ from gpkit.calls import Computed
 from gpkit.captures import Named
 from gpkit.isolation import double_backward, is_compiled, isolated, random_state
 from gpkit.lightning import asked
-from gpkit.lightning.findings import at_step, refuse
+from gpkit.lightning.findings import at_step, refuse, sharded
 from gpkit.lightning.probe import Needs, Seen, watched
 from gpkit.lightning.replay import Made, Step, Traces, loss_of, losses_of, with_loss_of
 from gpkit.penalty import GradientPenalty, Terms
@@ -61,6 +61,11 @@ class PenalisedStep:
                 "penalties by double backprop, in inputs or in activations run a compiled module "
                 "uncompiled; estimator='finite_difference' in the weights runs it compiled"
             )
+        self._shards: Any = None
+        if sharded(module):
+            from gpkit.lightning.sharded import ShardedWeights
+
+            self._shards = ShardedWeights(module)
         self.traces = Traces(module)
         self._known: dict[tuple[str, ...], Needs] = {}
         self._parameters: list[Tensor] = []
@@ -158,6 +163,8 @@ class PenalisedStep:
             found = at_step(self.module, self.title, loss, seen, wants_x=wants_x)
             refuse([*self.problems, *found])
             self._first = not acting
+        if self._shards is not None:
+            return self._sharded(made, loss, acting)
         step, scale = self._at, self._scale(loss)
         last = not self.trainer.fit_loop._should_accumulate()
         pooled = {n: p for n, p in acting.items() if p.scope in POOLED}
@@ -188,6 +195,19 @@ class PenalisedStep:
         if last:
             self.windows.clear()
             self._log(total, terms)
+        return total
+
+    def _sharded(self, made: Made, loss: Tensor, acting: Acting) -> Tensor:
+        """Return the loss with the penalties, of weights that FSDP2 has sharded."""
+        for penalty in acting.values():
+            again = partial(self.again, self.module, made, penalty)  # the same for all: the loss
+        given = Computed(loss, again, made.state)
+        loss, found = self._shards.terms(acting, given, self._at)
+        terms = {**dict.fromkeys(self.penalties), **found}
+        total = loss
+        for term in found.values():
+            total = total if term is None else total + term.penalty
+        self._log(total, terms)
         return total
 
     def _call(
