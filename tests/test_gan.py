@@ -15,7 +15,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gpkit
+from gpkit.data.arrays import ArrayDataModule
 from gpkit.lightning.gan import GANModule
+from gpkit.lightning.gan_losses import GANLoss
 
 B, N, D = 4, 28, 2  # samples of a batch and of an epoch, and their length
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.5)
@@ -464,9 +466,7 @@ def test_logging_changes_no_training():
 
 
 def norms(C, x):
-    return (
-        slope(C.layers, x, None).sqrt() if False else slope(lambda z, _: C.layers(z), x, 0).sqrt()
-    )
+    return slope(lambda z, _: C.layers(z), x, None).sqrt().detach()
 
 
 SHARES = ("", "/max", "/above_center")
@@ -493,7 +493,7 @@ def test_logged_values_of_training(penalty, center):
         torch.testing.assert_close(next(seen), real)
         torch.testing.assert_close(next(seen), fake)
         between = next(seen)
-        raw = (C.layers(real).mean() - C.layers(fake).mean()).item()
+        raw = (C.layers(real).mean() - C.layers(fake).mean()).detach()
         true = {"train/critic_loss": -raw, "wasserstein/raw": raw}
         steep = {"real": norms(C, real), "fake": norms(C, fake), "interpolates": norms(C, between)}
         for where, n in steep.items():
@@ -547,7 +547,7 @@ def test_evaluation_equals_the_hand_written_estimate(how):
     loader, stage = DataLoader(data(10), B), "test" if how == "test" else "val"
     outputs = []
     C.register_forward_pre_hook(lambda net, x: outputs.append((x[0].detach(), net.training)))
-    runner = trainer(max_epochs=1, num_sanity_val_steps=0, log_every_n_steps=7)
+    runner = trainer(max_epochs=1, num_sanity_val_steps=0)
     if how == "fit":
         runner.fit(made, DataLoader(data(), B), loader)
         found = {k: float(v) for k, v in runner.callback_metrics.items() if k.startswith("val")}
@@ -560,10 +560,293 @@ def test_evaluation_equals_the_hand_written_estimate(how):
     for i, (x, _) in enumerate(loader):
         real, fake, *_rest, between = evaluated[5 * i : 5 * i + 5]
         assert torch.equal(real, x)
-        raw = (C.layers(x).mean() - C.layers(fake).mean()).item()
-        values = -raw, -C.layers(fake).mean(), raw, raw / norms(C, between).mean()
+        raw = (C.layers(x).mean() - C.layers(fake).mean()).detach()
+        values = -raw, -C.layers(fake).detach().mean(), raw, raw / norms(C, between).mean()
         names = "critic_loss", "generator_loss", "wasserstein/raw", "wasserstein/debiased"
         for name, value in zip(names, values, strict=True):
             true[f"{stage}/{name}"] += float(value) * len(x) / 10
     assert found == pytest.approx(true, rel=1e-5)
     assert len(evaluated) >= 15
+
+
+# Random numbers, and going on.
+
+
+class Points(ArrayDataModule):
+    """Samples in an order that checkpoints keep."""
+
+    task, num_outputs = "classification", 2
+
+    def arrays(self, generator):
+        x, y = data().tensors
+        empty = x[:0], y[:0]
+        return [(x, y), empty, empty]
+
+
+UNVALIDATED = {"limit_val_batches": 0}
+
+
+def lively(seed=None):
+    """Return a module in which everything draws and everything has a state."""
+    torch.manual_seed(0)
+    G, C = generator(2).float(), critic(2).float()
+    G.layers.append(nn.Dropout(0.2))
+    C.layers.insert(2, nn.Dropout(0.2))
+    adam = partial(torch.optim.Adam, lr=0.01)
+    decay = partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.9)
+    return module(
+        G,
+        C,
+        penalty={"gp": gpkit.wgan_gp(5.0), "r1": gpkit.r1(gpkit.target_norm(0.5), every=3)},
+        generator_penalty=gpkit.path_length(every=2),
+        critic_optimizer=adam,
+        generator_optimizer=adam,
+        critic_scheduler=decay,
+        generator_scheduler=decay,
+        conditional=True,
+        ema=0.9,
+        accumulate=2,
+        seed=seed,
+    )
+
+
+def states(made, runner):
+    return {
+        "nets": made.state_dict(),
+        "optimizers": [o.state_dict() for o in runner.optimizers],
+        "schedulers": [c.scheduler.state_dict() for c in runner.lr_scheduler_configs],
+        "penalties": [p.state_dict() for p in made.penalties.values()],
+        "path": made.generator_penalties["path_length"].state_dict(),
+        "counts": made.counts,
+    }
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b or (callable(a) and callable(b))
+
+
+def test_a_resumed_run_is_the_run_bit_for_bit(tmp_path):
+    whole, runner = lively(), trainer(max_epochs=4, log_every_n_steps=3, **UNVALIDATED)
+    runner.fit(whole, Points(batch_size=B))
+    assert whole.counts == {"critic": 16, "generator": 8, "draws": 16}
+
+    half, first = lively(), trainer(max_epochs=2, **UNVALIDATED)
+    first.fit(half, Points(batch_size=B))
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    assert not same(half.state_dict(), whole.state_dict())
+    saved = torch.load(tmp_path / "half.ckpt", weights_only=True)["gpkit_gan"]
+    assert saved == {"critic": 8, "generator": 4, "draws": 8, "seed": 0}
+
+    resumed, second = lively(), trainer(max_epochs=4, log_every_n_steps=3, **UNVALIDATED)
+    torch.manual_seed(99)
+    second.fit(resumed, Points(batch_size=B), ckpt_path=tmp_path / "half.ckpt")
+    assert same(states(resumed, second), states(whole, runner))
+
+
+def test_the_seed_decides_and_the_streams_of_others_stay():
+    nets = []
+    for seed, state in ((1, 5), (1, 6), (2, 5)):
+        made = lively(seed)
+        made.penalties.clear()
+        made.generator_penalties.clear()
+        torch.manual_seed(state)
+        before = torch.get_rng_state()
+        trainer(max_epochs=1, log_every_n_steps=3, **UNVALIDATED).fit(made, Points(batch_size=B))
+        assert torch.equal(torch.get_rng_state(), before)
+        nets.append(made.state_dict())
+    assert same(nets[0], nets[1])
+    assert not same(nets[0], nets[2])
+
+
+def test_latents_are_standard_normal_and_fresh():
+    G = generator()
+    trainer().fit(module(G, critic()), DataLoader(data(1400), 100))
+    z = torch.cat(G.seen)
+    assert len(z.unique(dim=0)) == len(z) == 100 * (28 + 14)
+    assert z.mean(0).abs().max() < 4 / math.sqrt(len(z))
+    assert (z.T @ z / len(z) - torch.eye(3)).abs().max() < 4 * math.sqrt(2 / len(z))
+
+
+def test_samples_are_of_the_average_in_evaluation_mode_and_leave_no_trace():
+    G = generator()
+    made = module(G, critic(), ema=0.5)
+    trainer(max_epochs=1).fit(made, DataLoader(data(), B))
+    before, state = copy.deepcopy(made.state_dict()), torch.get_rng_state()
+    modes, counts = [m.training for m in made.modules()], dict(made.counts)
+    first, again, other = made.sample(6), made.sample(6), made.sample(6, seed=1)
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other)
+    assert not first.requires_grad
+    assert same(made.state_dict(), before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert modes == [m.training for m in made.modules()]
+    assert made.counts == counts
+    made.ema_generator.eval()
+    z = []
+    made.ema_generator.register_forward_pre_hook(lambda net, x: z.append(x[0]))
+    made.sample(6)
+    torch.testing.assert_close(first, made.ema_generator(z[0]))
+    assert not torch.allclose(first, G.eval()(z[0]))
+
+
+def test_samples_of_labels():
+    made = module(generator(2), critic(2), conditional=True)
+    zeros, ones = made.sample(4, torch.zeros(4).long()), made.sample(4, torch.ones(4).long())
+    assert zeros.shape == (4, D)
+    assert not torch.allclose(zeros, ones)
+    assert made(torch.zeros(4, 3).double(), torch.zeros(4).long()).shape == (4, D)
+
+
+# Other nets and batches.
+
+
+@pytest.mark.parametrize("shape", ["[B]", "[B, 1]", "maps"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_scores_of_any_shape(shape, loss):
+    ends = {"[B]": nn.Flatten(0), "[B, 1]": nn.Flatten(1), "maps": nn.Identity()}
+    grid = (3, 3) if shape == "maps" else (4, 4)
+    C = nn.Sequential(nn.Conv2d(1, 2, 2), nn.SiLU(), nn.Conv2d(2, 1, grid[0]), ends[shape])
+    G = nn.Sequential(nn.Linear(3, 25), nn.Unflatten(1, (1, 5, 5)))
+    of = (lambda s: s.flatten(1).mean(1)) if shape == "maps" else "output"
+    made = module(G, C, loss=loss, penalty={"gp": gpkit.wgan_gp(of=of), "r1": gpkit.r1(of=of)})
+    before = copy.deepcopy(made.state_dict())
+    record = Record()
+    options = {"max_epochs": 1, "log_every_n_steps": 2, "logger": record}
+    trainer(**options).fit(made, DataLoader(torch.rand(8, 1, 5, 5), 4))
+    assert not same(made.state_dict(), before)
+    assert record.rows[0]["slope/real"] > 0
+    scores = C(torch.rand(4, 1, 5, 5))
+    assert list(scores.shape) == {"[B]": [4], "[B, 1]": [4, 1], "maps": [4, 1, 2, 2]}[shape]
+
+
+def test_batches_of_any_kind():
+    x, _ = data().tensors
+    kinds = [DataLoader(x, B), DataLoader(TensorDataset(x), B), DataLoader(data(), B)]
+    nets = []
+    G, C = generator(), critic()
+    for loader in kinds:
+        made = module(copy.deepcopy(G), copy.deepcopy(C), seed=1)
+        trainer().fit(made, loader)
+        nets.append(made.state_dict())
+    assert same(nets[0], nets[1])
+    assert same(nets[0], nets[2])
+    assert not x.requires_grad
+
+
+def test_a_generator_without_parameters_is_taken_as_it_is():
+    made = module(nn.Linear(3, D).double().requires_grad_(False), critic(), penalty=R1())
+    before = copy.deepcopy(made.generator)
+    runner = trainer()
+    runner.fit(made, DataLoader(data(), B))
+    assert len(runner.optimizers) == 1
+    assert made.counts["generator"] == 0
+    assert runner.global_step == 14
+    assert_same(made.generator, before)
+
+
+def test_points_of_a_mixture_share_the_labels_of_their_samples():
+    penalty = gpkit.GradientPenalty(at=gpkit.mixture("real", "fake"), weight=2.0)
+    nets = []
+    for chosen in (penalty, {"a": gpkit.r1(2.0), "b": gpkit.r2(2.0)}):  # half of each: 2·½
+        torch.manual_seed(0)
+        made = module(generator(2), critic(2), penalty=chosen, conditional=True, seed=1)
+        trainer().fit(made, DataLoader(data(), B))
+        nets.append(made)
+    assert_same(nets[0].critic, nets[1].critic)
+
+
+def test_a_loss_of_ones_own():
+    def squared(real, fake):
+        return (real - 1).square().mean() + fake.square().mean()
+
+    loss = GANLoss(squared, lambda real, fake: (fake - 1).square().mean())
+    C, record = critic(), Record()
+    params = copy.deepcopy(C)
+    made = module(generator(), C, loss=loss)
+    trainer(max_epochs=1, log_every_n_steps=1, logger=record).fit(made, DataLoader(data(), B))
+    true = squared(params(C.seen[0]), params(C.seen[1])).item()
+    assert record.rows[0]["train/critic_loss"] == pytest.approx(true)
+    assert "wasserstein/raw" not in record.rows[0]
+
+
+# Refusals.
+
+WRONG = [
+    ({"generator": lambda z: z}, TypeError, r"`generator=...` must be a torch.nn.Module; got a fu"),
+    ({"critic": 3}, TypeError, r"`critic=...` must be a torch.nn.Module; got a int"),
+    ({"critic": nn.Tanh()}, ValueError, r"`critic=...` has no parameter that requires grad"),
+    ({"latent_dim": 0}, ValueError, r"`latent_dim=...` must be an integer >= 1; got 0"),
+    ({"loss": "wassertein"}, ValueError, r"`loss=...` must be.*did you mean 'wasserstein'"),
+    ({"loss": F.mse_loss}, TypeError, r"`loss=...` must be a name or a GANLoss; got <function"),
+    ({"penalty": "r1"}, TypeError, r"must be a penalty or a dict of them; got 'r1'"),
+    ({"penalty": gpkit.irm()}, TypeError, r"'irm' is on environments.*use PenalizedModule"),
+    (
+        {"penalty": gpkit.r1(), "generator_penalty": {"r1": gpkit.jacobian()}},
+        ValueError,
+        r"both have a penalty 'r1'.*generator_penalty=\{'generator_r1': \.\.\.\}",
+    ),
+    (
+        {"generator": nn.Tanh(), "generator_penalty": gpkit.path_length()},
+        ValueError,
+        r"`generator_penalty=...` needs a generator to train",
+    ),
+    ({"critic_steps": 0}, ValueError, r"`critic_steps=...` must be an integer >= 1; got 0"),
+    ({"accumulate": 1.5}, ValueError, r"`accumulate=...` must be an integer >= 1; got 1.5"),
+    ({"ema": 1.0}, ValueError, r"`ema=...` must be a number in \[0, 1\); got 1.0"),
+    ({"ema": -0.1}, ValueError, r"`ema=...` must be a number >= 0; got -0.1"),
+    ({"clip": 0}, ValueError, r"`clip=...` must be a number > 0; got 0"),
+    ({"gradient_clip": 0}, ValueError, r"`gradient_clip=...` must be a number > 0; got 0"),
+    ({"seed": -1}, ValueError, r"`seed=...` must be an integer >= 0; got -1"),
+    ({"simultaneous": True, "penalty_steps": True}, ValueError, r"not simultaneous"),
+    ({"histogram_every_n_epochs": -1}, ValueError, r"must be an integer >= 0; got -1"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "words"), WRONG)
+def test_wrong_arguments(arguments, error, words):
+    given = {"generator": generator(), "critic": critic(), "latent_dim": 3, **arguments}
+    with pytest.raises(error, match=words):
+        GANModule(**given)
+
+
+def test_nets_that_share_parameters():
+    G = generator()
+    with pytest.raises(ValueError, match="share 6 parameters"):
+        GANModule(G, nn.Sequential(G, nn.Linear(D, 1)), latent_dim=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "batch", "error", "words"),
+    [
+        ({}, torch.ones(4, 3).double(), ValueError, r"shape of the data, \[4, 3\]; got \[4, 2\]"),
+        ({}, torch.ones(4).long(), TypeError, r"floating-point samples x.*got \(torch.int64 \[4\]"),
+        (
+            {},
+            {"x": torch.ones(4, 2)},
+            TypeError,
+            r"takes batches x, \(x,\) or \(x, y\).*got \(dict",
+        ),
+        ({"conditional": True}, torch.ones(4, 2).double(), TypeError, r"takes batches \(x, y\)"),
+        ({"critic": "mean"}, torch.ones(4, 2).double(), ValueError, r"each of 4 samples.*got \[\]"),
+    ],
+)
+def test_wrong_batches(options, batch, error, words):
+    C = critic()
+    if options.pop("critic", ""):
+        C.register_forward_hook(lambda net, x, y: y.mean())
+    made = module(generator(), C, **options)
+    with pytest.raises(error, match=words):
+        trainer(log_every_n_steps=1).fit(made, DataLoader([batch], batch_size=None))
+
+
+def test_a_trainer_under_which_gradients_would_be_wrong():
+    made = module(generator(), critic(), simultaneous=True)
+    runner = trainer(plugins=[ScaledOnly(2.0)])
+    with pytest.raises(RuntimeError, match="`simultaneous=True` has one scale for two steps"):
+        runner.fit(made, DataLoader(data(), B))
