@@ -2,15 +2,20 @@
 
 import copy
 import math
+import pickle
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.plugins import MixedPrecision
+from pytorch_lightning.strategies import FSDPStrategy
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -18,6 +23,7 @@ import gpkit
 from gpkit.data.arrays import ArrayDataModule
 from gpkit.lightning.gan import GANModule
 from gpkit.lightning.gan_losses import GANLoss
+from gpkit.lightning.stepping import require_support
 
 B, N, D = 4, 28, 2  # samples of a batch and of an epoch, and their length
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.5)
@@ -307,6 +313,41 @@ def test_a_generators_weight_penalty_is_its_gradient_norm():
         torch.testing.assert_close(q, p - 0.1 * g)
 
 
+def first_step(penalty):
+    """Return a critic before its first step, after it, and its loss and R1 with γ 1 by hand."""
+    C = critic()
+    before = copy.deepcopy(C)
+    sgd = partial(torch.optim.SGD, lr=0.1)
+    made = module(generator(), C, penalty=penalty, critic_optimizer=sgd)
+    trainer(limit_train_batches=1, max_epochs=1).fit(made, DataLoader(data(), B))
+    real, fake = C.seen
+    params = list(before.parameters())
+    parts = before(fake).mean() - before(real).mean(), slope(before, real, None).mean() / 2
+    grads = [
+        torch.autograd.grad(part, params, retain_graph=True, allow_unused=True) for part in parts
+    ]
+    return (
+        params,
+        list(C.parameters()),
+        *(
+            [torch.zeros_like(p) if g is None else g for p, g in zip(params, of, strict=True)]
+            for of in grads
+        ),
+    )
+
+
+def test_a_weight_that_rescales_the_whole_loss():
+    for p, q, of_loss, of_penalty in zip(*first_step(gpkit.r1(gpkit.rescaled(4.0))), strict=True):
+        torch.testing.assert_close(q, p - 0.1 * (of_loss + 4 * of_penalty) / 4)
+
+
+def test_a_weight_that_adapts_to_the_gradient_of_the_loss():
+    weight = gpkit.gradient_share(0.1, weight=3.0)
+    *_, of_loss, of_penalty = first_step(gpkit.r1(weight))
+    ratio = sum(g.square().sum() for g in of_penalty) / sum(g.square().sum() for g in of_loss)
+    assert weight(1) == pytest.approx(0.1 / ratio.sqrt().item())
+
+
 def test_a_step_of_one_net_leaves_no_gradient_in_the_other():
     for steps, net in ((2, "generator"), (1, "critic")):
         made = module(generator(), critic(), critic_steps=steps, penalty=R1())
@@ -546,6 +587,20 @@ def test_logged_values_of_training(penalty, center):
         true |= {"critic_optimality": optimality, f"penalty/{name}": weight * value}
         true |= {f"penalty/{name}/weight": weight}
         assert row == pytest.approx({k: float(v) for k, v in true.items()}, rel=1e-5, abs=1e-7)
+
+
+def test_tensorboard_has_the_histograms(tmp_path):
+    made = module(generator(), critic(), penalty=R1(every=2), histogram_every_n_epochs=2)
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    trainer(logger=logger, log_every_n_steps=7, max_epochs=3).fit(made, DataLoader(data(), B))
+    events = EventAccumulator(str(tmp_path), {"histograms": 0}).Reload()
+    names = {f"slope/{where}/histogram" for where in ("real", "fake", "interpolates")}
+    assert set(events.Tags()["histograms"]) == names | {"penalty/r1/norm/histogram"}
+    found = [e.histogram_value.num for e in events.Histograms("penalty/r1/norm/histogram")]
+    assert found == [4 * B, 4 * B]  # epochs 0 and 2, every second step of seven
+    (first, _) = events.Histograms("slope/real/histogram")
+    assert first.histogram_value.num == B
+    assert first.histogram_value.min >= 0
 
 
 def test_names_of_other_losses_and_a_generator_that_trains():
@@ -881,3 +936,32 @@ def test_a_trainer_under_which_gradients_would_be_wrong():
     runner = trainer(plugins=[ScaledOnly(2.0)])
     with pytest.raises(RuntimeError, match="`simultaneous=True` has one scale for two steps"):
         runner.fit(made, DataLoader(data(), B))
+
+
+def test_a_strategy_that_shards_nets_is_refused():
+    sharded = SimpleNamespace(strategy=FSDPStrategy())
+    with pytest.raises(RuntimeError, match="got FSDPStrategy: use strategy='ddp'"):
+        require_support(sharded, simultaneous=False)
+
+
+def test_a_module_goes_to_another_process():
+    made = lively(seed=1)
+    copied = pickle.loads(pickle.dumps(made))
+    assert same(copied.state_dict(), made.state_dict())
+    assert copied.loss == made.loss
+
+
+def test_batches_of_an_epoch_that_was_broken_off_are_left():
+    C = critic()
+    made = module(generator(), C, accumulate=2)
+    loader = DataLoader(data(), B)
+
+    class BreakOff(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = True
+
+    trainer(max_epochs=1, callbacks=[BreakOff()]).fit(made, loader)
+    assert not C.seen  # the first of two batches alone
+    trainer(max_epochs=1).fit(made, loader)
+    assert torch.equal(C.seen[0], data().tensors[0][:B])
+    assert made.counts["critic"] == 4
