@@ -18,6 +18,7 @@ from gpkit.lightning.passes import repeated
 from gpkit.penalty import GradientPenalty
 from gpkit.points import fake as at_fake
 from gpkit.points import real as at_real
+from gpkit.targets import wide
 from gpkit.terms import Terms
 from gpkit.variables import inputs, weights
 
@@ -63,7 +64,7 @@ def score(critic: nn.Module, x: Tensor, labels: Any) -> Tensor:
         labels: of the samples, or None.
 
     Returns:
-        ``[B, ...]``.
+        ``[B, ...]``, in float32 or better, for the means and differences of a loss.
 
     Raises:
         ValueError: if they are not scores of samples.
@@ -75,7 +76,7 @@ def score(critic: nn.Module, x: Tensor, labels: Any) -> Tensor:
             f"the critic must give scores for each of {len(x)} samples, [{len(x)}], "
             f"[{len(x)}, 1] or maps of them; got {got}"
         )
-    return scores
+    return scores.to(wide(scores))
 
 
 def scores_of(
