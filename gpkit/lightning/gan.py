@@ -58,21 +58,24 @@ class GANModule(pl.LightningModule):
     with latents z ~ N(0, I) of its own. Penalties count the steps of the net that they are on;
     ``trainer.global_step``, and so ``max_steps``, counts the steps of all optimisers.
 
-    It logs ``train/critic_loss`` and ``train/generator_loss`` (without penalties),
-    ``penalty/<name>`` (weighted, as it enters the loss) and ``penalty/<name>/weight``; on the steps
-    that the trainer logs, the critic's slopes ‖∇D‖ on real and fake samples and on interpolates of
-    the two: ``slope/real``, ``slope/fake`` and ``slope/interpolates`` are their means, and each has
-    ``.../max`` and ``.../above_center``, the share of samples above the penalty's centre, or 1;
-    ``critic_optimality``, zero at the critic's optimum (`gpkit.lightning.slopes.optimality`); for
-    the Wasserstein loss ``wasserstein/raw``, E D(x) − E D(y), and ``wasserstein/debiased``, the
-    same over the mean slope on interpolates; and TensorBoard histograms of slopes and norms. At
+    On the steps that the trainer logs, and the last of an epoch, it logs the latest of:
+    ``train/critic_loss`` and ``train/generator_loss`` (without penalties); ``penalty/<name>``
+    (weighted, as it enters the loss) and ``penalty/<name>/weight``; the critic's slopes ‖∇D‖ on
+    real and fake samples and on interpolates of the two: ``slope/real``, ``slope/fake`` and
+    ``slope/interpolates`` are their means, and each has ``.../max`` and ``.../above_center``, the
+    share of samples above the penalty's centre, or 1; ``critic_optimality``, zero at the critic's
+    optimum (`gpkit.lightning.slopes.optimality`), where penalties have no steps of their own; and
+    for the Wasserstein loss ``wasserstein/raw``, E D(x) − E D(y), and ``wasserstein/debiased``, the
+    same over the mean slope on interpolates. Slopes and norms have TensorBoard histograms. At
     validation and test it logs ``<stage>/critic_loss``, ``<stage>/generator_loss`` and the two
     Wasserstein estimates, means over batches, with latents that are the same each time.
 
-    Gradients are averaged over processes before each optimiser's step, under every DDP strategy,
-    whatever parameters a loss has reached. A batch norm in the critic couples the samples, and the
-    slope of a sample then means little: layer or group norms do not. Under "16-mixed" penalties
-    are taken in float32, since their inner gradient has no scale to keep it from vanishing.
+    Gradients are averaged over processes before each optimiser's step, under every DDP strategy but
+    a static graph, whatever parameters a loss has reached: with losses that are means, as on one
+    process with the joint batch. Pairs, and batch statistics, are of each process. A batch norm in
+    the critic couples the samples, and the slope of a sample then means little: layer or group
+    norms do not. Under "16-mixed" penalties are taken in float32, since their inner gradient has no
+    scale to keep it from vanishing.
     ``Trainer(accumulate_grad_batches=..., gradient_clip_val=...)`` need automatic optimisation:
     use ``accumulate`` and ``gradient_clip``.
 
