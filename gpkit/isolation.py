@@ -43,17 +43,32 @@ def isolated(
     Yields:
         Nothing.
     """
-    cuda = [device.index or 0] if device.type == "cuda" else []
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        stack.enter_context(seeded(seed, device))
+        if twice:
+            stack.enter_context(double_backward(order))
+        stack.enter_context(own_buffers(function))
+        yield
+
+
+@contextmanager
+def seeded(seed: int | RandomState, device: torch.device) -> Iterator[None]:
+    """Draw from a seed, and give the streams of ``device`` and of the CPU back at the end.
+
+    Args:
+        seed: for the random numbers, or the state to draw them from.
+        device: where they are drawn.
+
+    Yields:
+        Nothing.
+    """
+    cuda = [device.index or 0] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
         for i, generator in enumerate(generators(device)):
             if isinstance(seed, int):
                 generator.manual_seed(seed)
             else:
                 generator.set_state(seed[i])
-        if twice:
-            stack.enter_context(double_backward(order))
-        stack.enter_context(own_buffers(function))
         yield
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from gpkit import checks, graphs, pixels, window
 from gpkit.calls import Call, Computed, Of
-from gpkit.draws import Source
+from gpkit.draws import Source, derived_seed, rank
 from gpkit.effect import acts
 from gpkit.estimators import ESTIMATORS, exact, projection
 from gpkit.forms import FORMS, Form, root
@@ -382,11 +381,8 @@ class GradientPenalty:
         """Return the seed of the next evaluation: a function of the state and the rank alone."""
         if self.seed is None:
             self.seed = torch.initial_seed() % 2**63
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank = torch.distributed.get_rank() if distributed else 0
         self.draws += 1
-        digest = hashlib.blake2b(f"{self.seed},{rank},{self.draws}".encode(), digest_size=8)
-        return int.from_bytes(digest.digest(), "little") >> 1
+        return derived_seed(self.seed, rank(), self.draws)
 
     def _require_effect(self, terms: Terms, targets: list[Target]) -> None:
         """Refuse a penalty that trains nothing though there is something to train."""

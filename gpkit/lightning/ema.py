@@ -1,0 +1,35 @@
+"""An exponential average of a net's parameters."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+
+def averaged_copy(net: nn.Module) -> nn.Module:
+    """Return a copy of a net that is not trained: where its average begins."""
+    return copy.deepcopy(net).requires_grad_(False)
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, net: nn.Module, decay: float) -> None:
+    """Let a net enter its average: a ← d·a + (1 − d)·θ for parameters; buffers are copied.
+
+    Args:
+        average: from `averaged_copy`.
+        net: θ.
+        decay: d in [0, 1).
+
+    >>> net = nn.Linear(1, 1, bias=False)
+    >>> average = averaged_copy(net)
+    >>> _, _ = nn.init.zeros_(average.weight), nn.init.ones_(net.weight)
+    >>> update_average(average, net, 0.75)
+    >>> average.weight.item()
+    0.25
+    """
+    for a, theta in zip(average.parameters(), net.parameters(), strict=True):
+        a.lerp_(theta, 1 - decay)
+    for copied, buffer in zip(average.buffers(), net.buffers(), strict=True):
+        copied.copy_(buffer)
