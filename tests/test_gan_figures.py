@@ -187,10 +187,17 @@ def test_training_does_not_notice(tmp_path, gan):
     assert torch.equal(plain_draws, watched_draws)
 
 
-def test_parts_keep_the_mode_that_they_had(tmp_path):
-    # catches a part in evaluation mode that is put into training mode
+def test_parts_are_evaluated_and_keep_the_mode_that_they_had(tmp_path):
+    # catches dropout in the figures, and a part in evaluation mode that is put into training mode
     module = points_gan()
     modes = []
+    sample = module.sample
+
+    def looked_at(n):
+        modes.append((module.critic.training, module.generator.training))
+        return sample(n)
+
+    module.sample = looked_at
 
     class Look(pl.Callback):
         def on_train_epoch_start(self, trainer, pl_module):
@@ -200,7 +207,7 @@ def test_parts_keep_the_mode_that_they_had(tmp_path):
             modes.append((pl_module.critic.training, pl_module.generator.training))
 
     fit(module, eight(), tmp_path, GANFigures(1, points=5), Look(), epochs=1)
-    assert modes == [(True, False)]
+    assert modes == [(False, False), (True, False)]
 
 
 @pytest.mark.parametrize("gan", [points_gan, images_gan])

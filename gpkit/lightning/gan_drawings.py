@@ -9,6 +9,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
 Box = tuple[float, float, float, float]  # left, right, bottom, top
@@ -124,7 +125,7 @@ def draw_images(data: Tensor, samples: Tensor, columns: int = 8) -> Figure:
     Returns:
         The figure.
     """
-    figure = Figure(figsize=(8, 4.2), dpi=100, layout="constrained")
+    figure = Figure(figsize=(8, 4.2), dpi=100, layout=ConstrainedLayoutEngine(wspace=0.05))
     low, high = data.min(), data.max()
     for axes, images, title in zip(
         figure.subplots(1, 2), (data, samples), ("data", "samples"), strict=True
