@@ -158,8 +158,8 @@ def test_images_are_drawn_as_grids(tmp_path):
 @pytest.mark.parametrize(("every", "epochs", "drawn"), [(1, 3, 3), (2, 5, 3), (10, 3, 1)])
 def test_how_often(tmp_path, every, epochs, drawn):
     # catches an off-by-one in the epochs, and a last epoch that is not drawn
-    module = points_gan()
-    fit(module, eight(), tmp_path, GANFigures(every, points=5), epochs=epochs)
+    module = images_gan()
+    fit(module, digits(), tmp_path, GANFigures(every, columns=1), epochs=epochs)
     assert len(module.asked) == drawn
 
 

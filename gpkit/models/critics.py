@@ -47,8 +47,8 @@ class Critic(nn.Module):
 class PointCritic(Critic):
     """A critic of points: an `MLP`.
 
-    The default is ReLU, as in the literature: on 25 Gaussians a generator learns sharper modes from
-    it than from smooth critics of this size. A penalty of order >= 2 wants a smooth one.
+    The default is ReLU, as in the literature: smooth nets of this size learn the 25 Gaussians more
+    slowly. A penalty of order >= 2 wants a smooth one all the same.
 
     Args:
         input_shape: The shape of one sample; it is flattened.
