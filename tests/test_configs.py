@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
@@ -81,3 +82,17 @@ def test_the_defaults_of_a_model_are_those_of_its_class(model):
     cls = type(instantiate(given, input_shape=(1, 8, 8), num_outputs=2))
     options = {k: v for k, v in given.items() if k != "_target_"}
     assert options == cls.__init__.__kwdefaults__
+
+
+@pytest.mark.parametrize(("model", "shape"), [("gan_points", (2,)), ("gan_images", (1, 8, 8))])
+def test_the_defaults_of_a_pair_are_those_of_its_classes(model, shape):
+    given = compose("train", [f"model={model}"]).model
+    generator = instantiate(given.generator, latent_dim=3, output_shape=shape)
+    critic = instantiate(given.critic, input_shape=shape)
+    assert given.keys() == {"generator", "critic"}
+    for part, net in (("generator", generator), ("critic", critic)):
+        options = {k: v for k, v in given[part].items() if k != "_target_"}
+        assert options == type(net).__init__.__kwdefaults__
+    assert critic(generator(torch.zeros(5, 3))).shape == (5, 1)
+    labelled = compose("train", [f"model={model}", "model.generator.num_classes=7"]).model
+    assert labelled.critic.num_classes == 7

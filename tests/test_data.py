@@ -14,7 +14,16 @@ from PIL import Image
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
-from gpkit.data import BreastCancer, Diabetes, Digits, HuggingFace, TwoMoons
+from gpkit.data import (
+    BreastCancer,
+    Diabetes,
+    Digits,
+    EightGaussians,
+    HuggingFace,
+    SwissRoll,
+    TwentyFiveGaussians,
+    TwoMoons,
+)
 from gpkit.data.decoders import Pictures
 from gpkit.data.splits import split, split_sizes
 
@@ -24,6 +33,9 @@ MODULES = {
     BreastCancer: ((30,), 2, "classification", 569),
     TwoMoons: ((2,), 2, "classification", 1000),
     Diabetes: ((10,), 1, "regression", 442),
+    EightGaussians: ((2,), 8, "classification", 25_000),
+    TwentyFiveGaussians: ((2,), 25, "classification", 25_000),
+    SwissRoll: ((2,), 1, "regression", 25_000),
 }
 modules = pytest.mark.parametrize("module", MODULES)
 
@@ -535,6 +547,10 @@ def test_a_missing_library_says_what_to_install(monkeypatch):
         (lambda: Digits(label_noise=-0.1), r"`Digits\(label_noise=.*got -0\.1"),
         (lambda: TwoMoons(n=1), r"`TwoMoons\(n=.* >= 2; got 1"),
         (lambda: TwoMoons(noise=-1), r"`TwoMoons\(noise=.*got -1"),
+        (lambda: EightGaussians(n=7), r"`EightGaussians\(n=.* >= 8; got 7"),
+        (lambda: TwentyFiveGaussians(noise="x"), r"`TwentyFiveGaussians\(noise=.*got 'x'"),
+        (lambda: SwissRoll(n=1), r"`SwissRoll\(n=.* >= 2; got 1"),
+        (lambda: SwissRoll(noise=-1), r"`SwissRoll\(noise=.*got -1"),
         (lambda: HuggingFace("csv", batch_size=0), r"`HuggingFace\(batch_size=.*got 0"),
         (lambda: HuggingFace("csv", task="regress"), r"task=.*did you mean 'regression'"),
         (lambda: HuggingFace("csv", image_size=[1, 2, 3]), r"image_size=\[1, 2, 3\].* a height"),
@@ -569,6 +585,9 @@ def test_loaders_before_setup_are_refused():
         ("digits", Digits),
         ("breast_cancer", BreastCancer),
         ("two_moons", TwoMoons),
+        ("eight_gaussians", EightGaussians),
+        ("twenty_five_gaussians", TwentyFiveGaussians),
+        ("swiss_roll", SwissRoll),
         ("diabetes", Diabetes),
         ("huggingface", HuggingFace),
     ],

@@ -18,6 +18,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 NETS = {
     "mlp": MLP,
     "convnet": ConvNet,
+    "convnet-plain": lambda *args, **options: ConvNet(*args, groups=0, **options),
     "convnet-flatten": lambda *args, **options: ConvNet(*args, pool="flatten", **options),
     "vit": ViT,
 }
@@ -183,6 +184,7 @@ def test_digits_are_learned(net, epochs, accuracy):
         (lambda: ConvNet((64,), 1), r"`ConvNet\(input_shape=\(64,\)\)` must be an image .* `MLP`"),
         (lambda: ConvNet((1, 8, 8), 1, width="x"), r"`ConvNet\(width=.* got 'x'"),
         (lambda: ConvNet((1, 8, 8), 1, width=12), r"width=12, groups=8.*use groups=4"),
+        (lambda: ConvNet((1, 8, 8), 1, groups=-1), r"`ConvNet\(groups=.* >= 0; got -1"),
         (lambda: ConvNet((1, 8, 8), 1, pool="meen"), r"`ConvNet\(pool=.*did you mean 'mean'"),
         (lambda: ConvNet((1, 8, 8), 1, activation="tan"), r"ConvNet\(.*did you mean 'tanh'"),
         (lambda: ViT((64,), 1), r"`ViT\(input_shape=\(64,\)\)` must be an image \(C, H, W\)"),

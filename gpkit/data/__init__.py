@@ -4,8 +4,10 @@ from gpkit.data.arrays import ArrayDataModule
 from gpkit.data.breast_cancer import BreastCancer
 from gpkit.data.diabetes import Diabetes
 from gpkit.data.digits import Digits
+from gpkit.data.gaussians import EightGaussians, TwentyFiveGaussians
 from gpkit.data.huggingface import HuggingFace
 from gpkit.data.module import DataModule
+from gpkit.data.swiss_roll import SwissRoll
 from gpkit.data.two_moons import TwoMoons
 
 __all__ = [
@@ -14,6 +16,9 @@ __all__ = [
     "DataModule",
     "Diabetes",
     "Digits",
+    "EightGaussians",
     "HuggingFace",
+    "SwissRoll",
+    "TwentyFiveGaussians",
     "TwoMoons",
 ]

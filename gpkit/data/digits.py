@@ -20,6 +20,9 @@ class Digits(ArrayDataModule):
     uniformly from the ten classes, so about 9/10 of these are wrong. The noisy labels at a lower p
     are among those at a higher one, and the split does not depend on p.
 
+    About half of the pixels are exactly 0, so a generator of them ends in a sigmoid rather than a
+    tanh: `ImageGenerator(output="sigmoid")`.
+
     Args:
         batch_size: The samples of a batch.
         val_size: The validation part, a count or a fraction; 0 for none.

@@ -1,7 +1,22 @@
-"""Small nets for the application: each is `Net(input_shape, num_outputs, *, own options)`."""
+"""Small nets for the application.
+
+A net of a task is `Net(input_shape, num_outputs, *, own options)`, a critic
+`Critic(input_shape, *, own options)` and a generator
+`Generator(latent_dim, output_shape, *, own options)`.
+"""
 
 from gpkit.models.convnet import ConvNet
+from gpkit.models.critics import ImageCritic, PointCritic
+from gpkit.models.generators import ImageGenerator, PointGenerator
 from gpkit.models.mlp import MLP
 from gpkit.models.vit import ViT
 
-__all__ = ["MLP", "ConvNet", "ViT"]
+__all__ = [
+    "MLP",
+    "ConvNet",
+    "ImageCritic",
+    "ImageGenerator",
+    "PointCritic",
+    "PointGenerator",
+    "ViT",
+]

@@ -23,7 +23,7 @@ class ConvNet(nn.Module):
         num_outputs: The number of outputs; with 1 they stay [B, 1].
         width: The channels of the first block; a multiple of `groups`.
         depth: The number of blocks.
-        groups: The groups of every group norm.
+        groups: The groups of every group norm; 0 for no norms.
         pool: "mean" averages over the last image (any size fits), "flatten" keeps every pixel.
         activation: gelu, silu, softplus, tanh or relu.
 
@@ -49,21 +49,16 @@ class ConvNet(nn.Module):
     ) -> None:
         """Build the layers."""
         super().__init__()
-        options.positive(
-            "ConvNet", num_outputs=num_outputs, width=width, depth=depth, groups=groups
-        )
+        options.positive("ConvNet", num_outputs=num_outputs, width=width, depth=depth)
+        options.groups("ConvNet", width, groups)
         checks.choice("ConvNet(pool=...)", pool, ("mean", "flatten"))
-        if width % groups:
-            raise ValueError(
-                f"`ConvNet(width={width}, groups={groups})` must have a width that is a multiple "
-                f"of groups; use groups={math.gcd(width, groups)}"
-            )
         channels, *sides = options.image_shape("ConvNet", input_shape)
         layers: list[nn.Module] = []
         for i in range(depth):
             fan_in, fan_out = (width << i - 1, width << i) if i else (channels, width)
             layers += [nn.Conv2d(fan_in, fan_out, 3, stride=2 if i else 1, padding=1)]
-            layers += [nn.GroupNorm(groups, fan_out), options.activation("ConvNet", activation)]
+            layers += [nn.GroupNorm(groups, fan_out)] if groups else []
+            layers += [options.activation("ConvNet", activation)]
         self.features = nn.Sequential(*layers)
         pixels = math.prod(-(-side // 2 ** (depth - 1)) for side in sides)  # halved, rounded up
         self.pool = nn.AdaptiveAvgPool2d(1) if pool == "mean" else nn.Identity()
@@ -71,4 +66,8 @@ class ConvNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, num_outputs]
         """Return the outputs (logits, values or scores)."""
-        return self.head(self.pool(self.features(x)).flatten(1))
+        return self.head(self.embed(x))
+
+    def embed(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, head.in_features]
+        """Return what the last linear layer is given."""
+        return self.pool(self.features(x)).flatten(1)

@@ -59,4 +59,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, *input_shape] -> [B, num_outputs]
         """Return the outputs (logits, values or scores)."""
-        return self.head(self.features(x.flatten(1)))
+        return self.head(self.embed(x))
+
+    def embed(self, x: Tensor) -> Tensor:  # [B, *input_shape] -> [B, head.in_features]
+        """Return what the last linear layer is given."""
+        return self.features(x.flatten(1))

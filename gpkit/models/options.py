@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from torch import nn
@@ -57,8 +58,29 @@ def dropout(owner: str, value: float) -> float:
     return value
 
 
-def image_shape(owner: str, input_shape: tuple[int, ...]) -> tuple[int, int, int]:
+def groups(owner: str, width: int, value: int) -> None:
+    """Check that `width` channels can be normalised in `value` groups; 0 is for no norms.
+
+    Raises:
+        ValueError: If the channels are no multiple of the groups.
+    """
+    if checks.integer(f"{owner}(groups=...)", value, 0) and width % value:
+        raise ValueError(
+            f"`{owner}(width={width}, groups={value})` must have a width that is a multiple "
+            f"of groups; use groups={math.gcd(width, value)}"
+        )
+
+
+def image_shape(
+    owner: str, shape: tuple[int, ...], name: str = "input_shape", flat: str = "MLP"
+) -> tuple[int, int, int]:
     """Check that one sample is an image.
+
+    Args:
+        owner: The class whose option this is, for the message.
+        shape: The shape of one sample.
+        name: The option.
+        flat: The class that takes flat samples.
 
     Returns:
         Its channels, height and width.
@@ -66,10 +88,23 @@ def image_shape(owner: str, input_shape: tuple[int, ...]) -> tuple[int, int, int
     Raises:
         ValueError: If the shape is not (C, H, W).
     """
-    if len(input_shape) != 3:
+    if len(shape) != 3:
         raise ValueError(
-            f"`{owner}(input_shape={tuple(input_shape)})` must be an image (C, H, W); "
-            "use `MLP` for flat inputs, or keep the images unflattened"
+            f"`{owner}({name}={tuple(shape)})` must be an image (C, H, W); "
+            f"use `{flat}` for flat samples, or keep the images unflattened"
         )
-    channels, height, width = input_shape
+    channels, height, width = shape
     return channels, height, width
+
+
+def halvings(height: int, width: int) -> int:
+    """Return how often both sides of an image can be halved, while they are even, down to 4.
+
+    Examples:
+        >>> halvings(8, 8), halvings(28, 28), halvings(64, 32), halvings(7, 8)
+        (1, 2, 3, 0)
+    """
+    times = 0
+    while all((side >> times) % 2 == 0 and side >> times + 1 >= 4 for side in (height, width)):
+        times += 1
+    return times

@@ -1,0 +1,164 @@
+"""Generators, of points and of images, with labels or without."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from gpkit import checks
+from gpkit.models import options
+from gpkit.models.labels import Labels
+from gpkit.models.mlp import MLP
+
+OUTPUTS: dict[str, Callable[[], nn.Module]] = {
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "linear": nn.Identity,
+}
+
+
+class Generator(nn.Module):
+    """A net of the latents and, beside them, of a vector for the label.
+
+    Args:
+        latent_dim: D, the size of the latents.
+        num_classes: The number of labels; 0 for none.
+
+    Attributes:
+        size: Of what the net is given: 2 D with labels, D without.
+
+    Raises:
+        ValueError: If an option is out of range.
+    """
+
+    def __init__(self, latent_dim: int, num_classes: int) -> None:
+        """Draw the vectors."""
+        super().__init__()
+        owner = type(self).__name__
+        self.latent_dim = checks.integer(f"{owner}(latent_dim=...)", latent_dim, 1)
+        self.labels = Labels(owner, "generator(z)", num_classes=num_classes, size=latent_dim)
+        self.size = 2 * latent_dim if num_classes else latent_dim
+
+    def given(self, z: Tensor, y: Tensor | None) -> Tensor:  # [B, D], [B] -> [B, size]
+        """Return the latents and the vectors of the labels, side by side.
+
+        Raises:
+            ValueError: If the latents have another shape.
+        """
+        if z.dim() != 2 or z.shape[1] != self.latent_dim:
+            raise ValueError(
+                f"`{type(self).__name__}(latent_dim={self.latent_dim})` must be called with "
+                f"latents [B, {self.latent_dim}], but got {list(z.shape)}; "
+                "give both the same latent_dim"
+            )
+        vectors = self.labels(y)
+        return z if vectors is None else torch.cat([z, vectors], dim=1)
+
+
+class PointGenerator(Generator):
+    """A generator of points: an `MLP` of the latents.
+
+    Args:
+        latent_dim: D, the size of the latents.
+        output_shape: The shape of one sample.
+        width: The units of each hidden layer.
+        depth: The number of hidden layers.
+        activation: relu, gelu, silu, softplus or tanh.
+        num_classes: The number of labels; 0 for generator(z), K for generator(z, y).
+
+    Raises:
+        ValueError: If an option is out of range.
+
+    Examples:
+        >>> PointGenerator(4, (2,))(torch.zeros(5, 4)).shape
+        torch.Size([5, 2])
+        >>> PointGenerator(4, (2,), num_classes=8)(torch.zeros(5, 4), torch.arange(5)).shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        output_shape: tuple[int, ...],
+        *,
+        width: int = 128,
+        depth: int = 3,
+        activation: str = "relu",
+        num_classes: int = 0,
+    ) -> None:
+        """Build the layers."""
+        super().__init__(latent_dim, num_classes)
+        outputs = math.prod(output_shape)
+        self.net = MLP((self.size,), outputs, width=width, depth=depth, activation=activation)
+        self.output_shape = tuple(output_shape)
+
+    def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:  # [B, D] -> [B, *output_shape]
+        """Return the samples."""
+        return self.net(self.given(z, y)).unflatten(1, self.output_shape)
+
+
+class ImageGenerator(Generator):
+    """A generator of images, of any size: a linear layer, then blocks that double the sides.
+
+    It begins where `ImageCritic` ends, at the sides that are left when even ones are halved down to
+    at least 4, with the channels that are there. A block is (nearest neighbours, 3x3 convolution,
+    group norm, activation) and halves the channels; a last convolution makes the image.
+
+    Args:
+        latent_dim: D, the size of the latents.
+        output_shape: The shape of one sample, (C, H, W).
+        width: The channels at full size; a multiple of `groups`.
+        groups: The groups of every group norm; 0 for no norms.
+        activation: gelu, silu, softplus, tanh or relu.
+        output: "sigmoid" for pixels in [0, 1], as those of `Digits` are; "tanh" for [-1, 1], as
+            `HuggingFace` normalises them; "linear" for any.
+        num_classes: The number of labels; 0 for generator(z), K for generator(z, y).
+
+    Raises:
+        ValueError: If the output is no image or an option is out of range.
+
+    Examples:
+        >>> ImageGenerator(16, (1, 8, 8))(torch.zeros(5, 16)).shape
+        torch.Size([5, 1, 8, 8])
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        output_shape: tuple[int, ...],
+        *,
+        width: int = 32,
+        groups: int = 8,
+        activation: str = "gelu",
+        output: str = "sigmoid",
+        num_classes: int = 0,
+    ) -> None:
+        """Build the layers."""
+        super().__init__(latent_dim, num_classes)
+        owner = "ImageGenerator"
+        options.positive(owner, width=width)
+        options.groups(owner, width, groups)
+        checks.choice(f"{owner}(output=...)", output, OUTPUTS)
+        channels, *sides = options.image_shape(
+            owner, output_shape, "output_shape", "PointGenerator"
+        )
+        doublings = options.halvings(*sides)
+        first = (width << doublings, *(side >> doublings for side in sides))
+
+        def block(fan_out: int) -> list[nn.Module]:
+            norm = [nn.GroupNorm(groups, fan_out)] if groups else []
+            return [*norm, options.activation(owner, activation)]
+
+        layers = [nn.Linear(self.size, math.prod(first)), nn.Unflatten(1, first), *block(first[0])]
+        for i in reversed(range(doublings)):
+            layers += [nn.Upsample(scale_factor=2)]
+            layers += [nn.Conv2d(width << i + 1, width << i, 3, padding=1), *block(width << i)]
+        layers += [nn.Conv2d(width, channels, 3, padding=1), OUTPUTS[output]()]
+        self.net = nn.Sequential(*layers)
+
+    def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:  # [B, D] -> [B, C, H, W]
+        """Return the samples."""
+        return self.net(self.given(z, y))
