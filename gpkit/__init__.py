@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says th
     from gpkit.estimators import exact, projection, taylor
     from gpkit.forms import norm, one_sided, power, squared, two_sided
     from gpkit.lightning.callback import GradientPenaltyCallback
+    from gpkit.lightning.gan import GANModule
     from gpkit.lightning.module import PenalizedModule
     from gpkit.mixtures import mixture, uniform
     from gpkit.penalty import GradientPenalty
@@ -69,6 +70,7 @@ _HOMES = {
     "gpkit.estimators": "exact projection taylor",
     "gpkit.forms": "norm one_sided power squared two_sided",
     "gpkit.lightning.callback": "GradientPenaltyCallback",
+    "gpkit.lightning.gan": "GANModule",
     "gpkit.lightning.module": "PenalizedModule",
     "gpkit.mixtures": "mixture uniform",
     "gpkit.penalty": "GradientPenalty",

@@ -885,7 +885,7 @@ WRONG = [
     ({"latent_dim": 0}, ValueError, r"`latent_dim=...` must be an integer >= 1; got 0"),
     ({"loss": "wassertein"}, ValueError, r"`loss=...` must be.*did you mean 'wasserstein'"),
     ({"loss": F.mse_loss}, TypeError, r"`loss=...` must be a name or a GANLoss; got <function"),
-    ({"penalty": "r1"}, TypeError, r"must be a penalty or a dict of them; got 'r1'"),
+    ({"penalty": "r1"}, TypeError, r"a list or dict of them; got 'r1'"),
     ({"penalty": gpkit.irm()}, TypeError, r"'irm' is on environments.*use PenalizedModule"),
     (
         {"penalty": gpkit.r1(), "generator_penalty": {"r1": gpkit.jacobian()}},
