@@ -36,6 +36,7 @@ from gpkit.lightning.passes import (
     variable,
     with_features,
 )
+from gpkit.lightning.scaling import scale_of
 from gpkit.norm_layers import elementary
 from gpkit.penalty import GradientPenalty, Terms
 from gpkit.sums import Penalties, penalties_by_name
@@ -219,7 +220,7 @@ class PenalizedModule(pl.LightningModule):
                 done = self._forward(x, y, graph_in_x=graph_in_x, per_sample=per_sample)
             done = replace(done, activations=activations, state=state)
             if alone:  # one backward serves the loss and the penalty
-                done = replace(done, loss=summarised(done.loss))
+                done = replace(done, loss=summarised(done.loss, scale_of(self._trainer, x.device)))
             env = environments(batch)
             terms = {name: self._act(p, done, y, env) for name, p in self.penalties.items()}
         total = done.loss
@@ -289,13 +290,14 @@ class PenalizedModule(pl.LightningModule):
         return Pass(x, output, loss if loss.ndim == 0 else loss.mean(), losses, a)
 
     def _act(self, penalty: GradientPenalty, done: Pass, y: Any, env: Tensor) -> Terms | None:
-        step = self._step()
+        options: dict[str, Any] = {"step": self._step()}
+        options["scale"] = scale_of(self._trainer, done.x.device)
         if isinstance(penalty, EnvironmentPenalty):
             output = (done.output, done.features) if with_features(penalty) else done.output
-            return penalty.act(output, y, env, step=step)
+            return penalty.act(output, y, env, **options)
         if isinstance(penalty.wrt, weights):
             if penalty.estimator.reuses_graph:
-                return penalty.act(differentiated(penalty, done), self.net, step=step)
+                return penalty.act(differentiated(penalty, done), self.net, **options)
 
             def closure() -> Any:
                 losses = penalty.of == "loss" and penalty.scope == "sample"
@@ -306,10 +308,10 @@ class PenalizedModule(pl.LightningModule):
 
             if done.state is not None:
                 again = Computed(done.loss, closure, done.state)
-                return penalty.act(again, self.net, step=step)
-            return penalty.act(closure, self.net, step=step)
+                return penalty.act(again, self.net, **options)
+            return penalty.act(closure, self.net, **options)
         if reuses_input_graph(penalty):
-            return penalty.act(differentiated(penalty, done), variable(penalty, done), step=step)
+            return penalty.act(differentiated(penalty, done), variable(penalty, done), **options)
 
         x = done.x.detach()
 
@@ -317,10 +319,16 @@ class PenalizedModule(pl.LightningModule):
             output = self.net(z)
             if penalty.of != "loss":
                 return output
-            return self.per_sample_loss(output, repeated(y, len(x), len(z)))
+            losses = self.per_sample_loss(output, repeated(y, len(x), len(z)))
+            if penalty.estimator.first_order and losses.stride() == (0,):
+                raise ValueError(
+                    "finite differences in the inputs need the loss of each sample, and "
+                    "`loss=...` gives one number: give one with a `reduction`, or that gives [B]"
+                )
+            return losses
 
         net = [self.net] if activation_names(penalty) else []
-        return penalty.act(function, *net, real=x, fake=x.roll(1, 0), step=step)
+        return penalty.act(function, *net, real=x, fake=x.roll(1, 0), **options)
 
     def _evaluate(self, batch: Any, stage: str) -> None:
         # Norms need a graph, which inference mode and its tensors cannot give.

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.compiler import set_stance
@@ -19,6 +18,7 @@ from gpkit.lightning import asked
 from gpkit.lightning.findings import at_step, refuse, sharded
 from gpkit.lightning.probe import Needs, Seen, watched
 from gpkit.lightning.replay import Made, Step, Traces, loss_of, losses_of, with_loss_of
+from gpkit.lightning.scaling import scale_of
 from gpkit.penalty import GradientPenalty, Terms
 from gpkit.together import summarised
 from gpkit.window import POOLED, Window
@@ -165,7 +165,7 @@ class PenalisedStep:
             self._first = not acting
         if self._shards is not None:
             return self._sharded(made, loss, acting)
-        step, scale = self._at, self._scale(loss)
+        step, scale = self._at, scale_of(self.trainer, loss.device)
         last = not self.trainer.fit_loop._should_accumulate()
         pooled = {n: p for n, p in acting.items() if p.scope in POOLED}
         waiting = {} if last else pooled
@@ -263,11 +263,6 @@ class PenalisedStep:
     def _window(self, name: str, penalty: GradientPenalty) -> Window:
         size = self.trainer.accumulate_grad_batches
         return self.windows.setdefault(name, Window(size, ranks=penalty.scope == "global"))
-
-    def _scale(self, loss: Tensor) -> Tensor | None:
-        """Return the scale of the gradient scaler, without waiting for the device."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        return None if scaler is None else scaler.scale(torch.ones((), device=loss.device))
 
     def _log(self, total: Tensor, terms: Mapping[str, Terms | None]) -> None:
         """Log the total and the penalties, on the steps that the trainer logs."""
