@@ -41,5 +41,5 @@ class Histograms:
         values = values[values.isfinite()]
         for logger in trainer.loggers if len(values) else ():
             if is_a(logger, "TensorBoardLogger"):
-                step = trainer.fit_loop.epoch_loop._batches_that_stepped  # as of the scalars
+                step = trainer.fit_loop.epoch_loop._batches_that_stepped  # of scalars
                 logger.experiment.add_histogram(name, values, step)
