@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics import MeanSquaredError
+from torchmetrics import Metric
 
 import gpkit
 from gpkit.lightning.unlogged import of_strategy
@@ -333,9 +333,12 @@ def test_of_the_loss_without_penalties_in_either_order(net, first, estimator):
         assert torch.equal(a, b)  # neither disturbs the other
 
 
-def test_of_the_last_micro_batch(net):
+def test_of_the_last_micro_batch(net, monkeypatch):
+    passes, grad = [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: passes.append(1) or grad(*a, **k))
     monitor = gpkit.GradientNormMonitor(inputs="net")
     logged = fit(Plain(copy.deepcopy(net)), monitor, accumulate_grad_batches=2)
+    assert len(passes) == 1 + 4  # the very first, and the last of each optimiser step
     true = by_hand(
         net, lambda net, x, y: norms_of_samples(net, x, y, "input").mean().item(), accumulate=2
     )
@@ -466,22 +469,37 @@ NAMES = [
 ALL = {"inputs": "net", "activations": "net.backbone", "validation": True}
 
 
+class Count(Metric):
+    def __init__(self):
+        super().__init__()
+        self.add_state("seen", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, x):
+        self.seen.add_(len(x))
+
+    def compute(self):
+        return self.seen
+
+
 class Measured(Validated):
-    """It has a metric, which in inference mode becomes what cannot be written to outside of it."""
+    """A metric and a buffer; inference mode leaves what cannot be written to outside of it."""
 
     def __init__(self, net, **kinds):
         super().__init__(net, **kinds)
-        self.error = MeanSquaredError()
+        self.count = Count()
         self.register_buffer("mean", torch.zeros(5, dtype=torch.float64))
 
     def validation_step(self, batch, batch_idx):
         assert torch.is_grad_enabled() == self.expected
         assert not torch.is_inference_mode_enabled() or not self.expected
-        self.mean += batch[0].mean(0).detach()
+        self.mean.add_(batch[0].mean(0).detach())
         output = super().validation_step(batch, batch_idx)
-        self.error(batch[0], batch[0] + 2)
-        self.log("val/error", self.error)
+        self.count.update(batch[0])
+        self.log("val/count", self.count)
         return output
+
+    def on_validation_end(self):
+        self.mean = self.mean.clone()
 
     def on_validation_batch_end(self, outputs, batch, batch_idx):
         loss = outputs["loss"] if self.returns == "dict" else outputs
@@ -496,7 +514,7 @@ def test_validation_within_a_fit(net, returns):
     module.make_optimizer = optimizer
     logged = fit(module, gpkit.GradientNormMonitor("layer", **ALL), max_epochs=1)
     assert logged.steps(*NAMES) == [[approx(v)] for v in validation(net)]
-    assert logged.steps("val/error") == [[4.0]]
+    assert logged.steps("val/count") == [[float(BATCHES * B)]]
     assert "validation_step" not in module.__dict__
     assert all(p.grad is None for p in module.parameters())
 
@@ -507,10 +525,10 @@ def test_validation_alone_again_and_after_inference_mode(net):
         module.expected = bool(monitors)
         trainer = pl.Trainer(logger=False, callbacks=monitors, **QUIET)
         (found,) = trainer.validate(module, loader(), verbose=False)
-        assert found["val/error"] == 4.0
+        assert found["val/count"] == BATCHES * B
         if monitors:
             assert [found[name] for name in NAMES] == approx(validation(net))
-        assert set(found) == {"val/error", *(NAMES if monitors else [])}
+        assert set(found) == {"val/count", *(NAMES if monitors else [])}
     true = 3 * data().tensors[0].mean(0) * BATCHES
     torch.testing.assert_close(module.mean, true)
 
@@ -679,6 +697,9 @@ REFUSED = {
     "the submodule 'net.embed' is given torch.int64, which has no gradient": {
         "inputs": "net.embed"
     },
+    "the submodule 'net.single' has a single number, and must have samples": {
+        "activations": "net.single"
+    },
     "`manual_backward=...` is for manual optimisation; leave it out": {"manual_backward": 0},
 }
 
@@ -689,10 +710,11 @@ def test_refusals_before_the_first_step(said):
         def __init__(self):
             super().__init__()
             self.embed, self.again = nn.Embedding(3, 5), nn.Tanh()
-            self.backbone = nn.Linear(5, 3)
+            self.backbone, self.single = nn.Linear(5, 3), nn.Identity()
 
         def forward(self, x):
-            return self.backbone(self.again(self.again(self.embed(x.argmax(1) % 3))))
+            h = self.backbone(self.again(self.again(self.embed(x.argmax(1) % 3))))
+            return h * self.single(h.mean())
 
     module = Plain(Odd())
     module.unused = nn.Linear(1, 1)

@@ -312,10 +312,6 @@ class GradientNormMonitor(Callback):
             if name in self._layers:
                 self._layers.pop(name)()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Go to another process without what is of this one."""
-        return {**self.__dict__, "_layers": {}, "_norms": {}, "_views": None}
-
 
 def _names(title: str, given: str | Iterable[str]) -> tuple[str, ...]:
     names = (given,) if isinstance(given, str) else tuple(given)
