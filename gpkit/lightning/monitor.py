@@ -33,9 +33,10 @@ WEIGHTS = ("total", "group", "layer")
 
 
 class GradientNormMonitor(Callback):
-    r"""Log gradient norms of a LightningModule; training stays bit for bit the same.
+    r"""Log gradient norms of a LightningModule that knows nothing of them.
 
-    On the steps that the trainer logs (``log_every_n_steps``):
+    Training stays bit for bit the same (but for the rounding of compiled modules, where inputs or
+    activations are asked for). On the steps that the trainer logs (``log_every_n_steps``):
 
     - ``grad_norm/weight``, the norm of the gradient that the optimiser is about to apply:
       accumulated, averaged over ranks, unscaled, before clipping, and with all that was added to
@@ -175,8 +176,9 @@ class GradientNormMonitor(Callback):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the norms of the gradients that the optimisers were about to apply."""
-        self._log_weights(trainer, pl_module, self._norms, "grad_norm")
-        self._norms.clear()
+        if self._norms:
+            self._log_weights(trainer, pl_module, self._norms, "grad_norm")
+            self._norms.clear()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the histograms that the epoch has collected."""
