@@ -14,12 +14,12 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says th
     from gpkit.classifier import features
     from gpkit.derivatives import derivative
     from gpkit.differences import finite_difference
-    from gpkit.directional import directional_derivative
     from gpkit.estimators import exact, projection, taylor
     from gpkit.forms import norm, one_sided, power, squared, two_sided
     from gpkit.lightning.callback import GradientPenaltyCallback
     from gpkit.lightning.gan import GANModule
     from gpkit.lightning.module import PenalizedModule
+    from gpkit.lightning.monitor import GradientNormMonitor
     from gpkit.mixtures import mixture, uniform
     from gpkit.penalty import GradientPenalty
     from gpkit.points import interpolate, perturb
@@ -66,12 +66,12 @@ _HOMES = {
     "gpkit.classifier": "features",
     "gpkit.derivatives": "derivative",
     "gpkit.differences": "finite_difference",
-    "gpkit.directional": "directional_derivative",
     "gpkit.estimators": "exact projection taylor",
     "gpkit.forms": "norm one_sided power squared two_sided",
     "gpkit.lightning.callback": "GradientPenaltyCallback",
     "gpkit.lightning.gan": "GANModule",
     "gpkit.lightning.module": "PenalizedModule",
+    "gpkit.lightning.monitor": "GradientNormMonitor",
     "gpkit.mixtures": "mixture uniform",
     "gpkit.penalty": "GradientPenalty",
     "gpkit.points": "interpolate perturb",

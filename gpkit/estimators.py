@@ -134,7 +134,7 @@ class taylor(Estimator):  # noqa: N801
     It vanishes where the k-th derivative does for "gaussian" and "sphere"; with "rademacher" a
     Hessian such as diag(1, -1) goes unseen. For inputs of one number v = 1, and n = |f^(k)| is
     exact. It is for inputs, and evaluates the function itself on jets: give the penalty a callable.
-    It takes smooth functions, see `gpkit.directional_derivative`.
+    It takes smooth functions, see `gpkit.directional.directional_derivative`.
 
     Args:
         n: N, the number of directions.

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gpkit
 import gpkit.jet_rules  # noqa: F401  registers them
+from gpkit.directional import directional_derivative
 from gpkit.jets import RULES
 
 B = 3
@@ -86,7 +87,7 @@ def test_nets(name, order):
     net, true, shape = NETS[name]
     net, true = net.double(), (true or net).double()
     x, v = torch.randn(2, B, *shape).double().unbind()
-    found = gpkit.directional_derivative(net, x, v, order)
+    found = directional_derivative(net, x, v, order)
     mixed = torch.randn_like(found)
     params = {n: p.detach() for n, p in net.named_parameters()}
 
@@ -112,7 +113,7 @@ def test_group_norm():
         return torch.tanh(h * net[1].weight[:, None] + net[1].bias[:, None])
 
     for order in (1, 3):
-        found = gpkit.directional_derivative(net, x, v, order)
+        found = directional_derivative(net, x, v, order)
         assert relative_error(found, oracles.along(written, order, x, v)) < 1e-10
 
 
@@ -159,14 +160,14 @@ def test_functions(name):
         f_true = f
     for order in (1, 2, 5):
         true = oracles.along(f_true, order, x, v)
-        found = gpkit.directional_derivative(f, x, v, order)
+        found = directional_derivative(f, x, v, order)
         assert found.shape == true.shape
         assert relative_error(found, true) < 1e-10
 
 
 def test_softplus_past_its_threshold_is_linear_as_torchs():
     x = torch.tensor([19.0, 21.0]).double()
-    found = gpkit.directional_derivative(F.softplus, x, torch.ones(2).double(), 2)
+    found = directional_derivative(F.softplus, x, torch.ones(2).double(), 2)
     assert found[0] > 1e-9
     assert found[1] == 0
 
@@ -175,14 +176,14 @@ def test_differentiable_in_the_point_and_the_direction():
     x, v = (torch.randn(2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     net = mlp(nn.Tanh()).double()
     assert torch.autograd.gradcheck(
-        lambda x, v: gpkit.directional_derivative(net, x, v, 3), (x, v), fast_mode=True
+        lambda x, v: directional_derivative(net, x, v, 3), (x, v), fast_mode=True
     )
 
 
 def test_several_inputs():
     x, y, v, w = torch.randn(4, B, 2).double().unbind()
     f = lambda x, y: (x * y.sin()).sum(1)  # noqa: E731
-    found = gpkit.directional_derivative(f, (x, y), (v, w), 2)
+    found = directional_derivative(f, (x, y), (v, w), 2)
     assert relative_error(found, (2 * v * w * y.cos() - x * w**2 * y.sin()).sum(1)) < 1e-12
 
 
@@ -195,10 +196,10 @@ def test_cost_is_polynomial_in_the_order(monkeypatch):
     monkeypatch.setitem(RULES, "mm", counted)
     x = torch.randn(B, 4)
     for order in range(1, 9):
-        gpkit.directional_derivative(mlp(nn.Tanh()), x, x, order)
+        directional_derivative(mlp(nn.Tanh()), x, x, order)
         assert len(products) == 3 * (order + 1)  # a layer's weight is a constant
         products.clear()
-        gpkit.directional_derivative(lambda x: x.sin() @ x.cos().T, x, x, order)
+        directional_derivative(lambda x: x.sin() @ x.cos().T, x, x, order)
         assert len(products) == (order + 1) * (order + 2) / 2
         products.clear()
 
@@ -212,11 +213,11 @@ def test_what_does_not_depend_on_the_point_vanishes():
         return h * x
 
     for f in (lambda x: torch.ones(B), lambda x: x.detach() ** 3, cut):
-        assert not gpkit.directional_derivative(f, x, x, 2).any()
+        assert not directional_derivative(f, x, x, 2).any()
     with torch.no_grad():  # outside of the function it only asks for no graph
-        d = gpkit.directional_derivative(torch.sin, x, torch.ones_like(x), 2)
+        d = directional_derivative(torch.sin, x, torch.ones_like(x), 2)
     torch.testing.assert_close(d, -x.sin())
-    assert not gpkit.directional_derivative(nn.Linear(4, 1), x, x, 2).any()
+    assert not directional_derivative(nn.Linear(4, 1), x, x, 2).any()
 
 
 def view_of_what_is_written_to(x):
@@ -243,24 +244,24 @@ REFUSED = {
 def test_refuses_an_operation_by_name(said):
     x = torch.randn(B, 4)
     with pytest.raises(NotImplementedError, match=said):
-        gpkit.directional_derivative(REFUSED[said], x, x, 2)
+        directional_derivative(REFUSED[said], x, x, 2)
 
 
 @pytest.mark.parametrize("f", [F.relu, torch.abs, partial(F.leaky_relu, negative_slope=0.2)])
 def test_piecewise_linear_functions_at_order_1(f):
     x, v = torch.randn(2, B, 4).double().unbind()
-    found = gpkit.directional_derivative(f, x, v, 1)
+    found = directional_derivative(f, x, v, 1)
     torch.testing.assert_close(found, oracles.along(f, 1, x, v))
 
 
 def test_refuses_arguments():
     x = torch.randn(B, 4)
     with pytest.raises(ValueError, match="needs a v of the shape of x; got x"):
-        gpkit.directional_derivative(torch.sin, x, x[:1])
+        directional_derivative(torch.sin, x, x[:1])
     with pytest.raises(ValueError, match="must be an integer >= 1; got 0"):
-        gpkit.directional_derivative(torch.sin, x, x, 0)
+        directional_derivative(torch.sin, x, x, 0)
     with pytest.raises(TypeError, match="gave a tuple, and a tensor was expected"):
-        gpkit.directional_derivative(lambda x: (x, x), x, x)
+        directional_derivative(lambda x: (x, x), x, x)
 
 
 # The estimator.

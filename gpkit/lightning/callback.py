@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial, wraps
+from collections.abc import Callable
 from typing import Any
 
 from gpkit import checks
+from gpkit.lightning import layers
 from gpkit.lightning.bases import Callback
 from gpkit.lightning.findings import before_fit, refuse
 from gpkit.lightning.step import PenalisedStep
 from gpkit.sums import Penalties, penalties_by_name
-
-STEP, BACKWARD = "training_step", "manual_backward"
 
 
 class GradientPenaltyCallback(Callback):
@@ -91,33 +90,34 @@ class GradientPenaltyCallback(Callback):
             if manual_backward is None
             else checks.integer("manual_backward=...", manual_backward, 0)
         )
-        self._replaced: tuple[Any, dict[str, Any], PenalisedStep] | None = None
+        self._layers: list[Callable[[], None]] = []  # how to take each off again
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Take the place of the module's ``training_step``."""
+        """Put the penalties around the module's ``training_step``."""
         self._give_back()
         found = before_fit(trainer, pl_module, self.penalties, self.module, self.manual_backward)
         if not pl_module.automatic_optimization:
             refuse(found)  # its first training step would step the optimisers
         step = PenalisedStep(trainer, pl_module, self.penalties, self.module, found)
-        names = [STEP] if pl_module.automatic_optimization else [STEP, BACKWARD]
-        own = {name: pl_module.__dict__[name] for name in names if name in pl_module.__dict__}
-        original = getattr(pl_module, STEP)
         if pl_module.automatic_optimization:
-            pl_module.__dict__[STEP] = wraps(original)(partial(step, original))
-        else:
-            backward = getattr(pl_module, BACKWARD)
-            pl_module.__dict__[STEP] = wraps(original)(partial(step.manual, original))
-            which = self.manual_backward or 0
-            pl_module.__dict__[BACKWARD] = wraps(backward)(partial(step.backward, backward, which))
-        self._replaced = pl_module, own, step
+            self._layers = [step.traces.remove, layers.add(pl_module, "training_step", step)]
+            return
+
+        def backward(call: Any, *args: Any, **kwargs: Any) -> None:
+            step.backward(call, self.manual_backward or 0, *args, **kwargs)
+
+        self._layers = [
+            step.traces.remove,
+            layers.add(pl_module, "training_step", step.manual),
+            layers.add(pl_module, "manual_backward", backward, inside=True),
+        ]
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Give the module its ``training_step`` back."""
+        """Leave the module as it was."""
         self._give_back()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Give the module its ``training_step`` back: after an exception nothing else is called."""
+        """Leave the module as it was: after an exception nothing else is called."""
         self._give_back()
 
     def state_dict(self) -> dict[str, Any]:
@@ -131,14 +131,9 @@ class GradientPenaltyCallback(Callback):
                 self.penalties[name].load_state_dict(state)
 
     def _give_back(self) -> None:
-        if self._replaced is not None:
-            module, own, step = self._replaced
-            step.traces.remove()
-            for name in (STEP, BACKWARD):
-                module.__dict__.pop(name, None)
-            module.__dict__.update(own)
-            self._replaced = None
+        while self._layers:
+            self._layers.pop()()
 
     def __getstate__(self) -> dict[str, Any]:
         """Go to another process without what is of this one."""
-        return {**self.__dict__, "_replaced": None}
+        return {**self.__dict__, "_layers": []}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from gpkit.isolation import RandomState
+from gpkit.lightning import layers
 
 Step = Callable[..., Any]
 
@@ -55,15 +55,12 @@ class Traces:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.silent = False
-        self._own = {name: module.__dict__[name] for name in LOGS if name in module.__dict__}
-        for name in LOGS:
-            module.__dict__[name] = partial(self._log, getattr(module, name))
+        self._layers = [layers.add(module, name, self._log) for name in ("log", "log_dict")]
 
     def remove(self) -> None:
         """Give the module its own functions back."""
-        for name in LOGS:
-            self.module.__dict__.pop(name, None)
-        self.module.__dict__.update(self._own)
+        for off in self._layers:
+            off()
 
     def _log(self, log: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         if not self.silent:
@@ -81,9 +78,6 @@ class Traces:
             self.silent = False
             for metric, state in zip(metrics, states, strict=True):
                 metric.__dict__.update(state)
-
-
-LOGS = ("log", "log_dict")
 
 
 def _state(metric: Metric) -> dict[str, Any]:

@@ -1,0 +1,42 @@
+"""Parameters under the names that a log has for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+def by_group(optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, list[Tensor]]]:
+    """Yield the parameter groups of optimisers.
+
+    Args:
+        optimizers: all there are.
+
+    Yields:
+        A name and its parameters: the group's own "name", or "group_0"; "optimizer_0/group_0" where
+        there are several optimisers.
+    """
+    for i, optimizer in enumerate(optimizers):
+        prefix = f"optimizer_{i}/" if len(optimizers) > 1 else ""
+        for j, group in enumerate(optimizer.param_groups):
+            yield f"{prefix}{group.get('name', f'group_{j}')}", group["params"]
+
+
+def by_layer(module: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
+    """Yield the submodules that have parameters of their own.
+
+    Args:
+        module: the module. Parameters of its own are under the name of its class.
+
+    Yields:
+        A name, as in ``module.named_modules()``, and its parameters.
+
+    >>> [name for name, _ in by_layer(nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.PReLU()))]
+    ['0', '2']
+    """
+    for name, layer in module.named_modules():
+        own: list[Tensor] = list(layer.parameters(recurse=False))
+        if own:
+            yield name.replace("_orig_mod.", "") or type(module).__name__, own

@@ -1,0 +1,84 @@
+"""The inputs and activations that a step of a LightningModule shows, under the names of a log."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gpkit.lightning.probe import Needs, Seen, watched
+
+
+@dataclass(frozen=True)
+class View:
+    """One input or activation.
+
+    Args:
+        label: its name in the log.
+        title: what it is, for a finding.
+        key: its name in what was seen; the input's is "".
+        seen: what was seen, complete when the step has been made.
+    """
+
+    label: str
+    title: str
+    key: str
+    seen: Seen
+
+    @property
+    def tensor(self) -> Tensor | None:
+        """What was seen; None if it was not there."""
+        return self.seen.activations.get(self.key) if self.key else self.seen.x
+
+    def findings(self, step: str, *, once: bool) -> Iterator[str]:
+        """Yield what keeps it from having a norm for each sample.
+
+        Args:
+            step: the name of the method that was run.
+            once: whether it must not have been there several times.
+
+        Yields:
+            A line for each finding.
+        """
+        yield from self.seen.problems
+        calls = self.seen.calls.get(self.key, 0)
+        if not calls:
+            yield f"{step} does not call {self.title}: name one that it calls"
+        elif calls > 1 and once:
+            yield f"{step} calls {self.title} {calls} times: name one that is called once"
+        elif self.tensor is not None and not self.tensor.ndim:
+            yield f"{self.title} has a single number, and must have samples, [B, ...]: name another"
+
+
+@contextmanager
+def viewed(
+    module: nn.Module, inputs: Sequence[str], activations: Sequence[str]
+) -> Iterator[list[View]]:
+    """Watch submodules of a module while it runs. No hook is left behind.
+
+    Compiled ones run uncompiled for that: they have no hooks.
+
+    Args:
+        module: the module.
+        inputs: names of the submodules whose inputs are meant; "" is the module itself.
+        activations: names of those whose outputs are.
+
+    Yields:
+        The views, complete when the block ends.
+    """
+    views = []
+    with ExitStack() as stack:
+        if inputs or activations:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for name in inputs:
+            title = f"the submodule {name!r}" if name else f"the {type(module).__name__} itself"
+            label = "input" if len(inputs) == 1 else f"input/{name or type(module).__name__}"
+            seen = stack.enter_context(watched(module.get_submodule(name), title, Needs(x=True)))
+            views.append(View(label, title, "", seen))
+        for name in activations:
+            seen = stack.enter_context(watched(module, "", Needs(activations=(name,))))
+            views.append(View(f"activation/{name}", f"the submodule {name!r}", name, seen))
+        yield views
