@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import gpkit
 
-STEPS, ROUNDS, WARM = 220, 5, 20
+STEPS, ROUNDS, WARM = 220, 7, 20
 SIZES = {"MLP 64-128-128-10, batch 64": (128, 64), "MLP 64-512-512-10, batch 128": (512, 128)}
 
 

@@ -51,7 +51,7 @@ class GradientPenaltyCallback(Callback):
         module: the name of the submodule whose weights, inputs or activations are meant, as in
             ``module.named_modules()``; None is the module itself.
         manual_backward: under manual optimisation, which of the ``manual_backward`` calls of a
-            training step gets the penalties, from 0. The tensor that it is called with is no other.
+            training step gets the penalties, from 0. The loss that it was called with stays as it is.
 
     Raises:
         TypeError: if ``penalty`` is none of these.
