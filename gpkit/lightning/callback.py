@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
 
 from gpkit import checks
 from gpkit.lightning.bases import Callback
-from gpkit.lightning.findings import before_fit, refuse
+from gpkit.lightning.findings import before_fit, is_alone, refuse
 from gpkit.lightning.step import PenalisedStep
 from gpkit.sums import Penalties, penalties_by_name
 
@@ -93,23 +95,28 @@ class GradientPenaltyCallback(Callback):
         )
         self._replaced: tuple[Any, dict[str, Any], PenalisedStep] | None = None
 
+    @property
+    def state_key(self) -> str:
+        """Return the name of the state in a checkpoint."""
+        return self._generate_state_key(module=self.module)
+
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Take the place of the module's ``training_step``."""
         self._give_back()
         found = before_fit(trainer, pl_module, self.penalties, self.module, self.manual_backward)
-        if not pl_module.automatic_optimization:
-            refuse(found)  # its first training step would step the optimisers
+        if not (pl_module.automatic_optimization and is_alone(trainer)):
+            refuse(found)  # a training step would step the optimisers, or be replaced twice
         step = PenalisedStep(trainer, pl_module, self.penalties, self.module, found)
         names = [STEP] if pl_module.automatic_optimization else [STEP, BACKWARD]
         own = {name: pl_module.__dict__[name] for name in names if name in pl_module.__dict__}
         original = getattr(pl_module, STEP)
         if pl_module.automatic_optimization:
-            pl_module.__dict__[STEP] = wraps(original)(partial(step, original))
+            pl_module.__dict__[STEP] = _as(original, partial(step, original))
         else:
             backward = getattr(pl_module, BACKWARD)
-            pl_module.__dict__[STEP] = wraps(original)(partial(step.manual, original))
+            pl_module.__dict__[STEP] = _as(original, partial(step.manual, original))
             which = self.manual_backward or 0
-            pl_module.__dict__[BACKWARD] = wraps(backward)(partial(step.backward, backward, which))
+            pl_module.__dict__[BACKWARD] = _as(backward, partial(step.backward, backward, which))
         self._replaced = pl_module, own, step
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
@@ -142,3 +149,16 @@ class GradientPenaltyCallback(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Go to another process without what is of this one."""
         return {**self.__dict__, "_replaced": None}
+
+
+def _as(original: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a function the name and signature of another, as Lightning reads them: through one wrap.
+
+    Args:
+        original: what it takes the place of; it may be decorated itself.
+        function: what does.
+
+    Returns:
+        The function.
+    """
+    return wraps(inspect.unwrap(original))(function)
