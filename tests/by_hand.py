@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 STEP = 0.05  # of finite differences
+SCALE = 2.0**10  # of gradient scalers at the start: of a size that does not skip every step
 
 
 def gradient(y, xs, scale, **options):
@@ -128,7 +129,7 @@ def train(net, batches, total, weight, optimizer, *, precision="32", windows, cl
     """
     net = copy.deepcopy(net)
     half = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision)
-    scaler = torch.amp.GradScaler("cpu", enabled=precision == "16")
+    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, enabled=precision == "16")
     optimizer = optimizer(net.parameters())
     batches = iter(batches)
     for step, size in enumerate(windows):

@@ -130,7 +130,7 @@ def trainer(cell, **options):
     """The trainer of a cell."""
     precision = {"32": "32-true", "bf16": "bf16-mixed", "64": "64-true"}.get(cell.precision)
     if cell.precision == "16":
-        scaler = torch.amp.GradScaler("cpu")
+        scaler = torch.amp.GradScaler("cpu", init_scale=by_hand.SCALE)
         options["plugins"] = [MixedPrecision("16-mixed", "cpu", scaler=scaler)]
     else:
         options["precision"] = precision
