@@ -7,8 +7,8 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from fits import LAMBDA, assert_trained_as, batches, fit, penalty
-from matrix import SGD
+from fits import LAMBDA, assert_trained_as, batches, fit, loader, penalty
+from matrix import QUIET, SGD
 from torch import nn
 
 import gpkit
@@ -137,3 +137,14 @@ def test_schedules_count_training_steps_and_the_module_gets_its_methods_back():
     module = fit(GAN(), cb, batches())
     assert made.step == len(batches())
     assert not {"training_step", "manual_backward"} & set(module.__dict__)
+
+
+def test_a_refusal_comes_before_any_step_of_any_optimiser():
+    """The second backward is the chosen one: by then the critic would have been trained."""
+    gan = GAN()
+    before = copy.deepcopy(gan.state_dict())
+    cb = gpkit.GradientPenaltyCallback(penalty("weight", "difference"), manual_backward=1)
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, callbacks=[cb], logger=False, **QUIET)
+    with pytest.raises(ValueError, match="under manual optimisation would step the optimisers"):
+        trainer.fit(gan, loader(batches()))
+    assert all(torch.equal(v, before[k]) for k, v in gan.state_dict().items())
