@@ -26,7 +26,7 @@ class Computed:
     """What was computed, and how it is computed anew.
 
     Args:
-        value: what it was, a loss say, whose graph is there.
+        value: what it was, a loss say, whose graph is there. None where ``at`` moves.
         function: gives it anew: at the weights as they are, or at the inputs it is called with.
         state: of the random numbers that it was computed with.
         mean: whether an input penalty's value is one number: the mean of the samples' own.

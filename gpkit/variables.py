@@ -36,15 +36,16 @@ class inputs:  # noqa: N801  variables read as functions: wrt=weights("classifie
                 "an input penalty takes f and the samples; several inputs go into one tuple: "
                 f"penalty(f, (x1, x2)); got {len(call.args)} arguments after f"
             )
-        evaluate, mean = None, False
-        if isinstance(call.f, Computed):
-            xs, mean = self.given(call), call.f.mean
+        evaluate: Callable[..., Tensor] | None = None
+        mean = isinstance(call.f, Computed) and call.f.mean
+        if isinstance(call.f, Computed) and not call.at.moves:
+            xs = self.given(call)
             y = call.selected(call.f.value)
             evaluate = partial(self.evaluated, call)
         elif call.computed:
             xs = self.given(call)
             y = call.selected(call.f)
-        elif callable(call.f):
+        elif callable(call.f) or isinstance(call.f, Computed):
             given = self.points(call)
             y, caught = call.run(given, given[0].device, self)
             xs = self.chosen(given, caught)
@@ -201,7 +202,7 @@ class weights:  # noqa: N801
                     'reduction="none"'
                 )
             return list(y.reshape(len(y), 1, -1).unbind(0))
-        if scope in POOLED and y[:1].numel() != 1:
+        if scope in POOLED and y.numel() != (len(y) if y.ndim else 1):
             raise ValueError(
                 f"scope={scope!r} needs one number, or losses [B]; got {list(y.shape)}"
             )

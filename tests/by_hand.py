@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 STEP = 0.05  # of finite differences
+SCALE = 2.0**10  # of gradient scalers at the start: of a size that does not skip every step
 
 
 def gradient(y, xs, scale, **options):
@@ -120,7 +121,7 @@ def train(net, batches, total, weight, optimizer, *, precision="32", windows, cl
         net: has a backbone and a head.
         batches: for each micro-batch, the (x, y) of every rank.
         total: ``(net, x, y, weight, scale) -> loss with penalty``.
-        weight: λ.
+        weight: λ, or a function of the optimiser step.
         optimizer: parameters -> optimiser.
         precision: "32", "bf16", "16" or "64".
         windows: for each optimiser step, how many micro-batches are accumulated.
@@ -128,17 +129,18 @@ def train(net, batches, total, weight, optimizer, *, precision="32", windows, cl
     """
     net = copy.deepcopy(net)
     half = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision)
-    scaler = torch.amp.GradScaler("cpu", enabled=precision == "16")
+    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, enabled=precision == "16")
     optimizer = optimizer(net.parameters())
     batches = iter(batches)
-    for size in windows:
+    for step, size in enumerate(windows):
+        now = weight(step) if callable(weight) else weight
         optimizer.zero_grad()
         for _ in range(size):
             ranks = next(batches)
             for x, y in ranks:
                 scale = scaler.scale(torch.ones(())) if precision == "16" else 1.0
                 with torch.autocast("cpu", half) if half else nullcontext():
-                    value = total(net, x, y, weight, scale)
+                    value = total(net, x, y, now, scale)
                 scaler.scale(value / size / len(ranks)).backward()
         scaler.unscale_(optimizer)
         if clip is not None:

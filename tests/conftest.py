@@ -2,7 +2,20 @@
 
 import logging
 
+import matrix
 import torch
 
 torch.set_num_threads(1)
-logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # "GPU available: False" and so on
+for name in ("pytorch_lightning", "lightning.pytorch"):  # "GPU available: False" and so on
+    logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print the table of the cells that ran: the properties of their reports."""
+    reports = [r for group in terminalreporter.stats.values() for r in group]
+    found = [p for r in reports for p in getattr(r, "user_properties", ())]
+    lines = matrix.table({cell: value for name, (cell, value) in found if name == "cell"})
+    if lines:
+        terminalreporter.section("callback and by hand: largest parameter difference")
+        for line in lines:
+            terminalreporter.write_line(line)

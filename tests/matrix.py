@@ -83,10 +83,11 @@ def data(dtype=torch.float32, ranks=1):
 class Plain(pl.LightningModule):
     """A module that knows nothing of gpkit."""
 
-    def __init__(self, net, returns="tensor"):
+    def __init__(self, net, returns="tensor", optimizer=SGD):
         super().__init__()
         self.net = net
         self.returns = returns
+        self.optimizer = optimizer
 
     def training_step(self, batch, batch_idx):
         x, y = batch
@@ -95,7 +96,7 @@ class Plain(pl.LightningModule):
         return loss if self.returns == "tensor" else {"loss": loss, "extra": len(x)}
 
     def configure_optimizers(self):
-        return SGD(self.parameters())
+        return self.optimizer(self.parameters())
 
 
 class Shares(pl.LightningDataModule):
@@ -129,11 +130,11 @@ def trainer(cell, **options):
     """The trainer of a cell."""
     precision = {"32": "32-true", "bf16": "bf16-mixed", "64": "64-true"}.get(cell.precision)
     if cell.precision == "16":
-        scaler = torch.amp.GradScaler("cpu")
+        scaler = torch.amp.GradScaler("cpu", init_scale=by_hand.SCALE)
         options["plugins"] = [MixedPrecision("16-mixed", "cpu", scaler=scaler)]
     else:
         options["precision"] = precision
-    callbacks = [penalty(cell), *options.pop("callbacks", [])]
+    callbacks = options.pop("callbacks", [penalty(cell)])
     if cell.accumulate == "schedule":
         callbacks.append(GradientAccumulationScheduler({0: 1, 1: 2}))
     elif cell.accumulate == "2":
@@ -170,8 +171,8 @@ def trained(cell):
     return [p.detach().clone() for p in module.parameters()]
 
 
-def expected(cell):
-    """Return the parameters of a cell, trained by hand."""
+def expected(cell, total=None):
+    """Return the parameters of a cell, trained by hand; with another total if one is given."""
     dtype = torch.float64 if cell.precision == "64" else torch.float32
     ranks = 1 if cell.strategy == "one" else 2
     x, y = data(dtype, ranks)
@@ -183,7 +184,7 @@ def expected(cell):
     made = by_hand.train(
         net(dtype),
         epoch * EPOCHS,
-        by_hand.TOTALS[cell.where, cell.estimator],
+        total or by_hand.TOTALS[cell.where, cell.estimator],
         WEIGHT,
         SGD,
         precision=cell.precision,
@@ -195,3 +196,39 @@ def expected(cell):
 def difference(mine, true):
     """The largest difference of any parameter."""
     return max((a - b).abs().max().item() for a, b in zip(mine, true, strict=True))
+
+
+def table(found):
+    """Return the lines of a table of what was found, the worst over what the steps return.
+
+    Args:
+        found: str(cell) -> the largest difference of any parameter, or a word instead of one.
+    """
+    worst = {}
+    for name, value in found.items():
+        *row, accumulate, strategy, _ = name.split("-")
+        place = tuple(row), (strategy, accumulate)
+        worst[place] = max(worst.get(place, value), value, key=severity)
+    kinds = itertools.product(WHERE, ESTIMATORS, PRECISIONS)
+    rows = [row for row in kinds if any(r == row for r, _ in worst)]
+    strategies = [s for s in ("one", *DDP) if any(c[0] == s for _, c in worst)]
+    heads = "".join(f"{a[:5]:>6}" for a in ACCUMULATE)
+    lines = [f"{'':26}" + "".join(f" |{s:>18}" for s in strategies)]
+    lines += [f"{'micro-batches of a step':26}" + f" |{heads}" * len(strategies)]
+    for row in rows:
+        places = [[(row, (s, a)) for a in ACCUMULATE] for s in strategies]
+        cells = ["".join(f"{shown(worst.get(p)):>6}" for p in group) for group in places]
+        lines.append("{:11}{:11}{:4}".format(*row) + "".join(f" |{c}" for c in cells))
+    return lines if rows else []
+
+
+def severity(value):
+    """A word is worse than a number, and NaN is the worst."""
+    return (2, 0) if value != value else (1, 0) if isinstance(value, str) else (0, value)
+
+
+def shown(value):
+    """As 2e-07; nothing for a cell that did not run."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value:.0e}" if value else "0"

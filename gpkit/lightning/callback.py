@@ -8,7 +8,7 @@ from typing import Any
 from gpkit import checks
 from gpkit.lightning import layers
 from gpkit.lightning.bases import Callback
-from gpkit.lightning.findings import before_fit, refuse
+from gpkit.lightning.findings import before_fit, is_alone, refuse
 from gpkit.lightning.step import PenalisedStep
 from gpkit.sums import Penalties, penalties_by_name
 
@@ -51,7 +51,7 @@ class GradientPenaltyCallback(Callback):
         module: the name of the submodule whose weights, inputs or activations are meant, as in
             ``module.named_modules()``; None is the module itself.
         manual_backward: under manual optimisation, which of the ``manual_backward`` calls of a
-            training step gets the penalties, from 0. The loss that it was called with stays as it is.
+            training step gets the penalties, from 0. The loss that it is given stays as it is.
 
     Raises:
         TypeError: if ``penalty`` is none of these.
@@ -92,12 +92,17 @@ class GradientPenaltyCallback(Callback):
         )
         self._layers: list[Callable[[], None]] = []  # how to take each off again
 
+    @property
+    def state_key(self) -> str:
+        """Return the name of the state in a checkpoint."""
+        return self._generate_state_key(module=self.module)
+
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Put the penalties around the module's ``training_step``."""
         self._give_back()
         found = before_fit(trainer, pl_module, self.penalties, self.module, self.manual_backward)
-        if not pl_module.automatic_optimization:
-            refuse(found)  # its first training step would step the optimisers
+        if not (pl_module.automatic_optimization and is_alone(trainer)):
+            refuse(found)  # a training step would step the optimisers, or be replaced twice
         step = PenalisedStep(trainer, pl_module, self.penalties, self.module, found)
         if pl_module.automatic_optimization:
             self._layers = [step.traces.remove, layers.add(pl_module, "training_step", step)]

@@ -16,7 +16,7 @@ from gpkit.environments import EnvironmentPenalty
 from gpkit.lightning.asked import in_weights, replays
 from gpkit.lightning.bases import is_a
 from gpkit.lightning.passes import activation_names
-from gpkit.lightning.probe import Seen
+from gpkit.lightning.probe import Needs, Seen
 from gpkit.mixtures import mixture
 from gpkit.penalty import GradientPenalty
 from gpkit.points import At, fake, interpolate
@@ -34,6 +34,11 @@ def refuse(found: list[str], cause: Exception | None = None) -> None:
     """
     if found:
         raise ValueError(CANNOT + "; ".join(found)) from cause
+
+
+def is_alone(trainer: Any) -> bool:
+    """Whether there are no two callbacks with penalties."""
+    return sum(is_a(c, "GradientPenaltyCallback") for c in trainer.callbacks) < 2
 
 
 def before_fit(
@@ -56,7 +61,7 @@ def before_fit(
         A line for each finding.
     """
     found = []
-    if sum(is_a(c, "GradientPenaltyCallback") for c in trainer.callbacks) > 1:
+    if not is_alone(trainer):
         found.append(
             "the trainer has two GradientPenaltyCallbacks, and one would differentiate the "
             "penalties of the other: give all penalties to one, GradientPenaltyCallback([a, b])"
@@ -156,7 +161,7 @@ def _points(at: At) -> list[At]:
     return [p for part in at.ats for p in _points(part)] if isinstance(at, mixture) else [at]
 
 
-def at_step(module: nn.Module, title: str, loss: Tensor, seen: Seen, *, wants_x: bool) -> list[str]:
+def at_step(module: nn.Module, title: str, loss: Tensor, seen: Seen, needs: Needs) -> list[str]:
     """Return what can be told of a step that was made.
 
     Args:
@@ -164,7 +169,7 @@ def at_step(module: nn.Module, title: str, loss: Tensor, seen: Seen, *, wants_x:
         title: how the net that was watched is called.
         loss: what the step gave.
         seen: of the net.
-        wants_x: whether its input was wanted.
+        needs: what of it was wanted.
 
     Returns:
         A line for each finding.
@@ -172,16 +177,16 @@ def at_step(module: nn.Module, title: str, loss: Tensor, seen: Seen, *, wants_x:
     found = list(seen.problems)
     if not loss.requires_grad:
         found.append("the loss of the training step has no graph: was it detached?")
-    if wants_x and "" not in seen.calls:
-        children = ", ".join(repr(n) for n, _ in module.named_children())
-        found.append(
-            f"the training step does not call {title}: module=... names one that it calls, of "
-            f"{children}"
-        )
-    for name, count in seen.calls.items() if module.automatic_optimization else ():
-        if count > 1:
-            called = f"activation({name!r})" if name else title
-            found.append(f"the training step calls {called} {count} times: name one called once")
+    wanted = [*[""] * needs.x, *needs.activations, *seen.calls]
+    called = {name: f"activation({name!r})" if name else title for name in wanted}
+    children = ", ".join(repr(n) for n, _ in module.named_children())
+    for name, what in called.items():
+        count = seen.calls.get(name, 0)
+        if count == 0:
+            hint = "name one" if name else f"module=... names one, of {children},"
+            found.append(f"the training step does not call {what}: {hint} that it calls")
+        elif count > 1 and module.automatic_optimization:
+            found.append(f"the training step calls {what} {count} times: name one called once")
     if any(node.name() == "CheckpointFunctionBackward" for node in graphs.nodes(loss)):
         found.append(
             "the training step uses reentrant checkpointing, through which there is no gradient "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from functools import partial, update_wrapper
@@ -21,6 +22,8 @@ class Layered:
     """
 
     def __init__(self, module: nn.Module, name: str) -> None:
+        self.module = module
+        self.name = name
         self.own = {key: module.__dict__[key] for key in [name] if key in module.__dict__}
         self.method = getattr(module, name)
         self.layers: list[Layer] = []
@@ -33,6 +36,13 @@ class Layered:
         for layer in self.layers:
             call = partial(layer, call)
         return call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Return the method of a copied module, without layers: these are about the original."""
+        if self.own:
+            return copy.deepcopy(self.own[self.name], memo)
+        owner = memo.get(id(self.module), self.module)
+        return getattr(type(self.module), self.name).__get__(owner)
 
 
 def add(module: nn.Module, name: str, layer: Layer, *, inside: bool = False) -> Callable[[], None]:

@@ -55,7 +55,7 @@ class PenalisedStep:
         self._compiled = any(map(is_compiled, module.modules())) or hasattr(
             module.training_step, "_torchdynamo_orig_callable"
         )
-        self._first = True
+        self._unseen = set(penalties)  # that have not acted yet
         if self._compiled and any(self._runs_eager(p) for p in penalties.values()):
             rank_zero_warn(
                 "penalties by double backprop, in inputs or in activations run a compiled module "
@@ -75,8 +75,6 @@ class PenalisedStep:
     def __call__(self, step: Step, *args: Any, **kwargs: Any) -> Any:
         """Run a training step, and return what it gives with the penalties added to the loss."""
         acting = self._acting()
-        if not acting and not self.problems:
-            return step(*args, **kwargs)
         self._repeat_draws(acting)
         made = Made(step, args, kwargs)
         needs = self._needs(acting)
@@ -89,8 +87,10 @@ class PenalisedStep:
             refuse(self.problems, error)  # of which the error may be a consequence
             raise
         loss = loss_of(output)
-        if loss is None:
-            return output  # Lightning skips the step
+        if loss is None:  # Lightning skips the micro-batch
+            if self._last():
+                self.windows.clear()
+            return output
         return with_loss_of(output, self._penalised(made, seen, loss, acting))
 
     def manual(self, step: Step, *args: Any, **kwargs: Any) -> Any:
@@ -110,6 +110,10 @@ class PenalisedStep:
     def _step(self) -> int | None:
         """Return the optimiser step. With optimisers of the module's own, penalties count."""
         return self.trainer.global_step if self.module.automatic_optimization else None
+
+    def _last(self) -> bool:
+        """Return whether this is the last micro-batch of an optimiser step."""
+        return not self.trainer.fit_loop._should_accumulate()
 
     def _acting(self) -> Acting:
         """Return the penalties that act on this step; the others count it."""
@@ -158,15 +162,14 @@ class PenalisedStep:
 
     def _penalised(self, made: Made, seen: Seen, loss: Tensor, acting: Acting) -> Tensor:
         """Return the loss with the penalties that act."""
-        if self._first or seen.problems:
-            wants_x = self._needs(acting).x
-            found = at_step(self.module, self.title, loss, seen, wants_x=wants_x)
+        if self.problems or seen.problems or not self._unseen.isdisjoint(acting):
+            found = at_step(self.module, self.title, loss, seen, self._needs(acting))
             refuse([*self.problems, *found])
-            self._first = not acting
+            self._unseen -= set(acting)
         if self._shards is not None:
             return self._sharded(made, loss, acting)
         step, scale = self._at, scale_of(self.trainer, loss.device)
-        last = not self.trainer.fit_loop._should_accumulate()
+        last = self._last()
         pooled = {n: p for n, p in acting.items() if p.scope in POOLED}
         waiting = {} if last else pooled
         base, differing = loss, [n for n, p in acting.items() if asked.differs(p)]
@@ -223,13 +226,16 @@ class PenalisedStep:
             named = getattr(penalty.wrt, "match", "*") != "*"
             return [f, self.net if named else self._all()]
         wrt, mean = penalty.wrt, penalty.of == "loss"
-        x = seen.activations[wrt.name] if isinstance(wrt, Named) else seen.x
+        moves = penalty.at.moves or asked.calls_net(penalty)
+        x = seen.activations[wrt.name] if isinstance(wrt, Named) and not moves else seen.x
         assert x is not None
+        if not moves:
+            return [Computed(value, again, made.state, mean=mean), x]
         if asked.calls_net(penalty):
             return [self.net, x.detach()]
-        if penalty.at.moves:  # L there, for each sample, has the right sum
-            return [lambda z: again(z).expand(len(z)), x.detach()]
-        return [Computed(value, again, made.state, mean=mean), x]
+        if isinstance(wrt, Named):  # L there, for each sample, has the right sum
+            return [lambda z: again(z).expand(len(z)), x.detach(), self.net]
+        return [Computed(None, again, made.state, mean=True), x.detach()]
 
     def _all(self) -> list[Tensor]:
         """Return the parameters of the net, which are looked up once."""
@@ -249,7 +255,8 @@ class PenalisedStep:
         Returns:
             The loss, or what the net gives.
         """
-        moved = {getattr(penalty.wrt, "name", ""): xs[0]} if xs else None
+        name = "" if penalty.at.moves else getattr(penalty.wrt, "name", "")
+        moved = {name: xs[0]} if xs else None
         with self.traces.none(), self._watched(asked.needs([penalty]), moved) as seen:
             output = made.step(*made.args, **made.kwargs)
         return asked.value(penalty, seen, loss_of(output))

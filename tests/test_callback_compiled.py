@@ -1,0 +1,87 @@
+"""The callback on compiled modules: as on plain ones; and what a copy of a module has of it."""
+
+import copy
+import warnings
+
+import matrix
+import pytest
+import pytorch_lightning as pl
+import torch
+from matrix import Cell
+
+UNCOMPILED = "ignore:penalties by double backprop, in inputs or in activations run a compiled"
+
+
+def compiled(how):
+    """A module to fit, and the same without the wrapper of torch.compile."""
+    module = matrix.Plain(matrix.net())
+    if how == "module":
+        return torch.compile(module, backend="aot_eager"), module
+    if how == "submodule":
+        module.net.backbone = torch.compile(module.net.backbone, backend="aot_eager")
+    else:
+        module.net.compile(backend="aot_eager")
+    return module, module
+
+
+@pytest.mark.filterwarnings(UNCOMPILED)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's
+@pytest.mark.parametrize("how", ["module", "submodule", "in place"])
+@pytest.mark.parametrize("estimator", matrix.ESTIMATORS)
+@pytest.mark.parametrize("where", matrix.WHERE)
+def test_trains_as_a_plain_module(where, estimator, how):
+    cell = Cell(where, estimator, "32", "1", "one", "tensor")
+    fitted, module = compiled(how)
+    torch._dynamo.reset()
+    matrix.trainer(cell).fit(fitted, matrix.Shares())
+    mine = [p.detach() for p in module.parameters()]
+    assert matrix.difference(mine, matrix.expected(cell)) < 1e-6
+
+
+class Graphs:
+    """A backend that counts what is compiled and what is run of it."""
+
+    def __init__(self):
+        self.compiled = self.run = 0
+
+    def __call__(self, graph, inputs):
+        self.compiled += 1
+
+        def run(*args):
+            self.run += 1
+            return graph(*args)
+
+        return run
+
+
+@pytest.mark.parametrize(("estimator", "runs"), [("exact", False), ("difference", True)])
+def test_what_runs_compiled(estimator, runs):
+    torch._dynamo.reset()
+    module, graphs = matrix.Plain(matrix.net()), Graphs()
+    module.net.compile(backend=graphs)
+    cell = Cell("weight", estimator, "32", "1", "one", "tensor")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        matrix.trainer(cell).fit(module, matrix.Shares())
+    lines = [str(w.message) for w in said if "run a compiled module uncompiled" in str(w.message)]
+    assert len(lines) == (not runs)
+    steps = matrix.EPOCHS * matrix.BATCHES
+    # two evaluations a step, and nothing is compiled anew for the second
+    assert (graphs.run, graphs.compiled) == ((2 * steps, 1) if runs else (0, 0))
+
+
+class Copies(pl.Callback):
+    """Copies the module in the middle of a fit, as weight averaging does at its beginning."""
+
+    def on_train_batch_end(self, trainer, module, *args):
+        self.copied = copy.deepcopy(module)
+
+
+def test_a_copy_made_in_a_fit_is_a_plain_module():
+    cell, copies = Cell("weight", "exact", "32", "1", "one", "tensor"), Copies()
+    module = matrix.Plain(matrix.net())
+    matrix.trainer(cell, callbacks=[copies]).fit(module, matrix.Shares())
+    copied = copies.copied
+    assert copied.training_step.__func__ is matrix.Plain.training_step
+    assert copied.training_step.__self__ is copied
+    assert copied.log.__self__ is copied
