@@ -255,7 +255,7 @@ class EnvironmentPenalty(GradientPenalty):
         del targets
         if not graphs.leaves(terms.penalty):
             raise RuntimeError(CUT)
-        self._seen_to_act = True
+        self.seen_to_act = True
 
 
 USAGE = "use penalty(logits, y, env), or penalty([(logits_1, y_1), (logits_2, y_2), ...])"

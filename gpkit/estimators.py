@@ -30,10 +30,14 @@ class exact(Estimator):  # noqa: N801  estimators read as functions: estimator=p
         """Return n² ``[G]``, differentiable, in float32 or better."""
         if target.window is not None:
             return target.window.squared_norms(target, norm)
-        if order == 1 and norm == "l2" and not target.batched and target.y.numel() == 1:
-            return squared_length(gradients(target.y, target.xs))  # as below, with fewer nodes
-        rows = derivative_rows(target.y, target.xs, order, batched=target.batched)
-        return reduce_rows(target.split(rows), norm)
+        if order > 1 or target.y.numel() > 1:
+            rows = derivative_rows(target.y, target.xs, order, batched=target.batched)
+            return reduce_rows(target.split(rows), norm)
+        grads = gradients(target.y, target.xs)  # the same, of one number
+        if norm == "l2" and not target.batched:
+            return squared_length(grads)
+        row = tuple(as_rows(g, target.batched) for g in grads)
+        return reduce_rows(target.split([row]), norm)
 
 
 def squared_length(parts: tuple[Tensor, ...]) -> Tensor:

@@ -153,23 +153,30 @@ class double_backward:  # noqa: N801  a context: with double_backward():
 
     def __init__(self, order: int = 1) -> None:
         self.order = order
+        self.others: ExitStack | None = None
 
     def __enter__(self) -> None:
-        self.others = ExitStack()
         self.before = [enabled() for enabled, _ in ATTENTION]
-        for (_, enable), wanted in zip(ATTENTION, (True, False, False, False), strict=True):
-            enable(wanted)
-        if torch.backends.cudnn.is_available():
-            self.others.enter_context(without_cudnn())
-        if self.order >= 2:
-            self.others.enter_context(elementary())
+        for was, wanted, (_, enable) in zip(self.before, MATH, ATTENTION, strict=True):
+            if was is not wanted:
+                enable(wanted)
+        self.others = None
+        if self.order >= 2 or torch.backends.cudnn.is_available():
+            self.others = ExitStack()
+            if torch.backends.cudnn.is_available():
+                self.others.enter_context(without_cudnn())
+            if self.order >= 2:
+                self.others.enter_context(elementary())
 
     def __exit__(self, *exception: object) -> None:
-        self.others.close()
-        for (_, enable), was in zip(ATTENTION, self.before, strict=True):
-            enable(was)
+        if self.others is not None:
+            self.others.close()
+        for was, wanted, (_, enable) in zip(self.before, MATH, ATTENTION, strict=True):
+            if was is not wanted:
+                enable(was)
 
 
+MATH = (True, False, False, False)
 ATTENTION = [
     (getattr(kernels, f"{name}_sdp_enabled"), getattr(kernels, f"enable_{name}_sdp"))
     for kernels in (torch.backends.cuda,)

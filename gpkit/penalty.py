@@ -134,7 +134,7 @@ class GradientPenalty:
         self.name = name
         self.step = 0
         self.draws = 0
-        self._seen_to_act = False
+        self.seen_to_act = False
 
     def __call__(
         self,
@@ -203,8 +203,27 @@ class GradientPenalty:
         if weight == 0:
             return None
         terms, targets = self._evaluate(f, args, real, fake, weight, scale, observe=True)
-        if torch.is_grad_enabled() and not (self._seen_to_act and terms.penalty.requires_grad):
+        if torch.is_grad_enabled() and not (self.seen_to_act and terms.penalty.requires_grad):
             self._require_effect(terms, targets)
+        self.observe(terms.norms)
+        return terms
+
+    def act_on(
+        self, target: Target, step: int | None = None, scale: Tensor | float | None = None
+    ) -> Terms:
+        """Return the terms of a target, and count a step: a call without the reading of arguments.
+
+        Args:
+            target: what is differentiated. The estimator draws nothing, the step is not skipped,
+                and a call with such a graph has been seen to act.
+            step: as in a call.
+            scale: as in a call.
+
+        Returns:
+            The terms.
+        """
+        self.draws += 1  # as a call does: which way it went is not to be seen in the state
+        terms = self._terms([target], None, self.count_step(step), scale, observe=True)
         self.observe(terms.norms)
         return terms
 
@@ -249,28 +268,29 @@ class GradientPenalty:
         return self._evaluate(f, args, real, fake, self.weight_at(step - step % self.every))[0]
 
     def measure(
-        self, targets: list[Target], rng: Source, *, observe: bool = False
+        self, targets: list[Target], rng: Source | None, *, observe: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Return norms and values ``[G]``: the formula alone, as torch.compile can trace it.
 
         Args:
             targets: what is differentiated.
-            rng: of an estimator that draws.
+            rng: of an estimator that draws; None where it does not.
             observe: whether the form's state, if it has one, takes the norms in; and then the
                 norms have no graph.
 
         Returns:
             The norms and the values.
         """
-        parts = [self.estimator.squared_norms(t, self.order, self.form.norm, rng) for t in targets]
-        squared_norms = torch.cat(parts) if len(parts) > 1 else parts[0]
+        axes: Any = (self.order, self.form.norm, rng)
+        parts = [self.estimator.squared_norms(target, *axes) for target in targets]
+        n2 = torch.cat(parts) if len(parts) > 1 else parts[0]
         scale = targets[0].scale
         if scale is not None:
-            squared_norms = squared_norms / scale / scale
-        norms = squared_norms.detach().sqrt() if observe else root(squared_norms)
+            n2 = n2 / scale / scale
+        norms = n2.detach().sqrt() if observe else root(n2)
         if observe:
             self.form.observe(norms)
-        return norms, self.form(squared_norms)
+        return norms, self.form(n2)
 
     def total(self, values: Tensor) -> Tensor:
         """Return one number for the values ``[G]``: their mean or maximum."""
@@ -359,18 +379,30 @@ class GradientPenalty:
                         "Was it computed under no_grad, detached, or made by a gradient without "
                         "create_graph=True?"
                     )
-            if twice and not self._seen_to_act:
+            if twice and not self.seen_to_act:
                 graphs.require_derivatives(targets[0].y, targets[0].xs, self.order)
-            if scale is not None:
-                targets = [target.scaled(scale) for target in targets]
-            if targets[0].mean and self.estimator.first_order:
-                targets = [replace(target, share=self._share) for target in targets]
-            norms, values = self.measure(targets, rng, observe=observe)
-            terms = Terms(norms, values, weight, weight * self.total(values))
+            terms = self._terms(targets, rng, weight, scale, observe=observe)
         if not train:
             cut = (terms.norms.detach(), terms.values.detach())
             terms = Terms(*cut, weight, terms.penalty.detach())
         return terms, targets
+
+    def _terms(
+        self,
+        targets: list[Target],
+        rng: Source | None,
+        weight: float,
+        scale: Tensor | float | None,
+        *,
+        observe: bool,
+    ) -> Terms:
+        """Return the terms of targets."""
+        if scale is not None:
+            targets = [target.scaled(scale) for target in targets]
+        if targets[0].mean and self.estimator.first_order:
+            targets = [replace(target, share=self._share) for target in targets]
+        norms, values = self.measure(targets, rng, observe=observe)
+        return Terms(norms, values, weight, weight * self.total(values))
 
     def _share(self, squared_norms: Tensor) -> Tensor:
         """Return the derivative of the reduced value in n² ``[G]``: constants."""
@@ -386,7 +418,7 @@ class GradientPenalty:
 
     def _require_effect(self, terms: Terms, targets: list[Target]) -> None:
         """Refuse a penalty that trains nothing though there is something to train."""
-        self._seen_to_act = acts(self, terms, targets) or self._seen_to_act
+        self.seen_to_act = acts(self, terms, targets) or self.seen_to_act
 
 
 @contextmanager

@@ -21,7 +21,7 @@ class Target:
     """What is differentiated, with respect to what.
 
     Args:
-        y: ``[G, m]``: m outputs for each of G groups.
+        y: ``[G, m]``: m outputs for each of G groups; or one number of any shape, their sum.
         xs: the variables: ``[G, *S]`` each if ``batched``, else any shapes and G = 1.
         batched: whether group g of ``y`` depends on ``x[g]`` alone.
         evaluate: gives ``y`` anew, with the same random numbers: at the inputs that it is called

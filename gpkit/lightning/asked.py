@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from gpkit.captures import Named
-from gpkit.estimators import taylor
+from gpkit.estimators import exact, taylor
 from gpkit.lightning.passes import activation_names
 from gpkit.lightning.probe import Needs, Seen
 from gpkit.penalty import GradientPenalty
-from gpkit.variables import weights
+from gpkit.variables import inputs, weights
 from gpkit.window import POOLED
 
 
-def needs(penalties: Collection[GradientPenalty]) -> Needs:
+def needs(acting: Mapping[str, GradientPenalty]) -> Needs:
     """Return what penalties need of a training step."""
+    penalties = acting.values()
     named = [n for p in penalties if not calls_net(p) for n in activation_names(p)]
     return Needs(
         max((p.order for p in penalties if not p.estimator.first_order), default=0),
@@ -25,6 +26,8 @@ def needs(penalties: Collection[GradientPenalty]) -> Needs:
         any(map(wants_output, penalties)),
         tuple(dict.fromkeys(named)),
         any(map(replays, penalties)),
+        tuple(n for n, p in acting.items() if p.scope in POOLED),
+        tuple(n for n, p in acting.items() if differs(p)),
     )
 
 
@@ -58,6 +61,16 @@ def differs(penalty: GradientPenalty) -> bool:
     """Whether the gradient of the loss at two points is all that it takes."""
     plain = penalty.of == "loss" and penalty.scope != "sample" and in_weights(penalty)
     return plain and penalty.estimator.first_order and not penalty.estimator.reuses_graph
+
+
+def plain(penalty: GradientPenalty) -> bool:
+    """Whether it is the exact gradient of the loss, in all weights or in the input."""
+    kinds = type(penalty) is GradientPenalty and type(penalty.estimator) is exact
+    if in_weights(penalty):
+        where = penalty.scope == "batch" and getattr(penalty.wrt, "match", "") == "*"
+    else:
+        where = penalty.scope == "sample" and type(penalty.wrt) is inputs and not penalty.at.moves
+    return kinds and where and penalty.of == "loss" and penalty.order == 1
 
 
 def replays(penalty: GradientPenalty) -> bool:

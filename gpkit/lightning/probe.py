@@ -21,6 +21,8 @@ class Needs:
         output: whether the net's output is differentiated.
         activations: names of submodules.
         state: whether the step may be run again, with the same random numbers.
+        pooled: the names of those whose gradient is averaged over micro-batches or ranks.
+        differing: of those that take the gradient of the loss at two points.
     """
 
     order: int = 0
@@ -28,6 +30,8 @@ class Needs:
     output: bool = False
     activations: tuple[str, ...] = ()
     state: bool = False
+    pooled: tuple[str, ...] = ()
+    differing: tuple[str, ...] = ()
 
     @property
     def watch(self) -> bool:

@@ -20,6 +20,7 @@ from gpkit.lightning.probe import Needs, Seen, watched
 from gpkit.lightning.replay import Made, Step, Traces, loss_of, losses_of, with_loss_of
 from gpkit.lightning.scaling import scale_of
 from gpkit.penalty import GradientPenalty, Terms
+from gpkit.targets import Target
 from gpkit.together import summarised
 from gpkit.window import POOLED, Window
 
@@ -67,6 +68,7 @@ class PenalisedStep:
 
             self._shards = ShardedWeights(module)
         self.traces = Traces(module)
+        self._plain = {name for name, penalty in penalties.items() if asked.plain(penalty)}
         self._known: dict[tuple[str, ...], Needs] = {}
         self._parameters: list[Tensor] = []
         self._manual: tuple[Made, Seen] | None = None
@@ -150,14 +152,14 @@ class PenalisedStep:
                 yield seen
 
     def _runs_eager(self, penalty: GradientPenalty) -> bool:
-        needs = asked.needs([penalty])
+        needs = asked.needs({"": penalty})
         return needs.order > 0 or needs.watch
 
     def _needs(self, acting: Acting) -> Needs:
         """Return what penalties need, of which the same ones mostly act."""
         names = tuple(acting)
         if names not in self._known:
-            self._known[names] = asked.needs(acting.values())
+            self._known[names] = asked.needs(acting)
         return self._known[names]
 
     def _penalised(self, made: Made, seen: Seen, loss: Tensor, acting: Acting) -> Tensor:
@@ -170,14 +172,14 @@ class PenalisedStep:
             return self._sharded(made, loss, acting)
         step, scale = self._at, scale_of(self.trainer, loss.device)
         last = self._last()
-        pooled = {n: p for n, p in acting.items() if p.scope in POOLED}
-        waiting = {} if last else pooled
-        base, differing = loss, [n for n, p in acting.items() if asked.differs(p)]
-        if waiting or differing:
+        needs = self._needs(acting)
+        base, waiting = loss, () if last else needs.pooled
+        if waiting or needs.differing:
             windows = [
-                (self._window(n, p), partial(self._isolated, made, p)) for n, p in waiting.items()
+                (self._window(n, acting[n]), partial(self._isolated, made, acting[n]))
+                for n in waiting
             ]
-            retain = bool(acting.keys() - waiting.keys() - set(differing))
+            retain = bool(acting.keys() - {*waiting, *needs.differing})
             base = summarised(loss, scale, retain=retain, windows=windows)
         terms: dict[str, Terms | None] = dict.fromkeys(self.penalties)
         total = base
@@ -185,10 +187,15 @@ class PenalisedStep:
             if name in waiting:
                 penalty.count_step(step)
                 continue
-            value = base if name in differing else asked.value(penalty, seen, loss)
-            f, *args = self._call(name, penalty, made, seen, value)
-            terms[name] = term = penalty.act(f, *args, step=step, scale=scale)
+            term: Terms | None
+            if name in self._plain and penalty.seen_to_act:
+                term = penalty.act_on(self._target(penalty, seen, loss), step, scale)
+            else:
+                value = base if name in needs.differing else asked.value(penalty, seen, loss)
+                f, *args = self._call(name, penalty, made, seen, value)
+                term = penalty.act(f, *args, step=step, scale=scale)
             assert term is not None
+            terms[name] = term
             total = total + term.penalty
             measure = getattr(penalty.weight, "measure", None)
             if measure is not None:
@@ -199,6 +206,14 @@ class PenalisedStep:
             self.windows.clear()
             self._log(total, terms)
         return total
+
+    def _target(self, penalty: GradientPenalty, seen: Seen, loss: Tensor) -> Target:
+        """Return what a plain penalty differentiates."""
+        if asked.in_weights(penalty):
+            trained = tuple(p for p in self._all() if p.requires_grad)
+            return Target(loss, trained, False)
+        assert seen.x is not None
+        return Target(loss * seen.x.shape[0], (seen.x,), True, mean=True)
 
     def _sharded(self, made: Made, loss: Tensor, acting: Acting) -> Tensor:
         """Return the loss with the penalties, of weights that FSDP2 has sharded."""
@@ -257,7 +272,7 @@ class PenalisedStep:
         """
         name = "" if penalty.at.moves else getattr(penalty.wrt, "name", "")
         moved = {name: xs[0]} if xs else None
-        with self.traces.none(), self._watched(asked.needs([penalty]), moved) as seen:
+        with self.traces.none(), self._watched(asked.needs({"": penalty}), moved) as seen:
             output = made.step(*made.args, **made.kwargs)
         return asked.value(penalty, seen, loss_of(output))
 
