@@ -115,7 +115,8 @@ class PenalisedStep:
 
     def _last(self) -> bool:
         """Return whether this is the last micro-batch of an optimiser step."""
-        return not self.trainer.fit_loop._should_accumulate()
+        trainer = self.trainer
+        return trainer.accumulate_grad_batches == 1 or not trainer.fit_loop._should_accumulate()
 
     def _acting(self) -> Acting:
         """Return the penalties that act on this step; the others count it."""
@@ -130,6 +131,8 @@ class PenalisedStep:
 
     def _repeat_draws(self, acting: Acting) -> None:
         """Draw the same numbers where a closure is called again for a batch, as LBFGS does."""
+        if acting.keys() <= self._plain:
+            return  # nothing is drawn
         now = self.trainer.fit_loop.total_batch_idx
         if self._drawn[0] == now:
             for penalty, draws in zip(acting.values(), self._drawn[1], strict=True):
