@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from gpkit import graphs
 from gpkit.derivatives import gradients
+from gpkit.evaluation import device_of
 from gpkit.forms import root
 from gpkit.isolation import isolated
-from gpkit.penalty import GradientPenalty, Terms, device_of
+from gpkit.penalty import GradientPenalty, Terms
 from gpkit.schedules import Schedule
 from gpkit.targets import Target, wide
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from gpkit import checks, graphs, pixels, window
-from gpkit.calls import Call, Computed, Of
+from gpkit import checks, pixels, window
+from gpkit.calls import Of
 from gpkit.draws import Source, derived_seed, rank
 from gpkit.effect import acts
 from gpkit.estimators import ESTIMATORS, exact, projection
+from gpkit.evaluation import device_of, evaluate
 from gpkit.forms import FORMS, Form, root
 from gpkit.points import At, as_at
 from gpkit.reductions import REDUCTIONS
@@ -223,7 +223,7 @@ class GradientPenalty:
             The terms.
         """
         self.draws += 1  # as a call does: which way it went is not to be seen in the state
-        terms = self._terms([target], None, self.count_step(step), scale, observe=True)
+        terms = self.terms_of([target], None, self.count_step(step), scale, observe=True)
         self.observe(terms.norms)
         return terms
 
@@ -363,31 +363,10 @@ class GradientPenalty:
         *,
         observe: bool = False,
     ) -> tuple[Terms, list[Target]]:
-        train = torch.is_grad_enabled()
-        args = tuple(list(a) if isinstance(a, Iterator) else a for a in args)  # net.parameters()
-        seed = self.next_seed()
-        with nullcontext() if train and not torch.is_inference_mode_enabled() else differentiable():
-            rng = torch.Generator(device_of(f, args, real, fake)).manual_seed(seed)
-            twice = not self.estimator.first_order
-            axes = (self.of, self.at, self.scope, rng, seed, self.order, twice)
-            call = Call(f, args, real, fake, *axes)
-            targets = list(self.wrt.targets(call))
-            for target in targets:
-                if not target.y.requires_grad:
-                    raise RuntimeError(
-                        "the penalty has nothing to differentiate: what it was given has no graph. "
-                        "Was it computed under no_grad, detached, or made by a gradient without "
-                        "create_graph=True?"
-                    )
-            if twice and not self.seen_to_act:
-                graphs.require_derivatives(targets[0].y, targets[0].xs, self.order)
-            terms = self._terms(targets, rng, weight, scale, observe=observe)
-        if not train:
-            cut = (terms.norms.detach(), terms.values.detach())
-            terms = Terms(*cut, weight, terms.penalty.detach())
-        return terms, targets
+        """Return the terms, and the targets that they are of."""
+        return evaluate(self, f, args, real, fake, weight, scale, observe=observe)
 
-    def _terms(
+    def terms_of(
         self,
         targets: list[Target],
         rng: Source | None,
@@ -396,7 +375,18 @@ class GradientPenalty:
         *,
         observe: bool,
     ) -> Terms:
-        """Return the terms of targets."""
+        """Return the terms of targets.
+
+        Args:
+            targets: what is differentiated.
+            rng: of an estimator that draws.
+            weight: the factor of the reduced value.
+            scale: of a gradient scaler, or None.
+            observe: as in `measure`.
+
+        Returns:
+            The terms.
+        """
         if scale is not None:
             targets = [target.scaled(scale) for target in targets]
         if targets[0].mean and self.estimator.first_order:
@@ -419,26 +409,3 @@ class GradientPenalty:
     def _require_effect(self, terms: Terms, targets: list[Target]) -> None:
         """Refuse a penalty that trains nothing though there is something to train."""
         self.seen_to_act = acts(self, terms, targets) or self.seen_to_act
-
-
-@contextmanager
-def differentiable() -> Iterator[None]:
-    """Let graphs be made, whatever mode is on."""
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
-
-
-def device_of(*values: Any) -> torch.device:
-    """Return the device of the first tensor or module among ``values``, else the CPU."""
-    for value in values:
-        if isinstance(value, Computed):
-            value = value.value
-        if isinstance(value, Tensor):
-            return value.device
-        if isinstance(value, nn.Module):
-            value = list(value.parameters())[:1]
-        if isinstance(value, (list, tuple)):
-            found = device_of(*value)
-            if found.type != "cpu":
-                return found
-    return torch.device("cpu")

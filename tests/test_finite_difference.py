@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gpkit
-from gpkit.differences import curvature_difference
+from gpkit.gradient_differences import curvature_difference
 from gpkit.perturbation import perturbed
 
 SIDES = ("forward", "backward", "central")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gpkit import checks
-from gpkit.differences import curvature_difference, finite_difference
+from gpkit.differences import finite_difference
 from gpkit.forms import norm
+from gpkit.gradient_differences import curvature_difference
 from gpkit.penalty import Axes, GradientPenalty
 from gpkit.presets.choice import preset
 from gpkit.schedules import Schedule
