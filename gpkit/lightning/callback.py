@@ -85,6 +85,7 @@ class GradientPenaltyCallback(Callback):
                 f"`module=...` must be the name of a submodule, as 'backbone'; got {module!r}"
             )
         self.module = module
+        self._key = self._generate_state_key(module=module)  # Lightning asks at every hook
         self.manual_backward = (
             manual_backward
             if manual_backward is None
@@ -95,7 +96,7 @@ class GradientPenaltyCallback(Callback):
     @property
     def state_key(self) -> str:
         """Return the name of the state in a checkpoint."""
-        return self._generate_state_key(module=self.module)
+        return self._key
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Put the penalties around the module's ``training_step``."""
