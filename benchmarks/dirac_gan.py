@@ -1,0 +1,68 @@
+"""The Dirac-GAN: which penalties lead to the equilibrium. Mescheder et al. (2018), figure 1.
+
+python benchmarks/dirac_gan.py             15 seconds; writes dirac_gan.png and .md
+"""
+
+from __future__ import annotations
+
+import math
+from datetime import date
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from runs import logged, run
+
+HERE = Path(__file__).resolve().parent
+WGAN_GP = ["penalty=wgan_gp", "penalty.weight=0.35", "module.loss=wasserstein"]
+VARIANTS = {  # what is on the command line, the published distance after 500 steps, a colour
+    "no penalty": (["penalty=none"], "3.10", "#888888"),
+    "WGAN-GP, 0.7": (WGAN_GP, "1.80", "#d95f02"),
+    "R1, γ 0.3": ([], "2.6e-6", "#6baed6"),
+    "R1, γ 1": (["penalty.weight=1.0"], "9.5e-22", "#08306b"),
+}
+PREDICTED = {"R1, γ 0.3": math.sqrt(0.95), "R1, γ 1": 0.9}  # |eigenvalues| of a step at (0, 0)
+NAMES = "dirac/theta", "dirac/psi", "dirac/distance"
+
+
+def main() -> None:
+    """Run every variant, print the table, draw the figure."""
+    torch.set_num_threads(1)
+    figure, axes = plt.subplots(1, 5, figsize=(15, 3.2), width_ratios=(1, 1, 1, 1, 1.5))
+    *planes, distances = axes
+    rows = [
+        "| penalty | distance after 500 steps: published | measured "
+        "| contraction a step: predicted | measured, steps 200 to 400 |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for (name, (overrides, published, color)), plane in zip(VARIANTS.items(), planes, strict=True):
+        with TemporaryDirectory() as folder:
+            final = run(["experiment=dirac_gan", *overrides], Path(folder))["dirac/distance"]
+            _, theta, psi, distance = logged(Path(folder), *NAMES)
+        plane.plot([1, *theta], [1, *psi], "-", color=color, lw=0.8)
+        plane.plot([1, *theta], [1, *psi], ".", color=color, ms=3)
+        plane.plot(1, 1, "o", color="black", ms=5)
+        plane.plot(0, 0, "+", color="black", ms=9)
+        plane.set(title=name, xlim=(-3.4, 3.4), ylim=(-3.4, 3.4), xlabel="θ", aspect="equal")
+        distances.semilogy(range(1, len(distance) + 1), distance, color=color, label=name)
+        contraction = (distance[399] / distance[199]) ** (1 / 200)
+        predicted = f"{PREDICTED[name]:.4f}" if name in PREDICTED else ""
+        rows.append(f"| {name} | {published} | {final:.3g} | {predicted} | {contraction:.4f} |")
+        print(rows[-1], flush=True)
+    planes[0].set_ylabel("ψ")
+    distances.set(xlabel="step", title="distance from the equilibrium")
+    distances.legend(fontsize=8)
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(HERE / "dirac_gan.png", dpi=100)
+    dated = f"{date.today():%Y-%m-%d}, `python benchmarks/dirac_gan.py`, float64."
+    (HERE / "dirac_gan.md").write_text("\n".join([dated, "", *rows]) + "\n")
+
+
+if __name__ == "__main__":
+    main()
