@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import math
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,14 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
-from torch import nn
 
 from gpkit import checks
-from gpkit.lightning.module import PenalizedModule
+from gpkit.building import build_callbacks, build_module, trains_pair
 from gpkit.overrides import CONFIG_DIR, check_types, set_keys
 
 
@@ -80,7 +78,8 @@ def run(
     data.prepare_data()
     data.setup("fit")
     module = build_module(cfg, data, set_keys(overrides))
-    trainer = build_trainer(cfg, folder, has_validation=bool(data.val_dataloader()), sweep=sweep)
+    has_best = bool(data.val_dataloader()) and not trains_pair(cfg)  # which has no val/loss
+    trainer = build_trainer(cfg, folder, has_best=has_best, sweep=sweep)
     trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path)
     metrics: dict[str, Any] = dict(trainer.callback_metrics)
     checkpoint = trainer.checkpoint_callback
@@ -96,78 +95,11 @@ def run(
     if trainer.is_global_zero:
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                tested = {k: v for k, v in final.items() if k.startswith("test/")}
-                logger.log_hyperparams(hyperparameters(cfg), tested)
+                logger.log_hyperparams(hyperparameters(cfg), results(final))
                 logger.finalize("success")
         _write(folder, final)
         _report(folder, final)
     return final
-
-
-def build_module(cfg: DictConfig, data: Any, chosen: set[str]) -> PenalizedModule:
-    """Return the net of the config, made for the data, with its loss, penalty and optimiser.
-
-    Args:
-        cfg: the composed config.
-        data: a data module that is set up.
-        chosen: the keys that the user set.
-
-    Returns:
-        The module to train.
-    """
-    net = build_net(cfg.model, data, {k.split(".", 1)[1] for k in chosen if k.startswith("model.")})
-    if cfg.loss._target_ is not None:
-        loss = instantiate(cfg.loss)
-    else:
-        loss = nn.CrossEntropyLoss() if data.task == "classification" else nn.MSELoss()
-    return PenalizedModule(
-        net,
-        loss,
-        instantiate(cfg.penalty, _convert_="all"),
-        optimizer=instantiate(cfg.optimizer, _convert_="all"),
-        **cfg.module,
-    )
-
-
-def build_net(cfg: DictConfig, data: Any, chosen: set[str]) -> nn.Module:
-    """Return the net, given ``input_shape`` and ``num_outputs`` of the data if it takes them.
-
-    Args:
-        cfg: its ``_target_`` and options.
-        data: a data module that is set up.
-        chosen: the options that the user set. Others, which the config has for its own target, are
-            left out where a target of the user's own does not take them.
-
-    Returns:
-        The net.
-
-    Raises:
-        TypeError: if the target gives something else than a module.
-    """
-    known = _parameters(get_object(cfg._target_))
-    any_name = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    shape = {"input_shape": tuple(data.input_shape), "num_outputs": data.num_outputs}
-    given = {k: v for k, v in shape.items() if k in known and k not in cfg}
-    options = {
-        k: v
-        for k, v in cfg.items()
-        if str(k).startswith("_") or any_name or k in known or k in chosen
-    }
-    # Given to the call itself: Hydra would make a list of the tuple.
-    net = instantiate(OmegaConf.create(options), _convert_="all", _partial_=True)(**given)
-    if not isinstance(net, nn.Module):
-        raise TypeError(
-            f"model._target_={cfg._target_} must give a torch.nn.Module; got a {type(net).__name__}"
-        )
-    return net
-
-
-def _parameters(target: Any) -> Mapping[str, inspect.Parameter]:
-    """Return the parameters of a target; none if it does not show them."""
-    try:
-        return inspect.signature(target).parameters
-    except ValueError:
-        return {}
 
 
 class Checkpoints(ModelCheckpoint):
@@ -180,15 +112,13 @@ class Checkpoints(ModelCheckpoint):
         super().load_state_dict(state_dict)
 
 
-def build_trainer(
-    cfg: DictConfig, folder: Path, *, has_validation: bool, sweep: bool
-) -> pl.Trainer:
+def build_trainer(cfg: DictConfig, folder: Path, *, has_best: bool, sweep: bool) -> pl.Trainer:
     """Return the trainer, writing into the run's folder.
 
     Args:
         cfg: the composed config.
         folder: the run's folder.
-        has_validation: whether a best checkpoint can be told.
+        has_best: whether there is a val/loss to tell the best checkpoint by.
         sweep: whether other jobs follow: then ddp, which runs the command again, gives way to
             ddp_spawn.
 
@@ -204,7 +134,8 @@ def build_trainer(
         folder / "checkpoints", "best", monitor="val/loss", enable_version_counter=False
     )
     last = ModelCheckpoint(folder / "checkpoints", "last", enable_version_counter=False)
-    callbacks: list[Callback] = [best, last] if has_validation else [last]
+    callbacks: list[Callback] = [best, last] if has_best else [last]
+    callbacks += build_callbacks(cfg.callbacks)
     if cfg.trainer.enable_progress_bar and sys.stdout.isatty():
         callbacks.append(RichProgressBar(leave=False))
     return instantiate(
@@ -264,14 +195,23 @@ def _write(folder: Path, metrics: dict[str, float]) -> None:
     (folder / "metrics.json").write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n")
 
 
+def results(metrics: dict[str, float]) -> dict[str, float]:
+    """Return the metrics that tell how a run ended: those of the test, and of a GAN."""
+    told = ("test/", "modes/", "wasserstein/", "critic_optimality")
+    return {k: v for k, v in metrics.items() if k.startswith(told) or k == "slope/interpolates"}
+
+
 @rank_zero_only
 def _report(folder: Path, metrics: dict[str, float]) -> None:
-    """Print the test metrics, and where everything lies."""
+    """Print how the run ended, and where everything lies."""
+    told = results(metrics)
+    width = max(24, *map(len, told)) if told else 0
     print()
-    for name, value in metrics.items():
-        if name.startswith("test/"):
-            print(f"  {name:<24} {value:.4f}")
+    for name, value in told.items():
+        print(f"  {name:<{width}} {value:.4f}")
     print()
     print(f"  metrics      {folder / 'metrics.json'}")
     print(f"  checkpoints  {folder / 'checkpoints'}")
+    if (folder / "figures").is_dir():
+        print(f"  figures      {folder / 'figures'}")
     print(f"  TensorBoard  tensorboard --logdir {folder}")

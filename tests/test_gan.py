@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import gpkit
 from gpkit.data.arrays import ArrayDataModule
 from gpkit.lightning.gan import GANModule
-from gpkit.lightning.gan_losses import GANLoss
-from gpkit.lightning.stepping import require_support
+from gpkit.lightning.gan.losses import GANLoss
+from gpkit.lightning.gan.stepping import require_support
 
 B, N, D = 4, 28, 2  # samples of a batch and of an epoch, and their length
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.5)

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 
 import gpkit
 from gpkit.lightning.gan import GANModule
-from gpkit.lightning.gan_losses import LOSSES
-from gpkit.lightning.slopes import center, optimality, scales_with_critic, slopes, wasserstein
+from gpkit.lightning.gan.losses import LOSSES
+from gpkit.lightning.gan.slopes import center, optimality, scales_with_critic, slopes, wasserstein
 
 A = torch.tensor([1.5, -2.0], dtype=torch.float64)  # of the critic A·x, whose slope n is 2.5
 N = 2.5

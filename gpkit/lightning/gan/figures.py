@@ -16,8 +16,8 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from gpkit import checks
-from gpkit.lightning import gan_drawings as drawings
-from gpkit.lightning.coverage import modes_covered
+from gpkit.lightning.gan import drawings
+from gpkit.lightning.gan.coverage import modes_covered
 
 
 class GANFigures(Callback):

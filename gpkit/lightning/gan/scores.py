@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from gpkit import captures
 from gpkit.isolation import double_backward
-from gpkit.lightning.gan_losses import GANLoss
-from gpkit.lightning.modes import frozen
+from gpkit.lightning.gan.losses import GANLoss
+from gpkit.lightning.gan.modes import frozen
 from gpkit.lightning.passes import repeated
 from gpkit.penalty import GradientPenalty
 from gpkit.points import fake as at_fake

@@ -15,17 +15,17 @@ from torch.utils._pytree import tree_map_only
 from gpkit import checks
 from gpkit.draws import derived_seed, rank
 from gpkit.isolation import seeded
-from gpkit.lightning.ema import averaged_copy, update_average
-from gpkit.lightning.gan_checks import (
+from gpkit.lightning.gan.checks import (
     optional,
     require_nets,
     require_penalties,
     unpack,
 )
-from gpkit.lightning.gan_losses import WASSERSTEIN, GANLoss, gan_loss
-from gpkit.lightning.modes import evaluating
-from gpkit.lightning.notes import Notes
-from gpkit.lightning.scores import (
+from gpkit.lightning.gan.ema import averaged_copy, update_average
+from gpkit.lightning.gan.losses import WASSERSTEIN, GANLoss, gan_loss
+from gpkit.lightning.gan.modes import evaluating
+from gpkit.lightning.gan.notes import Notes
+from gpkit.lightning.gan.scores import (
     Scores,
     act,
     act_on_generator,
@@ -36,8 +36,14 @@ from gpkit.lightning.scores import (
     reuses_graph,
     scores_of,
 )
-from gpkit.lightning.slopes import described, optimality, scales_with_critic, slopes, wasserstein
-from gpkit.lightning.stepping import backward, require_support, scaler, step
+from gpkit.lightning.gan.slopes import (
+    described,
+    optimality,
+    scales_with_critic,
+    slopes,
+    wasserstein,
+)
+from gpkit.lightning.gan.stepping import backward, require_support, scaler, step
 from gpkit.penalty import GradientPenalty
 from gpkit.sums import Penalties, penalties_by_name
 from gpkit.terms import Terms
@@ -64,11 +70,12 @@ class GANModule(pl.LightningModule):
     real and fake samples and on interpolates of the two: ``slope/real``, ``slope/fake`` and
     ``slope/interpolates`` are their means, and each has ``.../max`` and ``.../above_center``, the
     share of samples above the penalty's centre, or 1; ``critic_optimality``, zero at the critic's
-    optimum (`gpkit.lightning.slopes.optimality`), where penalties have no steps of their own; and
-    for the Wasserstein loss ``wasserstein/raw``, E D(x) − E D(y), and ``wasserstein/debiased``, the
-    same over the mean slope on interpolates. Slopes and norms have TensorBoard histograms. At
-    validation and test it logs ``<stage>/critic_loss``, ``<stage>/generator_loss`` and the two
-    Wasserstein estimates, means over batches, with latents that are the same each time.
+    optimum (`gpkit.lightning.gan.slopes.optimality`), where penalties have no steps of their own;
+    and for the Wasserstein loss ``wasserstein/raw``, E D(x) − E D(y), and
+    ``wasserstein/debiased``, the same over the mean slope on interpolates. Slopes and norms have
+    TensorBoard histograms. At validation and test it logs ``<stage>/critic_loss``,
+    ``<stage>/generator_loss`` and the two Wasserstein estimates, means over batches, with latents
+    that are the same each time.
 
     Gradients are averaged over processes before each optimiser's step, under every DDP strategy but
     a static graph, whatever parameters a loss has reached: with losses that are means, as on one
@@ -85,7 +92,7 @@ class GANModule(pl.LightningModule):
         critic: ``critic(x)``, which gives ``[B]``, ``[B, 1]`` or maps of scores ``[B, ...]``.
         latent_dim: the length of z.
         loss: "wasserstein", "non_saturating", "minimax", "hinge", "relativistic" (in pairs), or a
-            `GANLoss`: see `gpkit.lightning.gan_losses.gan_loss`.
+            `GANLoss`: see `gpkit.lightning.gan.losses.gan_loss`.
         penalty: of the critic: one, several by name, or None.
         generator_penalty: of the generator in z or in its weights, as ``gpkit.path_length()``.
         critic_optimizer: parameters -> optimiser; None is Adam(1e-4, betas=(0, 0.9)). For a lazy

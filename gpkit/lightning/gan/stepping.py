@@ -12,7 +12,7 @@ from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
-from gpkit.lightning.ranks import average_gradients
+from gpkit.lightning.gan.ranks import average_gradients
 
 
 def require_support(trainer: pl.Trainer, *, simultaneous: bool) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from gpkit.captures import Named
 from gpkit.draws import derived_seed
 from gpkit.isolation import isolated
-from gpkit.lightning.gan_losses import GANLoss, gap
+from gpkit.lightning.gan.losses import GANLoss, gap
 from gpkit.lightning.norms import input_norms
 from gpkit.penalty import GradientPenalty
 from gpkit.points import interpolate
@@ -84,7 +84,7 @@ def optimality(
         One number, in the units of the loss.
 
     >>> import gpkit
-    >>> from gpkit.lightning.gan_losses import WASSERSTEIN
+    >>> from gpkit.lightning.gan.losses import WASSERSTEIN
     >>> x, y = torch.full((8, 1), 4.0), torch.zeros(8, 1)  # W = 4, so n = 1 + 4 / 20 at λ 10
     >>> critic = lambda x: 1.2 * x
     >>> penalty = gpkit.wgan_gp(10.0)
