@@ -10,7 +10,7 @@ after 150 steps of the generator. At layer 12 it is √(2/128) = 0.125 whatever 
 from __future__ import annotations
 
 import argparse
-import statistics
+from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,8 +32,11 @@ VARIANTS = {  # what is on the command line, the published norms of layers 1 and
     "clip 0.1": ([CLIPPING, "module.clip=0.1"], "8.1, 0.12", "#fc8d59"),
     "clip 0.01": ([CLIPPING], "6.8e-14, 0.12", "#d7301f"),
     "clip 0.001": ([CLIPPING, "module.clip=0.001"], "0, 0.12", "#7f0000"),
+    "neither": ([CLIPPING, "module.clip=null"], "", "#888888"),
     "WGAN-GP": (["experiment=critic_penalty"], "0.18, 0.12", "#2171b5"),
 }
+
+Norms = list[float]
 
 
 def nets(folder: Path) -> tuple[PointGenerator, PointCritic]:
@@ -57,7 +60,7 @@ def gradients(critic: nn.Module, real: Tensor, fake: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(of_fake.mean() - of_real.mean(), outputs))
 
 
-def by_layer(folder: Path, seed: int) -> tuple[list[float], list[float], list[float]]:
+def by_layer(folder: Path, seed: int) -> tuple[Norms, Norms, list[float]]:
     """Return the norms by layer, taken in float64, and in float32, and the critic's weights."""
     generator, critic = nets(folder)
     data = SwissRoll(n=SAMPLES, val_size=0, test_size=0, seed=1000 + seed)
@@ -67,6 +70,13 @@ def by_layer(folder: Path, seed: int) -> tuple[list[float], list[float], list[fl
     weights = torch.cat([p.detach().flatten() for p in critic.parameters() if p.dim() > 1])
     doubles = [g.double().norm().item() for g in grads]
     return doubles, [g.norm().item() for g in grads], weights.tolist()
+
+
+def measured(overrides: list[str], seed: int) -> tuple[Norms, Norms, list[float], float]:
+    """Train once; return norms by layer, in float64 and float32, the weights, and the slope."""
+    with TemporaryDirectory() as folder:
+        metrics = run([*overrides, f"seed={seed}"], Path(folder))
+        return *by_layer(Path(folder), seed), metrics["slope/interpolates"]
 
 
 def main() -> None:
@@ -83,37 +93,38 @@ def main() -> None:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, (overrides, published, color) in VARIANTS.items():
-        found, slopes = [], []
-        for seed in range(seeds):
-            with TemporaryDirectory() as folder:
-                slopes.append(run([*overrides, f"seed={seed}"], Path(folder))["slope/interpolates"])
-                found.append(by_layer(Path(folder), seed))
-        for seed, (norms, _, weights) in enumerate(found):
-            label = name if seed == 0 else None
+        found = [measured(overrides, seed) for seed in range(seeds)]
+        for seed, (norms, *_) in enumerate(found):
+            label = None if seed else name
             left.semilogy(range(1, 13), norms, ".-", color=color, lw=1, ms=4, label=label)
-            if seed == 0 and name in ("clip 0.01", "WGAN-GP"):
-                shown = [w for w in weights if abs(w) < 0.2]
-                right.hist(shown, 80, (-0.2, 0.2), color=color, alpha=0.7, label=name)
-        first = ", ".join(f"{norms[0]:.2g}" for norms, _, _ in found)
-        rounded = ", ".join(f"{norms[0]:.2g}" for _, norms, _ in found)
-        last = statistics.fmean(norms[-1] for norms, _, _ in found)
-        steep = ", ".join(f"{s:.2g}" for s in slopes)
-        rows.append(f"| {name} | {published} | {first} | {last:.3f} | {rounded} | {steep} |")
+        if name in ("clip 0.01", "WGAN-GP"):
+            right.hist(found[0][2], 80, (-0.2, 0.2), color=color, alpha=0.7, label=name)
+        doubles, floats, _, slopes = zip(*found, strict=True)
+        columns = [
+            published,
+            listed(norms[0] for norms in doubles),
+            f"{doubles[0][-1]:.3f}",
+            listed(norms[0] for norms in floats),
+            listed(slopes),
+        ]
+        rows.append(f"| {name} | {' | '.join(columns)} |")
         print(rows[-1], flush=True)
 
     left.set(xlabel="layer", title="gradient of the critic's loss, by layer")
     left.set_xticks(range(1, 13))
-    left.legend(fontsize=8)
-    right.set(xlabel="weight", yscale="log", title="the critic's weights")
-    right.legend(fontsize=8)
+    right.set(xlabel="weight", yscale="log", title="the critic's weights, seed 0")
     for axes in (left, right):
+        axes.legend(fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(HERE / "critic_clipping.png", dpi=110)
-    dated = (
-        f"{date.today():%Y-%m-%d}, `python benchmarks/critic_clipping.py`, seeds 0 to {seeds - 1}."
-    )
+    dated = f"{date.today():%Y-%m-%d}, `python benchmarks/critic_clipping.py`, seeds from 0 on."
     (HERE / "critic_clipping.md").write_text("\n".join([dated, "", *rows]) + "\n")
+
+
+def listed(numbers: Iterable[float]) -> str:
+    """Return numbers with two digits each."""
+    return ", ".join(f"{number:.2g}" for number in numbers)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ class DiracGenerator(nn.Module):
     Source: Mescheder, Geiger & Nowozin (2018), arXiv:1801.04406, definition 2.1.
 
     Examples:
-        >>> DiracGenerator(3.0)(torch.zeros(2, 5))
+        >>> DiracGenerator(theta=3.0)(torch.zeros(2, 5))
         tensor([[3.],
                 [3.]], grad_fn=<ExpandBackward0>)
     """
 
-    def __init__(self, theta: float = 1.0) -> None:
+    def __init__(self, *, theta: float = 1.0) -> None:
         """Make θ."""
         super().__init__()
         self.theta = nn.Parameter(torch.tensor([float(theta)]))
@@ -42,12 +42,12 @@ class DiracCritic(nn.Module):
     Source: Mescheder, Geiger & Nowozin (2018), arXiv:1801.04406, definition 2.1.
 
     Examples:
-        >>> DiracCritic(2.0)(torch.tensor([[1.0], [3.0]]))
+        >>> DiracCritic(psi=2.0)(torch.tensor([[1.0], [3.0]]))
         tensor([[-2.],
                 [-6.]], grad_fn=<MulBackward0>)
     """
 
-    def __init__(self, psi: float = 1.0) -> None:
+    def __init__(self, *, psi: float = 1.0) -> None:
         """Make ψ."""
         super().__init__()
         self.psi = nn.Parameter(torch.tensor([float(psi)]))

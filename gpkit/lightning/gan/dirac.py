@@ -20,7 +20,7 @@ class DiracPath(Callback):
         TypeError: At the start, if the nets are others.
     """
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Refuse other nets."""
         for name, kind in (("generator", DiracGenerator), ("critic", DiracCritic)):
             net = getattr(pl_module, name, None)
@@ -33,7 +33,7 @@ class DiracPath(Callback):
     def on_train_batch_end(
         self,
         trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
+        pl_module: Any,
         outputs: Any,
         batch: Any,
         batch_idx: int,
