@@ -197,7 +197,7 @@ def _write(folder: Path, metrics: dict[str, float]) -> None:
 
 def results(metrics: dict[str, float]) -> dict[str, float]:
     """Return the metrics that tell how a run ended: those of the test, and of a GAN."""
-    told = ("test/", "modes/", "wasserstein/", "critic_optimality")
+    told = ("test/", "modes/", "wasserstein/", "critic_optimality", "dirac/distance")
     return {k: v for k, v in metrics.items() if k.startswith(told) or k == "slope/interpolates"}
 
 
@@ -208,7 +208,8 @@ def _report(folder: Path, metrics: dict[str, float]) -> None:
     width = max(24, *map(len, told)) if told else 0
     print()
     for name, value in told.items():
-        print(f"  {name:<{width}} {value:.4f}")
+        vanishes = 0 < abs(value) < 1e-3
+        print(f"  {name:<{width}} {value:{'.3g' if vanishes else '.4f'}}")
     print()
     print(f"  metrics      {folder / 'metrics.json'}")
     print(f"  checkpoints  {folder / 'checkpoints'}")
