@@ -86,7 +86,7 @@ def main() -> None:
     seeds = parser.parse_args().seeds
     torch.set_num_threads(1)
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), width_ratios=(3, 2))
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6))
     rows = [
         "| critic | layers 1, 12: published | layer 1, by seed | layer 12 "
         "| layer 1, squares in float32 | slope, by seed |",
@@ -96,9 +96,10 @@ def main() -> None:
         found = [measured(overrides, seed) for seed in range(seeds)]
         for seed, (norms, *_) in enumerate(found):
             label = None if seed else name
-            left.semilogy(range(1, 13), norms, ".-", color=color, lw=1, ms=4, label=label)
+            for axes in (left, middle):
+                axes.semilogy(range(1, 13), norms, ".-", color=color, lw=1, ms=4, label=label)
         if name in ("clip 0.01", "WGAN-GP"):
-            right.hist(found[0][2], 80, (-0.2, 0.2), color=color, alpha=0.7, label=name)
+            right.hist(found[0][2], 80, range=(-0.2, 0.2), color=color, alpha=0.7, label=name)
         doubles, floats, _, slopes = zip(*found, strict=True)
         columns = [
             published,
@@ -111,10 +112,13 @@ def main() -> None:
         print(rows[-1], flush=True)
 
     left.set(xlabel="layer", title="gradient of the critic's loss, by layer")
-    left.set_xticks(range(1, 13))
+    middle.set(xlabel="layer", title="of these, the large ones", ylim=(0.01, 100))
     right.set(xlabel="weight", yscale="log", title="the critic's weights, seed 0")
+    for axes in (left, middle):
+        axes.set_xticks(range(1, 13))
     for axes in (left, right):
         axes.legend(fontsize=8)
+    for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(HERE / "critic_clipping.png", dpi=110)

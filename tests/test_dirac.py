@@ -60,10 +60,14 @@ def test_the_experiment_is_the_recurrence(variant, tmp_path):
     for name, values, true in zip(("θ", "ψ"), logged, zip(*path, strict=True), strict=True):
         assert values == pytest.approx(true, rel=1e-5, abs=1e-7), name
     if variant == "r1":
-        # |λ|² is the determinant of the step [[1, -h/2], [h/2, 1 - hγ]]: 1 - hγ + h²/4 = 0.95
-        distance = [s.value for s in events.Scalars("dirac/distance")]
-        contraction = (distance[399] / distance[199]) ** (1 / 200)
-        assert contraction == pytest.approx(math.sqrt(0.95), rel=1e-3)
+        path = list(zip(*logged, strict=True))
+        # the area between two places shrinks by the determinant of [[1, -h/2], [h/2, 1 - hγ]],
+        # 1 - hγ + h²/4 = 0.95 = |λ|²
+        early, late = (
+            path[t][0] * path[t + 1][1] - path[t + 1][0] * path[t][1] for t in (199, 399)
+        )
+        contraction = (late / early) ** (1 / 400)
+        assert contraction == pytest.approx(math.sqrt(0.95), rel=1e-6)
 
 
 def test_the_nets_are_a_point_and_a_slope():
