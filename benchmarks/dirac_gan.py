@@ -26,7 +26,7 @@ VARIANTS = {  # what is on the command line, the published distance after 500 st
     "R1, γ 1": (["penalty.weight=1.0"], "9.5e-22", "#08306b"),
 }
 PREDICTED = {"R1, γ 0.3": math.sqrt(0.95), "R1, γ 1": 0.9}  # |eigenvalues| of a step at (0, 0)
-NAMES = "dirac/theta", "dirac/psi", "dirac/distance"
+NAMES = "dirac/theta", "dirac/psi"
 
 
 def contraction(theta: list[float], psi: list[float]) -> float:
@@ -52,13 +52,14 @@ def main() -> None:
     for (name, (overrides, published, color)), plane in zip(VARIANTS.items(), planes, strict=True):
         with TemporaryDirectory() as folder:
             final = run(["experiment=dirac_gan", *overrides], Path(folder))["dirac/distance"]
-            _, theta, psi, distance = logged(Path(folder), *NAMES)
+            steps, theta, psi = logged(Path(folder), *NAMES)
+        distance = list(map(math.hypot, theta, psi))
         plane.plot([1, *theta], [1, *psi], "-", color=color, lw=0.8)
         plane.plot([1, *theta], [1, *psi], ".", color=color, ms=3)
         plane.plot(1, 1, "o", color="black", ms=5)
         plane.plot(0, 0, "+", color="black", ms=9)
         plane.set(title=name, xlim=(-3.4, 3.4), ylim=(-3.4, 3.4), xlabel="θ", aspect="equal")
-        distances.semilogy(range(1, len(distance) + 1), distance, color=color, label=name)
+        distances.semilogy(steps, distance, color=color, label=name)
         rates = "|"
         if name in PREDICTED:
             rates = f"{PREDICTED[name]:.4f} | {contraction(theta, psi):.4f}"

@@ -88,7 +88,7 @@ def draw(
     distance.plot(steps, raw, color="#888888", lw=1, label="E D(x) − E D(y)")
     distance.plot(steps, debiased, color="#2171b5", lw=1, label="over the mean slope")
     distance.axhline(DISTANCE, color="black", lw=1, ls="--", label="the distance, 2")
-    distance.set(title=f"Wasserstein distance, λ = {weight:g}", ylim=(0, 1.4 * max(raw[-100:])))
+    distance.set(title=f"Wasserstein distance, λ = {weight:g}", ylim=(0, 1.5 * max(raw[-100:])))
     distance.legend(fontsize=8)
     steepness.plot(steps, slope, color="#2171b5", lw=1)
     steepness.axhline(1 + DISTANCE / (2 * weight), color="black", lw=1, ls="--")

@@ -95,7 +95,9 @@ def run(
     if trainer.is_global_zero:
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(hyperparameters(cfg), results(final))
+                # A GAN's are curves already: without the step they would get a last point at 0.
+                last = trainer.fit_loop.total_batch_idx
+                logger.log_hyperparams(hyperparameters(cfg), results(final), step=last)
                 logger.finalize("success")
         _write(folder, final)
         _report(folder, final)

@@ -57,6 +57,8 @@ def test_the_experiment_is_the_recurrence(variant, tmp_path):
     events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0}).Reload()
     logged = [[s.value for s in events.Scalars(f"dirac/{name}")] for name in ("theta", "psi")]
     assert len(logged[0]) == 500
+    steps = [s.step for s in events.Scalars("dirac/distance")]
+    assert steps == [*range(500), 499]  # and once more with the hyperparameters, at the end
     for name, values, true in zip(("θ", "ψ"), logged, zip(*path, strict=True), strict=True):
         assert values == pytest.approx(true, rel=1e-5, abs=1e-7), name
     if variant == "r1":
