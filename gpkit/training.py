@@ -95,7 +95,9 @@ def run(
     if trainer.is_global_zero:
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(hyperparameters(cfg), results(final))
+                # A GAN's are curves already: without the step they would get a last point at 0.
+                last = trainer.fit_loop.total_batch_idx
+                logger.log_hyperparams(hyperparameters(cfg), results(final), step=last)
                 logger.finalize("success")
         _write(folder, final)
         _report(folder, final)
@@ -197,7 +199,7 @@ def _write(folder: Path, metrics: dict[str, float]) -> None:
 
 def results(metrics: dict[str, float]) -> dict[str, float]:
     """Return the metrics that tell how a run ended: those of the test, and of a GAN."""
-    told = ("test/", "modes/", "wasserstein/", "critic_optimality")
+    told = ("test/", "modes/", "wasserstein/", "critic_optimality", "dirac/distance")
     return {k: v for k, v in metrics.items() if k.startswith(told) or k == "slope/interpolates"}
 
 
@@ -208,7 +210,8 @@ def _report(folder: Path, metrics: dict[str, float]) -> None:
     width = max(24, *map(len, told)) if told else 0
     print()
     for name, value in told.items():
-        print(f"  {name:<{width}} {value:.4f}")
+        vanishes = 0 < abs(value) < 1e-3
+        print(f"  {name:<{width}} {value:{'.3g' if vanishes else '.4f'}}")
     print()
     print(f"  metrics      {folder / 'metrics.json'}")
     print(f"  checkpoints  {folder / 'checkpoints'}")

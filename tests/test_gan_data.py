@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.datasets import make_swiss_roll
 
-from gpkit.data import Digits, EightGaussians, SwissRoll, TwentyFiveGaussians
+from gpkit.data import Digits, EightGaussians, Gaussian, SwissRoll, TwentyFiveGaussians
 
 DIAGONAL = 2 / math.sqrt(2)
 EIGHT = [(2, 0), (-2, 0), (0, 2), (0, -2)] + [
@@ -70,6 +70,39 @@ def test_without_noise_the_points_are_the_modes(module, centres, noise, scale):
     data = ready(module, n=100, noise=0.0)
     x, y = everything(data)
     assert torch.equal(x, data.modes[y].float())
+
+
+def test_one_gaussian_has_its_mean_and_deviation():
+    # catches a mean that is not added, a variance for a deviation, and dimensions that share a draw
+    x, y = everything(ready(Gaussian, mean=[3.0, -1.0, 0.5], std=0.5))
+    assert x.shape == (25_000, 3)
+    assert not y.any()
+    normal = (x - torch.tensor([3.0, -1.0, 0.5])) / 0.5
+    assert normal.mean(0).abs().max() < 4 / math.sqrt(25_000)
+    covariance = normal.T @ normal / 25_000
+    assert (covariance - torch.eye(3)).abs().max() < 4 * math.sqrt(2 / 25_000)
+    kurtosis = normal.pow(4).mean().item()
+    assert kurtosis == pytest.approx(3, abs=0.1)
+
+
+def test_a_gaussian_without_deviation_is_a_point():
+    x, _ = everything(ready(Gaussian, mean=(0.25,), std=0.0, n=30))
+    assert torch.equal(x, torch.full((30, 1), 0.25))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mean": 2.0}, r"`Gaussian\(mean=...\)` must be a list of numbers.*got 2.0"),
+        ({"mean": []}, r"must be a list of numbers.*got \[\]"),
+        ({"mean": [0.0, "a"]}, r"`Gaussian\(mean=...\)\[1\]` must be a number; got 'a'"),
+        ({"std": -1.0}, r"`Gaussian\(std=...\)` must be a number >= 0; got -1"),
+        ({"n": 0}, r"`Gaussian\(n=...\)` must be an integer >= 1; got 0"),
+    ],
+)
+def test_a_gaussian_that_cannot_be(options, words):
+    with pytest.raises(ValueError, match=words):
+        Gaussian(**options)
 
 
 def test_the_roll_is_that_of_scikit_learn():

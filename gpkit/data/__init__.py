@@ -4,6 +4,7 @@ from gpkit.data.arrays import ArrayDataModule
 from gpkit.data.breast_cancer import BreastCancer
 from gpkit.data.diabetes import Diabetes
 from gpkit.data.digits import Digits
+from gpkit.data.gaussian import Gaussian
 from gpkit.data.gaussians import EightGaussians, TwentyFiveGaussians
 from gpkit.data.huggingface import HuggingFace
 from gpkit.data.module import DataModule
@@ -17,6 +18,7 @@ __all__ = [
     "Diabetes",
     "Digits",
     "EightGaussians",
+    "Gaussian",
     "HuggingFace",
     "SwissRoll",
     "TwentyFiveGaussians",

@@ -1,4 +1,4 @@
-"""Mixtures of Gaussians in the plane, whose modes can be counted."""
+"""Mixtures of Gaussians, whose modes can be counted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gpkit.data.splits import Size
 
 
 class Gaussians(ArrayDataModule):
-    r"""Equally many points of K Gaussians in the plane; the class of a point is its Gaussian.
+    r"""Equally many points of K Gaussians; the class of a point is its Gaussian.
 
     .. math:: x = (c_y + \text{noise} \cdot \varepsilon) / \text{scale}, \quad
               \varepsilon \sim N(0, I), \quad y \in \{0, \dots, K - 1\}
@@ -23,14 +23,14 @@ class Gaussians(ArrayDataModule):
     A subclass gives the centres c and the scale.
 
     Args:
-        centres: c, [K, 2].
+        centres: c, [K, D].
         scale: What the points are divided by.
         n: The number of points, train, validation and test together.
         noise: The standard deviation of a Gaussian before the division.
         **options: Of `ArrayDataModule`.
 
     Attributes:
-        modes: The means c / scale, [K, 2].
+        modes: The means c / scale, [K, D].
         std: The standard deviation of each, noise / scale.
 
     Raises:
@@ -58,8 +58,9 @@ class Gaussians(ArrayDataModule):
     def arrays(self, generator: torch.Generator) -> Sequence[Pair]:
         """Return the three parts."""
         y = torch.arange(self.n) % self.num_outputs
-        noise = torch.randn(self.n, 2, generator=generator, dtype=torch.float64)
-        return self.cut(self.modes[y] + self.std * noise, y, generator)
+        means = self.modes[y]
+        noise = torch.randn(means.shape, generator=generator, dtype=torch.float64)
+        return self.cut(means + self.std * noise, y, generator)
 
 
 class EightGaussians(Gaussians):

@@ -7,6 +7,7 @@ A net of a task is `Net(input_shape, num_outputs, *, own options)`, a critic
 
 from gpkit.models.convnet import ConvNet
 from gpkit.models.critics import ImageCritic, PointCritic
+from gpkit.models.dirac import DiracCritic, DiracGenerator
 from gpkit.models.generators import ImageGenerator, PointGenerator
 from gpkit.models.mlp import MLP
 from gpkit.models.vit import ViT
@@ -14,6 +15,8 @@ from gpkit.models.vit import ViT
 __all__ = [
     "MLP",
     "ConvNet",
+    "DiracCritic",
+    "DiracGenerator",
     "ImageCritic",
     "ImageGenerator",
     "PointCritic",
