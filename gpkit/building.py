@@ -140,7 +140,11 @@ def build_callbacks(cfg: DictConfig) -> list[Callback]:
     Raises:
         TypeError: if a target gives something else.
     """
-    made = {str(name): instantiate(each, _convert_="all") for name, each in cfg.items() if each}
+    made = {
+        str(name): instantiate(each, _convert_="all") if isinstance(each, DictConfig) else each
+        for name, each in cfg.items()
+        if each is not None
+    }
     for name, callback in made.items():
         if not isinstance(callback, Callback):
             raise TypeError(

@@ -170,6 +170,7 @@ def test_a_sweep_returns_its_metrics(command):
 
 # Mistakes.
 
+GAN = "module=gan model=gan_points"
 WRONG = {  # command line: what the one line of the error says, in this order
     "penalti=none": ["no group 'penalti'", "did you mean 'penalty=none'?"],
     "penalty=jacobain": ["no penalty 'jacobain'", "did you mean 'jacobian'?", "curvature, custom"],
@@ -216,6 +217,26 @@ WRONG = {  # command line: what the one line of the error says, in this order
     "data.batch_size=big": ["data.batch_size must be an integer", "got 'big'"],
     "data.label_noise=2": ["label_noise=2", "[0, 1]"],
     "data.train_size=5000": ["fit into the 1797 samples", "5000 + 269 + 269"],
+    "module=gna": ["no module 'gna'", "did you mean 'gan'?", "there are gan, penalized"],
+    "module=gan": ["trains a generator and a critic", "gpkit.models.MLP", "model=gan_points"],
+    "model=gan_points": ["gpkit.PenalizedModule trains one net", "generator and critic", "=gan"],
+    "module=gan module.compile=true": ["no option 'compile' of module", "critic_steps"],
+    f"{GAN} data=diabetes model=gan_images": ["must be an image (C, H, W)", "`PointGenerator`"],
+    f"{GAN} penalty=irm": ["'irm' is on environments", "use PenalizedModule"],
+    f"{GAN} penalty=fisher": ["'fisher' draws labels from a classifier's", "weight_grad_norm"],
+    f"{GAN} penalty=per_sample_grad_norm": ["needs the loss of each sample", "scope='batch'"],
+    f"{GAN} penalty=curvature": ["piecewise-linear net (Relu)", "softplus"],
+    f"{GAN} module.loss=hnige": ["must be one of 'wasserstein'", "did you mean 'hinge'?"],
+    f"{GAN} module.latent_dim=0": ["latent_dim=...", "must be an integer >= 1", "got 0"],
+    f"{GAN} module.ema=1": ["`ema=...` must be a number in [0, 1)", "got 1"],
+    f"{GAN} module.critic_optimizer=adam": ["function of parameters", "Adam", "got 'adam'"],
+    f"{GAN} module.critic_scheduler=exp": ["function of an optimiser", "got 'exp'"],
+    f"{GAN} module.conditional=true data=diabetes": ["must be called without labels"],
+    f"{GAN} loss._target_=torch.nn.MSELoss": ["loss._target_=torch.nn.MSELoss", "module.loss="],
+    f"{GAN} trainer.accumulate_grad_batches=2": ["one optimiser", "module.accumulate=2"],
+    f"{GAN} trainer.gradient_clip_val=0.5": ["one optimiser", "module.gradient_clip=0.5"],
+    "+callbacks.mine=3": ["callbacks.mine must give a pytorch_lightning Callback", "got a int"],
+    "+callbacks.mine._target_=builtins.dict": ["callbacks.mine must give", "got a dict"],
     "data=huggingface": ["data.path must be given"],
     "seed=-1": ["`seed` must be an integer >= 0", "got -1"],
     "test_checkpoint=first": ["must be one of 'best', 'last'", "got 'first'"],

@@ -197,8 +197,9 @@ DATA = [name for name in names("data") if name != "huggingface"]
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("model", names("model"))
 def test_every_model_on_every_data_set(model, data, tmp_path):
-    options = [*FAST, f"model={model}", f"data={data}"]
-    if model != "mlp" and data != "digits":
+    module = "gan" if model.startswith("gan_") else "penalized"
+    options = [*FAST, f"module={module}", f"model={model}", f"data={data}"]
+    if model not in ("mlp", "gan_points") and data != "digits":
         with pytest.raises(Exception, match=r"must be an image \(C, H, W\)"):
             gpkit.train(options, tmp_path)
         return

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from gpkit import checks
 from gpkit.environments import EnvironmentPenalty
 from gpkit.penalty import GradientPenalty
+from gpkit.variables import weights
 
 
 def require_nets(generator: Any, critic: Any) -> None:
@@ -40,7 +41,7 @@ def require_penalties(
     """Refuse penalties that could not act.
 
     Raises:
-        TypeError: if one is on environments.
+        TypeError: if one is on environments, or needs a classifier or the loss of each sample.
         ValueError: if two have one name, or the generator has none to train.
     """
     for name, penalty in (*of_critic.items(), *of_generator.items()):
@@ -48,6 +49,16 @@ def require_penalties(
             raise TypeError(
                 f"`penalty=...` {name!r} is on environments, which a GAN's batches do not have: "
                 "use PenalizedModule"
+            )
+        if penalty.of == "sampled_loss":
+            raise TypeError(
+                f"`penalty=...` {name!r} draws labels from a classifier's logits, and a critic "
+                "gives scores: use weight_grad_norm"
+            )
+        if isinstance(penalty.wrt, weights) and penalty.scope == "sample":
+            raise TypeError(
+                f"`penalty=...` {name!r} needs the loss of each sample, and a GAN's compares two "
+                "batches: use scope='batch', as weight_grad_norm has it"
             )
     both = sorted(of_critic.keys() & of_generator.keys())
     if both:
@@ -60,6 +71,22 @@ def require_penalties(
             "`generator_penalty=...` needs a generator to train; got one without parameters that "
             "require grad"
         )
+
+
+def require_functions(**functions: Any) -> None:
+    """Refuse optimisers and schedulers that cannot be made from parameters, or an optimiser.
+
+    Raises:
+        TypeError: if one is neither None nor a function.
+    """
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            given = "an optimiser" if name.endswith("scheduler") else "parameters"
+            made = "ExponentialLR, gamma=0.999" if name.endswith("scheduler") else "Adam, lr=1e-4"
+            raise TypeError(
+                f"`{name}=...` must be a function of {given}, as functools.partial({made}); "
+                f"got {function!r}"
+            )
 
 
 def optional(where: str, value: Any, low: float, *, below: float | None = None) -> float | None:

@@ -17,6 +17,7 @@ from gpkit.draws import derived_seed, rank
 from gpkit.isolation import seeded
 from gpkit.lightning.gan.checks import (
     optional,
+    require_functions,
     require_nets,
     require_penalties,
     unpack,
@@ -159,6 +160,12 @@ class GANModule(pl.LightningModule):
         self.generator_penalties = penalties_by_name(generator_penalty)
         require_penalties(
             self.penalties, self.generator_penalties, trains_generator=self.trains_generator
+        )
+        require_functions(
+            critic_optimizer=critic_optimizer,
+            generator_optimizer=generator_optimizer,
+            critic_scheduler=critic_scheduler,
+            generator_scheduler=generator_scheduler,
         )
         self.make_optimizer = {"critic": critic_optimizer, "generator": generator_optimizer}
         self.make_scheduler = {"critic": critic_scheduler, "generator": generator_scheduler}
