@@ -188,6 +188,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", ".*have no `val_dataloader`.*")
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", ".*'modes/.*sync_dist=True.*")  # rank zero draws and counts
     warnings.filterwarnings("ignore", "The dirpath has changed from .*")  # as Checkpoints wants it
 
 
