@@ -37,7 +37,7 @@ METHODS: dict[str, dict[str, tuple[str, ...]]] = {
     "WGAN-GP": {"25": ("wgan_gp_25gaussians",), "8": ("wgan_gp_8gaussians",)},
     "plain GAN": {"25": ("gan_25gaussians",), "8": ("wgan_gp_8gaussians", *PLAIN)},
 }
-DECAY, SAMPLE = 0.99, 2500
+SAMPLE = 2500
 
 
 def trained(options: tuple[str, ...], seed: int, folder: Path) -> dict[str, torch.Tensor]:
@@ -45,7 +45,7 @@ def trained(options: tuple[str, ...], seed: int, folder: Path) -> dict[str, torc
     checkpoint = folder / "checkpoints" / "last.ckpt"
     if not (folder / "metrics.json").is_file():
         experiment, *others = options
-        words = [f"experiment={experiment}", *others, f"seed={seed}", f"module.ema={DECAY}"]
+        words = [f"experiment={experiment}", *others, f"seed={seed}"]
         with contextlib.redirect_stdout(io.StringIO()):
             gpkit.train([*words, "device=cpu", "trainer.enable_progress_bar=false"], folder)
     return torch.load(checkpoint, weights_only=True)["state_dict"]
