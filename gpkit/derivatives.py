@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -126,12 +125,12 @@ def gradients(y: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """
     if not y.requires_grad:
         return tuple(torch.zeros_like(x) for x in xs)
-    # A compiled or autocast backward would be traced, or rounded, twice.
     kind = y.device.type
-    rounded = torch.is_autocast_enabled(kind)
-    with torch.autocast(kind, enabled=False) if rounded else nullcontext():
-        try:
-            grads = torch.autograd.grad(y, xs, create_graph=True, allow_unused=True)
-        except RuntimeError as error:
-            raise RuntimeError(graphs.explain(error)) from error
+    if torch.is_autocast_enabled(kind):  # in which a backward would be rounded once more
+        with torch.autocast(kind, enabled=False):
+            return gradients(y, xs)
+    try:
+        grads = torch.autograd.grad(y, xs, create_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        raise RuntimeError(graphs.explain(error)) from error
     return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, xs, strict=True))

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from gpkit import graphs
 from gpkit.derivatives import gradients
 from gpkit.evaluation import device_of
-from gpkit.forms import root
 from gpkit.isolation import isolated
 from gpkit.penalty import GradientPenalty, Terms
 from gpkit.schedules import Schedule
@@ -55,7 +54,7 @@ class Statistic(Protocol):
     features: bool  # whether it takes the features: then f is the pair (logits, features)
 
     def __call__(self, samples: Samples) -> tuple[Tensor, Tensor]:
-        """Return norms and values, one for each environment: ``[E]``."""
+        """Return n² and values, one for each environment: ``[E]``."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class scale_gradient:  # noqa: N801
                     f"environments of {[int(n) for n in inside.sum(1)]}"
                 )
             values = ((parts / counts) @ slopes).prod(0)
-        return whole.abs(), len(members) * values
+        return whole.square(), len(members) * values
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class gradient_variance:  # noqa: N801
         squares = torch.einsum("eb,bc,bd->ecd", members, deltas.square(), a.square())
         variances = squares - means.square()
         values = (variances - variances.mean(0)).square().sum((1, 2))
-        return root(values), values
+        return values, values
 
 
 class EnvironmentPenalty(GradientPenalty):
@@ -174,12 +173,9 @@ class EnvironmentPenalty(GradientPenalty):
             if train and not logits.requires_grad:
                 raise RuntimeError(CUT)
             samples = self._samples(logits, a, y, env)
-            norms, values = self.statistic(samples)
-            terms = Terms(norms, values, weight, weight * values.mean())
-        if not train:
-            cut = (terms.norms.detach(), terms.values.detach())
-            terms = Terms(*cut, weight, terms.penalty.detach())
-        return terms, []
+            n2, values = self.statistic(samples)
+            terms = Terms(n2, values, weight, weight * values.mean())
+        return terms if train else terms.detached(), []
 
     def _read(self, f: Any, args: tuple[Any, ...]) -> tuple[Any, Tensor, Tensor]:
         """Return outputs, targets and environments of a call, whichever way it was written."""

@@ -66,10 +66,7 @@ def evaluate(
         if twice and not penalty.seen_to_act:
             graphs.require_derivatives(targets[0].y, targets[0].xs, penalty.order)
         terms = penalty.terms_of(targets, rng, weight, scale, observe=observe)
-    if not train:
-        cut = (terms.norms.detach(), terms.values.detach())
-        terms = Terms(*cut, weight, terms.penalty.detach())
-    return terms, targets
+    return terms if train else terms.detached(), targets
 
 
 @contextmanager

@@ -53,8 +53,8 @@ class Form:
         values = self.value(squared_norms)
         return values if self.scale == 1 else values * self.scale
 
-    def observe(self, norms: Tensor) -> None:
-        """Take in the norms ``[G]`` of a call before it is valued, where the form has a state."""
+    def observe(self, squared_norms: Tensor) -> None:
+        """Take in n² ``[G]`` of a call before it is valued, where the form has a state."""
 
     def value(self, squared_norms: Tensor) -> Tensor:
         """Return the value before ``scale``: ``[G]`` to ``[G]``."""
@@ -112,9 +112,9 @@ class two_sided(Form):  # noqa: N801
             return squared_norms
         return (root(squared_norms) - self.c).square()
 
-    def observe(self, norms: Tensor) -> None:
+    def observe(self, squared_norms: Tensor) -> None:
         if isinstance(self.center, running_average):
-            self.center.update(norms)
+            self.center.update(squared_norms.detach().sqrt())
 
     def state_dict(self) -> dict[str, float]:
         """Return the state of a running average; a number has none."""

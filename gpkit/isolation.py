@@ -156,14 +156,15 @@ class double_backward:  # noqa: N801  a context: with double_backward():
         self.others: ExitStack | None = None
 
     def __enter__(self) -> None:
-        self.before = [enabled() for enabled, _ in ATTENTION]
-        for was, wanted, (_, enable) in zip(self.before, MATH, ATTENTION, strict=True):
-            if was is not wanted:
-                enable(wanted)
-        self.others = None
-        if self.order >= 2 or torch.backends.cudnn.is_available():
+        self.fused = [enable for enabled, enable in FUSED if enabled()]
+        for enable in self.fused:
+            enable(False)
+        self.math = MATH_ENABLED()
+        if not self.math:
+            ENABLE_MATH(True)
+        if self.order >= 2 or CUDNN:
             self.others = ExitStack()
-            if torch.backends.cudnn.is_available():
+            if CUDNN:
                 self.others.enter_context(without_cudnn())
             if self.order >= 2:
                 self.others.enter_context(elementary())
@@ -171,17 +172,19 @@ class double_backward:  # noqa: N801  a context: with double_backward():
     def __exit__(self, *exception: object) -> None:
         if self.others is not None:
             self.others.close()
-        for was, wanted, (_, enable) in zip(self.before, MATH, ATTENTION, strict=True):
-            if was is not wanted:
-                enable(was)
+        for enable in self.fused:
+            enable(True)
+        if not self.math:
+            ENABLE_MATH(False)
 
 
-MATH = (True, False, False, False)
-ATTENTION = [
-    (getattr(kernels, f"{name}_sdp_enabled"), getattr(kernels, f"enable_{name}_sdp"))
-    for kernels in (torch.backends.cuda,)
-    for name in ("math", "flash", "mem_efficient", "cudnn")
+# What torch.backends.cuda calls: this is entered at every step.
+FUSED = [
+    (getattr(torch._C, f"_get_{kind}_sdp_enabled"), getattr(torch._C, f"_set_sdp_use_{kind}"))
+    for kind in ("flash", "mem_efficient", "cudnn")
 ]
+MATH_ENABLED, ENABLE_MATH = torch._C._get_math_sdp_enabled, torch._C._set_sdp_use_math
+CUDNN = torch.backends.cudnn.is_available()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from gpkit.draws import Source, derived_seed, rank
 from gpkit.effect import acts
 from gpkit.estimators import ESTIMATORS, exact, projection
 from gpkit.evaluation import device_of, evaluate
-from gpkit.forms import FORMS, Form, root
+from gpkit.forms import FORMS, Form
 from gpkit.points import At, as_at
 from gpkit.reductions import REDUCTIONS
 from gpkit.schedules import Schedule
@@ -205,7 +205,7 @@ class GradientPenalty:
         terms, targets = self._evaluate(f, args, real, fake, weight, scale, observe=True)
         if torch.is_grad_enabled() and not (self.seen_to_act and terms.penalty.requires_grad):
             self._require_effect(terms, targets)
-        self.observe(terms.norms)
+        self.observe(terms)
         return terms
 
     def act_on(
@@ -224,7 +224,7 @@ class GradientPenalty:
         """
         self.draws += 1  # as a call does: which way it went is not to be seen in the state
         terms = self.terms_of([target], None, self.count_step(step), scale, observe=True)
-        self.observe(terms.norms)
+        self.observe(terms)
         return terms
 
     def with_loss(self, closure: Callable[[], Any], net: Any, *, step: int | None = None) -> Tensor:
@@ -270,16 +270,15 @@ class GradientPenalty:
     def measure(
         self, targets: list[Target], rng: Source | None, *, observe: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Return norms and values ``[G]``: the formula alone, as torch.compile can trace it.
+        """Return n² and values ``[G]``: the formula alone, as torch.compile can trace it.
 
         Args:
             targets: what is differentiated.
             rng: of an estimator that draws; None where it does not.
-            observe: whether the form's state, if it has one, takes the norms in; and then the
-                norms have no graph.
+            observe: whether the form's state, if it has one, takes the norms in.
 
         Returns:
-            The norms and the values.
+            The squared norms and the values.
         """
         axes: Any = (self.order, self.form.norm, rng)
         parts = [self.estimator.squared_norms(target, *axes) for target in targets]
@@ -287,10 +286,9 @@ class GradientPenalty:
         scale = targets[0].scale
         if scale is not None:
             n2 = n2 / scale / scale
-        norms = n2.detach().sqrt() if observe else root(n2)
         if observe:
-            self.form.observe(norms)
-        return norms, self.form(n2)
+            self.form.observe(n2)
+        return n2, self.form(n2)
 
     def total(self, values: Tensor) -> Tensor:
         """Return one number for the values ``[G]``: their mean or maximum."""
@@ -319,11 +317,11 @@ class GradientPenalty:
         scale = getattr(self.weight, "loss_scale", None)
         return 1.0 if scale is None else scale(max(self.step - 1, 0) if step is None else step)
 
-    def observe(self, norms: Tensor) -> None:
+    def observe(self, terms: Terms) -> None:
         """Show the norms of the last call to a weight that adapts to them."""
         observe = getattr(self.weight, "observe", None)
         if observe is not None and torch.is_grad_enabled():
-            observe(norms, self.step - 1)
+            observe(terms.norms, self.step - 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state: plain numbers. The seed and the count of draws are the generator.
@@ -391,8 +389,8 @@ class GradientPenalty:
             targets = [target.scaled(scale) for target in targets]
         if targets[0].mean and self.estimator.first_order:
             targets = [replace(target, share=self._share) for target in targets]
-        norms, values = self.measure(targets, rng, observe=observe)
-        return Terms(norms, values, weight, weight * self.total(values))
+        n2, values = self.measure(targets, rng, observe=observe)
+        return Terms(n2, values, weight, weight * self.total(values))
 
     def _share(self, squared_norms: Tensor) -> Tensor:
         """Return the derivative of the reduced value in n² ``[G]``: constants."""

@@ -28,6 +28,7 @@ def needs(acting: Mapping[str, GradientPenalty]) -> Needs:
         any(map(replays, penalties)),
         tuple(n for n, p in acting.items() if p.scope in POOLED),
         tuple(n for n, p in acting.items() if differs(p)),
+        not all(map(plain, penalties)),
     )
 
 

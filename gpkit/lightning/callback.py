@@ -8,7 +8,7 @@ from typing import Any
 from gpkit import checks
 from gpkit.lightning import layers
 from gpkit.lightning.bases import Callback
-from gpkit.lightning.findings import before_fit, is_alone, refuse
+from gpkit.lightning.findings import before_fit, refuse, shards
 from gpkit.lightning.step import PenalisedStep
 from gpkit.sums import Penalties, penalties_by_name
 
@@ -86,6 +86,7 @@ class GradientPenaltyCallback(Callback):
             )
         self.module = module
         self._key = self._generate_state_key(module=module)  # Lightning asks at every hook
+        self._is_set_up = False
         self.manual_backward = (
             manual_backward
             if manual_backward is None
@@ -95,25 +96,33 @@ class GradientPenaltyCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """Return the name of the state in a checkpoint."""
-        return self._key
+        """Return the name of the state in a checkpoint, from the set-up for a trainer on.
+
+        Before, it is this callback's alone: else no trainer could be made with two for one
+        submodule, and it would say why in terms of checkpoints. The fit says it, with all the rest.
+        """
+        return self._key if self._is_set_up else f"{self._key}#{id(self)}"
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Take the name that the state has in checkpoints."""
+        self._is_set_up = True
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Put the penalties around the module's ``training_step``."""
         self._give_back()
-        found = before_fit(trainer, pl_module, self.penalties, self.module, self.manual_backward)
-        if not (pl_module.automatic_optimization and is_alone(trainer)):
-            refuse(found)  # a training step would step the optimisers, or be replaced twice
+        found = before_fit(trainer, pl_module)
+        if shards(trainer.strategy) or not pl_module.automatic_optimization:
+            refuse(found)  # a training step would show no more, or step the optimisers
         step = PenalisedStep(trainer, pl_module, self.penalties, self.module, found)
         if pl_module.automatic_optimization:
-            self._layers = [step.traces.remove, layers.add(pl_module, "training_step", step)]
+            self._layers = [step.remove, layers.add(pl_module, "training_step", step)]
             return
 
         def backward(call: Any, *args: Any, **kwargs: Any) -> None:
             step.backward(call, self.manual_backward or 0, *args, **kwargs)
 
         self._layers = [
-            step.traces.remove,
+            step.remove,
             layers.add(pl_module, "training_step", step.manual),
             layers.add(pl_module, "manual_backward", backward, inside=True),
         ]

@@ -18,7 +18,7 @@ from gpkit.sampled import sampled_losses
 from gpkit.targets import Target
 from gpkit.variables import weights
 
-# What is traced: (x, y, weights, seeds) -> loss, and (norms, values, penalty) by name.
+# What is traced: (x, y, weights, seeds) -> loss, and (n², values, penalty) by name.
 Parts = dict[str, tuple[Tensor, Tensor, Tensor]]
 Computed = tuple[Tensor, Parts]
 
@@ -92,7 +92,7 @@ class CompiledLoss:
     def __call__(
         self, x: Tensor, y: Any, factors: dict[str, Tensor], seeds: dict[str, Tensor]
     ) -> Computed:
-        """Return the loss without penalties, and the norms, values and penalty by name.
+        """Return the loss without penalties, and n², values and penalty by name.
 
         Args:
             x: ``[B, *S]``, which requires grad if a penalty differentiates in it.
@@ -101,7 +101,7 @@ class CompiledLoss:
             seeds: of their random numbers, each a tensor.
 
         Returns:
-            The loss, and for each penalty its norms ``[G]``, values ``[G]`` and weighted total.
+            The loss, and for each penalty n² ``[G]``, values ``[G]`` and weighted total.
         """
         acting = tuple(factors)
         if acting not in self._compiled:
@@ -131,8 +131,8 @@ class CompiledLoss:
                 column = penalty.wrt.columns(y, len(x), penalty.of)
                 pixels = penalty.scope == "pixel"
                 targets = [Target(column, (x,), batched=True, pixels=pixels)]
-            norms, values = penalty.measure(targets, rng)
-            parts[name] = norms, values, factor * penalty.total(values)
+            n2, values = penalty.measure(targets, rng)
+            parts[name] = n2, values, factor * penalty.total(values)
         return loss, parts
 
     def __getstate__(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -26,42 +26,45 @@ CANNOT = "GradientPenaltyCallback cannot add its penalties: "
 PENALISED = ("PenalizedModule", "GANModule")
 
 
-def refuse(found: list[str], cause: Exception | None = None) -> None:
+class RefusalError(ValueError):
+    """A fit that was refused.
+
+    Args:
+        found: a line for each finding.
+    """
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__(found)
+        self.found = found
+
+    def __str__(self) -> str:
+        return CANNOT + "; ".join(self.found)
+
+
+def refuse(found: Iterable[str], cause: Exception | None = None) -> None:
     """Refuse the fit with all that was found, if there is any.
 
     Raises:
-        ValueError: in one line.
+        RefusalError: in one line.
     """
-    if found:
-        raise ValueError(CANNOT + "; ".join(found)) from cause
+    lines = list(dict.fromkeys(found))
+    if lines:
+        raise RefusalError(lines) from cause
 
 
-def is_alone(trainer: Any) -> bool:
-    """Whether there are no two callbacks with penalties."""
-    return sum(is_a(c, "GradientPenaltyCallback") for c in trainer.callbacks) < 2
-
-
-def before_fit(
-    trainer: Any,
-    module: pl.LightningModule,
-    penalties: Mapping[str, GradientPenalty],
-    name: str | None,
-    manual_backward: int | None,
-) -> list[str]:
+def before_fit(trainer: Any, module: pl.LightningModule) -> list[str]:
     """Return what can be told of the trainer and the module alone.
 
     Args:
-        trainer: of the run.
+        trainer: of the run. All its callbacks with penalties are looked at.
         module: the LightningModule.
-        penalties: by name.
-        name: of the submodule, None for the module itself.
-        manual_backward: which of the backward calls of a manual optimisation was chosen.
 
     Returns:
         A line for each finding.
     """
+    callbacks = [c for c in trainer.callbacks if is_a(c, "GradientPenaltyCallback")]
     found = []
-    if not is_alone(trainer):
+    if len(callbacks) > 1:
         found.append(
             "the trainer has two GradientPenaltyCallbacks, and one would differentiate the "
             "penalties of the other: give all penalties to one, GradientPenaltyCallback([a, b])"
@@ -71,6 +74,20 @@ def before_fit(
             f"the {type(module).__name__} has penalties of its own, which would be differentiated: "
             "give them all to it, or all to the callback"
         )
+    for c in callbacks:
+        found += _of_callback(trainer, module, c.penalties, c.module, c.manual_backward)
+    return found
+
+
+def _of_callback(
+    trainer: Any,
+    module: pl.LightningModule,
+    penalties: Mapping[str, GradientPenalty],
+    name: str | None,
+    manual_backward: int | None,
+) -> list[str]:
+    """Return what is found of one callback; its arguments are those of the callback."""
+    found = []
     automatic = module.automatic_optimization
     if automatic and manual_backward is not None:
         found.append("`manual_backward=...` is for manual optimisation; leave it out")
@@ -147,6 +164,11 @@ def _of(
             yield f"all {len(named)} parameters of weights({wrt.match!r}) are frozen"
 
 
+def shards(strategy: Any) -> bool:
+    """Whether a strategy may shard parameters."""
+    return is_a(strategy, "FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+
+
 def sharded(module: nn.Module) -> bool:
     """Whether FSDP2 holds the parameters, or some of them."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
@@ -161,13 +183,12 @@ def _points(at: At) -> list[At]:
     return [p for part in at.ats for p in _points(part)] if isinstance(at, mixture) else [at]
 
 
-def at_step(module: nn.Module, title: str, loss: Tensor, seen: Seen, needs: Needs) -> list[str]:
-    """Return what can be told of a step that was made.
+def of_net(module: nn.Module, title: str, seen: Seen, needs: Needs) -> list[str]:
+    """Return what can be told of the net in a step that was made.
 
     Args:
         module: the LightningModule.
         title: how the net that was watched is called.
-        loss: what the step gave.
         seen: of the net.
         needs: what of it was wanted.
 
@@ -175,8 +196,6 @@ def at_step(module: nn.Module, title: str, loss: Tensor, seen: Seen, needs: Need
         A line for each finding.
     """
     found = list(seen.problems)
-    if not loss.requires_grad:
-        found.append("the loss of the training step has no graph: was it detached?")
     wanted = [*[""] * needs.x, *needs.activations, *seen.calls]
     called = {name: f"activation({name!r})" if name else title for name in wanted}
     children = ", ".join(repr(n) for n, _ in module.named_children())
@@ -187,6 +206,14 @@ def at_step(module: nn.Module, title: str, loss: Tensor, seen: Seen, needs: Need
             found.append(f"the training step does not call {what}: {hint} that it calls")
         elif count > 1 and module.automatic_optimization:
             found.append(f"the training step calls {what} {count} times: name one called once")
+    return found
+
+
+def of_loss(loss: Tensor) -> list[str]:
+    """Return what can be told of the loss that a step gave: a line for each finding."""
+    found = []
+    if not loss.requires_grad:
+        found.append("the loss of the training step has no graph: was it detached?")
     if any(node.name() == "CheckpointFunctionBackward" for node in graphs.nodes(loss)):
         found.append(
             "the training step uses reentrant checkpointing, through which there is no gradient "

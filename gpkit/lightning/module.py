@@ -36,7 +36,7 @@ from gpkit.lightning.passes import (
     variable,
     with_features,
 )
-from gpkit.lightning.scaling import scale_of
+from gpkit.lightning.scaling import scale_of, scaler_of
 from gpkit.norm_layers import elementary
 from gpkit.penalty import GradientPenalty, Terms
 from gpkit.sums import Penalties, penalties_by_name
@@ -220,7 +220,7 @@ class PenalizedModule(pl.LightningModule):
                 done = self._forward(x, y, graph_in_x=graph_in_x, per_sample=per_sample)
             done = replace(done, activations=activations, state=state)
             if alone:  # one backward serves the loss and the penalty
-                done = replace(done, loss=summarised(done.loss, scale_of(self._trainer, x.device)))
+                done = replace(done, loss=summarised(done.loss, self._scale(x.device)))
             env = environments(batch)
             terms = {name: self._act(p, done, y, env) for name, p in self.penalties.items()}
         total = done.loss
@@ -257,10 +257,10 @@ class PenalizedModule(pl.LightningModule):
             loss, parts = self._compiled(x, y, acting, seeds)
         terms: dict[str, Terms | None] = dict.fromkeys(factors)
         total = loss
-        for name, (norms, values, part) in parts.items():
-            terms[name] = Terms(norms, values, factors[name], part)
-            self.penalties[name].observe(norms)
-            total = total + part
+        for name, (n2, values, part) in parts.items():
+            term = Terms(n2, values, factors[name], part)
+            self.penalties[name].observe(term)
+            terms[name], total = term, total + part
         done = Pass(x, None, loss, None)
         if log_norms:  # a compiled graph is gone after one backward: the norms have their own
             with isolated(self.net, 0, x.device):
@@ -280,6 +280,9 @@ class PenalizedModule(pl.LightningModule):
         """Return the optimiser step; None without a trainer, where penalties count themselves."""
         return self.trainer.global_step if self._trainer is not None else None
 
+    def _scale(self, device: torch.device) -> Tensor | None:
+        return scale_of(scaler_of(self._trainer), device)
+
     def _forward(self, x: Tensor, y: Any, *, graph_in_x: bool, per_sample: bool) -> Pass:
         if graph_in_x and x.is_floating_point():
             x = x.detach().requires_grad_()  # the user's own tensor keeps its requires_grad
@@ -291,7 +294,7 @@ class PenalizedModule(pl.LightningModule):
 
     def _act(self, penalty: GradientPenalty, done: Pass, y: Any, env: Tensor) -> Terms | None:
         options: dict[str, Any] = {"step": self._step()}
-        options["scale"] = scale_of(self._trainer, done.x.device)
+        options["scale"] = self._scale(done.x.device)
         if isinstance(penalty, EnvironmentPenalty):
             output = (done.output, done.features) if with_features(penalty) else done.output
             return penalty.act(output, y, env, **options)

@@ -18,6 +18,7 @@ from gpkit.lightning.histograms import Histograms
 from gpkit.lightning.inference import gradients_on
 from gpkit.lightning.norms import entries, lengths, sample_norms, together
 from gpkit.lightning.replay import loss_of
+from gpkit.lightning.scaling import scale_of, scaler_of
 from gpkit.lightning.unlogged import (
     of_backward,
     of_module,
@@ -337,5 +338,5 @@ def _logs_batch(trainer: Any) -> bool:
 
 def _scale(trainer: Any, device: torch.device) -> Tensor | float:
     """Return the scale of the gradient scaler, without waiting for the device."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return 1.0 if scaler is None else scaler.scale(torch.ones((), device=device))
+    scale = scale_of(scaler_of(trainer), device)
+    return 1.0 if scale is None else scale

@@ -8,7 +8,10 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.compiler import set_stance
 from torch.utils.hooks import RemovableHandle
+
+from gpkit.isolation import double_backward
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Needs:
         state: whether the step may be run again, with the same random numbers.
         pooled: the names of those whose gradient is averaged over micro-batches or ranks.
         differing: of those that take the gradient of the loss at two points.
+        draws: whether random numbers may be drawn.
     """
 
     order: int = 0
@@ -32,11 +36,12 @@ class Needs:
     state: bool = False
     pooled: tuple[str, ...] = ()
     differing: tuple[str, ...] = ()
+    draws: bool = False
 
     @property
-    def watch(self) -> bool:
-        """Whether the net has to be watched."""
-        return self.x or self.output or bool(self.activations)
+    def eager(self) -> bool:
+        """Whether a compiled net has to run uncompiled: it has no hooks and no double backward."""
+        return self.order > 0 or self.x or self.output or bool(self.activations)
 
 
 @dataclass
@@ -59,83 +64,124 @@ class Seen:
 
 
 class watched:  # noqa: N801  a context: with watched(net, ...) as seen
-    """Watch a net while it runs. No hook is left behind.
+    """Watch a net while it runs, on kernels with the derivatives needed.
 
     An input that has no graph is replaced by a leaf that requires grad, and so is an activation;
     the tensors of the batch stay as they are. What the net gets is a copy, so that an operation in
     place does not change what was seen. Of several calls the last is seen.
+
+    No hook is left behind, unless they are put on to stay, with `keep`: then they see nothing
+    outside of the context, which can be entered again and again.
 
     Args:
         net: what is watched.
         title: how a problem calls it.
         needs: whether its input and its output are needed, and which activations.
         moved: other values to compute with: of the input under the name "", of activations.
+        eager: whether compiled modules run uncompiled, as hooks and a double backward ask for.
     """
 
     def __init__(
-        self, net: nn.Module, title: str, needs: Needs, moved: Mapping[str, Tensor] | None = None
+        self,
+        net: nn.Module,
+        title: str,
+        needs: Needs,
+        moved: Mapping[str, Tensor] | None = None,
+        *,
+        eager: bool = False,
     ) -> None:
         self.net, self.title, self.needs, self.moved = net, title, needs, moved or {}
+        self.eager = eager
+        self.kept = False
+        self.hooks: list[RemovableHandle] = []
+        self.seen: Seen | None = None
+
+    def keep(self) -> watched:
+        """Put the hooks on to stay, until `remove`: each context then costs less."""
+        self._put_on()
+        self.kept = True
+        return self
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        while self.hooks:
+            self.hooks.pop().remove()
 
     def __enter__(self) -> Seen:
         """Return what is seen, complete when the block ends."""
-        seen, net, moved = Seen(), self.net, self.moved
-        self.hooks: list[RemovableHandle] = []
-        if self.needs.x:
-            enter = partial(_enter, seen, self.title, moved.get(""))
-            self.hooks.append(net.register_forward_pre_hook(enter, with_kwargs=True))
-        if self.needs.output:
-            self.hooks.append(net.register_forward_hook(partial(_leave, seen)))
-        for name in self.needs.activations:
-            catch = partial(_catch, seen, name, moved.get(name))
-            self.hooks.append(net.get_submodule(name).register_forward_hook(catch))
+        if not self.kept:
+            self._put_on()
+        self.eagerly = set_stance("force_eager") if self.eager else None
+        self.kernels = double_backward(self.needs.order) if self.needs.order else None
+        if self.kernels is not None:
+            self.kernels.__enter__()
+        self.seen = seen = Seen()
         return seen
 
     def __exit__(self, *exception: object) -> None:
-        """Take the hooks back."""
-        for hook in self.hooks:
-            hook.remove()
+        """See no more."""
+        self.seen = None
+        if self.kernels is not None:
+            self.kernels.__exit__(*exception)
+        if self.eagerly is not None:
+            self.eagerly.__exit__(*exception)
+        if not self.kept:
+            self.remove()
 
+    def _put_on(self) -> None:
+        needs, net = self.needs, self.net
+        named = [(name, net.get_submodule(name)) for name in needs.activations]
+        if needs.x:
+            self.hooks.append(net.register_forward_pre_hook(self._enter, with_kwargs=True))
+        if needs.output:
+            self.hooks.append(net.register_forward_hook(self._leave))
+        for name, module in named:
+            self.hooks.append(module.register_forward_hook(partial(self._catch, name)))
 
-def _enter(
-    seen: Seen, title: str, moved: Tensor | None, _: nn.Module, args: Any, kwargs: Any
-) -> tuple[Any, Any]:
-    seen.calls[""] = seen.calls.get("", 0) + 1
-    places = [*enumerate(args), *kwargs.items()]
-    where, x = next(((k, v) for k, v in places if isinstance(v, Tensor)), (None, None))
-    if x is None or not x.is_floating_point():
-        found = "no tensor" if x is None else f"{x.dtype}"
-        seen.problems.append(
-            f"{title} is given {found}, which has no gradient: name a submodule that is given "
-            "floating-point numbers, as what follows an embedding"
-        )
+    def _enter(self, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        seen = self.seen
+        if seen is None:
+            return None
+        seen.calls[""] = seen.calls.get("", 0) + 1
+        where, x = (0, args[0]) if args else (None, None)
+        if not isinstance(x, Tensor):
+            places = [*enumerate(args), *kwargs.items()]
+            where, x = next(((k, v) for k, v in places if isinstance(v, Tensor)), (None, None))
+        if x is None or not x.is_floating_point():
+            found = "no tensor" if x is None else f"{x.dtype}"
+            seen.problems.append(
+                f"{self.title} is given {found}, which has no gradient: name a submodule that is "
+                "given floating-point numbers, as what follows an embedding"
+            )
+            return args, kwargs
+        seen.x = moved = self._moved("", x)
+        if isinstance(where, int):
+            args = (*args[:where], moved.clone(), *args[where + 1 :])
+        else:
+            kwargs = {**kwargs, where: moved.clone()}
         return args, kwargs
-    if moved is None:
-        moved = x if x.requires_grad else x.detach().requires_grad_()
-    seen.x = moved
-    if isinstance(where, int):
-        args = (*args[:where], moved.clone(), *args[where + 1 :])
-    else:
-        kwargs = {**kwargs, where: moved.clone()}
-    return args, kwargs
 
+    def _leave(self, _: nn.Module, args: Any, output: Any) -> None:
+        if self.seen is not None:
+            self.seen.output = output
 
-def _leave(seen: Seen, _: nn.Module, args: Any, output: Any) -> None:
-    seen.output = output
+    def _catch(self, name: str, module: nn.Module, _: Any, output: Any) -> Any:
+        seen = self.seen
+        if seen is None:
+            return None
+        seen.calls[name] = seen.calls.get(name, 0) + 1
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            found = output.dtype if isinstance(output, Tensor) else f"a {type(output).__name__}"
+            seen.problems.append(
+                f"activation({name!r}) is {found}, and must be a floating-point tensor: name a "
+                f"submodule within that {type(module).__name__}"
+            )
+            return output
+        seen.activations[name] = moved = self._moved(name, output)
+        return moved.clone()
 
-
-def _catch(
-    seen: Seen, name: str, moved: Tensor | None, module: nn.Module, _: Any, output: Any
-) -> Any:
-    seen.calls[name] = seen.calls.get(name, 0) + 1
-    if not isinstance(output, Tensor) or not output.is_floating_point():
-        found = output.dtype if isinstance(output, Tensor) else f"a {type(output).__name__}"
-        seen.problems.append(
-            f"activation({name!r}) is {found}, and must be a floating-point tensor: name a "
-            f"submodule within that {type(module).__name__}"
-        )
-        return output
-    if moved is None:
-        moved = output if output.requires_grad else output.detach().requires_grad_()
-    seen.activations[name] = moved
-    return moved.clone()
+    def _moved(self, name: str, x: Tensor) -> Tensor:
+        """Return the value to compute with in place of ``x``: with a graph, or as a leaf."""
+        if name in self.moved:
+            return self.moved[name]
+        return x if x.requires_grad else x.detach().requires_grad_()

@@ -36,12 +36,14 @@ class Made:
 
 def loss_of(output: Any) -> Tensor | None:
     """Return the loss of what a training step gave: a tensor, or the "loss" of a mapping."""
+    if output is None or isinstance(output, Tensor):
+        return output
     return output.get("loss") if isinstance(output, Mapping) else output
 
 
 def with_loss_of(output: Any, loss: Tensor) -> Any:
     """Return what a training step gave, with another loss in it."""
-    return {**output, "loss": loss} if isinstance(output, Mapping) else loss
+    return loss if isinstance(output, Tensor) else {**output, "loss": loss}
 
 
 class Traces:

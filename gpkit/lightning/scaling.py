@@ -8,12 +8,16 @@ import torch
 from torch import Tensor
 
 
-def scale_of(trainer: Any, device: torch.device) -> Tensor | None:
-    """Return the scale that float16 training has, without waiting for the device; None for none.
+def scaler_of(trainer: Any) -> Any:
+    """Return the gradient scaler of float16 training, or None; ``trainer`` may be None."""
+    return getattr(getattr(trainer, "precision_plugin", None), "scaler", None)
+
+
+def scale_of(scaler: Any, device: torch.device) -> Tensor | None:
+    """Return the scale that a scaler has now, without waiting for the device; None for none.
 
     Args:
-        trainer: of the run, or None.
+        scaler: of gradients, or None.
         device: where the loss is.
     """
-    scaler = getattr(getattr(trainer, "precision_plugin", None), "scaler", None)
     return None if scaler is None else scaler.scale(torch.ones((), device=device))

@@ -15,7 +15,6 @@ from gpkit import graphs
 from gpkit.calls import Computed
 from gpkit.differences import SIGNS, finite_difference, spacing
 from gpkit.environments import EnvironmentPenalty
-from gpkit.forms import root
 from gpkit.isolation import isolated
 from gpkit.penalty import GradientPenalty
 from gpkit.perturbation import known_gradient, perturbed
@@ -206,11 +205,11 @@ class ShardedWeights:
         pairs = zip(along(a), along(b), strict=True)
         slopes = [(after.to(wide(after)) - before) * factor for before, after in pairs]
         n2 = known_gradient(n.square().reshape(1), list(here), slopes)
-        norms = root(n2).detach()
-        penalty.form.observe(norms)
+        penalty.form.observe(n2)
         values = penalty.form(n2)
-        penalty.observe(norms)
-        return Terms(norms, values, weight, weight * penalty.total(values))
+        terms = Terms(n2, values, weight, weight * penalty.total(values))
+        penalty.observe(terms)
+        return terms
 
     def gradient(self, loss: Tensor) -> Gradient:
         """Return the gradient of a loss, averaged over the processes; ``.grad`` is untouched."""

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.compiler import set_stance
 
 from gpkit.calls import Computed
 from gpkit.captures import Named
-from gpkit.isolation import double_backward, is_compiled, isolated, random_state
+from gpkit.isolation import is_compiled, isolated, random_state
 from gpkit.lightning import asked
-from gpkit.lightning.findings import at_step, refuse, sharded
+from gpkit.lightning.findings import RefusalError, of_loss, of_net, refuse, sharded
 from gpkit.lightning.probe import Needs, Seen, watched
 from gpkit.lightning.replay import Made, Step, Traces, loss_of, losses_of, with_loss_of
-from gpkit.lightning.scaling import scale_of
+from gpkit.lightning.scaling import scale_of, scaler_of
 from gpkit.penalty import GradientPenalty, Terms
 from gpkit.targets import Target
 from gpkit.together import summarised
@@ -50,6 +48,8 @@ class PenalisedStep:
         self.problems = problems
         self.windows: dict[str, Window] = {}
         self._drawn: tuple[int, list[int]] = (-1, [])  # a batch, and the draws before it
+        self._automatic = module.automatic_optimization
+        self._scaler = scaler_of(trainer)
         self._at: int | None = 0  # the optimiser step
         self._divides = any(hasattr(p.weight, "loss_scale") for p in penalties.values())
         # A compiled net has neither hooks nor a double backward.
@@ -57,7 +57,7 @@ class PenalisedStep:
             module.training_step, "_torchdynamo_orig_callable"
         )
         self._unseen = set(penalties)  # that have not acted yet
-        if self._compiled and any(self._runs_eager(p) for p in penalties.values()):
+        if self._compiled and asked.needs(penalties).eager:
             rank_zero_warn(
                 "penalties by double backprop, in inputs or in activations run a compiled module "
                 "uncompiled; estimator='finite_difference' in the weights runs it compiled"
@@ -69,22 +69,27 @@ class PenalisedStep:
             self._shards = ShardedWeights(module)
         self.traces = Traces(module)
         self._plain = {name for name, penalty in penalties.items() if asked.plain(penalty)}
-        self._known: dict[tuple[str, ...], Needs] = {}
+        self._plans: dict[tuple[str, ...], watched] = {}  # by the names of those that act together
         self._parameters: list[Tensor] = []
-        self._manual: tuple[Made, Seen] | None = None
+        self._manual: tuple[Made, Seen, Needs] | None = None
         self._calls = 0
 
     def __call__(self, step: Step, *args: Any, **kwargs: Any) -> Any:
         """Run a training step, and return what it gives with the penalties added to the loss."""
         acting = self._acting()
-        self._repeat_draws(acting)
         made = Made(step, args, kwargs)
-        needs = self._needs(acting)
-        if needs.state:
-            made.state = random_state(self.module.device)
         try:
-            with self._watched(needs) as seen:
+            watch = self._plan(acting)
+            needs = watch.needs
+            if needs.draws:
+                self._repeat_draws(acting)
+            if needs.state:
+                made.state = random_state(self.module.device)
+            with watch as seen:
                 output = step(*args, **kwargs)
+        except RefusalError as error:  # by another callback's step, within this one
+            net = of_net(self.module, self.title, seen, needs)
+            refuse([*self.problems, *net, *error.found], error)
         except Exception as error:
             refuse(self.problems, error)  # of which the error may be a consequence
             raise
@@ -93,13 +98,14 @@ class PenalisedStep:
             if self._last():
                 self.windows.clear()
             return output
-        return with_loss_of(output, self._penalised(made, seen, loss, acting))
+        return with_loss_of(output, self._penalised(made, seen, needs, loss, acting))
 
     def manual(self, step: Step, *args: Any, **kwargs: Any) -> Any:
         """Run a training step that optimises manually, and watch it."""
         self._calls = 0
-        with self._watched(self._needs(self.penalties)) as seen:
-            self._manual = Made(step, args, kwargs), seen
+        watch = self._plan(self.penalties)
+        with watch as seen:
+            self._manual = Made(step, args, kwargs), seen, watch.needs
             return step(*args, **kwargs)
 
     def backward(self, backward: Step, which: int, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -111,7 +117,7 @@ class PenalisedStep:
 
     def _step(self) -> int | None:
         """Return the optimiser step. With optimisers of the module's own, penalties count."""
-        return self.trainer.global_step if self.module.automatic_optimization else None
+        return self.trainer.global_step if self._automatic else None
 
     def _last(self) -> bool:
         """Return whether this is the last micro-batch of an optimiser step."""
@@ -131,8 +137,6 @@ class PenalisedStep:
 
     def _repeat_draws(self, acting: Acting) -> None:
         """Draw the same numbers where a closure is called again for a batch, as LBFGS does."""
-        if acting.keys() <= self._plain:
-            return  # nothing is drawn
         now = self.trainer.fit_loop.total_batch_idx
         if self._drawn[0] == now:
             for penalty, draws in zip(acting.values(), self._drawn[1], strict=True):
@@ -140,42 +144,40 @@ class PenalisedStep:
         else:
             self._drawn = now, [penalty.draws for penalty in acting.values()]
 
-    @contextmanager
-    def _watched(self, needs: Needs, moved: Mapping[str, Tensor] | None = None) -> Iterator[Seen]:
-        """Watch the net, on kernels that the penalties can differentiate."""
-        seeing = watched(self.net, self.title, needs, moved)
-        if self._compiled and (needs.order or needs.watch):
-            with double_backward(needs.order), set_stance("force_eager"), seeing as seen:
-                yield seen
-        elif needs.order:
-            with double_backward(needs.order), seeing as seen:
-                yield seen
-        else:
-            with seeing as seen:
-                yield seen
-
-    def _runs_eager(self, penalty: GradientPenalty) -> bool:
-        needs = asked.needs({"": penalty})
-        return needs.order > 0 or needs.watch
-
-    def _needs(self, acting: Acting) -> Needs:
-        """Return what penalties need, of which the same ones mostly act."""
+    def _plan(self, acting: Acting) -> watched:
+        """Return what watches the net for penalties, of which the same ones mostly act."""
         names = tuple(acting)
-        if names not in self._known:
-            self._known[names] = asked.needs(acting)
-        return self._known[names]
+        if names not in self._plans:
+            watch = self._watched(asked.needs(acting))
+            # A compiled net would be compiled anew with the hooks.
+            self._plans[names] = watch if self._compiled else watch.keep()
+        return self._plans[names]
 
-    def _penalised(self, made: Made, seen: Seen, loss: Tensor, acting: Acting) -> Tensor:
+    def _watched(self, needs: Needs, moved: Mapping[str, Tensor] | None = None) -> watched:
+        """Return what watches the net, on kernels that the penalties can differentiate."""
+        eager = self._compiled and needs.eager
+        return watched(self.net, self.title, needs, moved, eager=eager)
+
+    def remove(self) -> None:
+        """Leave the module as it was."""
+        self.traces.remove()
+        for watch in self._plans.values():
+            watch.remove()
+
+    def _penalised(
+        self, made: Made, seen: Seen, needs: Needs, loss: Tensor, acting: Acting
+    ) -> Tensor:
         """Return the loss with the penalties that act."""
-        if self.problems or seen.problems or not self._unseen.isdisjoint(acting):
-            found = at_step(self.module, self.title, loss, seen, self._needs(acting))
-            refuse([*self.problems, *found])
-            self._unseen -= set(acting)
+        first = self._unseen.intersection(acting)
+        if self.problems or seen.problems or first:
+            net = of_net(self.module, self.title, seen, needs)
+            refuse([*self.problems, *net, *of_loss(loss)])
+            self._unseen -= first
         if self._shards is not None:
             return self._sharded(made, loss, acting)
-        step, scale = self._at, scale_of(self.trainer, loss.device)
+        step = self._at
+        scale = scale_of(self._scaler, loss.device)
         last = self._last()
-        needs = self._needs(acting)
         base, waiting = loss, () if last else needs.pooled
         if waiting or needs.differing:
             windows = [
@@ -184,25 +186,32 @@ class PenalisedStep:
             ]
             retain = bool(acting.keys() - {*waiting, *needs.differing})
             base = summarised(loss, scale, retain=retain, windows=windows)
-        terms: dict[str, Terms | None] = dict.fromkeys(self.penalties)
-        total = base
+        terms: dict[str, Terms] = {}
+        found: list[str] = []
+        cause, total = None, base
         for name, penalty in acting.items():
-            if name in waiting:
-                penalty.count_step(step)
-                continue
-            term: Terms | None
             if name in self._plain and penalty.seen_to_act:
                 term = penalty.act_on(self._target(penalty, seen, loss), step, scale)
+            elif name in waiting:
+                penalty.count_step(step)
+                continue
             else:
                 value = base if name in needs.differing else asked.value(penalty, seen, loss)
                 f, *args = self._call(name, penalty, made, seen, value)
-                term = penalty.act(f, *args, step=step, scale=scale)
-            assert term is not None
-            terms[name] = term
-            total = total + term.penalty
+                try:
+                    acted = penalty.act(f, *args, step=step, scale=scale)
+                except RuntimeError as error:
+                    if name not in first or type(error) is not RuntimeError:  # but out of memory
+                        raise
+                    found, cause = [*found, f"penalty {name!r}: {error}"], error
+                    continue
+                assert acted is not None, "its weight is not zero"
+                term = acted
+            terms[name], total = term, total + term.penalty
             measure = getattr(penalty.weight, "measure", None)
             if measure is not None:
                 measure(base, term.penalty, self.module.parameters(), penalty.step - 1)
+        refuse(found, cause)
         if self._divides:
             total = total / max(p.loss_scale() for p in self.penalties.values())
         if last:
@@ -224,11 +233,10 @@ class PenalisedStep:
             again = partial(self.again, self.module, made, penalty)  # the same for all: the loss
         given = Computed(loss, again, made.state)
         loss, found = self._shards.terms(acting, given, self._at)
-        terms = {**dict.fromkeys(self.penalties), **found}
         total = loss
         for term in found.values():
             total = total if term is None else total + term.penalty
-        self._log(total, terms)
+        self._log(total, found)
         return total
 
     def _call(
@@ -296,8 +304,9 @@ class PenalisedStep:
             return
         log = self.module.log
         log("train/loss_total", total.detach())
-        for name, term in terms.items():
+        for name in self.penalties:
+            term = terms.get(name)
             log(f"penalty/{name}", 0.0 if term is None else term.penalty.detach())
             log(f"penalty/{name}/weight", 0.0 if term is None else term.weight)
             if term is not None:
-                log(f"penalty/{name}/norm", term.norms.mean())
+                log(f"penalty/{name}/norm", term.norms.detach().mean())

@@ -98,7 +98,7 @@ def optimality(
         total = loss.critic(s * of_real, s * of_fake)
         for penalty, terms in penalties:
             if terms is not None:
-                squared_norms = (s * terms.norms.detach().to(torch.float64)).square()
+                squared_norms = s.square() * terms.squared_norms.detach().to(torch.float64)
                 weight = terms.weight / penalty.every
                 total = total + weight * penalty.total(penalty.form(squared_norms))
         (derivative,) = torch.autograd.grad(total, s)
