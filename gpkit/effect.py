@@ -40,7 +40,7 @@ def acts(penalty: GradientPenalty, terms: Terms, targets: list[Target]) -> bool:
     kink = None
     if penalty.order > 1 and not terms.norms.any():
         kink = next(filter(None, (graphs.piecewise_linear(t.y) for t in targets)), None)
-    if trained(terms.penalty) and not kink:
+    if trained(terms.reduced) and not kink:
         return True
     if not any(trained(t.y) for t in targets):
         return False  # nothing is being trained: the value was asked for, and here it is

@@ -174,7 +174,7 @@ class EnvironmentPenalty(GradientPenalty):
                 raise RuntimeError(CUT)
             samples = self._samples(logits, a, y, env)
             n2, values = self.statistic(samples)
-            terms = Terms(n2, values, weight, weight * values.mean())
+            terms = Terms(n2, values, weight, values.mean())
         return terms if train else terms.detached(), []
 
     def _read(self, f: Any, args: tuple[Any, ...]) -> tuple[Any, Tensor, Tensor]:
@@ -250,7 +250,7 @@ class EnvironmentPenalty(GradientPenalty):
     def _require_effect(self, terms: Terms, targets: list[Target]) -> None:
         """Refuse a penalty that trains nothing: one whose loss was cut off the logits."""
         del targets
-        if not graphs.leaves(terms.penalty):
+        if not graphs.leaves(terms.reduced):
             raise RuntimeError(CUT)
         self.seen_to_act = True
 

@@ -142,6 +142,8 @@ def is_compiled(module: nn.Module) -> bool:
 class double_backward:  # noqa: N801  a context: with double_backward():
     """Choose kernels that have a double backward, or the k + 1 that a penalty of order k needs.
 
+    It may be entered again after it has been left.
+
     Fused attention has none (the math kernel has, which sdpa_kernel(SDPBackend.MATH) would choose
     at eight times the cost of entering); cuDNN's recurrent nets have none (torch's own have), and
     cuDNN is left alone until there is a recurrent net. Fused layer norm and batch norm have a wrong

@@ -203,7 +203,7 @@ class GradientPenalty:
         if weight == 0:
             return None
         terms, targets = self._evaluate(f, args, real, fake, weight, scale, observe=True)
-        if torch.is_grad_enabled() and not (self.seen_to_act and terms.penalty.requires_grad):
+        if torch.is_grad_enabled() and not (self.seen_to_act and terms.reduced.requires_grad):
             self._require_effect(terms, targets)
         self.observe(terms)
         return terms
@@ -390,7 +390,7 @@ class GradientPenalty:
         if targets[0].mean and self.estimator.first_order:
             targets = [replace(target, share=self._share) for target in targets]
         n2, values = self.measure(targets, rng, observe=observe)
-        return Terms(n2, values, weight, weight * self.total(values))
+        return Terms(n2, values, weight, self.total(values))
 
     def _share(self, squared_norms: Tensor) -> Tensor:
         """Return the derivative of the reduced value in n² ``[G]``: constants."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from gpkit.forms import root
@@ -17,23 +17,32 @@ class Terms:
     Args:
         squared_norms: ``[G]``: n², n being the norm of each group's derivative.
         values: ``[G]``: form(n), unreduced and unweighted.
-        weight: the factor of their mean, or maximum, at this step.
-        penalty: ``weight * values.mean()``, the scalar that enters the loss; ``values.amax()``
-            where the penalty has ``reduce="max"``.
+        weight: the factor of ``reduced`` at this step.
+        reduced: the mean of the values, one number; or their maximum, where the penalty has
+            ``reduce="max"``.
     """
 
     squared_norms: Tensor
     values: Tensor
     weight: float
-    penalty: Tensor
+    reduced: Tensor
 
-    @cached_property
+    @property
     def norms(self) -> Tensor:
         """Return n, ``[G]``."""
         return root(self.squared_norms)
 
+    @property
+    def penalty(self) -> Tensor:
+        """Return the scalar that enters the loss, ``weight * reduced``."""
+        return self.weight * self.reduced
+
+    def added_to(self, loss: Tensor) -> Tensor:
+        """Return ``loss + penalty``, in one operation."""
+        return torch.add(loss, self.reduced, alpha=self.weight)
+
     def detached(self) -> Terms:
         """Return the same without graphs."""
-        parts = (self.squared_norms, self.values, self.penalty)
-        n2, values, penalty = (t.detach() for t in parts)
-        return Terms(n2, values, self.weight, penalty)
+        parts = (self.squared_norms, self.values, self.reduced)
+        n2, values, reduced = (t.detach() for t in parts)
+        return Terms(n2, values, self.weight, reduced)

@@ -57,7 +57,7 @@ def with_loss(
         y = summarised(y) if y.numel() == 1 and y.requires_grad else y
         given = Computed(y, closure, state)
     terms = penalty.act(given, net, step=step)
-    return y.mean() if terms is None else y.mean() + terms.penalty
+    return y.mean() if terms is None else terms.added_to(y.mean())
 
 
 def selected(penalty: GradientPenalty, given: Any) -> Tensor:

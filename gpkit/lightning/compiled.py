@@ -18,7 +18,7 @@ from gpkit.sampled import sampled_losses
 from gpkit.targets import Target
 from gpkit.variables import weights
 
-# What is traced: (x, y, weights, seeds) -> loss, and (n², values, penalty) by name.
+# What is traced: (x, y, seeds) -> loss, and (n², values, their mean or maximum) by name.
 Parts = dict[str, tuple[Tensor, Tensor, Tensor]]
 Computed = tuple[Tensor, Parts]
 
@@ -89,21 +89,18 @@ class CompiledLoss:
         self.parameters: dict[str, tuple[Tensor, ...]] = {}
         self._compiled: dict[tuple[str, ...], Callable[..., Computed]] = {}
 
-    def __call__(
-        self, x: Tensor, y: Any, factors: dict[str, Tensor], seeds: dict[str, Tensor]
-    ) -> Computed:
-        """Return the loss without penalties, and n², values and penalty by name.
+    def __call__(self, x: Tensor, y: Any, seeds: dict[str, Tensor]) -> Computed:
+        """Return the loss without penalties, and n², values and their total by name.
 
         Args:
             x: ``[B, *S]``, which requires grad if a penalty differentiates in it.
             y: the target.
-            factors: the weights of the penalties that act, each a tensor.
-            seeds: of their random numbers, each a tensor.
+            seeds: of the random numbers of the penalties that act, each a tensor.
 
         Returns:
-            The loss, and for each penalty n² ``[G]``, values ``[G]`` and weighted total.
+            The loss, and for each penalty n² ``[G]``, values ``[G]`` and their total, unweighted.
         """
-        acting = tuple(factors)
+        acting = tuple(seeds)
         if acting not in self._compiled:
             for name in acting:
                 wrt = self.penalties[name].wrt
@@ -112,15 +109,13 @@ class CompiledLoss:
             self._compiled[acting] = torch.compile(self._compute, fullgraph=True)
         # The limit counts the graphs of all modules in the process, as those of a sweep.
         with torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=256):
-            return self._compiled[acting](x, y, factors, seeds)
+            return self._compiled[acting](x, y, seeds)
 
-    def _compute(
-        self, x: Tensor, y: Any, factors: dict[str, Tensor], seeds: dict[str, Tensor]
-    ) -> Computed:
+    def _compute(self, x: Tensor, y: Any, seeds: dict[str, Tensor]) -> Computed:
         outputs, loss = self.forward(x, y)
         parts: Parts = {}
-        for name, factor in factors.items():
-            penalty, rng = self.penalties[name], SeededDraws(seeds[name])
+        for name, seed in seeds.items():
+            penalty, rng = self.penalties[name], SeededDraws(seed)
             y = penalty.of(outputs[name]) if callable(penalty.of) else outputs[name]
             if penalty.of == "sampled_loss":
                 y = sampled_losses(y, rng)
@@ -132,7 +127,7 @@ class CompiledLoss:
                 pixels = penalty.scope == "pixel"
                 targets = [Target(column, (x,), batched=True, pixels=pixels)]
             n2, values = penalty.measure(targets, rng)
-            parts[name] = n2, values, factor * penalty.total(values)
+            parts[name] = n2, values, penalty.total(values)
         return loss, parts
 
     def __getstate__(self) -> dict[str, Any]:

@@ -27,15 +27,19 @@ class Layered:
         self.own = {key: module.__dict__[key] for key in [name] if key in module.__dict__}
         self.method = getattr(module, name)
         self.layers: list[Layer] = []
+        self.call = self.method
         # Its signature is read, of dataloader_iter for example, through one wrap and no more.
         update_wrapper(self, inspect.unwrap(self.method))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the outermost layer."""
-        call = self.method
+        return self.call(*args, **kwargs)
+
+    def put_together(self) -> None:
+        """Let each layer call the next, and the innermost the method."""
+        self.call = self.method
         for layer in self.layers:
-            call = partial(layer, call)
-        return call(*args, **kwargs)
+            self.call = partial(layer, self.call)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Return the method of a copied module, without layers: these are about the original."""
@@ -72,11 +76,13 @@ def add(module: nn.Module, name: str, layer: Layer, *, inside: bool = False) -> 
     layered = there if isinstance(there, Layered) else Layered(module, name)
     module.__dict__[name] = layered
     layered.layers.insert(0 if inside else len(layered.layers), layer)
+    layered.put_together()
 
     def off() -> None:
         if layer not in layered.layers:
             return
         layered.layers.remove(layer)
+        layered.put_together()
         if not layered.layers and module.__dict__.get(name) is layered:
             del module.__dict__[name]
             module.__dict__.update(layered.own)

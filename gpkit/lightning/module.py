@@ -225,7 +225,7 @@ class PenalizedModule(pl.LightningModule):
             terms = {name: self._act(p, done, y, env) for name, p in self.penalties.items()}
         total = done.loss
         for term in terms.values():
-            total = total if term is None else total + term.penalty
+            total = total if term is None else term.added_to(total)
         self._measure(done.loss, terms)
         return self._rescaled(total), done, terms
 
@@ -247,20 +247,20 @@ class PenalizedModule(pl.LightningModule):
     ) -> tuple[Tensor, Pass, dict[str, Terms | None]]:
         assert self._compiled is not None
         factors = {n: p.count_step(self._step()) for n, p in self.penalties.items()}
-        acting = {n: x.new_tensor(w, dtype=torch.float32) for n, w in factors.items() if w}
+        acting = [n for n, factor in factors.items() if factor]
         seeds = {n: torch.tensor(self.penalties[n].next_seed()) for n in acting}
         if any(reuses_input_graph(self.penalties[n]) for n in acting):
             x = x.detach().requires_grad_()
         # Not double_backward(): its hook would be a new one, and a new graph, at every step.
         norm_layers = elementary() if self._order() > 1 else nullcontext()
         with sdpa_kernel(SDPBackend.MATH), norm_layers:
-            loss, parts = self._compiled(x, y, acting, seeds)
+            loss, parts = self._compiled(x, y, seeds)
         terms: dict[str, Terms | None] = dict.fromkeys(factors)
         total = loss
-        for name, (n2, values, part) in parts.items():
-            term = Terms(n2, values, factors[name], part)
+        for name, (n2, values, reduced) in parts.items():
+            term = Terms(n2, values, factors[name], reduced)
             self.penalties[name].observe(term)
-            terms[name], total = term, total + part
+            terms[name], total = term, term.added_to(total)
         done = Pass(x, None, loss, None)
         if log_norms:  # a compiled graph is gone after one backward: the norms have their own
             with isolated(self.net, 0, x.device):

@@ -92,6 +92,7 @@ class watched:  # noqa: N801  a context: with watched(net, ...) as seen
     ) -> None:
         self.net, self.title, self.needs, self.moved = net, title, needs, moved or {}
         self.eager = eager
+        self.kernels = double_backward(needs.order) if needs.order else None
         self.kept = False
         self.hooks: list[RemovableHandle] = []
         self.seen: Seen | None = None
@@ -112,7 +113,6 @@ class watched:  # noqa: N801  a context: with watched(net, ...) as seen
         if not self.kept:
             self._put_on()
         self.eagerly = set_stance("force_eager") if self.eager else None
-        self.kernels = double_backward(self.needs.order) if self.needs.order else None
         if self.kernels is not None:
             self.kernels.__enter__()
         self.seen = seen = Seen()

@@ -207,7 +207,7 @@ class ShardedWeights:
         n2 = known_gradient(n.square().reshape(1), list(here), slopes)
         penalty.form.observe(n2)
         values = penalty.form(n2)
-        terms = Terms(n2, values, weight, weight * penalty.total(values))
+        terms = Terms(n2, values, weight, penalty.total(values))
         penalty.observe(terms)
         return terms
 

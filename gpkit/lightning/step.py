@@ -126,8 +126,8 @@ class PenalisedStep:
 
     def _acting(self) -> Acting:
         """Return the penalties that act on this step; the others count it."""
-        step, acting = self._step(), {}
-        self._at = step
+        self._at = step = self._step()
+        acting = {}
         for name, penalty in self.penalties.items():
             if penalty.weight_at(penalty.step if step is None else step):
                 acting[name] = penalty
@@ -207,7 +207,7 @@ class PenalisedStep:
                     continue
                 assert acted is not None, "its weight is not zero"
                 term = acted
-            terms[name], total = term, total + term.penalty
+            terms[name], total = term, term.added_to(total)
             measure = getattr(penalty.weight, "measure", None)
             if measure is not None:
                 measure(base, term.penalty, self.module.parameters(), penalty.step - 1)
@@ -235,7 +235,7 @@ class PenalisedStep:
         loss, found = self._shards.terms(acting, given, self._at)
         total = loss
         for term in found.values():
-            total = total if term is None else total + term.penalty
+            total = total if term is None else term.added_to(total)
         self._log(total, found)
         return total
 
