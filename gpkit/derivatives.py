@@ -110,12 +110,13 @@ def as_rows(x: Tensor, batched: bool) -> Tensor:
     return x.flatten(1) if batched and x.ndim > 1 else x.reshape(len(x) if batched else 1, -1)
 
 
-def gradients(y: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def gradients(y: Tensor, xs: tuple[Tensor, ...], times: Tensor | None = None) -> tuple[Tensor, ...]:
     """Return dy/dx for each x, differentiable; zeros where y does not depend on x.
 
     Args:
         y: one number.
         xs: the variables.
+        times: what they are multiplied by, a constant of the shape of y; None is one.
 
     Returns:
         A tensor of the shape of each x.
@@ -128,9 +129,9 @@ def gradients(y: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     kind = y.device.type
     if torch.is_autocast_enabled(kind):  # in which a backward would be rounded once more
         with torch.autocast(kind, enabled=False):
-            return gradients(y, xs)
+            return gradients(y, xs, times)
     try:
-        grads = torch.autograd.grad(y, xs, create_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(y, xs, times, create_graph=True, allow_unused=True)
     except RuntimeError as error:
         raise RuntimeError(graphs.explain(error)) from error
     return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, xs, strict=True))

@@ -33,7 +33,7 @@ class exact(Estimator):  # noqa: N801  estimators read as functions: estimator=p
         if order > 1 or target.y.numel() > 1:
             rows = derivative_rows(target.y, target.xs, order, batched=target.batched)
             return reduce_rows(target.split(rows), norm)
-        grads = gradients(target.y, target.xs)  # the same, of one number
+        grads = gradients(target.y, target.xs, target.times)  # the same, of one number
         if norm == "l2" and not target.batched:
             return squared_length(grads)
         row = tuple(as_rows(g, target.batched) for g in grads)

@@ -31,6 +31,8 @@ class Target:
         window: the micro-batches, or ranks, whose gradients are averaged with this one's.
         scale: what ``y`` was multiplied by, if it was, so that small gradients do not vanish.
         share: n² ``[G]`` -> ∂P/∂n² ``[G]``, constants, P being the reduced value of the penalty.
+        times: what the gradient of ``y``, one number, is multiplied by: a constant, which only
+            `exact` knows of. It saves the multiplication of ``y``, and its part of the graph.
     """
 
     y: Tensor
@@ -42,6 +44,7 @@ class Target:
     window: Window | None = None
     scale: Tensor | float | None = None
     share: Callable[[Tensor], Tensor] | None = None
+    times: Tensor | None = None
 
     def scaled(self, scale: Tensor | float) -> Target:
         """Return the target of ``y`` times a scale: its n² is that of ``y`` times scale²."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ from gpkit.lightning.probe import Needs, Seen, watched
 from gpkit.lightning.replay import Made, Step, Traces, loss_of, losses_of, with_loss_of
 from gpkit.lightning.scaling import scale_of, scaler_of
 from gpkit.penalty import GradientPenalty, Terms
-from gpkit.targets import Target
+from gpkit.targets import HALF, Target
 from gpkit.together import summarised
 from gpkit.window import POOLED, Window
 
@@ -71,6 +72,7 @@ class PenalisedStep:
         self._plain = {name for name, penalty in penalties.items() if asked.plain(penalty)}
         self._plans: dict[tuple[str, ...], watched] = {}  # by the names of those that act together
         self._parameters: list[Tensor] = []
+        self._counts: dict[tuple[int, torch.dtype], Tensor] = {}  # of samples, as tensors
         self._manual: tuple[Made, Seen, Needs] | None = None
         self._calls = 0
 
@@ -225,7 +227,12 @@ class PenalisedStep:
             trained = tuple(p for p in self._all() if p.requires_grad)
             return Target(loss, trained, False)
         assert seen.x is not None
-        return Target(loss * seen.x.shape[0], (seen.x,), True, mean=True)
+        batch = seen.x.shape[0]
+        if self._scaler is not None or loss.dtype in HALF:
+            return Target(loss * batch, (seen.x,), True)
+        if (batch, loss.dtype) not in self._counts:
+            self._counts[batch, loss.dtype] = torch.full_like(loss.detach(), batch)
+        return Target(loss, (seen.x,), True, times=self._counts[batch, loss.dtype])
 
     def _sharded(self, made: Made, loss: Tensor, acting: Acting) -> Tensor:
         """Return the loss with the penalties, of weights that FSDP2 has sharded."""
