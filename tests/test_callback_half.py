@@ -91,6 +91,26 @@ def test_an_overflow_skips_a_step_and_halves_the_scale(spike, estimator):
         assert a.isfinite().all()
 
 
+def test_a_loss_that_is_in_half_precision_itself():
+    """It is widened before it is scaled, and B·∂L/∂x is taken of that."""
+
+    class Half(Times):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx).half()
+
+    def total(net, x, y, weight, scale):
+        x = x.clone().requires_grad_()
+        loss = F.cross_entropy(net(x), y).half()
+        return loss + weight * by_hand.sample_norms(loss.float(), x, scale)
+
+    module, scaler = Half(), torch.amp.GradScaler("cpu", init_scale=by_hand.SCALE)
+    made = fit(module, callback("input"), batches(4), **half(scaler))
+    micro = [[(x.float(), y)] for x, y in batches(4)]
+    true = by_hand.train(module.net, micro, total, LAMBDA, SGD, precision="16", windows=[1] * 4)
+    for a, b in zip(made.parameters(), true.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
 NAMES = ("exact", "projection", "finite_difference")
 CALLS = [(n, w) for n in NAMES for w in ("weight", "input", "critic")] + [("taylor", "critic")]
 

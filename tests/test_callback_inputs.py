@@ -130,6 +130,14 @@ def test_an_input_that_requires_grad_already(estimator):
     assert_trained_as(made, trained_by_hand(by_hand.TOTALS["input", estimator]))
 
 
+def test_the_size_of_the_batch_may_change():
+    micro = [(x[:b], y[:b]) for (x, y), b in zip(batches(), [6, 4, 6, 1, 2, 4], strict=True)]
+    made = fit(Plain(net()), callback("input"), micro)
+    total = by_hand.TOTALS["input", "exact"]
+    true = by_hand.train(net(), one_rank(micro), total, LAMBDA, SGD, windows=[1] * 6)
+    assert_trained_as(made, true)
+
+
 def logits(net, x):
     return net.head(net.backbone(x))
 

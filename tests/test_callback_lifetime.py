@@ -1,5 +1,6 @@
 """From the start of a fit to its end, however it ends, and on from a checkpoint."""
 
+import copy
 import pickle
 from functools import partial, wraps
 
@@ -89,6 +90,50 @@ def test_a_training_step_of_the_instance_is_given_back():
     started(callback()).fit(module, loader(batches()))
     assert module.__dict__["training_step"] is own
     assert calls == list(range(6))
+
+
+def is_left_alone(net, x):
+    """Whether a net computes with what it is given, and not with a copy or a leaf of it."""
+    given = []
+    hook = net.backbone.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    net(x)
+    hook.remove()
+    return given[0] is x
+
+
+class Validates(Plain):
+    """Validates in every epoch, and keeps copies of itself from the middle of a step."""
+
+    copies = ()
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 3 and not self.copies:
+            self.copies = [copy.deepcopy(self), pickle.loads(pickle.dumps(self))]
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        assert is_left_alone(self.net, batch[0])
+
+    def val_dataloader(self):
+        return loader(batches(1))
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
+@pytest.mark.parametrize("given", ["class", "instance"])
+def test_outside_of_a_training_step_of_the_fit_all_is_as_it_was(given):
+    module, (x, y) = Validates(net()), batches()[0]
+    if given == "instance":
+        module.training_step = partial(Validates.training_step, module)
+    options = {"max_epochs": 2, "num_sanity_val_steps": 0, "logger": False, **QUIET}
+    trainer = pl.Trainer(accelerator="cpu", callbacks=[callback("input")], **options)
+    trainer.fit(module, loader(batches()))
+    assert not module.net._forward_pre_hooks
+    for one in (module, *module.copies):
+        assert is_left_alone(one.net, x)
+    for copied in module.copies:
+        assert copied.net is not module.net
+        loss = Plain.training_step(copied, (x, y), 0)
+        assert torch.equal(copied.training_step((x, y), 0), loss)
 
 
 def test_two_fits_one_after_the_other_are_penalised_once_each():

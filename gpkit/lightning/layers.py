@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable
 from functools import partial, update_wrapper
@@ -41,12 +40,15 @@ class Layered:
         for layer in self.layers:
             self.call = partial(layer, self.call)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Return the method of a copied module, without layers: these are about the original."""
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be the method itself in a copy of the module, or in a file: layers are about this one."""
         if self.own:
-            return copy.deepcopy(self.own[self.name], memo)
-        owner = memo.get(id(self.module), self.module)
-        return getattr(type(self.module), self.name).__get__(owner)
+            return _itself, (self.own[self.name],)
+        return getattr, (self.module, self.name)
+
+
+def _itself(method: Any) -> Any:
+    return method
 
 
 def add(module: nn.Module, name: str, layer: Layer, *, inside: bool = False) -> Callable[[], None]:

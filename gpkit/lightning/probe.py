@@ -128,6 +128,10 @@ class watched:  # noqa: N801  a context: with watched(net, ...) as seen
         if not self.kept:
             self.remove()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be one that never sees, in a copy of the net: hooks are copied with it."""
+        return watched, (nn.Identity(), self.title, Needs())
+
     def _put_on(self) -> None:
         needs, net = self.needs, self.net
         named = [(name, net.get_submodule(name)) for name in needs.activations]

@@ -19,7 +19,7 @@ from gpkit.lightning.probe import Needs, Seen, watched
 from gpkit.lightning.replay import Made, Step, Traces, loss_of, losses_of, with_loss_of
 from gpkit.lightning.scaling import scale_of, scaler_of
 from gpkit.penalty import GradientPenalty, Terms
-from gpkit.targets import HALF, Target
+from gpkit.targets import Target
 from gpkit.together import summarised
 from gpkit.window import POOLED, Window
 
@@ -228,8 +228,6 @@ class PenalisedStep:
             return Target(loss, trained, False)
         assert seen.x is not None
         batch = seen.x.shape[0]
-        if self._scaler is not None or loss.dtype in HALF:
-            return Target(loss * batch, (seen.x,), True)
         if (batch, loss.dtype) not in self._counts:
             self._counts[batch, loss.dtype] = torch.full_like(loss.detach(), batch)
         return Target(loss, (seen.x,), True, times=self._counts[batch, loss.dtype])
