@@ -56,8 +56,7 @@ class Target:
             return y.to(wide(y)) * scale
 
         y = self.y.to(wide(self.y)) * scale
-        times = None if self.times is None else self.times.to(y.dtype)
-        return replace(self, y=y, evaluate=evaluate and scaled, scale=scale, times=times)
+        return replace(self, y=y, evaluate=evaluate and scaled, scale=scale)
 
     def split(self, rows: Iterable[tuple[Tensor, ...]]) -> Iterable[tuple[Tensor, ...]]:
         """Return the rows of a derivative with one line for each norm: a group, or a pixel."""

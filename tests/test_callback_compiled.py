@@ -9,6 +9,8 @@ import pytorch_lightning as pl
 import torch
 from matrix import Cell
 
+import gpkit
+
 UNCOMPILED = "ignore:penalties by double backprop, in inputs or in activations run a compiled"
 
 
@@ -68,6 +70,27 @@ def test_what_runs_compiled(estimator, runs):
     steps = matrix.EPOCHS * matrix.BATCHES
     # two evaluations a step, and nothing is compiled anew for the second
     assert (graphs.run, graphs.compiled) == ((2 * steps, 1) if runs else (0, 0))
+
+
+@pytest.mark.filterwarnings(UNCOMPILED)
+def test_a_lazy_penalty_leaves_the_other_steps_compiled():
+    """Of two steps one runs compiled, once and for all: hooks that stay on would be compiled in."""
+    torch._dynamo.reset()
+    graphs, hooks = Graphs(), []
+
+    class Looks(matrix.Plain):
+        def training_step(self, batch, batch_idx):
+            hooks.append(len(self.net._forward_pre_hooks))
+            return super().training_step(batch, batch_idx)
+
+    module = Looks(matrix.net())
+    module.net.compile(backend=graphs)
+    cb = gpkit.GradientPenaltyCallback(gpkit.input_grad_norm(0.3, every=2), "net")
+    cell = Cell("input", "exact", "32", "1", "one", "tensor")
+    matrix.trainer(cell, callbacks=[cb]).fit(module, matrix.Shares())
+    steps = matrix.EPOCHS * matrix.BATCHES
+    assert hooks == [1, 0] * (steps // 2)
+    assert (graphs.run, graphs.compiled) == (steps // 2, 1)
 
 
 class Copies(pl.Callback):

@@ -265,12 +265,16 @@ class FSDPStrategy(pl.strategies.SingleDeviceStrategy):
 
 
 def test_strategies_that_shard():
-    class Untouched(Plain):
-        def training_step(self, batch, batch_idx):
-            raise AssertionError
+    class Counts(Plain):
+        steps = 0
 
-    strategy = FSDPStrategy(device=torch.device("cpu"))
-    line = refusal(Untouched(net()), callback(), strategy=strategy)
+        def training_step(self, batch, batch_idx):
+            self.steps += 1
+            return super().training_step(batch, batch_idx)
+
+    module, strategy = Counts(net()), FSDPStrategy(device=torch.device("cpu"))
+    line = refusal(module, callback(), strategy=strategy)
+    assert module.steps == 0
     assert "FSDP1, whose flat parameters have no double backward: use ModelParallelStrategy" in line
 
 

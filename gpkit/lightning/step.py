@@ -19,7 +19,7 @@ from gpkit.lightning.probe import Needs, Seen, watched
 from gpkit.lightning.replay import Made, Step, Traces, loss_of, losses_of, with_loss_of
 from gpkit.lightning.scaling import scale_of, scaler_of
 from gpkit.penalty import GradientPenalty, Terms
-from gpkit.targets import Target
+from gpkit.targets import Target, wide
 from gpkit.together import summarised
 from gpkit.window import POOLED, Window
 
@@ -72,7 +72,7 @@ class PenalisedStep:
         self._plain = {name for name, penalty in penalties.items() if asked.plain(penalty)}
         self._plans: dict[tuple[str, ...], watched] = {}  # by the names of those that act together
         self._parameters: list[Tensor] = []
-        self._counts: dict[tuple[int, torch.dtype], Tensor] = {}  # of samples, as tensors
+        self._counts: dict[int, Tensor] = {}  # of samples, as tensors
         self._manual: tuple[Made, Seen, Needs] | None = None
         self._calls = 0
 
@@ -228,9 +228,9 @@ class PenalisedStep:
             return Target(loss, trained, False)
         assert seen.x is not None
         batch = seen.x.shape[0]
-        if (batch, loss.dtype) not in self._counts:
-            self._counts[batch, loss.dtype] = torch.full_like(loss.detach(), batch)
-        return Target(loss, (seen.x,), True, times=self._counts[batch, loss.dtype])
+        if batch not in self._counts:
+            self._counts[batch] = torch.full_like(loss.detach(), batch, dtype=wide(loss))
+        return Target(loss, (seen.x,), True, times=self._counts[batch])
 
     def _sharded(self, made: Made, loss: Tensor, acting: Acting) -> Tensor:
         """Return the loss with the penalties, of weights that FSDP2 has sharded."""
