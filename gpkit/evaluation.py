@@ -84,7 +84,7 @@ def device_of(*values: Any) -> torch.device:
         if isinstance(value, Tensor):
             return value.device
         if isinstance(value, nn.Module):
-            value = list(value.parameters())[:1]
+            value = [next(value.parameters(), None)]
         if isinstance(value, (list, tuple)):
             found = device_of(*value)
             if found.type != "cpu":

@@ -29,6 +29,7 @@ def needs(acting: Mapping[str, GradientPenalty]) -> Needs:
         tuple(n for n, p in acting.items() if p.scope in POOLED),
         tuple(n for n, p in acting.items() if differs(p)),
         not all(map(plain, penalties)),
+        any(replays(p) and not in_weights(p) for p in penalties),
     )
 
 

@@ -27,7 +27,7 @@ from gpkit.lightning.unlogged import (
     refuse,
     validation_loss,
 )
-from gpkit.lightning.views import View, viewed
+from gpkit.lightning.views import View, Views
 from gpkit.targets import wide
 
 WEIGHTS = ("total", "group", "layer")
@@ -150,9 +150,10 @@ class GradientNormMonitor(Callback):
         if self._looks:
             automatic = pl_module.automatic_optimization
             step = self._training_step if automatic else self._manual_step
-            self._put_on(trainer, pl_module, "training_step", step, inside=True)
+            self._look_into(trainer, pl_module, "training_step", step, inside=True)
             if not automatic:
-                self._put_on(trainer, pl_module, "manual_backward", self._manual_backward)
+                backward = partial(self._manual_backward, trainer, pl_module)
+                self._put_on(pl_module, "manual_backward", backward)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Read the gradients of an optimiser's parameters."""
@@ -200,7 +201,7 @@ class GradientNormMonitor(Callback):
         """Look into the validation step."""
         if self.validation and (self._looks or self.weights):
             refuse(self._found(trainer, pl_module, differentiates=True))
-            self._put_on(trainer, pl_module, "validation_step", self._validation_step)
+            self._look_into(trainer, pl_module, "validation_step", self._validation_step)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the histograms, and give the validation step back."""
@@ -209,21 +210,25 @@ class GradientNormMonitor(Callback):
 
     # The layers around the module's methods.
 
-    def _training_step(self, trainer: Any, module: Any, call: Any, *args: Any, **kw: Any) -> Any:
+    def _training_step(
+        self, watch: Views, trainer: Any, module: Any, call: Any, *args: Any, **kw: Any
+    ) -> Any:
         if not self._acts(trainer):
             return call(*args, **kw)
-        with viewed(module, self.inputs, self.activations) as views:
+        with watch as views:
             output = call(*args, **kw)
         loss = loss_of(output)
         if loss is not None and loss.requires_grad:
             self._look(trainer, module, loss, views)
         return output
 
-    def _manual_step(self, trainer: Any, module: Any, call: Any, *args: Any, **kw: Any) -> Any:
+    def _manual_step(
+        self, watch: Views, trainer: Any, module: Any, call: Any, *args: Any, **kw: Any
+    ) -> Any:
         if not self._acts(trainer):
             return call(*args, **kw)
         self._calls = 0
-        with viewed(module, self.inputs, self.activations) as self._views:
+        with watch as self._views:
             try:
                 return call(*args, **kw)
             finally:
@@ -237,9 +242,11 @@ class GradientNormMonitor(Callback):
         self._calls += 1
         call(loss, *args, **kw)
 
-    def _validation_step(self, trainer: Any, module: Any, call: Any, *args: Any, **kw: Any) -> Any:
+    def _validation_step(
+        self, watch: Views, trainer: Any, module: Any, call: Any, *args: Any, **kw: Any
+    ) -> Any:
         with gradients_on(module, (args, kw)) as (args, kw):
-            with viewed(module, self.inputs, self.activations) as views:
+            with watch as views:
                 output = call(*args, **kw)
             self._look(trainer, module, validation_loss(output), views, "val/grad_norm")
         return tree_map_only(Tensor, Tensor.detach, output)
@@ -304,16 +311,20 @@ class GradientNormMonitor(Callback):
         yield from of_strategy(trainer.strategy, reads=reads, differentiates=differentiates)
         yield from of_names(module, [*self.inputs, *self.activations])
 
-    def _put_on(
+    def _look_into(
         self, trainer: Any, module: Any, name: str, layer: Any, *, inside: bool = False
     ) -> None:
-        layer = partial(layer, trainer, module)
+        """Put a layer around a step, that has the views of it."""
+        watch = Views(module, self.inputs, self.activations)
+        self._put_on(module, name, partial(layer, watch, trainer, module), inside=inside)
+        self._layers[f"{name}'s hooks"] = watch.remove
+
+    def _put_on(self, module: Any, name: str, layer: Any, *, inside: bool = False) -> None:
         self._layers[name] = layers.add(module, name, layer, inside=inside)
 
-    def _take_off(self, *names: str) -> None:
-        for name in names or list(self._layers):
-            if name in self._layers:
-                self._layers.pop(name)()
+    def _take_off(self, step: str = "") -> None:
+        for name in [name for name in self._layers if name.startswith(step)]:
+            self._layers.pop(name)()
 
 
 def _names(title: str, given: str | Iterable[str]) -> tuple[str, ...]:

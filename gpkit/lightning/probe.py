@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.compiler import set_stance
 from torch.utils.hooks import RemovableHandle
 
-from gpkit.isolation import double_backward
+from gpkit.isolation import double_backward, is_compiled
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Needs:
         pooled: the names of those whose gradient is averaged over micro-batches or ranks.
         differing: of those that take the gradient of the loss at two points.
         draws: whether random numbers may be drawn.
+        moves: whether the step may be run again at another input or activation.
     """
 
     order: int = 0
@@ -37,6 +39,7 @@ class Needs:
     pooled: tuple[str, ...] = ()
     differing: tuple[str, ...] = ()
     draws: bool = False
+    moves: bool = False
 
     @property
     def eager(self) -> bool:
@@ -71,7 +74,8 @@ class watched:  # noqa: N801  a context: with watched(net, ...) as seen
     place does not change what was seen. Of several calls the last is seen.
 
     No hook is left behind, unless they are put on to stay, with `keep`: then they see nothing
-    outside of the context, which can be entered again and again.
+    outside of the context, which can be entered again and again. Where checkpointing runs the net
+    again, in the backward pass of what was seen, they do as they did.
 
     Args:
         net: what is watched.
@@ -96,6 +100,7 @@ class watched:  # noqa: N801  a context: with watched(net, ...) as seen
         self.kept = False
         self.hooks: list[RemovableHandle] = []
         self.seen: Seen | None = None
+        self.last = False  # whether the last forward of the net was seen
 
     def keep(self) -> watched:
         """Put the hooks on to stay, until `remove`: each context then costs less."""
@@ -116,6 +121,7 @@ class watched:  # noqa: N801  a context: with watched(net, ...) as seen
         if self.kernels is not None:
             self.kernels.__enter__()
         self.seen = seen = Seen()
+        self.last = True
         return seen
 
     def __exit__(self, *exception: object) -> None:
@@ -142,8 +148,27 @@ class watched:  # noqa: N801  a context: with watched(net, ...) as seen
         for name, module in named:
             self.hooks.append(module.register_forward_hook(partial(self._catch, name)))
 
+    def _in_use(self) -> Seen | None:
+        """Return where what a hook sees is noted: what is made again for a backward, in vain.
+
+        Raises:
+            RuntimeError: if what is made again may have been made at another input or activation.
+        """
+        if not recomputed():
+            self.last = self.seen is not None
+            return self.seen
+        if not self.last:
+            return None
+        if self.needs.moves:
+            raise RuntimeError(
+                f"{self.title} runs under checkpointing, and a penalty moves what it computes with:"
+                " the forward that is made again would be another. Use estimator='exact' at the "
+                "data, or no checkpointing there"
+            )
+        return Seen()
+
     def _enter(self, _: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        seen = self.seen
+        seen = self._in_use()
         if seen is None:
             return None
         seen.calls[""] = seen.calls.get("", 0) + 1
@@ -166,11 +191,11 @@ class watched:  # noqa: N801  a context: with watched(net, ...) as seen
         return args, kwargs
 
     def _leave(self, _: nn.Module, args: Any, output: Any) -> None:
-        if self.seen is not None:
+        if self.seen is not None and not recomputed():
             self.seen.output = output
 
     def _catch(self, name: str, module: nn.Module, _: Any, output: Any) -> Any:
-        seen = self.seen
+        seen = self._in_use()
         if seen is None:
             return None
         seen.calls[name] = seen.calls.get(name, 0) + 1
@@ -189,3 +214,14 @@ class watched:  # noqa: N801  a context: with watched(net, ...) as seen
         if name in self.moved:
             return self.moved[name]
         return x if x.requires_grad else x.detach().requires_grad_()
+
+
+def runs_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile stands behind a LightningModule's step, or behind a part of it."""
+    step = getattr(module, "training_step", None)
+    return any(map(is_compiled, module.modules())) or hasattr(step, "_torchdynamo_orig_callable")
+
+
+def recomputed() -> bool:
+    """Whether a backward pass is under way: a forward in it is one that is made again."""
+    return torch._C._current_graph_task_id() != -1

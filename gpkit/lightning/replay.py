@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torchmetrics import Metric
 
 from gpkit.isolation import RandomState
@@ -32,6 +33,11 @@ class Made:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     state: RandomState = ()
+
+    def versions(self) -> list[int]:
+        """Return how often each tensor of the batch was written to."""
+        leaves = tree_leaves((self.args, self.kwargs))
+        return [t._version for t in leaves if isinstance(t, Tensor)]
 
 
 def loss_of(output: Any) -> Tensor | None:
@@ -129,7 +135,7 @@ def samples_of(batch: Any) -> Iterator[Any]:
     Raises:
         TypeError: if there is no tensor in it.
     """
-    tensors = [t for t in torch.utils._pytree.tree_leaves(batch) if isinstance(t, Tensor)]
+    tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor)]
     sizes = [len(t) for t in tensors if t.ndim]
     if not sizes:
         raise TypeError(
@@ -141,4 +147,4 @@ def samples_of(batch: Any) -> Iterator[Any]:
         def cut(t: Tensor, i: int = i) -> Tensor:
             return t[i : i + 1] if t.ndim and len(t) == sizes[0] else t
 
-        yield torch.utils._pytree.tree_map_only(Tensor, cut, batch)
+        yield tree_map_only(Tensor, cut, batch)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from gpkit.calls import Computed
 from gpkit.captures import Named
-from gpkit.isolation import is_compiled, isolated, random_state
+from gpkit.isolation import isolated, random_state
 from gpkit.lightning import asked
 from gpkit.lightning.findings import RefusalError, of_loss, of_net, refuse, sharded
-from gpkit.lightning.probe import Needs, Seen, watched
+from gpkit.lightning.probe import Needs, Seen, runs_compiled, watched
 from gpkit.lightning.replay import Made, Step, Traces, loss_of, losses_of, with_loss_of
 from gpkit.lightning.scaling import scale_of, scaler_of
 from gpkit.penalty import GradientPenalty, Terms
@@ -24,6 +24,10 @@ from gpkit.together import summarised
 from gpkit.window import POOLED, Window
 
 Acting = Mapping[str, GradientPenalty]
+IN_PLACE = (
+    "the training step writes to its batch in place, and a penalty runs it again on that batch: "
+    "let it write to a copy, or use a penalty of scope='batch' with estimator='exact'"
+)
 
 
 class PenalisedStep:
@@ -54,9 +58,7 @@ class PenalisedStep:
         self._at: int | None = 0  # the optimiser step
         self._divides = any(hasattr(p.weight, "loss_scale") for p in penalties.values())
         # A compiled net has neither hooks nor a double backward.
-        self._compiled = any(map(is_compiled, module.modules())) or hasattr(
-            module.training_step, "_torchdynamo_orig_callable"
-        )
+        self._compiled = runs_compiled(module)
         self._unseen = set(penalties)  # that have not acted yet
         if self._compiled and asked.needs(penalties).eager:
             rank_zero_warn(
@@ -73,7 +75,7 @@ class PenalisedStep:
         self._plans: dict[tuple[str, ...], watched] = {}  # by the names of those that act together
         self._parameters: list[Tensor] = []
         self._counts: dict[int, Tensor] = {}  # of samples, as tensors
-        self._manual: tuple[Made, Seen, Needs] | None = None
+        self._manual: tuple[Made, Seen, watched] | None = None
         self._calls = 0
 
     def __call__(self, step: Step, *args: Any, **kwargs: Any) -> Any:
@@ -85,8 +87,10 @@ class PenalisedStep:
             needs = watch.needs
             if needs.draws:
                 self._repeat_draws(acting)
+            versions = []
             if needs.state:
                 made.state = random_state(self.module.device)
+                versions = made.versions()
             with watch as seen:
                 output = step(*args, **kwargs)
         except RefusalError as error:  # by another callback's step, within this one
@@ -95,19 +99,21 @@ class PenalisedStep:
         except Exception as error:
             refuse(self.problems, error)  # of which the error may be a consequence
             raise
+        if versions and versions != made.versions():
+            seen.problems.append(IN_PLACE)
         loss = loss_of(output)
         if loss is None:  # Lightning skips the micro-batch
             if self._last():
                 self.windows.clear()
             return output
-        return with_loss_of(output, self._penalised(made, seen, needs, loss, acting))
+        return with_loss_of(output, self._penalised(made, seen, watch, loss, acting))
 
     def manual(self, step: Step, *args: Any, **kwargs: Any) -> Any:
         """Run a training step that optimises manually, and watch it."""
         self._calls = 0
         watch = self._plan(self.penalties)
         with watch as seen:
-            self._manual = Made(step, args, kwargs), seen, watch.needs
+            self._manual = Made(step, args, kwargs), seen, watch
             return step(*args, **kwargs)
 
     def backward(self, backward: Step, which: int, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -167,9 +173,10 @@ class PenalisedStep:
             watch.remove()
 
     def _penalised(
-        self, made: Made, seen: Seen, needs: Needs, loss: Tensor, acting: Acting
+        self, made: Made, seen: Seen, watch: watched, loss: Tensor, acting: Acting
     ) -> Tensor:
         """Return the loss with the penalties that act."""
+        needs = watch.needs
         first = self._unseen.intersection(acting)
         if self.problems or seen.problems or first:
             net = of_net(self.module, self.title, seen, needs)
@@ -202,6 +209,7 @@ class PenalisedStep:
                 f, *args = self._call(name, penalty, made, seen, value)
                 try:
                     acted = penalty.act(f, *args, step=step, scale=scale)
+                    watch.last = True  # whatever it ran again: next is a backward of this step
                 except RuntimeError as error:
                     if name not in first or type(error) is not RuntimeError:  # but out of memory
                         raise

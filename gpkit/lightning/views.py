@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from gpkit.lightning.probe import Needs, Seen, watched
+from gpkit.lightning.probe import Needs, Seen, runs_compiled, watched
 
 
 @dataclass(frozen=True)
@@ -53,11 +51,8 @@ class View:
             yield f"{self.title} has a single number, and must have samples, [B, ...]: name another"
 
 
-@contextmanager
-def viewed(
-    module: nn.Module, inputs: Sequence[str], activations: Sequence[str]
-) -> Iterator[list[View]]:
-    """Watch submodules of a module while it runs. No hook is left behind.
+class Views:
+    """Watches submodules of a module in its steps: a context, to be entered for each of them.
 
     Compiled ones run uncompiled for that: they have no hooks.
 
@@ -65,20 +60,36 @@ def viewed(
         module: the module.
         inputs: names of the submodules whose inputs are meant; "" is the module itself.
         activations: names of those whose outputs are.
-
-    Yields:
-        The views, complete when the block ends.
     """
-    views = []
-    with ExitStack() as stack:
-        if inputs or activations:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+
+    def __init__(
+        self, module: nn.Module, inputs: Sequence[str], activations: Sequence[str]
+    ) -> None:
+        self._watches: list[tuple[str, str, str, watched]] = []
+        compiled = runs_compiled(module)
         for name in inputs:
             title = f"the submodule {name!r}" if name else f"the {type(module).__name__} itself"
             label = "input" if len(inputs) == 1 else f"input/{name or type(module).__name__}"
-            seen = stack.enter_context(watched(module.get_submodule(name), title, Needs(x=True)))
-            views.append(View(label, title, "", seen))
+            watch = watched(module.get_submodule(name), title, Needs(x=True), eager=compiled)
+            self._watches.append((label, title, "", watch))
         for name in activations:
-            seen = stack.enter_context(watched(module, "", Needs(activations=(name,))))
-            views.append(View(f"activation/{name}", f"the submodule {name!r}", name, seen))
-        yield views
+            label, title = f"activation/{name}", f"the submodule {name!r}"
+            watch = watched(module, title, Needs(activations=(name,)), eager=compiled)
+            self._watches.append((label, title, name, watch))
+        if not compiled:  # else it would be compiled anew with the hooks
+            for *_, watch in self._watches:
+                watch.keep()
+
+    def __enter__(self) -> list[View]:
+        """Return the views, complete when the block ends."""
+        return [View(a, title, key, watch.__enter__()) for a, title, key, watch in self._watches]
+
+    def __exit__(self, *exception: object) -> None:
+        """See no more."""
+        for *_, watch in reversed(self._watches):
+            watch.__exit__(*exception)
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for *_, watch in self._watches:
+            watch.remove()
