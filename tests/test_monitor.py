@@ -13,6 +13,7 @@ from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_callback_compiled import Graphs
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
@@ -386,6 +387,16 @@ def test_a_compiled_net(net):
     }
     for name, one in look.items():
         assert logged.steps(f"grad_norm/{name}") == [approx(by_hand(net, one)[:2])]
+
+
+@pytest.mark.parametrize("asked", [{"inputs": "net"}, {"activations": "net.backbone"}], ids=str)
+def test_a_compiled_net_runs_compiled_on_the_steps_that_are_not_logged(net, asked):
+    """Of six steps the first is looked into, and every second; hooks that stay on would compile."""
+    torch._dynamo.reset()
+    graphs = Graphs()
+    net.compile(backend=graphs)
+    fit(Plain(net), gpkit.GradientNormMonitor(**asked), log_every_n_steps=2)
+    assert (graphs.compiled, graphs.run) == (1, 2)
 
 
 # Manual optimisation.
