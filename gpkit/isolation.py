@@ -164,9 +164,10 @@ class double_backward:  # noqa: N801  a context: with double_backward():
         self.math = MATH_ENABLED()
         if not self.math:
             ENABLE_MATH(True)
-        if self.order >= 2 or CUDNN:
+        cudnn = torch.backends.cudnn.is_available()
+        if self.order >= 2 or cudnn:
             self.others = ExitStack()
-            if CUDNN:
+            if cudnn:
                 self.others.enter_context(without_cudnn())
             if self.order >= 2:
                 self.others.enter_context(elementary())
@@ -186,7 +187,6 @@ FUSED = [
     for kind in ("flash", "mem_efficient", "cudnn")
 ]
 MATH_ENABLED, ENABLE_MATH = torch._C._get_math_sdp_enabled, torch._C._set_sdp_use_math
-CUDNN = torch.backends.cudnn.is_available()
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def test_trains_as_the_recipe_of_mixed_precision(estimator):
 def test_a_small_gradient_does_not_round_to_zero(penalty):
     seen = []
     penalty.weight = lambda step: 1.0
-    penalty.observe = lambda norms: seen.append(norms)
+    penalty.observe = lambda terms: seen.append(terms.norms)
     fit(penalty, lambda output, y: TINY * F.cross_entropy(output, y, reduction="none"))
     x, y = matrix.data()
     net = matrix.net()
