@@ -24,6 +24,10 @@ from gpkit.variables import weights
 
 CANNOT = "GradientPenaltyCallback cannot add its penalties: "
 PENALISED = ("PenalizedModule", "GANModule")
+IN_PLACE = (
+    "the training step writes to its batch in place, and a penalty runs it again on that batch: "
+    "let it write to a copy, or use a penalty of scope='batch' with estimator='exact'"
+)
 
 
 class RefusalError(ValueError):

@@ -14,7 +14,7 @@ from gpkit.calls import Computed
 from gpkit.captures import Named
 from gpkit.isolation import isolated, random_state
 from gpkit.lightning import asked
-from gpkit.lightning.findings import RefusalError, of_loss, of_net, refuse, sharded
+from gpkit.lightning.findings import IN_PLACE, RefusalError, of_loss, of_net, refuse, sharded
 from gpkit.lightning.probe import Needs, Seen, runs_compiled, watched
 from gpkit.lightning.replay import Made, Step, Traces, loss_of, losses_of, with_loss_of
 from gpkit.lightning.scaling import scale_of, scaler_of
@@ -24,10 +24,6 @@ from gpkit.together import summarised
 from gpkit.window import POOLED, Window
 
 Acting = Mapping[str, GradientPenalty]
-IN_PLACE = (
-    "the training step writes to its batch in place, and a penalty runs it again on that batch: "
-    "let it write to a copy, or use a penalty of scope='batch' with estimator='exact'"
-)
 
 
 class PenalisedStep:

@@ -44,7 +44,8 @@ from gpkit.lightning.gan.slopes import (
     slopes,
     wasserstein,
 )
-from gpkit.lightning.gan.stepping import backward, require_support, scaler, step
+from gpkit.lightning.gan.stepping import backward, require_support, step
+from gpkit.lightning.scaling import scaler_of
 from gpkit.penalty import GradientPenalty
 from gpkit.sums import Penalties, penalties_by_name
 from gpkit.terms import Terms
@@ -307,7 +308,7 @@ class GANModule(pl.LightningModule):
 
     def _critic_loss(self, micro: Micro) -> Tensor | None:
         (real, labels), penalties = micro, {} if self.penalty_steps else self.penalties
-        fake, apart = self._fakes(real, labels), scaler(self.trainer) is not None
+        fake, apart = self._fakes(real, labels), scaler_of(self.trainer) is not None
         acting = (p for p in penalties.values() if p.weight_at(self.counts["critic"]))
         scores = scores_of(
             self.critic, real, fake, labels, [] if apart else filter(reuses_graph, acting)
@@ -369,7 +370,7 @@ class GANModule(pl.LightningModule):
         return torch.randn(n, self.latent_dim, device=self.device, dtype=like.dtype)
 
     def _full_precision(self) -> AbstractContextManager[Any]:
-        if scaler(self.trainer) is None:
+        if scaler_of(self.trainer) is None:
             return nullcontext()
         return torch.autocast(self.device.type, enabled=False)
 

@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
 from gpkit.lightning.gan.ranks import average_gradients
+from gpkit.lightning.scaling import scaler_of
 
 
 def require_support(trainer: pl.Trainer, *, simultaneous: bool) -> None:
@@ -36,16 +36,11 @@ def require_support(trainer: pl.Trainer, *, simultaneous: bool) -> None:
             "GANModule has another graph at a step of the critic than at one of the generator; got "
             "DDPStrategy(static_graph=True): leave static_graph out"
         )
-    if simultaneous and scaler(trainer) is not None:
+    if simultaneous and scaler_of(trainer) is not None:
         raise RuntimeError(
             "`simultaneous=True` has one scale for two steps, and precision='16-mixed' changes it "
             "in between: use precision='bf16-mixed' or 32"
         )
-
-
-def scaler(trainer: pl.Trainer) -> torch.amp.GradScaler | None:
-    """Return the gradient scaler of "16-mixed", if there is one."""
-    return getattr(trainer.precision_plugin, "scaler", None)
 
 
 def backward(module: pl.LightningModule, total: Tensor) -> None:
@@ -67,7 +62,7 @@ def step(module: pl.LightningModule, optimizer: LightningOptimizer, net: nn.Modu
         net: what is trained.
     """
     average_gradients(net.parameters())
-    amp = scaler(module.trainer)
+    amp = scaler_of(module.trainer)
     before = 0.0 if amp is None else amp.get_scale()
     optimizer.step()
     if amp is not None and amp.get_scale() < before:
