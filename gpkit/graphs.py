@@ -37,8 +37,6 @@ HINTS = {
     "torch._functorch.config.donated_buffer = False before it is compiled",
     "freed": "the graph of the loss is gone: call the penalty before loss.backward()",
     "Inference tensors": "a tensor made under inference_mode is in the graph: clone it outside",
-    "leaf Variable that requires grad is being used": "the net writes to its input in place: let "
-    "it begin otherwise, as with inplace=False",
     "torch.utils.checkpoint": "checkpointing ran a forward again otherwise than before: if it has "
     "attention, run the whole training under torch.nn.attention.sdpa_kernel(SDPBackend.MATH); if a "
     "penalty moves what it computes with, use estimator='exact' at the data",

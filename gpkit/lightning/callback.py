@@ -40,6 +40,9 @@ class GradientPenaltyCallback(Callback):
     of all ranks as well ("global"), or none: each sample's own ("sample", for which the step is run
     on every sample alone). The first micro-batches of an accumulated step are run again at its end.
 
+    Parts under non-reentrant checkpointing are penalised as others, but for finite differences in
+    their inputs and other points, whose forward could not be made again; it is refused.
+
     It logs, on the steps that the trainer logs, ``train/loss_total``, and for each penalty
     ``penalty/<name>`` (as it enters the loss), ``penalty/<name>/weight`` and
     ``penalty/<name>/norm`` (the mean norm). Its state is in the checkpoints. Before the first
