@@ -262,6 +262,8 @@ def slope(base, params, chosen, again, norm, h, side, compute):
 class Net(pl.LightningModule):
     """A module that knows nothing of penalties; it logs, and shards itself."""
 
+    steps = 0  # of all of them
+
     def __init__(self):
         super().__init__()
         self.net = single()
@@ -271,6 +273,7 @@ class Net(pl.LightningModule):
             sharded(self.net)
 
     def training_step(self, batch, batch_idx):
+        Net.steps += 1
         loss = F.mse_loss(self.net(batch[0]), batch[1])
         self.log("loss", loss.detach())
         return loss
@@ -301,13 +304,14 @@ def fit(rank, penalty=None):
 
 
 def fit_refused(rank):
-    """What is said at the first step of fits with penalties that FSDP cannot have."""
-    said = []
+    """What is said at the start of fits with penalties that FSDP cannot have, before any step."""
+    said, steps = [], Net.steps
     for penalty in (gpkit.weight_grad_norm(), gpkit.input_grad_norm()):
         try:
             fit(rank, penalty)
         except ValueError as error:
             said.append(str(error))
+    assert Net.steps == steps
     return said
 
 
