@@ -67,9 +67,12 @@ def test_two_callbacks_for_one_submodule():
     assert line.count("the trainer has two GradientPenaltyCallbacks") == 1
 
 
-def test_a_module_with_penalties_of_its_own():
-    module = gpkit.PenalizedModule(net(), nn.CrossEntropyLoss(), gpkit.weight_grad_norm())
-    assert "the PenalizedModule has penalties of its own" in refusal(module, callback())
+@pytest.mark.parametrize("own", [None, gpkit.none(), gpkit.weight_grad_norm()])
+def test_a_module_with_penalties_of_its_own(own):
+    """With none as well: it logs a total of its own."""
+    line = refusal(gpkit.PenalizedModule(net(), nn.CrossEntropyLoss(), own), callback())
+    assert "the PenalizedModule has penalties of its own" in line
+    assert "PenalizedModule(..., penalty=...)" in line
 
 
 @pytest.mark.parametrize(

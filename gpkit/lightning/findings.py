@@ -73,10 +73,11 @@ def before_fit(trainer: Any, module: pl.LightningModule) -> list[str]:
             "the trainer has two GradientPenaltyCallbacks, and one would differentiate the "
             "penalties of the other: give all penalties to one, GradientPenaltyCallback([a, b])"
         )
-    if is_a(module, *PENALISED) and getattr(module, "penalties", None):
+    if is_a(module, *PENALISED):
+        kind = type(module).__name__
         found.append(
-            f"the {type(module).__name__} has penalties of its own, which would be differentiated: "
-            "give them all to it, or all to the callback"
+            f"the {kind} has penalties of its own, and logs under the same names: give them all to "
+            f"it, {kind}(..., penalty=...)"
         )
     for c in callbacks:
         found += _of_callback(trainer, module, c.penalties, c.module, c.manual_backward)
