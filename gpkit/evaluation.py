@@ -25,9 +25,9 @@ def evaluate(
     real: Any,
     fake: Any,
     weight: float,
-    scale: Tensor | float | None,
+    scale: Tensor | float | None = None,
     *,
-    observe: bool,
+    observe: bool = False,
 ) -> tuple[Terms, list[Target]]:
     """Return the terms of a penalty, and the targets that they are of.
 

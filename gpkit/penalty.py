@@ -350,19 +350,7 @@ class GradientPenalty:
         axes = ", ".join(f"{name}={getattr(self, name)!r}" for name in AXES)
         return f"GradientPenalty({axes})"
 
-    def _evaluate(
-        self,
-        f: Any,
-        args: tuple[Any, ...],
-        real: Any,
-        fake: Any,
-        weight: float,
-        scale: Tensor | float | None = None,
-        *,
-        observe: bool = False,
-    ) -> tuple[Terms, list[Target]]:
-        """Return the terms, and the targets that they are of."""
-        return evaluate(self, f, args, real, fake, weight, scale, observe=observe)
+    _evaluate = evaluate
 
     def terms_of(
         self,
