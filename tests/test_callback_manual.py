@@ -1,6 +1,7 @@
 """The callback under manual optimisation: a GAN with two optimisers, against loops by hand."""
 
 import copy
+import weakref
 
 import by_hand
 import pytest
@@ -129,6 +130,27 @@ def test_an_input_penalty():
         loss.backward()
         optimizer.step()
     assert_trained_as(fit(module, cb, batches()).critic, critic)
+
+
+def test_a_step_is_let_go_of_when_it_ends():
+    """What the critic gave, and the batch, are not kept for the next step."""
+    gone = []
+
+    class Looks(OneCall):
+        def training_step(self, batch, batch_idx):
+            hook = self.critic.register_forward_hook(self.look)
+            super().training_step(batch, batch_idx)
+            hook.remove()
+
+        def look(self, module, args, output):
+            self.given = weakref.ref(output)
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            gone.append(self.given() is None)
+
+    cb = gpkit.GradientPenaltyCallback(gpkit.r1(LAMBDA, at="data"), "critic", manual_backward=0)
+    fit(Looks(), cb, batches(2))
+    assert gone == [True, True]
 
 
 def test_schedules_count_training_steps_and_the_module_gets_its_methods_back():

@@ -110,7 +110,10 @@ class PenalisedStep:
         watch = self._plan(self.penalties)
         with watch as seen:
             self._manual = Made(step, args, kwargs), seen, watch
-            return step(*args, **kwargs)
+            try:
+                return step(*args, **kwargs)
+            finally:
+                self._manual = None  # with the graphs that it holds
 
     def backward(self, backward: Step, which: int, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Make a ``manual_backward`` call, with the penalties added if it is the chosen one."""
