@@ -210,3 +210,17 @@ def test_a_step_that_writes_to_its_batch_and_is_made_again(made):
     """On the same batch, which would be another one by then."""
     line = refusal(Plain(Scales(net(), True)), gpkit.GradientPenaltyCallback(made()))
     assert "the training step writes to its batch in place, and a penalty runs it again" in line
+
+
+def test_a_batch_may_hold_what_was_made_in_inference_mode():
+    """Weights of the samples, say, that no gradient needs: torch counts no writes to them."""
+
+    class Ignores(Plain):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch[:2], batch_idx)
+
+    with torch.inference_mode():
+        extra = torch.ones(6)
+    micro = [(x, y, extra) for x, y in batches()]
+    made = fit(Ignores(net()), callback("weight", "difference"), micro)
+    assert_trained_as(made, trained_by_hand(by_hand.weight_difference))

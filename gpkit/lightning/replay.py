@@ -35,9 +35,9 @@ class Made:
     state: RandomState = ()
 
     def versions(self) -> list[int]:
-        """Return how often each tensor of the batch was written to."""
-        leaves = tree_leaves((self.args, self.kwargs))
-        return [t._version for t in leaves if isinstance(t, Tensor)]
+        """Return how often each tensor of the batch was written to, where torch counts it."""
+        tensors = [t for t in tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
+        return [t._version for t in tensors if not t.is_inference()]
 
 
 def loss_of(output: Any) -> Tensor | None:
