@@ -1,6 +1,6 @@
 """``python train.py model=mlp penalty=weight_grad_norm``; ``--help`` lists everything."""
 
-from gpkit.cli import main
+from gpkit.app.cli import main
 
 if __name__ == "__main__":
     main()

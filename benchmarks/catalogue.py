@@ -22,8 +22,8 @@ from hydra.utils import instantiate
 from torch import nn
 
 import gpkit
+from gpkit.app.overrides import CONFIG_DIR
 from gpkit.models import MLP
-from gpkit.overrides import CONFIG_DIR
 from gpkit.presets import PRESETS
 
 HERE = Path(__file__).resolve().parent

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gpkit
-from gpkit.environments import EnvironmentPenalty
+from gpkit.environment_penalty import EnvironmentPenalty
 
 COPIES = 8  # of each training image, with flips and colours of their own
 STEPS, JUMP, WEIGHT = 501, 190, 91257.0  # the authors' of IRM, as is the optimiser

@@ -26,8 +26,8 @@ from matplotlib.axes import Axes
 
 import gpkit
 from gpkit.data import EightGaussians, TwentyFiveGaussians
-from gpkit.lightning.gan.coverage import modes_covered
-from gpkit.lightning.gan.drawings import DATA, SAMPLES, Box, box_around, surface
+from gpkit.lightning.gan.figures.coverage import modes_covered
+from gpkit.lightning.gan.figures.drawings import DATA, SAMPLES, Box, box_around, surface
 from gpkit.models import PointCritic, PointGenerator
 
 HERE = Path(__file__).resolve().parent

@@ -1,124 +1,210 @@
 """gpkit: train neural networks with gradient penalties.
 
-Importing gpkit loads nothing else: each name loads its module, and torch, Lightning or Hydra with
-it, when it is first used.
+Importing gpkit loads nothing else. Each name below loads its module when it is first used, and
+torch, Lightning or Hydra with it only where that module needs them.
+
+- A penalty: GradientPenalty.
+- Presets: penalties in the weights: weight_grad_norm, per_sample_grad_norm, fisher, hessian,
+  gnp, none.
+- Presets: in the inputs: input_grad_norm, eikonal, duq, cure, jacobian, curvature, contractive,
+  spectral_jacobian.
+- Presets: of critics and generators: wgan_gp, wgan_lp, r1, r2, r1_r2, dragan, zero_gp,
+  wgan_div, max_gp, path_length.
+- Presets: on environments: irm, fishr.
+- Several penalties: sum.
+- Variables (`wrt`): weights, activation, Variables.
+- Forms (`form`): squared, norm, two_sided, one_sided, power, running_average, Form.
+- Points (`at`): interpolate, perturb, uniform, mixture, At.
+- Estimators: exact, projection, finite_difference, taylor, power_iteration, Estimator.
+- Weights (`weight`): warmup, cosine, switch, rescaled, lazy_adam, Weight, target_norm,
+  gradient_share.
+- Environments: Statistic.
+- Derivatives: derivative, directional_derivative, elementary, features.
+- Lightning: GradientPenaltyCallback, GradientNormMonitor, PenalizedModule, GANModule.
+- The application: train.
+
+``from gpkit import *`` leaves out `sum`, which would replace Python's own.
 """
 
-from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says the same
-    from gpkit.activations import activation
-    from gpkit.adaptive import gradient_share, target_norm
-    from gpkit.averages import running_average
-    from gpkit.classifier import features
-    from gpkit.derivatives import derivative
-    from gpkit.differences import finite_difference
-    from gpkit.estimators import exact, projection, taylor
-    from gpkit.forms import norm, one_sided, power, squared, two_sided
-    from gpkit.lightning.callback import GradientPenaltyCallback
-    from gpkit.lightning.gan import GANModule
-    from gpkit.lightning.module import PenalizedModule
-    from gpkit.lightning.monitor import GradientNormMonitor
-    from gpkit.mixtures import mixture, uniform
-    from gpkit.penalty import GradientPenalty
-    from gpkit.points import interpolate, perturb
-    from gpkit.presets import (
-        contractive,
-        cure,
-        curvature,
-        dragan,
-        duq,
-        eikonal,
-        fisher,
-        fishr,
-        gnp,
-        hessian,
-        input_grad_norm,
-        irm,
-        jacobian,
-        max_gp,
-        none,
-        path_length,
-        per_sample_grad_norm,
-        r1,
-        r1_r2,
-        r2,
-        spectral_jacobian,
-        weight_grad_norm,
-        wgan_div,
-        wgan_gp,
-        wgan_lp,
-        zero_gp,
-    )
-    from gpkit.schedules import cosine, lazy_adam, rescaled, switch, warmup
-    from gpkit.spectral import power_iteration
-    from gpkit.sums import sum
-    from gpkit.training import train
-    from gpkit.variables import weights
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "gpkit.activations": "activation",
-    "gpkit.adaptive": "gradient_share target_norm",
-    "gpkit.averages": "running_average",
-    "gpkit.classifier": "features",
-    "gpkit.derivatives": "derivative",
-    "gpkit.differences": "finite_difference",
-    "gpkit.estimators": "exact projection taylor",
-    "gpkit.forms": "norm one_sided power squared two_sided",
-    "gpkit.lightning.callback": "GradientPenaltyCallback",
-    "gpkit.lightning.gan": "GANModule",
-    "gpkit.lightning.module": "PenalizedModule",
-    "gpkit.lightning.monitor": "GradientNormMonitor",
-    "gpkit.mixtures": "mixture uniform",
-    "gpkit.penalty": "GradientPenalty",
-    "gpkit.points": "interpolate perturb",
-    "gpkit.presets": (
-        "contractive "
-        "cure "
-        "curvature "
-        "dragan "
-        "duq "
-        "eikonal "
-        "fisher "
-        "fishr "
-        "gnp "
-        "hessian "
-        "input_grad_norm "
-        "irm "
-        "jacobian "
-        "max_gp "
-        "none "
-        "path_length "
-        "per_sample_grad_norm "
-        "r1 "
-        "r1_r2 "
-        "r2 "
-        "spectral_jacobian "
-        "weight_grad_norm "
-        "wgan_div "
-        "wgan_gp "
-        "wgan_lp "
-        "zero_gp "
-    ),
-    "gpkit.schedules": "cosine lazy_adam rescaled switch warmup",
-    "gpkit.spectral": "power_iteration",
-    "gpkit.sums": "sum",
-    "gpkit.training": "train",
-    "gpkit.variables": "weights",
-}
-_HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
-__all__ = sorted(_HOME)
+__all__ = [
+    "At",
+    "Estimator",
+    "Form",
+    "GANModule",
+    "GradientNormMonitor",
+    "GradientPenalty",
+    "GradientPenaltyCallback",
+    "PenalizedModule",
+    "Statistic",
+    "Variables",
+    "Weight",
+    "activation",
+    "contractive",
+    "cosine",
+    "cure",
+    "curvature",
+    "derivative",
+    "directional_derivative",
+    "dragan",
+    "duq",
+    "eikonal",
+    "elementary",
+    "exact",
+    "features",
+    "finite_difference",
+    "fisher",
+    "fishr",
+    "gnp",
+    "gradient_share",
+    "hessian",
+    "input_grad_norm",
+    "interpolate",
+    "irm",
+    "jacobian",
+    "lazy_adam",
+    "max_gp",
+    "mixture",
+    "none",
+    "norm",
+    "one_sided",
+    "path_length",
+    "per_sample_grad_norm",
+    "perturb",
+    "power",
+    "power_iteration",
+    "projection",
+    "r1",
+    "r1_r2",
+    "r2",
+    "rescaled",
+    "running_average",
+    "spectral_jacobian",
+    "squared",
+    "switch",
+    "target_norm",
+    "taylor",
+    "train",
+    "two_sided",
+    "uniform",
+    "warmup",
+    "weight_grad_norm",
+    "weights",
+    "wgan_div",
+    "wgan_gp",
+    "wgan_lp",
+    "zero_gp",
+]
 
+if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says the same
+    from gpkit.app.train import train as train
+    from gpkit.autodiff.activations import features as features
+    from gpkit.autodiff.derivatives import derivative as derivative
+    from gpkit.autodiff.norm_layers import elementary as elementary
+    from gpkit.autodiff.taylor.directional import directional_derivative as directional_derivative
+    from gpkit.axes.adaptive import gradient_share as gradient_share
+    from gpkit.axes.adaptive import target_norm as target_norm
+    from gpkit.axes.at import At as At
+    from gpkit.axes.at import interpolate as interpolate
+    from gpkit.axes.at import mixture as mixture
+    from gpkit.axes.at import perturb as perturb
+    from gpkit.axes.at import uniform as uniform
+    from gpkit.axes.environments import Statistic as Statistic
+    from gpkit.axes.form import Form as Form
+    from gpkit.axes.form import norm as norm
+    from gpkit.axes.form import one_sided as one_sided
+    from gpkit.axes.form import power as power
+    from gpkit.axes.form import running_average as running_average
+    from gpkit.axes.form import squared as squared
+    from gpkit.axes.form import two_sided as two_sided
+    from gpkit.axes.weight import Weight as Weight
+    from gpkit.axes.weight import cosine as cosine
+    from gpkit.axes.weight import lazy_adam as lazy_adam
+    from gpkit.axes.weight import rescaled as rescaled
+    from gpkit.axes.weight import switch as switch
+    from gpkit.axes.weight import warmup as warmup
+    from gpkit.axes.wrt import Variables as Variables
+    from gpkit.axes.wrt import activation as activation
+    from gpkit.axes.wrt import weights as weights
+    from gpkit.estimators.base import Estimator as Estimator
+    from gpkit.estimators.exact import exact as exact
+    from gpkit.estimators.finite_difference import finite_difference as finite_difference
+    from gpkit.estimators.power_iteration import power_iteration as power_iteration
+    from gpkit.estimators.projection import projection as projection
+    from gpkit.estimators.taylor import taylor as taylor
+    from gpkit.gradient_penalty import GradientPenalty as GradientPenalty
+    from gpkit.lightning.callback import GradientPenaltyCallback as GradientPenaltyCallback
+    from gpkit.lightning.gan import GANModule as GANModule
+    from gpkit.lightning.module import PenalizedModule as PenalizedModule
+    from gpkit.lightning.monitor import GradientNormMonitor as GradientNormMonitor
+    from gpkit.presets import contractive as contractive
+    from gpkit.presets import cure as cure
+    from gpkit.presets import curvature as curvature
+    from gpkit.presets import dragan as dragan
+    from gpkit.presets import duq as duq
+    from gpkit.presets import eikonal as eikonal
+    from gpkit.presets import fisher as fisher
+    from gpkit.presets import fishr as fishr
+    from gpkit.presets import gnp as gnp
+    from gpkit.presets import hessian as hessian
+    from gpkit.presets import input_grad_norm as input_grad_norm
+    from gpkit.presets import irm as irm
+    from gpkit.presets import jacobian as jacobian
+    from gpkit.presets import max_gp as max_gp
+    from gpkit.presets import none as none
+    from gpkit.presets import path_length as path_length
+    from gpkit.presets import per_sample_grad_norm as per_sample_grad_norm
+    from gpkit.presets import r1 as r1
+    from gpkit.presets import r1_r2 as r1_r2
+    from gpkit.presets import r2 as r2
+    from gpkit.presets import spectral_jacobian as spectral_jacobian
+    from gpkit.presets import weight_grad_norm as weight_grad_norm
+    from gpkit.presets import wgan_div as wgan_div
+    from gpkit.presets import wgan_gp as wgan_gp
+    from gpkit.presets import wgan_lp as wgan_lp
+    from gpkit.presets import zero_gp as zero_gp
+    from gpkit.presets.sum import sum as sum
+else:
+    from importlib import import_module as _import_module
 
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module 'gpkit' has no attribute {name!r}")
-    globals()[name] = value = getattr(_import_module(_HOME[name]), name)
-    return value
+    _HOMES = {
+        "gpkit.app.train": "train",
+        "gpkit.autodiff.activations": "features",
+        "gpkit.autodiff.derivatives": "derivative",
+        "gpkit.autodiff.norm_layers": "elementary",
+        "gpkit.autodiff.taylor.directional": "directional_derivative",
+        "gpkit.axes.adaptive": "gradient_share target_norm",
+        "gpkit.axes.at": "At interpolate mixture perturb uniform",
+        "gpkit.axes.environments": "Statistic",
+        "gpkit.axes.form": "Form norm one_sided power running_average squared two_sided",
+        "gpkit.axes.weight": "Weight cosine lazy_adam rescaled switch warmup",
+        "gpkit.axes.wrt": "Variables activation weights",
+        "gpkit.estimators.base": "Estimator",
+        "gpkit.estimators.exact": "exact",
+        "gpkit.estimators.finite_difference": "finite_difference",
+        "gpkit.estimators.power_iteration": "power_iteration",
+        "gpkit.estimators.projection": "projection",
+        "gpkit.estimators.taylor": "taylor",
+        "gpkit.gradient_penalty": "GradientPenalty",
+        "gpkit.lightning.callback": "GradientPenaltyCallback",
+        "gpkit.lightning.gan": "GANModule",
+        "gpkit.lightning.module": "PenalizedModule",
+        "gpkit.lightning.monitor": "GradientNormMonitor",
+        "gpkit.presets": "contractive cure curvature dragan duq eikonal fisher fishr gnp hessian input_grad_norm irm jacobian max_gp none path_length per_sample_grad_norm r1 r1_r2 r2 spectral_jacobian weight_grad_norm wgan_div wgan_gp wgan_lp zero_gp",
+        "gpkit.presets.sum": "sum",
+    }
+    _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 
+    def __getattr__(name: str) -> object:
+        if name not in _HOME:
+            from gpkit.checks import nearest
 
-def __dir__() -> list[str]:
-    return __all__
+            raise AttributeError(f"module 'gpkit' has no attribute {name!r}{nearest(name, _HOME)}")
+        globals()[name] = value = getattr(_import_module(_HOME[name]), name)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted([*_HOME, "__version__"])

@@ -1,142 +1,190 @@
-"""Several penalties as one."""
+"""Several penalties as one: each keeps its own name, weight and state."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Union
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 from torch import Tensor
 
-from gpkit import checks
-from gpkit.penalty import GradientPenalty, Terms
-from gpkit.presets import PRESETS
+from gpkit.formula import Terms
+from gpkit.gradient_penalty import with_loss
+from gpkit.penalty import Penalty
 
-Penalties = Union[
-    GradientPenalty, "PenaltySum", Mapping[str, GradientPenalty], Iterable[GradientPenalty]
-]
-Parts = Mapping[str, "GradientPenalty | Mapping[str, Any] | None"] | Iterable[str]
+Penalties = Penalty | Mapping[str, Penalty] | Iterable[Penalty]
 
 
-class PenaltySum:
-    """The sum of several penalties, each with its own name, weight and state.
+class PenaltySum(Mapping[str, Penalty]):
+    """Penalties by name, and their sum. It is called as each of them is.
 
-    Called with what each of its parts takes, it returns the sum of them. A LightningModule logs
-    the parts one by one.
+    A LightningModule logs the parts one by one.
 
     Args:
         parts: penalties by name.
     """
 
-    def __init__(self, parts: Mapping[str, GradientPenalty]) -> None:
+    def __init__(self, parts: Mapping[str, Penalty]) -> None:
         self.parts = dict(parts)
 
-    def __call__(self, f: Any, *args: Any, **samples: Any) -> Tensor:
-        """Return the sum of the penalties. Raises what they raise.
+    def __getitem__(self, name: str) -> Penalty:
+        return self.parts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    @property
+    def name(self) -> str:
+        """What the sum is called: the names of its parts."""
+        return "+".join(self.parts)
+
+    @property
+    def step(self) -> int:
+        """The steps that were counted."""
+        return max((part.step for part in self.parts.values()), default=0)
+
+    def __call__(self, f: Any, *args: Any, **options: Any) -> Tensor:
+        """Return the sum of the penalties, and count a step.
 
         Args:
-            f: as in `GradientPenalty`.
-            *args: as there.
-            **samples: as there.
+            f: the first argument of the call of each, see `gpkit.GradientPenalty`.
+            *args: its other positional arguments.
+            **options: its keyword arguments.
 
         Returns:
             A scalar to add to the loss.
         """
-        args = tuple(list(a) if isinstance(a, Iterator) else a for a in args)  # for each part
-        first, *others = [part(f, *args, **samples) for part in self.parts.values()]
+        args = shared(args)
+        first, *others = [part(f, *args, **options) for part in self.parts.values()]
         for other in others:
             first = first + other
         return first
 
-    def terms(self, f: Any, *args: Any, **samples: Any) -> dict[str, Terms]:
-        """Return the terms of each part, by name."""
-        return {name: part.terms(f, *args, **samples) for name, part in self.parts.items()}
+    def act(self, f: Any, *args: Any, **options: Any) -> dict[str, Terms | None]:
+        """Return the terms of each part, by name, and count a step; None for one that is skipped.
+
+        It takes the arguments of a call.
+        """
+        args = shared(args)
+        return {name: part.act(f, *args, **options) for name, part in self.parts.items()}
+
+    def terms(self, f: Any, *args: Any, **options: Any) -> dict[str, Terms]:
+        """Return the terms of each part, by name, and count no step."""
+        args = shared(args)
+        return {name: part.terms(f, *args, **options) for name, part in self.parts.items()}
+
+    def with_loss(self, closure: Callable[[], Any], net: Any, *, step: int | None = None) -> Tensor:
+        """Return the loss and the penalties in the weights as one scalar, and count a step.
+
+        Args:
+            closure: gives the loss ``[]``, or losses ``[B]``, whose mean is trained on.
+            net: the module, or its parameters.
+            step: the optimiser step; None counts the calls.
+
+        Returns:
+            A scalar; see `gpkit.GradientPenalty`.
+        """
+        return with_loss(list(self.parts.values()), closure, net, step)
+
+    def total(
+        self,
+        loss: Tensor | None,
+        terms: Mapping[str, Terms | None],
+        parameters: Callable[[], Iterable[Tensor]],
+    ) -> Tensor | None:
+        """Return the number that is trained on: (L + Σ penalties) / loss scale.
+
+        Weights that adapt to gradients measure those of the loss and of their penalty.
+
+        Args:
+            loss: L, without penalties; None where they have a step of their own.
+            terms: of this step, by name; None for a penalty that is skipped.
+            parameters: gives those that are trained.
+
+        Returns:
+            One number; None if there is nothing to add up.
+        """
+        total = loss
+        for name, term in terms.items():
+            if term is None:
+                continue
+            total = term.penalty if total is None else term.added_to(total)
+            if loss is not None and self.parts[name].measures:
+                self.parts[name].measure(loss, term, parameters())
+        scale = self.loss_scale()
+        return total if total is None or scale == 1 else total / scale
+
+    def loss_scale(self, step: int | None = None) -> float:
+        """Return what the whole loss is divided by: the greatest that a `rescaled` weight asks for.
+
+        Args:
+            step: the optimiser step; None is that of the last call.
+        """
+        return max((part.loss_scale(step) for part in self.parts.values()), default=1.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of the parts, by name."""
+        """Return the states of the parts, by name: plain numbers."""
         return {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
+        """Go on from a state; a penalty that it does not have begins at its beginning."""
         for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+            if name in state:
+                part.load_state_dict(state[name])
 
     def __repr__(self) -> str:
         return f"PenaltySum({self.parts!r})"
 
 
-def sum(parts: Parts) -> PenaltySum:
-    """Combine penalties by name.
-
-    Args:
-        parts: penalties by name; or presets by name with their arguments (``{"r1": {"weight": 1}}``
-            or, under a name of your own, ``{"mine": {"preset": "r1"}}``); or names of presets.
-
-    Returns:
-        Their sum, called as each of them is.
-
-    Raises:
-        ValueError: if a name is no preset's, or there are no parts.
-        TypeError: if a part is neither a penalty nor the arguments of one.
-
-    >>> import torch
-    >>> both = sum({"r1": {"weight": 1.0}, "r2": {"weight": 1.0}})
-    >>> x = torch.full((4, 1), 2.0)
-    >>> both(lambda x: (x**2).sum(1) / 2, real=x, fake=x).item()  # 2²/2 + 2²/2
-    4.0
-    """
-    if isinstance(parts, str):
-        parts = [parts]
-    if not isinstance(parts, Mapping):
-        parts = dict.fromkeys(parts)
-    if not parts:
-        raise ValueError("`sum(parts=...)` needs at least one penalty; got none")
-    return PenaltySum({name: _build(name, part) for name, part in parts.items()})
+def shared(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return positional arguments that several penalties can read: an iterator becomes a list."""
+    return tuple(list(a) if isinstance(a, Iterator) else a for a in args)
 
 
-def _build(name: str, part: Any) -> GradientPenalty:
-    if isinstance(part, GradientPenalty):
-        return part
-    if part is not None and not isinstance(part, Mapping):
-        raise TypeError(
-            f"`sum(parts=...)` takes penalties, or mappings of their arguments; got {part!r} for "
-            f"{name!r}"
-        )
-    arguments = dict(part or {})
-    preset = arguments.pop("preset", name)
-    return PRESETS[checks.choice("sum(parts=...)", preset, PRESETS)](**arguments)
-
-
-def penalties_by_name(penalty: Penalties | None) -> dict[str, GradientPenalty]:
+def as_sum(penalty: Penalties | None) -> PenaltySum:
     """Return penalties by name.
 
     Args:
         penalty: one, which goes by its own name; a list of them; several by name; a sum; or None.
+            A sum among them stands for its parts.
 
     Returns:
-        The penalties.
+        Their sum; of None, the empty one.
 
     Raises:
         TypeError: if there is anything else.
         ValueError: if two in a list have the same name.
     """
     if penalty is None:
-        return {}
-    if isinstance(penalty, GradientPenalty):
-        return {penalty.name: penalty}
-    parts: Any = penalty.parts if isinstance(penalty, PenaltySum) else penalty
-    if isinstance(parts, (list, tuple)) and all(isinstance(p, GradientPenalty) for p in parts):
-        named = {part.name: part for part in parts}
-        if len(named) < len(parts):
-            raise ValueError(
-                "`penalty=[...]` has two penalties of one name; name them in a dict, {'a': ...}, "
-                f"or with name=...; got {', '.join(part.name for part in parts)}"
-            )
-        return named
-    if not isinstance(parts, Mapping):
+        return PenaltySum({})
+    if isinstance(penalty, PenaltySum):
+        return penalty
+    if isinstance(penalty, Penalty):
+        return PenaltySum({penalty.name: penalty})
+    named: list[tuple[str, Penalty]] = []
+    if isinstance(penalty, Mapping):
+        for name, part in penalty.items():
+            if isinstance(part, PenaltySum):
+                named += [(f"{name}/{own}", p) for own, p in part.items()]
+            elif isinstance(part, Penalty):
+                named.append((name, part))
+            else:
+                raise TypeError(f"`penalty={{{name!r}: ...}}` must be a penalty; got {part!r}")
+    elif isinstance(penalty, (list, tuple)) and all(
+        isinstance(part, (Penalty, PenaltySum)) for part in penalty
+    ):
+        for part in penalty:
+            named += list(as_sum(part).items())
+    else:
         raise TypeError(
             f"`penalty=...` must be a penalty, or a list or dict of them; got {penalty!r}"
         )
-    for name, part in parts.items():
-        if not isinstance(part, GradientPenalty):
-            raise TypeError(f"`penalty={{{name!r}: ...}}` must be a penalty; got {part!r}")
-    return dict(parts)
+    parts = dict(named)
+    if len(parts) < len(named):
+        raise ValueError(
+            "`penalty=[...]` has two penalties of one name; name them in a dict, {'a': ...}, "
+            f"or with name=...; got {', '.join(name for name, _ in named)}"
+        )
+    return PenaltySum(parts)

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import gpkit
-import gpkit.sampled
-from gpkit.classifier import classifier_inputs
-from gpkit.terms import Terms
+from gpkit.autodiff.activations import classifier_inputs
+from gpkit.formula import Terms
 
 torch.set_num_threads(1)  # the nets are small: threads would only wait for each other
 B = 5
@@ -177,13 +176,13 @@ def outputs_graph(act: Any, s: Scene, of: str = "real") -> Any:
 
 
 def on_sampled(act: Any, s: Scene, *, graph: bool = False) -> Any:
-    original = gpkit.sampled.draw_labels
+    original = gpkit.axes.of.draw_labels
 
     def draw(logits: Tensor, rng: Any) -> Tensor:
         s.labels = original(logits, rng) if s.labels is None else s.labels
         return s.labels
 
-    with mock.patch("gpkit.sampled.draw_labels", draw):
+    with mock.patch("gpkit.axes.of.draw_labels", draw):
         return act(s.f(s.real) if graph else lambda: s.f(s.real), s.weights)
 
 

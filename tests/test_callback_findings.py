@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gpkit
-from gpkit.lightning.findings import RefusalError
+from gpkit.lightning.refusals import RefusalError
 
 
 class Backwards(pl.Callback):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
-from gpkit.cli import main
+from gpkit.app.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = ["device=cpu", "trainer=fast_dev_run", "trainer.enable_progress_bar=false"]
@@ -287,7 +287,7 @@ def test_the_traceback_is_there_when_asked_for(tmp_path):
 
 SHOW = """
 import atexit, sys
-from gpkit.cli import main
+from gpkit.app.cli import main
 atexit.register(lambda: print("torch" in sys.modules))
 main()
 """

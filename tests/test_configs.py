@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 
 import gpkit
-from gpkit.overrides import CONFIG_DIR, check_types
+from gpkit.app.overrides import CONFIG_DIR, check_types
 from gpkit.presets import PRESETS
 
 FILES = sorted(CONFIG_DIR.rglob("*.yaml"))

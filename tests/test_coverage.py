@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gpkit.data import EightGaussians, TwentyFiveGaussians
-from gpkit.lightning.gan.coverage import modes_covered
+from gpkit.lightning.gan.figures.coverage import modes_covered
 
 MODES = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
 SAMPLES = torch.tensor(

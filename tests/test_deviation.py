@@ -6,7 +6,7 @@ import torch.multiprocessing as mp
 from torch import distributed
 
 import gpkit
-from gpkit.deviation import batch_std
+from gpkit.autodiff.distributed import batch_std
 
 PARTS = (slice(3), slice(3, 8))  # ranks with other numbers of samples
 

@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import gpkit
-from gpkit.lightning.gan.dirac import DiracPath
+from gpkit.app.overrides import CONFIG_DIR
+from gpkit.lightning.gan.figures.dirac import DiracPath
 from gpkit.models import DiracCritic, DiracGenerator
-from gpkit.overrides import CONFIG_DIR
 
 QUIET = ["device=cpu", "trainer.enable_progress_bar=false"]
 WGAN_GP = ["penalty=wgan_gp", "penalty.weight=0.35", "module.loss=wasserstein"]

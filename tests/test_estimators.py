@@ -9,7 +9,7 @@ from cases import gradients, relative_error
 from torch import nn
 
 import gpkit
-from gpkit.estimators import DISTRIBUTIONS
+from gpkit.estimators.projection import DISTRIBUTIONS
 
 DRAWS = 4096  # samples of one batch, all alike: each has its own projections
 distributions = pytest.mark.parametrize("distribution", DISTRIBUTIONS)

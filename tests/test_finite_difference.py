@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gpkit
-from gpkit.gradient_differences import curvature_difference
-from gpkit.perturbation import perturbed
+from gpkit.autodiff.known_gradient import perturbed
+from gpkit.estimators.curvature_difference import curvature_difference
 
 SIDES = ("forward", "backward", "central")
 fd = gpkit.finite_difference

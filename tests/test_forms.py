@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpkit
-from gpkit.forms import FORMS, root
+from gpkit.autodiff.numerics import root
+from gpkit.axes.form import FORMS
 
 examples = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 positive = st.floats(0.01, 100)

@@ -13,10 +13,10 @@ from torch import nn
 from torch.optim import SGD, Adam
 
 import gpkit
-from gpkit.building import build_callbacks, build_module, build_pair
+from gpkit.app.build import build_callbacks, build_module, build_pair
+from gpkit.app.overrides import CONFIG_DIR
 from gpkit.data import Digits, EightGaussians
 from gpkit.models import PointCritic, PointGenerator
-from gpkit.overrides import CONFIG_DIR
 
 QUIET = ["device=cpu", "trainer.enable_progress_bar=false", "trainer.log_every_n_steps=1"]
 PAIR = ["module=gan", "model=gan_points", "data=eight_gaussians", "penalty=wgan_gp"]
@@ -130,7 +130,7 @@ def test_the_last_weights_are_tested(run):
 
 
 def test_the_end_says_what_came_of_it(run, capsys):
-    from gpkit.training import _report
+    from gpkit.app.train import _report
 
     metrics, folder = run
     _report(folder, metrics)

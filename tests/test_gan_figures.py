@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from gpkit.data import Digits, EightGaussians
-from gpkit.lightning.gan import drawings
-from gpkit.lightning.gan.figures import GANFigures, scores
+from gpkit.lightning.gan.figures import drawings
+from gpkit.lightning.gan.figures.callback import GANFigures, scores
 from gpkit.models import ImageCritic, ImageGenerator, PointCritic, PointGenerator
 
 

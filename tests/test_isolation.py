@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 import gpkit
-from gpkit.isolation import isolated
+from gpkit.autodiff.isolation import isolated
 
 NET = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1)).double()
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import gpkit
-from gpkit.calls import Computed
-from gpkit.isolation import random_state
+from gpkit.autodiff.random import random_state
+from gpkit.estimators.computed import Computed
 
 B, SLOPES = 5, torch.tensor([0.1, 0.5, 1.0, 2.0, 4.0], dtype=torch.float64)  # unequal
 FORMS = {

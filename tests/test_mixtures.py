@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gpkit
-from gpkit.points import computed, data, fake
+from gpkit.axes.at import computed, data, fake
 
 MANY = 4096
 

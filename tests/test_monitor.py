@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Metric
 
 import gpkit
-from gpkit.lightning.unlogged import of_strategy
+from gpkit.lightning.monitor.findings import of_strategy
 
 B, BATCHES = 4, 3
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)

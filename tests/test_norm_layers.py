@@ -14,9 +14,9 @@ from torch import nn
 from torch.func import functional_call
 
 import gpkit
-from gpkit import graphs
-from gpkit.isolation import isolated
-from gpkit.norm_layers import elementary
+from gpkit.autodiff import graph
+from gpkit.autodiff.isolation import isolated
+from gpkit.autodiff.norm_layers import elementary
 
 B = 4
 orders = pytest.mark.parametrize("order", [1, 2, 3, 4])
@@ -328,7 +328,7 @@ def kernels(f, *args, **options):
 
     def observed(x):
         y = f(x)
-        seen.extend(node.name() for node in graphs.nodes(y))
+        seen.extend(node.name() for node in graph.nodes(y))
         return y
 
     gpkit.GradientPenalty(**options)(observed, *args)

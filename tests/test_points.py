@@ -6,7 +6,8 @@ from cases import B
 from torch import nn
 
 import gpkit
-from gpkit.points import POINTS, as_points, computed, data, fake, real
+from gpkit.axes.at import POINTS, computed, data, fake, real
+from gpkit.axes.samples import as_points
 
 SHAPES = pytest.mark.parametrize("shape", [(), (7,), (2, 3, 4)], ids=str)
 MANY = 4096

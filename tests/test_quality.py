@@ -23,7 +23,7 @@ def test_clean(command):
     ("statement", "absent"),
     [
         ("import gpkit", ["torch", "hydra", "pytorch_lightning"]),
-        ("import gpkit.cli", ["torch", "pytorch_lightning"]),
+        ("import gpkit.app.cli", ["torch", "pytorch_lightning"]),
         ("import gpkit; gpkit.weight_grad_norm", ["hydra", "pytorch_lightning", "torchmetrics"]),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 import gpkit
-from gpkit.overrides import CONFIG_DIR
+from gpkit.app.overrides import CONFIG_DIR
 from gpkit.presets import PRESETS
 
 README = (Path(__file__).parents[1] / "README.md").read_text()

@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 import gpkit
-from gpkit.sampled import draw_labels
+from gpkit.axes.of import draw_labels
 
 
 def model(classes=3, samples=3):

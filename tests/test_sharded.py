@@ -18,9 +18,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import gpkit
-from gpkit.calls import Computed
-from gpkit.isolation import random_state
-from gpkit.lightning.sharded import ShardedWeights, is_sharded, refusals
+from gpkit.autodiff.random import random_state
+from gpkit.estimators.computed import Computed
+from gpkit.lightning.callback.sharded import ShardedWeights, is_sharded, refusals
 
 B, RANKS, STEPS, H = 8, 2, 4, 0.01
 SGD, ADAM = partial(torch.optim.SGD, lr=0.05, momentum=0.9), partial(torch.optim.Adam, lr=0.01)

@@ -12,9 +12,9 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gpkit
-import gpkit.jet_rules  # noqa: F401  registers them
-from gpkit.directional import directional_derivative
-from gpkit.jets import RULES
+import gpkit.autodiff.taylor.rules  # noqa: F401  registers them
+from gpkit.autodiff.taylor.directional import directional_derivative
+from gpkit.autodiff.taylor.jets import RULES
 
 B = 3
 

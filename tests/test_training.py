@@ -12,9 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import gpkit
+from gpkit.app.overrides import CONFIG_DIR
 from gpkit.data import Digits
 from gpkit.models import MLP
-from gpkit.overrides import CONFIG_DIR
 
 QUIET = ["device=cpu", "trainer.enable_progress_bar=false"]
 SMALL = [*QUIET, "data.train_size=256", "trainer.log_every_n_steps=1", "model.width=32"]

@@ -6,10 +6,9 @@ from torch import nn
 from torch.func import functional_call, grad
 
 import gpkit
-from gpkit.calls import Computed
-from gpkit.isolation import random_state
-from gpkit.together import summarised
-from gpkit.window import Window
+from gpkit.autodiff.random import random_state
+from gpkit.estimators.computed import Computed
+from gpkit.estimators.window import Window, summarised
 
 A = 3
 NORMS = {

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 Batch = dict[str, list[Any]]  # column -> one entry a row
+
+
 Decoder = Callable[[Batch], Tensor]
 
 

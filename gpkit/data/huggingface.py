@@ -15,6 +15,8 @@ from gpkit.data.module import DataModule
 from gpkit.data.splits import Size, split, split_sizes
 
 TARGET_KEYS = ("label", "labels", "target", "y")
+
+
 ALIASES = {"train": ("train",), "val": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
 

@@ -8,7 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from gpkit.targets import wide
+from gpkit.autodiff.numerics import wide
 
 
 def entries(grad: Tensor) -> Tensor:

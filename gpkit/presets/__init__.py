@@ -5,18 +5,12 @@ Every preset takes that class's arguments as well (``order``, ``estimator``, ``e
 γ/2, the ½ is inside and ``weight`` is γ.
 """
 
-from gpkit.presets.adversarial import dragan, max_gp, r1_r2, wgan_div, zero_gp
-from gpkit.presets.critic import r1, r2, wgan_gp, wgan_lp
-from gpkit.presets.difference import cure, gnp
-from gpkit.presets.drawn import fisher
+from gpkit.presets.critics import dragan, max_gp, r1, r1_r2, r2, wgan_div, wgan_gp, wgan_lp, zero_gp
 from gpkit.presets.environments import fishr, irm
-from gpkit.presets.generator import path_length
-from gpkit.presets.inner import contractive
-from gpkit.presets.input import curvature, eikonal, input_grad_norm, jacobian
-from gpkit.presets.spectral import spectral_jacobian
-from gpkit.presets.uncertainty import duq
-from gpkit.presets.weight import none, per_sample_grad_norm, weight_grad_norm
-from gpkit.presets.weight_curvature import hessian
+from gpkit.presets.generators import path_length
+from gpkit.presets.inputs import cure, duq, eikonal, input_grad_norm
+from gpkit.presets.jacobians import contractive, curvature, jacobian, spectral_jacobian
+from gpkit.presets.weights import fisher, gnp, hessian, none, per_sample_grad_norm, weight_grad_norm
 
 PRESETS = {
     preset.__name__: preset

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gpkit.environments import EnvironmentPenalty, Options, gradient_variance, scale_gradient
-from gpkit.schedules import Schedule, switch
+from gpkit.axes.environments import gradient_variance, scale_gradient
+from gpkit.axes.weight import Schedule, switch
+from gpkit.environment_penalty import EnvironmentPenalty, Options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+
 IRM_WEIGHT = switch(1.0, 100.0, at=500)
+
+
 FISHR_WEIGHT = switch(0.0, 1000.0, at=1500)
 
 

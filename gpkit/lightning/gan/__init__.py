@@ -1,5 +1,9 @@
-"""Critics and generators: the module that trains them, what it measures, and its figures."""
+"""`GANModule`: a critic and a generator, trained against each other with gradient penalties.
 
-from gpkit.lightning.gan.module import GANModule
+``module`` is the LightningModule, ``objectives`` what the two nets are trained on, ``scores`` the
+critic's scores and the penalties on them, ``losses`` the losses by name, ``slopes`` what the
+critic's slopes tell, ``stepping`` and ``ema`` what happens at an optimiser step, ``checks`` what is
+refused, and ``figures`` the callbacks that draw.
+"""
 
-__all__ = ["GANModule"]
+from gpkit.lightning.gan.module import GANModule as GANModule

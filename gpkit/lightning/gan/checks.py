@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from gpkit import checks
-from gpkit.environments import EnvironmentPenalty
-from gpkit.penalty import GradientPenalty
-from gpkit.variables import weights
+from gpkit.needs import needs_of
+from gpkit.penalty import Penalty
 
 
 def require_nets(generator: Any, critic: Any) -> None:
@@ -33,8 +33,8 @@ def require_nets(generator: Any, critic: Any) -> None:
 
 
 def require_penalties(
-    of_critic: dict[str, GradientPenalty],
-    of_generator: dict[str, GradientPenalty],
+    of_critic: Mapping[str, Penalty],
+    of_generator: Mapping[str, Penalty],
     *,
     trains_generator: bool,
 ) -> None:
@@ -45,17 +45,18 @@ def require_penalties(
         ValueError: if two have one name, or the generator has none to train.
     """
     for name, penalty in (*of_critic.items(), *of_generator.items()):
-        if isinstance(penalty, EnvironmentPenalty):
+        needs = needs_of(penalty)
+        if needs.environments:
             raise TypeError(
                 f"`penalty=...` {name!r} is on environments, which a GAN's batches do not have: "
                 "use PenalizedModule"
             )
-        if penalty.of == "sampled_loss":
+        if penalty.axes()["of"] == "sampled_loss":
             raise TypeError(
                 f"`penalty=...` {name!r} draws labels from a classifier's logits, and a critic "
                 "gives scores: use weight_grad_norm"
             )
-        if isinstance(penalty.wrt, weights) and penalty.scope == "sample":
+        if needs.in_weights and needs.per_sample:
             raise TypeError(
                 f"`penalty=...` {name!r} needs the loss of each sample, and a GAN's compares two "
                 "batches: use scope='batch', as weight_grad_norm has it"

@@ -66,6 +66,8 @@ def _relativistic_generator(real: Tensor, fake: Tensor) -> Tensor:
 
 
 WASSERSTEIN = GANLoss(_wasserstein_critic, _raise_score)
+
+
 LOSSES = {
     "wasserstein": WASSERSTEIN,
     "non_saturating": GANLoss(_logistic_critic, _logistic_generator),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from gpkit import checks
-from gpkit.draws import derived_seed, rank
-from gpkit.isolation import seeded
+from gpkit.autodiff.distributed import rank
+from gpkit.autodiff.random import derived_seed, seeded
+from gpkit.lightning.compat import logs_now, scaler_of
 from gpkit.lightning.gan.checks import (
     optional,
     require_functions,
@@ -22,41 +22,27 @@ from gpkit.lightning.gan.checks import (
     require_penalties,
     unpack,
 )
-from gpkit.lightning.gan.ema import averaged_copy, update_average
-from gpkit.lightning.gan.losses import WASSERSTEIN, GANLoss, gan_loss
-from gpkit.lightning.gan.modes import evaluating
-from gpkit.lightning.gan.notes import Notes
-from gpkit.lightning.gan.scores import (
-    Scores,
-    act,
-    act_on_generator,
-    conditioned,
-    generated,
-    generator_loss,
-    penalised,
-    reuses_graph,
-    scores_of,
-)
-from gpkit.lightning.gan.slopes import (
-    described,
-    optimality,
-    scales_with_critic,
-    slopes,
-    wasserstein,
-)
+from gpkit.lightning.gan.ema import averaged_copy, evaluating, update_average
+from gpkit.lightning.gan.logging import evaluation_numbers, optimality_numbers, slope_numbers
+from gpkit.lightning.gan.losses import GANLoss, gan_loss
+from gpkit.lightning.gan.objectives import AllTerms, Micro, Objective, Objectives
+from gpkit.lightning.gan.scores import Scores, conditioned, scores_of
 from gpkit.lightning.gan.stepping import backward, require_support, step
-from gpkit.lightning.scaling import scaler_of
-from gpkit.penalty import GradientPenalty
-from gpkit.sums import Penalties, penalties_by_name
-from gpkit.terms import Terms
+from gpkit.lightning.recording import (
+    EVALUATION,
+    Histograms,
+    LatestNumbers,
+    penalty_numbers,
+)
+from gpkit.sums import Penalties, PenaltySum, as_sum
 
 MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+
+
 MakeScheduler = Callable[[torch.optim.Optimizer], Any]
-Micro = tuple[Tensor, Any]  # a batch: samples [B, *S], and their labels or None
-AllTerms = dict[str, Terms | None]
-AllPenalties = dict[str, GradientPenalty]
+
+
 Part = Callable[[Micro], Tensor | None]  # of what is trained on
-EVALUATION: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True}
 
 
 class GANModule(pl.LightningModule):
@@ -157,8 +143,8 @@ class GANModule(pl.LightningModule):
         self.generator, self.critic = generator, critic
         self.latent_dim = checks.integer("latent_dim=...", latent_dim, 1)
         self.loss = gan_loss(loss)
-        self.penalties = penalties_by_name(penalty)
-        self.generator_penalties = penalties_by_name(generator_penalty)
+        self.penalties = as_sum(penalty)
+        self.generator_penalties = as_sum(generator_penalty)
         require_penalties(
             self.penalties, self.generator_penalties, trains_generator=self.trains_generator
         )
@@ -181,7 +167,8 @@ class GANModule(pl.LightningModule):
             raise ValueError("`penalty_steps=True` has steps after one another: not simultaneous")
         self.simultaneous, self.penalty_steps = simultaneous, penalty_steps
         self.seed = seed if seed is None else checks.integer("seed=...", seed, 0)
-        self.notes = Notes(
+        self.numbers = LatestNumbers()
+        self.histograms = Histograms(
             checks.integer("histogram_every_n_epochs=...", histogram_every_n_epochs, 0)
         )
         self.counts = {"critic": 0, "generator": 0, "draws": 0}  # steps, and seeds that were drawn
@@ -217,13 +204,13 @@ class GANModule(pl.LightningModule):
         if len(self._window) == self.accumulate or self.trainer.is_last_batch:
             window, self._window = self._window, []
             self._train(window)
-        if self._logs_after(1) or self.trainer.is_last_batch:
-            for name, number in self.notes.latest().items():
+        if logs_now(self.trainer) or self.trainer.is_last_batch:
+            for name, number in self.numbers.means().items():
                 self.log(name, number, prog_bar=name.endswith("_loss"))
 
     def _train(self, window: list[Micro]) -> None:
         """Make a step of the critic, and one of the generator if it is its turn."""
-        self.notes.begin_step()
+        self.numbers.begin_step()
         turn = (self.counts["critic"] + 1) % self.critic_steps == 0
         due: list[tuple[str, Part]] = [("critic", self._critic_loss)]
         if self.penalty_steps:
@@ -281,13 +268,13 @@ class GANModule(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Write the histograms that the epoch has collected."""
-        self.notes.write(self.loggers, self.global_step)
+        self.histograms.write_collected(self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the counts and the state of the penalties: plain numbers."""
         checkpoint["gpkit_gan"] = {**self.counts, "seed": self.seed}
         for key, penalties in self._all_penalties().items():
-            checkpoint[key] = {name: p.state_dict() for name, p in penalties.items()}
+            checkpoint[key] = penalties.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from them; a penalty that is new begins at its beginning."""
@@ -295,9 +282,7 @@ class GANModule(pl.LightningModule):
         self.seed = counts.pop("seed")
         self.counts = counts
         for key, penalties in self._all_penalties().items():
-            for name, state in checkpoint[key].items():
-                if name in penalties:
-                    penalties[name].load_state_dict(state)
+            penalties.load_state_dict(checkpoint[key])
 
     @property
     def trains_generator(self) -> bool:
@@ -306,73 +291,57 @@ class GANModule(pl.LightningModule):
 
     # What is trained on: of one batch a number, or None where there is none.
 
-    def _critic_loss(self, micro: Micro) -> Tensor | None:
-        (real, labels), penalties = micro, {} if self.penalty_steps else self.penalties
-        fake, apart = self._fakes(real, labels), scaler_of(self.trainer) is not None
-        acting = (p for p in penalties.values() if p.weight_at(self.counts["critic"]))
-        scores = scores_of(
-            self.critic, real, fake, labels, [] if apart else filter(reuses_graph, acting)
+    @property
+    def objectives(self) -> Objectives:
+        """The two nets with their loss and penalties."""
+        return Objectives(
+            self.generator,
+            self.critic,
+            self.loss,
+            self.penalties,
+            self.generator_penalties,
+            penalty_steps=self.penalty_steps,
+            full_precision=scaler_of(self.trainer) is not None,
         )
-        loss = self.loss.critic(*scores.both())
-        terms = self._act(penalties, Scores(real, fake, labels) if apart else scores)
-        self.notes.number("train/critic_loss", loss)
-        self._measure(scores, terms)
-        return penalised(loss, terms, penalties, self.critic)
+
+    def _critic_loss(self, micro: Micro) -> Tensor | None:
+        z, now = self._latents(len(micro[0])), self.counts["critic"]
+        found = self.objectives.of_critic(micro, z, now)
+        penalties = {} if self.penalty_steps else self.penalties
+        self._record(found, penalties, "train/critic_loss")
+        assert found.scores is not None
+        self._record_critic(found.scores, found.terms)
+        return found.total
 
     def _critic_penalties(self, micro: Micro) -> Tensor | None:
-        real, labels = micro
-        acting = any(p.weight_at(self.counts["critic"]) for p in self.penalties.values())
-        fake = self._fakes(real, labels) if acting else real  # which nobody looks at
-        terms = self._act(self.penalties, Scores(real, fake, labels))
-        return penalised(None, terms, self.penalties, self.critic)
-
-    def _act(self, penalties: AllPenalties, scores: Scores) -> AllTerms:
         now = self.counts["critic"]
-        with self._full_precision():
-            terms = {n: act(p, self.critic, self.loss, scores, now) for n, p in penalties.items()}
-        self.notes.terms(terms, scores.real.new_zeros(()), self.current_epoch)
-        return terms
+        found = self.objectives.penalties_of_critic(
+            micro, lambda: self._latents(len(micro[0])), now
+        )
+        return self._record(found, self.penalties)
 
     def _generator_loss(self, micro: Micro) -> Tensor | None:
-        (real, labels), z = micro, self._latents(len(micro[0]))
-        loss = generator_loss(self.generator, self.critic, self.loss, z, real, labels)
-        self.notes.number("train/generator_loss", loss)
+        z, now = self._latents(len(micro[0])), self.counts["generator"]
         penalties = {} if self.penalty_steps else self.generator_penalties
-        terms = self._act_on_generator(penalties, z, micro)
-        return penalised(loss, terms, penalties, self.generator)
+        found = self.objectives.of_generator(micro, z, now)
+        return self._record(found, penalties, "train/generator_loss")
 
     def _generator_penalties(self, micro: Micro) -> Tensor | None:
-        terms = self._act_on_generator(
-            self.generator_penalties, self._latents(len(micro[0])), micro
-        )
-        return penalised(None, terms, self.generator_penalties, self.generator)
+        z, now = self._latents(len(micro[0])), self.counts["generator"]
+        found = self.objectives.penalties_of_generator(micro, z, now)
+        return self._record(found, self.generator_penalties)
 
-    def _act_on_generator(self, penalties: AllPenalties, z: Tensor, micro: Micro) -> AllTerms:
-        (real, labels), generator, now = micro, self.generator, self.counts["generator"]
-
-        def closure() -> Tensor:
-            return generator_loss(generator, self.critic, self.loss, z, real, labels)
-
-        with self._full_precision():
-            terms = {
-                name: act_on_generator(penalty, generator, closure, z, labels, now)
-                for name, penalty in penalties.items()
-            }
-        self.notes.terms(terms, real.new_zeros(()), self.current_epoch)
-        return terms
-
-    def _fakes(self, real: Tensor, labels: Any) -> Tensor:
-        with torch.no_grad():
-            return generated(self.generator, self._latents(len(real)), real, labels)
+    def _record(self, found: Objective, penalties: Iterable[str], name: str = "") -> Tensor | None:
+        """Keep what is logged of an objective, and return what is trained on."""
+        if found.loss is not None:
+            self.numbers.add({name: found.loss})
+        self.numbers.add(penalty_numbers(penalties, found.terms))
+        self.histograms.collect_norms(self.trainer, found.terms)
+        return found.total
 
     def _latents(self, n: int) -> Tensor:
         like = next(self.critic.parameters())
         return torch.randn(n, self.latent_dim, device=self.device, dtype=like.dtype)
-
-    def _full_precision(self) -> AbstractContextManager[Any]:
-        if scaler_of(self.trainer) is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, enabled=False)
 
     # Steps.
 
@@ -404,7 +373,7 @@ class GANModule(pl.LightningModule):
             self.seed = torch.initial_seed() % 2**63
         return self.seed
 
-    def _all_penalties(self) -> dict[str, dict[str, GradientPenalty]]:
+    def _all_penalties(self) -> dict[str, PenaltySum]:
         """Return penalties by name, by what a checkpoint calls them."""
         return {
             "gpkit_penalties": self.penalties,
@@ -417,45 +386,26 @@ class GANModule(pl.LightningModule):
         # Slopes need a graph, which inference mode and its tensors cannot give.
         with torch.inference_mode(False), torch.no_grad():
             batch = tree_map_only(Tensor, Tensor.clone, batch)
-            real, labels = unpack(batch, conditional=self.conditional)
+            real, labels = micro = unpack(batch, conditional=self.conditional)
             seed = derived_seed(self._own_seed(), rank(), stage, batch_idx)
             with seeded(seed, self.device):
-                fake = self._fakes(real, labels)
+                fake = self.objectives.fakes(micro, self._latents(len(real)))
             scores = scores_of(self.critic, real, fake, labels, [])
-            of_real, of_fake = scores.both()
-            numbers = {
-                "critic_loss": self.loss.critic(of_real, of_fake),
-                "generator_loss": self.loss.generator(of_real, of_fake),
-            }
-            if self.loss is WASSERSTEIN:
-                steep = slopes(conditioned(self.critic, labels), real, fake, seed)
-                numbers |= wasserstein(of_real, of_fake, steep)
+            numbers = evaluation_numbers(self.critic, self.loss, scores, seed)
         for name, number in numbers.items():
             self.log(f"{stage}/{name}", number, batch_size=len(real), **EVALUATION)
 
-    def _measure(self, scores: Scores, terms: AllTerms) -> None:
-        """Note what scores, norms and, where it is logged, slopes tell about the critic."""
-        now, (of_real, of_fake) = self.counts["critic"], scores.both()
-        penalties = self.penalties.items()
-        if all(p in terms and scales_with_critic(q) and now % q.every == 0 for p, q in penalties):
-            pairs = [(penalty, terms[name]) for name, penalty in penalties]
-            self.notes.number("critic_optimality", optimality(self.loss, of_real, of_fake, pairs))
-        if not self._logs_after(self.accumulate):
+    def _record_critic(self, scores: Scores, terms: AllTerms) -> None:
+        """Keep what scores, norms and, where it is logged, slopes tell about the critic."""
+        now = self.counts["critic"]
+        self.numbers.add(optimality_numbers(self.loss, self.penalties, scores, terms, now))
+        if not logs_now(self.trainer, ahead=self.accumulate):
             return
-        critic = conditioned(self.critic, scores.labels)
         seed = derived_seed(self._own_seed(), rank(), "slopes", now)
-        steep = slopes(critic, scores.real, scores.fake, seed)
-        self.notes.numbers(described(self.penalties, steep))
-        if self.loss is WASSERSTEIN:
-            self.notes.numbers(wasserstein(of_real, of_fake, steep))
+        numbers, steep = slope_numbers(self.critic, self.loss, self.penalties, scores, seed)
+        self.numbers.add(numbers)
         for where, n in steep.items():
-            self.notes.values(f"slope/{where}", n, self.current_epoch)
-
-    def _logs_after(self, batches: int) -> bool:
-        """Whether the trainer logs after this batch, or one of so many from it on."""
-        every: int = getattr(self.trainer, "log_every_n_steps", 0)
-        batch = self.trainer.fit_loop.total_batch_idx
-        return every > 0 and (batch + batches) // every > batch // every
+            self.histograms.collect(self.trainer, f"slope/{where}", n)
 
 
 def default_adam(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:

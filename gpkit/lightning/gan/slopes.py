@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpkit.captures import Named
-from gpkit.draws import derived_seed
-from gpkit.isolation import isolated
+from gpkit import formula
+from gpkit.autodiff.isolation import isolated
+from gpkit.autodiff.random import derived_seed
+from gpkit.axes.at import interpolate
+from gpkit.formula import Terms
 from gpkit.lightning.gan.losses import GANLoss, gap
 from gpkit.lightning.norms import input_norms
-from gpkit.penalty import GradientPenalty
-from gpkit.points import interpolate
-from gpkit.terms import Terms
-from gpkit.variables import inputs
+from gpkit.needs import needs_of
+from gpkit.penalty import Penalty
 
 
 def slopes(
@@ -56,7 +56,7 @@ def optimality(
     loss: GANLoss,
     of_real: Tensor,
     of_fake: Tensor,
-    penalties: Iterable[tuple[GradientPenalty, Terms | None]],
+    penalties: Iterable[tuple[Any, Terms | None]],
 ) -> Tensor:
     r"""Return how far a critic D is from its optimum, along its own scale: zero at the optimum.
 
@@ -99,28 +99,26 @@ def optimality(
         for penalty, terms in penalties:
             if terms is not None:
                 squared_norms = s.square() * terms.squared_norms.detach().to(torch.float64)
-                weight = terms.weight / penalty.every
-                total = total + weight * penalty.total(penalty.form(squared_norms))
+                lazy = formula.terms(penalty, squared_norms, terms.weight / penalty.every)
+                total = lazy.added_to(total)
         (derivative,) = torch.autograd.grad(total, s)
     return -derivative
 
 
-def scales_with_critic(penalty: GradientPenalty) -> bool:
+def scales_with_critic(penalty: Penalty) -> bool:
     """Whether a penalty's norms are those of derivatives of the critic's output in its input."""
-    named: tuple[Any, ...] = ("output", "loss")
-    selected = callable(penalty.of) and not isinstance(penalty.of, Named)
-    return type(penalty.wrt) is inputs and (penalty.of in named or selected)
+    needs = needs_of(penalty)
+    inside = needs.in_weights or needs.environments or needs.activations
+    return not inside and penalty.axes()["of"] != "sampled_loss"
 
 
-def center(penalties: Iterable[GradientPenalty]) -> float:
+def center(penalties: Iterable[Penalty]) -> float:
     """Return the slope that the first penalty with a centre draws to; 1 if there is none."""
-    centers = (getattr(p.form, "c", None) for p in penalties)
+    centers = (getattr(p.axes().get("form"), "c", None) for p in penalties)
     return next((c for c in centers if c is not None), 1.0)
 
 
-def described(
-    penalties: Mapping[str, GradientPenalty], steep: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def described(penalties: Mapping[str, Penalty], steep: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return mean, maximum and the share above the centre of slopes ``[B]``, by names for logs."""
     numbers = {}
     for where, n in steep.items():

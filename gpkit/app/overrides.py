@@ -1,0 +1,176 @@
+"""What a user typed on the command line: the keys it sets, and what is wrong with it, in words."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from gpkit.checks import nearest
+
+HERE = Path(__file__).resolve().parents[1]
+
+
+# An installed wheel holds the configs in the package; a checkout has them beside it.
+CONFIG_DIR = HERE / "configs" if (HERE / "configs").is_dir() else HERE.parent / "configs"
+
+
+# Values whose type the default does not tell.
+ANY_TYPE = re.compile(r"device\.devices|trainer\.(limit_\w+|precision|val_check_interval)")
+
+
+TYPES: dict[type, tuple[str, tuple[type, ...]]] = {
+    bool: ("true or false", (bool,)),
+    int: ("an integer", (int,)),
+    float: ("a number", (int, float)),
+    str: ("a word", (str, int, float)),
+}
+
+
+def parse(overrides: Sequence[str]) -> list[Override]:
+    """Return overrides as Hydra reads them."""
+    return list(OverridesParser.create().parse_overrides(list(overrides)))
+
+
+def set_keys(overrides: Sequence[str]) -> set[str]:
+    """Return the dotted keys that overrides set: ``{"model.width"}``."""
+    return {o.key_or_group for o in parse(overrides) if "." in o.key_or_group}
+
+
+def check_types(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuse a value whose type is not that of the default it replaces.
+
+    Args:
+        cfg: the composed config.
+        overrides: what it was composed of.
+
+    Raises:
+        TypeError: at the first such value; it says what was expected.
+    """
+    typed = parse(overrides)
+    for o in typed:
+        if _is_group(o.key_or_group) and isinstance(o.value(), list):
+            raise TypeError(_one_name(o))
+    groups = [text for text, o in zip(overrides, typed, strict=True) if "." not in o.key_or_group]
+    default = compose("train", [text for text in groups if not _is_sweep_or_value(text)])
+    for key in (o.key_or_group for o in typed if not (o.is_add() or o.is_delete())):
+        old, new = (OmegaConf.select(c, key, default=None) for c in (default, cfg))
+        if ANY_TYPE.fullmatch(key) or old is None or new is None:
+            continue
+        if isinstance(new, DictConfig) or isinstance(old, DictConfig) or OmegaConf.is_list(old):
+            continue  # an object instead of a value, as a schedule for a weight
+        words, fits = TYPES.get(type(old), ("", (object,)))
+        if not isinstance(new, fits) or (isinstance(new, bool) and not isinstance(old, bool)):
+            raise TypeError(f"{key} must be {words}, as its default {old}; got {new!r}")
+
+
+def _is_sweep_or_value(text: str) -> bool:
+    """Whether an override without a dot sets a value (``seed=1``) and chooses no group."""
+    return not _is_group(text.lstrip("+~").split("=")[0].split("@")[0])
+
+
+def _is_group(key: str) -> bool:
+    return "." not in key and (CONFIG_DIR / key).is_dir()
+
+
+def _one_name(override: Override) -> str:
+    """Return what to say of a group that was given something else than one of its names."""
+    group, value = override.key_or_group, override.get_value_string()
+    line = f"{group} must be one of {', '.join(_names(group))}; got {value}"
+    if group == "penalty" and isinstance(override.value(), list):
+        line += f": for several, penalty=sum 'penalty.parts={value}'"
+    return line
+
+
+def _names(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+
+
+def explain(error: BaseException, overrides: Sequence[str]) -> str:
+    """Return what is wrong, in one line, with the nearest valid name.
+
+    Args:
+        error: what was raised while a config was composed or a job ran.
+        overrides: what the user typed.
+
+    Returns:
+        One line.
+    """
+    text = str(error)
+    if found := re.search(r"Could not override '([^']+)'", text):
+        return _unknown_key(found[1], overrides)
+    if found := re.search(r"(?:In '[^']*': )?Could not find '([^']+)'", text):
+        group, _, name = found[1].rpartition("/")
+        options = re.findall(r"\n\t(\S+)", text.partition("Config search path")[0])
+        if not group:
+            return f"there is no config {name!r}"
+        return (
+            f"{group}={name}: there is no {group} {name!r}{nearest(name, options)}; "
+            f"there are {', '.join(options)}"
+        )
+    if found := re.search(r"Error (?:loading|locating target) '([^']+)'", text):
+        return _unknown_target(found[1])
+    if text.startswith("Config group override must be a string"):
+        wrong = [o for o in parse(overrides) if _is_group(o.key_or_group)]
+        return _one_name(next(o for o in wrong if not isinstance(o.value(), str)))
+    if found := re.search(r"Key '(\w+)' is not in struct", text):
+        return f"the config has no {found[1]!r}, which a run needs: leave out ~{found[1]}"
+    if found := re.search(r"Missing mandatory value: (\S+)", text):
+        return f"{found[1]} must be given: {found[1]}=..."
+    if type(error).__name__ == "OverrideParseException" or "LexerNoViableAlt" in text:
+        return f"cannot read an override: {_flat(text)}; it is written key=value, strings quoted"
+    if type(error).__name__ == "InstantiationException" and error.__cause__ is not None:
+        return explain(error.__cause__, overrides)
+    if found := re.search(r"unexpected keyword argument '(\w+)'", text):
+        return f"{_flat(text)}: the target takes no option {found[1]!r}"
+    if isinstance(error, (KeyError, AssertionError)) or not text:
+        text = f"{type(error).__name__}: {text}"
+    return _flat(text)
+
+
+def _unknown_key(key: str, overrides: Sequence[str]) -> str:
+    """Return what to say of a key that the config does not have."""
+    others = [
+        text for text, o in zip(overrides, parse(overrides), strict=True) if o.key_or_group != key
+    ]
+    try:
+        config = compose("train", others)
+    except Exception:  # another override is wrong as well: names of the plain config must do
+        config = compose("train", [])
+    parent, _, name = key.rpartition(".")
+    for group in (path.name for path in CONFIG_DIR.iterdir() if path.is_dir()):
+        for typed in (o for o in parse(overrides) if o.key_or_group == key and not parent):
+            if (CONFIG_DIR / group / f"{typed.value()}.yaml").is_file():
+                return f"{key}: there is no group {key!r} (did you mean '{group}={typed.value()}'?)"
+    node: Any = OmegaConf.select(config, parent) if parent else config
+    if not isinstance(node, DictConfig):
+        top = key.split(".")[0]
+        hint = nearest(top, map(str, config)) if top not in config else ""
+        return f"{key}: there is no {parent or key!r} to set{hint}"
+    names = [str(k) for k in node if not str(k).startswith("_") or str(k) == "_target_"]
+    where = f" of {parent}" if parent else ""
+    line = f"{key}: there is no option {name!r}{where}{nearest(name, names)}"
+    return f"{line}; there are {', '.join(names)} (+{key}=... adds one)"
+
+
+def _unknown_target(path: str) -> str:
+    """Return what to say of a ``_target_`` that cannot be imported."""
+    module_name, _, name = path.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError) as missing:
+        return f"_target_={path}: cannot be imported ({missing}); it is the path of what to call"
+    return f"_target_={path}: {module_name} has no {name!r}{nearest(name, dir(module))}"
+
+
+def _flat(text: str) -> str:
+    """Return a text as one line, without Hydra's own advice."""
+    text = re.sub(r"(Set the environment variable HYDRA_FULL_ERROR|See https://hydra).*", "", text)
+    return re.sub(r"\s+", " ", text).strip()

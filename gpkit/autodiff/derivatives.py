@@ -1,0 +1,180 @@
+"""Derivatives of a graph that is there: of any order, differentiable or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from gpkit import checks
+from gpkit.autodiff import graph
+from gpkit.autodiff.numerics import as_rows, wide
+
+MAX_PASSES = 10_000
+
+
+def derivative(y: Tensor, x: Tensor, order: int = 1) -> Tensor:
+    r"""Return the exact, differentiable k-th derivative of ``y`` with respect to ``x``, per sample.
+
+    .. math:: (D^k y)_{b, s_1 \dots s_k} =
+              \partial^k y_b \, / \, \partial x_{b s_1} \dots \partial x_{b s_k}
+
+    Sample b of ``y`` must depend on sample b of ``x`` alone (batch normalisation in training mode
+    breaks that). A derivative that vanishes, such as that of a constant, of a variable that is not
+    used, or of a polynomial past its degree, is zero and not an error. The full tensor takes
+    1 + n + ... + n^(k-1) backward passes, n being the number of entries of one sample of ``x``.
+
+    Args:
+        y: what is differentiated: ``[B]`` or ``[B, 1]``; or one number, ``[]``.
+        x: with respect to what: ``[B, *S]``; or ``[*S]`` if ``y`` is one number. It must have
+            required grad when ``y`` was computed.
+        order: k >= 1.
+
+    Returns:
+        ``[B, *S, ..., *S]`` with ``S`` k times (without ``B`` if ``y`` is one number).
+
+    Raises:
+        ValueError: if the shapes do not fit, ``x`` does not require grad, or ``order`` < 1.
+        RuntimeError: if torch has no derivative of that order for an operation of the graph.
+
+    >>> import torch
+    >>> x = torch.tensor(-2.0, requires_grad=True)
+    >>> [derivative(2 * x**3, x, order=k).item() for k in (1, 2, 3, 4, 5)]
+    [24.0, -24.0, 12.0, 0.0, 0.0]
+    >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
+    >>> derivative(x[:, 0] * x[:, 1] ** 2, x, order=2)
+    tensor([[[0., 4.],
+             [4., 2.]],
+    <BLANKLINE>
+            [[0., 8.],
+             [8., 6.]]], grad_fn=<ViewBackward0>)
+    """
+    checks.integer("derivative(order=...)", order, 1)
+    if not x.requires_grad:
+        raise ValueError(
+            "`derivative(y, x)` needs an x that requires grad; "
+            "call x.requires_grad_() before y is computed from it"
+        )
+    batched = y.ndim > 0 and not (y.numel() == 1 and x.ndim == 0)
+    if batched and (x.ndim == 0 or y.numel() != len(x) or len(y) != len(x)):
+        raise ValueError(
+            f"`derivative(y, x)` needs y [B] or [B, 1] for an x [B, ...], or a single number y []; "
+            f"got y {list(y.shape)} and x {list(x.shape)}"
+        )
+    graph.require_derivatives(y, (x,), order)
+    sample = x.shape[1:] if batched else x.shape
+    column = y.reshape(-1, 1)  # [G, 1]
+    rows = [entries for (entries,) in derivative_rows(column, (x,), order, batched=batched)]
+    # Each row holds the last index; the rows run over the first k - 1 indices in order.
+    full = torch.stack(rows, dim=1)  # [G, n^(k-1), n]
+    return full.reshape(x.shape[: x.ndim - len(sample)] + sample * order)
+
+
+def derivative_rows(
+    y: Tensor, xs: tuple[Tensor, ...], order: int, *, batched: bool
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the k-th derivative of ``y``, row by row: all entries are in all rows, once.
+
+    Args:
+        y: ``[G, m]``, for G groups.
+        xs: the variables: ``[G, *S]`` each if ``batched``, else any shapes and G = 1.
+        order: k >= 1.
+        batched: whether group g of ``y`` depends on ``x[g]`` alone.
+
+    Yields:
+        The gradient of one entry of the derivative before: ``[G, n]`` for each variable.
+
+    Raises:
+        ValueError: if more than ten thousand backward passes would be needed.
+    """
+    n = 0 if order == 1 else sum(x[0].numel() if batched else x.numel() for x in xs)
+    passes = y.shape[1] * n ** (order - 1)
+    if passes > MAX_PASSES:
+        raise ValueError(
+            f"the exact derivative of order {order} of {y.shape[1]} output(s) in {n} variables "
+            f"takes {passes} backward passes, over the limit of {MAX_PASSES}; "
+            "use estimator='projection'"
+        )
+    for column in y.unbind(1) if y.shape[1] > 1 else [y]:
+        total = column.sum() if column.numel() > 1 else column
+        rows = tuple(as_rows(g, batched) for g in gradients(total, xs))
+        if order == 1:
+            yield rows
+        else:
+            yield from derivative_rows(torch.cat(rows, 1), xs, order - 1, batched=batched)
+
+
+def gradients(y: Tensor, xs: tuple[Tensor, ...], times: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Return dy/dx for each x, differentiable; zeros where y does not depend on x.
+
+    Args:
+        y: one number.
+        xs: the variables.
+        times: what they are multiplied by, a constant of the shape of y; None is one.
+
+    Returns:
+        A tensor of the shape of each x.
+
+    Raises:
+        RuntimeError: if an operation has no derivative of this order; it says what to do.
+    """
+    if not y.requires_grad:
+        return tuple(torch.zeros_like(x) for x in xs)
+    kind = y.device.type
+    if torch.is_autocast_enabled(kind):  # in which a backward would be rounded once more
+        with torch.autocast(kind, enabled=False):
+            return gradients(y, xs, times)
+    try:
+        grads = torch.autograd.grad(y, xs, times, create_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        raise RuntimeError(graph.explain(error)) from error
+    return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, xs, strict=True))
+
+
+def first_gradients(
+    y: Tensor, xs: tuple[Tensor, ...], *, retain: bool = True
+) -> tuple[Tensor | None, ...]:
+    """Return dy/dx for each x, without a graph of its own; None where there is none.
+
+    Args:
+        y: what is summed and differentiated.
+        xs: the variables.
+        retain: whether the graph behind y stays. A compiled one may refuse to.
+
+    Returns:
+        The gradients.
+
+    Raises:
+        RuntimeError: if an operation has none; it says what to do.
+    """
+    if not y.requires_grad:
+        return (None,) * len(xs)
+    with torch.autocast(y.device.type, enabled=False):
+        try:
+            return torch.autograd.grad(y.sum(), xs, retain_graph=retain, allow_unused=True)
+        except RuntimeError as error:
+            raise RuntimeError(graph.explain(error)) from error
+
+
+def products(
+    outputs: Sequence[Tensor], xs: tuple[Tensor, ...], vectors: Sequence[Tensor]
+) -> list[Tensor]:
+    """Return d<outputs, vectors>/dx for each x, without a graph; zeros where there is no path."""
+    pairs = [(y, v) for y, v in zip(outputs, vectors, strict=True) if y.requires_grad]
+    grads: Sequence[Tensor | None] = [None] * len(xs)
+    if pairs:
+        ys, vs = zip(*pairs, strict=True)
+        with torch.autocast(ys[0].device.type, enabled=False):
+            try:
+                grads = torch.autograd.grad(ys, xs, vs, retain_graph=True, allow_unused=True)
+            except RuntimeError as error:
+                raise RuntimeError(graph.explain(error)) from error
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, xs, strict=True)]
+
+
+def gradient_norm(value: Tensor, parameters: list[Tensor]) -> Tensor:
+    """Return the norm of the gradient in all parameters together, without a graph."""
+    grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+    squares = [g.detach().to(wide(g)).square().sum() for g in grads if g is not None]
+    return torch.stack(squares).sum().sqrt() if squares else value.new_zeros(())

@@ -1,0 +1,49 @@
+"""What the ranks of a distributed run have together."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, distributed
+
+
+def batch_std(x: Tensor) -> Tensor:
+    r"""Return the standard deviation over all entries of the batch, a scalar of the dtype of ``x``.
+
+    .. math:: \sqrt{\tfrac1N \sum x^2 - \big(\tfrac1N \sum x\big)^2}
+
+    In a distributed run N, Σx and Σx² are those of the joint batch, so every rank must call it. The
+    result has no graph.
+
+    Args:
+        x: ``[B, *S]``; B may differ from rank to rank.
+
+    Returns:
+        The standard deviation, without a correction.
+
+    >>> batch_std(torch.tensor([[1.0], [3.0]]))
+    tensor(1.)
+    """
+    x = x.detach()
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return x.std(correction=0)
+    wide = x.double()  # a difference of squares needs the digits
+    moments = torch.stack([wide.new_tensor(x.numel()), wide.sum(), wide.square().sum()])
+    distributed.all_reduce(moments)
+    count, total, squares = moments.unbind()
+    return (squares / count - (total / count).square()).clamp(min=0).sqrt().to(x.dtype)
+
+
+def rank() -> int:
+    """Return the number of this process in a distributed run, else 0."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if distributed else 0
+
+
+def mean_of_ranks(measured: Tensor | float) -> float:
+    """Return one number, averaged over the ranks of a distributed run."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and isinstance(measured, Tensor):
+        measured = measured.clone()
+        torch.distributed.all_reduce(measured)
+        measured = measured / torch.distributed.get_world_size()
+    return float(measured)

@@ -1,0 +1,82 @@
+"""Kernels that have a double backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from gpkit.autodiff.norm_layers import elementary
+
+
+class double_backward:  # noqa: N801  a context: with double_backward():
+    """Choose kernels that have a double backward, or the k + 1 that a penalty of order k needs.
+
+    It may be entered again after it has been left.
+
+    Fused attention has none (the math kernel has, which sdpa_kernel(SDPBackend.MATH) would choose
+    at eight times the cost of entering); cuDNN's recurrent nets have none (torch's own have), and
+    cuDNN is left alone until there is a recurrent net. Fused layer norm and batch norm have a wrong
+    third derivative: for order >= 2 they are computed in elementary operations.
+
+    Args:
+        order: k, of the penalty.
+    """
+
+    def __init__(self, order: int = 1) -> None:
+        self.order = order
+        self.others: ExitStack | None = None
+
+    def __enter__(self) -> None:
+        self.fused = [enable for enabled, enable in FUSED if enabled()]
+        for enable in self.fused:
+            enable(False)
+        self.math = MATH_ENABLED()
+        if not self.math:
+            ENABLE_MATH(True)
+        cudnn = torch.backends.cudnn.is_available()
+        if self.order >= 2 or cudnn:
+            self.others = ExitStack()
+            if cudnn:
+                self.others.enter_context(without_cudnn())
+            if self.order >= 2:
+                self.others.enter_context(elementary())
+
+    def __exit__(self, *exception: object) -> None:
+        if self.others is not None:
+            self.others.close()
+        for enable in self.fused:
+            enable(True)
+        if not self.math:
+            ENABLE_MATH(False)
+
+
+# What torch.backends.cuda calls: this is entered at every step.
+FUSED = [
+    (getattr(torch._C, f"_get_{kind}_sdp_enabled"), getattr(torch._C, f"_set_sdp_use_{kind}"))
+    for kind in ("flash", "mem_efficient", "cudnn")
+]
+
+
+MATH_ENABLED, ENABLE_MATH = torch._C._get_math_sdp_enabled, torch._C._set_sdp_use_math
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Leave cuDNN alone from the first call of a recurrent net on."""
+    cudnn = torch.backends.cudnn.enabled
+
+    def leave(module: nn.Module, _: Any) -> None:
+        if isinstance(module, nn.RNNBase):
+            torch.backends.cudnn.enabled = False
+
+    hook = register_module_forward_pre_hook(leave)
+    try:
+        yield
+    finally:
+        hook.remove()
+        torch.backends.cudnn.enabled = cudnn

@@ -1,0 +1,186 @@
+"""Arithmetic of norms: wide dtypes, rows ``[G, n]``, lengths, roots, dual directions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """Return the dtype in which norms are taken: float32 for half precision."""
+    return torch.float32 if x.dtype in HALF else x.dtype
+
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def reduce_rows(rows: Iterable[tuple[Tensor, ...]], norm: str) -> Tensor:
+    """Return n² ``[G]`` of a derivative whose entries come in rows, each a tuple of ``[G, n]``."""
+    total: Tensor | None = None
+    for row in rows:
+        for part in row:
+            part = part.to(wide(part)) if part.dtype in HALF else part
+            if norm == "l2":
+                part = part.square().sum(1)
+            elif norm == "l1":
+                part = part.abs().sum(1)
+            else:
+                part = part.abs().amax(1)
+            if total is None:
+                total = part
+            else:
+                total = torch.maximum(total, part) if norm == "linf" else total + part
+    assert total is not None, "a derivative has at least one entry"
+    return total if norm == "l2" else total.square()
+
+
+def squared_length(parts: tuple[Tensor, ...]) -> Tensor:
+    """Return the sum of all squares ``[1]``, in float32 or better."""
+    if sum(part.numel() for part in parts) < SMALL:
+        parts = (torch.cat([part.reshape(-1) for part in parts]),)
+    squares = [(p.float() if p.dtype in HALF else p).square().sum() for p in parts]
+    total = squares[0]
+    for square in squares[1:]:
+        total = total + square
+    return total.reshape(1)
+
+
+SMALL = 2**18  # entries: below that a copy costs less than the operations that it saves
+
+
+def as_rows(x: Tensor, batched: bool) -> Tensor:
+    """Return ``x`` as ``[G, n]``: one row a sample, or one row in all."""
+    if batched and x.ndim == 2:
+        return x
+    return x.flatten(1) if batched and x.ndim > 1 else x.reshape(len(x) if batched else 1, -1)
+
+
+def root(squared_norms: Tensor) -> Tensor:
+    """Return the square root, whose derivative at zero is zero instead of infinite.
+
+    >>> n2 = torch.tensor([0.0, 4.0], requires_grad=True)
+    >>> torch.autograd.grad(root(n2).sum(), n2)
+    (tensor([0.0000, 0.2500]),)
+    """
+    positive = squared_norms > 0
+    safe = torch.where(positive, squared_norms, torch.ones_like(squared_norms))
+    # A NaN is not positive and must stay one, hence the product and not a zero.
+    return torch.where(positive, safe.sqrt(), squared_norms * 0)
+
+
+Rows = list[Tensor]  # one [G, n] for every variable
+
+
+def known(grads: Any, xs: Any) -> list[Tensor]:
+    """Return gradients with zeros where there are none."""
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, xs, strict=True)]
+
+
+def added(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
+    """Return the sums of tensors, one by one."""
+    return [a + b for a, b in zip(first, second, strict=True)]
+
+
+# A function >= 0 of all entries of several tensors together, their sum or maximum.
+Over = Callable[[Sequence[Tensor], Callable[[Tensor], Tensor], str], Tensor]
+
+
+def over_all(
+    tensors: Sequence[Tensor], entry: Callable[[Tensor], Tensor], reduce: str = "sum"
+) -> Tensor:
+    """Return the sum, or the maximum, of a function >= 0 of all entries: one number."""
+    together = torch.sum if reduce == "sum" else torch.amax
+    return together(torch.stack([together(entry(widened(t)).reshape(-1), 0) for t in tensors]), 0)
+
+
+def over_rows(
+    rows: Sequence[Tensor], entry: Callable[[Tensor], Tensor], reduce: str = "sum"
+) -> Tensor:
+    """Return the same for each group of rows ``[G, n]``: ``[G, 1]``."""
+    parts = [entry(widened(row)) for row in rows]
+    if reduce == "sum":
+        return torch.stack([part.sum(1, keepdim=True) for part in parts]).sum(0)
+    return torch.stack([part.amax(1, keepdim=True) for part in parts]).amax(0)
+
+
+def dual(grads: Sequence[Tensor], norm: str, over: Over = over_all) -> tuple[Tensor, list[Tensor]]:
+    """Return the norm n of a gradient g, and the direction v of steepest ascent, ⟨g, v⟩ = n.
+
+    v is g/‖g‖ for "l2", the signs for "l1", and the sign of the largest entry for "linf": spread
+    over the largest where several tie, as the gradient of a maximum is. Of a zero gradient it is
+    zero.
+
+    Args:
+        grads: g, one tensor for each variable.
+        norm: "l2", "l1" or "linf".
+        over: `over_all`, `over_rows`, or a reduction over the shards of several processes.
+
+    Returns:
+        n in the shape of ``over``, and v in the shapes of g, in float32 or better.
+
+    >>> n, (v,) = dual([torch.tensor([3.0, -4.0, 4.0])], "linf")
+    >>> n.item(), v.tolist()
+    (4.0, [0.0, -0.5, 0.5])
+    """
+    grads = [widened(g) for g in grads]
+    if norm == "l2":
+        n = over(grads, torch.square, "sum").sqrt()
+        return n, [g * torch.where(n == 0, n, 1 / n) for g in grads]
+    if norm == "l1":
+        return over(grads, torch.abs, "sum"), [g.sign() for g in grads]
+    n = over(grads, torch.abs, "max")
+    largest = [g.sign() * (g.abs() == n) for g in grads]
+    count = over(largest, torch.abs, "sum")
+    return n, [v / count.clamp(min=1) for v in largest]
+
+
+def steepest(rows: Rows, norm: str) -> Rows:
+    """Return v with ⟨g, v⟩ = ‖g‖ for gradients g ``[G, n]``; zeros for a zero gradient."""
+    return dual(rows, norm, over_rows)[1]
+
+
+def length_of(rows: Rows) -> Tensor:
+    """Return the Euclidean length of rows ``[G, n]``: ``[G]``."""
+    return reduce_rows([tuple(rows)], "l2").sqrt()
+
+
+def moving(size: Tensor) -> Tensor:
+    """Return one where there is a direction to move along, and zero where there is none."""
+    return (size != 0).to(size)
+
+
+def spacing(y: Tensor, *xs: Tensor) -> float:
+    """Return the spacing at one of the coarsest numbers that a function is computed in."""
+    dtypes = [t.dtype for t in (y, *xs)]
+    if torch.is_autocast_enabled(y.device.type):
+        dtypes.append(torch.get_autocast_dtype(y.device.type))
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+
+def normalized(rows: Sequence[Tensor]) -> list[Tensor]:
+    """Return rows ``[G, n]`` divided by the length of all parts of a row; zero stays zero."""
+    parts = [widened(r) for r in rows]
+    scale = torch.stack([p.abs().amax(1) for p in parts]).amax(0).unsqueeze(1)  # no underflow
+    parts = [p / torch.where(scale > 0, scale, torch.ones_like(scale)) for p in parts]
+    length = torch.stack([p.square().sum(1) for p in parts]).sum(0).sqrt().unsqueeze(1)
+    return [p / torch.where(length > 0, length, torch.ones_like(length)) for p in parts]
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return ``x`` in float32 or better."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def per_pixel(row: Tensor, x: Tensor) -> Tensor:
+    """Return the derivative ``[B, C·P]`` in an ``x`` ``[B, C, *S]`` as ``[B·P, C]``, P pixels.
+
+    >>> import torch
+    >>> x = torch.zeros(1, 3, 2)  # three channels, two pixels
+    >>> per_pixel(torch.arange(6).reshape(1, 6), x)
+    tensor([[0, 2, 4],
+            [1, 3, 5]])
+    """
+    return row.unflatten(1, (x.shape[1], -1)).transpose(1, 2).flatten(0, 1)

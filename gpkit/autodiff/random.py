@@ -1,0 +1,112 @@
+"""Random numbers of a penalty's own, and the streams of torch given back."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def derived_seed(*parts: object) -> int:
+    """Return a seed in [0, 2**63) that is a function of numbers or words, as a seed and a count.
+
+    >>> derived_seed(0, 1) == derived_seed(0, 1) != derived_seed(0, 2)
+    True
+    """
+    digest = hashlib.blake2b(",".join(map(str, parts)).encode(), digest_size=8)
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+class SeededDraws:
+    """Random numbers of a seed that is a tensor, so that a compiled graph need not know its value.
+
+    Args:
+        seed: one integer.
+    """
+
+    def __init__(self, seed: Tensor) -> None:
+        self.seed = seed
+        self.count = 0
+
+
+Source = torch.Generator | SeededDraws
+
+
+def normal(rng: Source, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return numbers from N(0, 1)."""
+    if isinstance(rng, torch.Generator):
+        return torch.randn(shape, generator=rng, device=device, dtype=dtype)
+    rng.count += 1
+    return _draw(rng.seed, rng.count, True, shape, device, dtype)
+
+
+def uniform(rng: Source, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return numbers from U[0, 1)."""
+    if isinstance(rng, torch.Generator):
+        return torch.rand(shape, generator=rng, device=device, dtype=dtype)
+    rng.count += 1
+    return _draw(rng.seed, rng.count, False, shape, device, dtype)
+
+
+@torch.library.custom_op("gpkit::draw", mutates_args=())
+def _draw(
+    seed: Tensor,
+    count: int,
+    is_normal: bool,
+    shape: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the numbers of the ``count``-th draw; torch.compile does not look inside."""
+    rng = torch.Generator(device).manual_seed((int(seed) + count) % 2**63)
+    return (normal if is_normal else uniform)(rng, tuple(shape), device, dtype)
+
+
+@_draw.register_fake
+def _(
+    seed: Tensor,
+    count: int,
+    is_normal: bool,
+    shape: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    return torch.empty(tuple(shape), device=device, dtype=dtype)
+
+
+RandomState = tuple[Tensor, ...]
+
+
+@contextmanager
+def seeded(seed: int | RandomState, device: torch.device) -> Iterator[None]:
+    """Draw from a seed, and give the streams of ``device`` and of the CPU back at the end.
+
+    Args:
+        seed: for the random numbers, or the state to draw them from.
+        device: where they are drawn.
+
+    Yields:
+        Nothing.
+    """
+    cuda = [device.index or 0] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        for i, generator in enumerate(generators(device)):
+            if isinstance(seed, int):
+                generator.manual_seed(seed)
+            else:
+                generator.set_state(seed[i])
+        yield
+
+
+def generators(device: torch.device) -> list[torch.Generator]:
+    """Return the generators that a forward on ``device`` draws from: the CPU's and its own."""
+    cuda = [device.index or 0] if device.type == "cuda" else []
+    return [torch.default_generator, *[torch.cuda.default_generators[i] for i in cuda]]
+
+
+def random_state(device: torch.device) -> RandomState:
+    """Return the state of the random numbers, for `isolated` to draw the same ones again."""
+    return tuple(generator.get_state() for generator in generators(device))

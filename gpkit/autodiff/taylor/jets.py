@@ -1,0 +1,157 @@
+"""Jets: tensors that carry the Taylor coefficients of a path, through any function that is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import enable_reentrant_dispatch
+from torch.utils import _pytree as pytree
+
+Rule = Callable[..., Any]
+
+
+RULES: dict[str, Rule] = {}  # by the name of an operation: (func, *args, **kwargs) -> result
+
+
+class Jet(Tensor):
+    """The truncated Taylor series a_0 + a_1 t + ... + a_k t^k; to the net, a tensor of its shape.
+
+    Every operation of torch on it, however it is spelled, arrives here as one of torch's elementary
+    ones, and is answered by the rule of that name. Coefficients are ordinary tensors with ordinary
+    graphs.
+
+    Args:
+        coefficients: a_0, ..., a_k, of one shape.
+    """
+
+    coefficients: list[Tensor]
+    shares = False  # whether it is a view, or has one: then a write would have to reach others
+
+    @staticmethod
+    def __new__(cls, coefficients: Sequence[Tensor]) -> Jet:  # noqa: D102  see the class
+        value = coefficients[0]
+        options: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
+        jet = Tensor._make_wrapper_subclass(cls, value.shape, strides=value.stride(), **options)
+        jet.coefficients = [a.to(value.dtype) for a in coefficients]
+        return jet
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch passes them by position
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Answer an elementary operation by its rule, or refuse it by name."""
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        if not torch.is_grad_enabled():  # what the net computes under no_grad is a constant to it
+            return func(*value(args), **value(kwargs))
+        target = None
+        if name.endswith("_") and name[:-1] in RULES and may_be_written_to(args[0]):
+            target, name = args[0], name[:-1]
+            func = getattr(getattr(torch.ops.aten, name), func._overloadname)
+        if name not in RULES:
+            raise NotImplementedError(refusal(name))
+        with enable_reentrant_dispatch():
+            out = RULES[name](func, *args, **kwargs)
+        if any(r.alias_info is not None for r in func._schema.returns):
+            for jet in filter(is_jet, pytree.tree_leaves((args, out))):
+                jet.shares = True
+        if target is None:
+            return out
+        target.coefficients = [a.to(target.dtype) for a in out.coefficients]
+        return target
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Jet({self.coefficients!r})"
+
+
+PIECEWISE = (
+    "abs",
+    "relu",
+    "leaky_relu",
+    "prelu",
+    "elu",
+    "celu",
+    "hardtanh",
+    "clamp",
+    "clamp_min",
+    "clamp_max",
+    "maximum",
+    "minimum",
+    "max",
+    "min",
+    "amax",
+    "amin",
+    "max_pool2d_with_indices",
+    "adaptive_max_pool2d",
+    "threshold",
+    "sort",
+    "topk",
+    "where",
+)
+
+
+def refusal(name: str) -> str:
+    """Return why there is no rule for an operation, and what to do, in one line."""
+    if name in PIECEWISE:
+        return (
+            f"Taylor mode of order >= 2 needs smooth operations; {name!r} is piecewise, and its "
+            "derivatives miss what happens at the kinks: use GELU, SiLU, softplus or tanh"
+        )
+    if name.endswith("_") and not name.endswith("__"):
+        return (
+            f"Taylor mode does not take {name!r}, in place, on a view, a tensor that has views, or "
+            f"a constant: write it out of place, {name[:-1]!r}"
+        )
+    return (
+        f"Taylor mode has no rule for the operation {name!r}, which the function runs: "
+        "use estimator='exact' or 'projection'"
+    )
+
+
+def may_be_written_to(x: Any) -> bool:
+    """Whether an operation in place changes this tensor, a jet, alone."""
+    return isinstance(x, Jet) and not x.shares
+
+
+def is_jet(x: Any) -> bool:
+    """Whether x is a jet, for the type checker as well as for a tree."""
+    return isinstance(x, Jet)
+
+
+def order_of(*args: Any) -> int:
+    """Return k of the first jet among the arguments."""
+    return next(len(x.coefficients) - 1 for x in pytree.tree_leaves(args) if is_jet(x))
+
+
+def coefficients(x: Any, order: int) -> list[Any]:
+    """Return a_0, ..., a_k of a jet, or of a constant tensor or number: then a_1 ... are zero."""
+    if isinstance(x, Jet):
+        return x.coefficients
+    zero = torch.zeros_like(x) if isinstance(x, Tensor) else 0.0
+    return [x, *[zero] * order]
+
+
+def value(x: Any) -> Any:
+    """Return a_0 in place of every jet in the arguments of an operation."""
+    return pytree.tree_map(lambda a: a.coefficients[0] if isinstance(a, Jet) else a, x)
+
+
+def jets(results: Sequence[Any]) -> Any:
+    """Return jets from what an operation gave for a_0, ..., a_k: a tensor each, or several."""
+    if isinstance(results[0], Tensor):
+        return Jet(results)
+    return type(results[0])([Jet(parts) for parts in zip(*results, strict=True)])
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register the rule of the operations of these names."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register

@@ -1,0 +1,288 @@
+"""The axis `at`: where the derivative is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpkit import checks
+from gpkit.autodiff import random
+from gpkit.autodiff.distributed import batch_std
+from gpkit.autodiff.random import Source
+from gpkit.axes.samples import Points, as_points, per_sample, require_floating, unwrap
+
+
+@dataclass(frozen=True, kw_only=True)
+class At:
+    """Where the derivative is taken.
+
+    Args:
+        detach: cut the points off the graph that made them (a generator's, say). With
+            ``detach=False`` the penalty also trains what made the points.
+    """
+
+    detach: bool = True
+
+    # Whether the points are the samples as they were given: then a graph that the caller already
+    # has can be reused, and no second forward is needed.
+    moves = False
+
+    def __call__(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
+        """Return the points, ready to be differentiated at: they require grad."""
+        points = self.choose(real, fake, rng)
+        for x in points:
+            require_floating(x)
+        if self.detach:
+            points = tuple(x.detach() for x in points)
+        # An inference tensor cannot enter a graph; a copy made outside that mode can.
+        points = tuple(x.clone() if x.is_inference() else x for x in points)
+        return tuple(x if x.requires_grad else x.detach().requires_grad_() for x in points)
+
+    def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
+        """Return the points before they are detached."""
+        raise NotImplementedError(f"{type(self).__name__} must define choose(real, fake, rng)")
+
+    def need(self, samples: Points | None, kind: str) -> Points:
+        """Return ``samples``, or refuse because the call had none of this kind."""
+        if samples is None:
+            raise ValueError(f"`at={type(self).__name__}()` needs {kind}=..., which was not given")
+        return samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class real(At):  # noqa: N801  points read as functions: at=interpolate()
+    """The real samples: x."""
+
+    def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
+        return self.need(real, "real")
+
+
+@dataclass(frozen=True, kw_only=True)
+class data(real):  # noqa: N801
+    """The data that the penalty was called with: x."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class fake(At):  # noqa: N801
+    """The fake samples: y."""
+
+    def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
+        return self.need(fake, "fake")
+
+
+@dataclass(frozen=True, kw_only=True)
+class interpolate(At):  # noqa: N801
+    """Interpolates α x + (1 - α) y of real x and fake y, one α in U[0, 1] for every sample.
+
+    With several inputs a sample has one α for all of them.
+    """
+
+    moves = True
+
+    def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
+        real, fake = self.need(real, "real"), self.need(fake, "fake")
+        shapes = [list(x.shape) for x in real], [list(y.shape) for y in fake]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                "`at=interpolate()` needs real and fake samples of the same shape; "
+                f"got {' and '.join(str(s[0] if len(s) == 1 else s) for s in shapes)}"
+            )
+        alpha = random.uniform(rng, [len(real[0])], real[0].device, torch.float32)  # [B]
+        return tuple(y + per_sample(alpha, x) * (x - y) for x, y in zip(real, fake, strict=True))
+
+
+@dataclass(frozen=True)
+class perturb(At):  # noqa: N801
+    """x + s·u: the real samples with noise, as in DRAGAN.
+
+    Args:
+        scale: s.
+        noise: "normal", u ~ N(0, I), or "uniform", u ~ U[-1, 1] in every entry.
+        relative: multiply s by the standard deviation over all entries of the batch, that of all
+            ranks in a distributed run; each of several inputs has its own.
+        along: take a point between x and its perturbation: x + α·s·u, one α in U[0, 1] a sample.
+    """
+
+    scale: float = 0.1
+    noise: str = "normal"
+    relative: bool = False
+    along: bool = False
+
+    moves = True
+
+    def __post_init__(self) -> None:
+        checks.number("perturb(scale=...)", self.scale, 0)
+        checks.choice("perturb(noise=...)", self.noise, ("normal", "uniform"))
+
+    def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
+        real = self.need(real, "real")
+        alpha = torch.ones(len(real[0]), device=real[0].device)
+        if self.along:
+            alpha = random.uniform(rng, [len(alpha)], alpha.device, alpha.dtype)
+        return tuple(x + per_sample(alpha, x) * self.delta(x, rng) for x in real)
+
+    def delta(self, x: Tensor, rng: Source) -> Tensor:
+        """Return the noise at full strength, ``[B, *S]``."""
+        require_floating(x)
+        draw = random.normal if self.noise == "normal" else random.uniform
+        u = draw(rng, x.shape, x.device, x.dtype)
+        u = u if self.noise == "normal" else 2 * u - 1
+        return u * self.scale * (batch_std(x) if self.relative else 1.0)
+
+
+@dataclass(frozen=True)
+class computed(At):  # noqa: N801
+    """Points of your own: ``function(real, fake)``, a tensor or a tuple of them.
+
+    ``real`` and ``fake`` come as they were given to the penalty: None where they were not.
+    """
+
+    function: Callable[[Any, Any], Any]
+
+    moves = True
+
+    def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
+        return as_points(self.function(unwrap(real), unwrap(fake)))
+
+
+Bound = float | Sequence[Any] | Tensor
+
+
+@dataclass(frozen=True)
+class uniform(At):  # noqa: N801  points read as functions: at=uniform(-1, 1)
+    """Points from U[low, high] in every entry, as many and of the shape of the real samples.
+
+    Args:
+        low: the box's lower end: a number, or numbers that broadcast to one sample's shape, as one
+            for each dimension of ``[B, d]``. Several inputs share the box.
+        high: its upper end, likewise.
+
+    Raises:
+        ValueError: if an end is no finite number, or ``low`` is above ``high``.
+    """
+
+    low: Bound = 0.0
+    high: Bound = 1.0
+
+    moves = True
+
+    def __post_init__(self) -> None:
+        for name in ("low", "high"):  # plain numbers: equal boxes are equal, and have no device
+            object.__setattr__(self, name, _numbers(f"uniform({name}=...)", getattr(self, name)))
+        low, high = self.ends(torch.float64)
+        try:
+            above = bool((low > high).any())
+        except RuntimeError:
+            raise ValueError(
+                "`uniform(low, high)` needs ends of shapes that broadcast; "
+                f"got {list(low.shape)} and {list(high.shape)}"
+            ) from None
+        if above:
+            raise ValueError(f"`uniform(low, high)` needs low <= high; got {self.low}, {self.high}")
+
+    def ends(self, dtype: torch.dtype, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """Return both ends as tensors."""
+        low, high = (torch.tensor(e, dtype=dtype, device=device) for e in (self.low, self.high))
+        return low, high
+
+    def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
+        return tuple(self.inside(x, rng) for x in self.need(real, "real"))
+
+    def inside(self, x: Tensor, rng: Source) -> Tensor:
+        """Return points ``[B, *S]`` in the box, for an ``x`` of that shape."""
+        require_floating(x)
+        low, high = self.ends(x.dtype, x.device)
+        for end in (low, high):
+            fits = end.ndim < x.ndim and all(
+                e in (1, n) for e, n in zip(end.shape[::-1], x.shape[:0:-1], strict=False)
+            )
+            if not fits:
+                raise ValueError(
+                    f"`uniform(low, high)` has ends of shape {list(end.shape)}, and a sample has "
+                    f"{list(x.shape[1:])}: give a number, or one for each dimension"
+                )
+        u = random.uniform(rng, x.shape, x.device, x.dtype)
+        return low + (high - low) * u
+
+
+@dataclass(frozen=True, init=False)
+class mixture(At):  # noqa: N801
+    """Several kinds of points at once: the batch is all of them, in order, and so is the mean.
+
+    The function is evaluated once, on the concatenation ``[B1 + B2 + ..., *S]``: where it holds
+    labels, these must be repeated.
+
+    Args:
+        *ats: the kinds: "data", ``gpkit.uniform(-1, 1)``, a function ``(real, fake) -> points``.
+            Each cuts its own points off their graph, or not.
+        equal: refuse kinds of different numbers of points, of which the larger would weigh more.
+
+    Raises:
+        ValueError: if there are none, or one has a name that no points have.
+    """
+
+    ats: tuple[At, ...] = ()
+    equal: bool = False
+
+    moves = True
+
+    def __init__(self, *ats: str | At | Callable[[Any, Any], Any], equal: bool = False) -> None:
+        if not ats:
+            raise ValueError("`mixture(...)` needs at least one kind of points; got none")
+        object.__setattr__(self, "ats", tuple(as_at("mixture(...)", at) for at in ats))
+        object.__setattr__(self, "equal", equal)
+        object.__setattr__(self, "detach", False)  # its parts have done it
+
+    def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
+        parts = [
+            tuple(x.detach() if at.detach else x for x in at.choose(real, fake, rng))
+            for at in self.ats
+        ]
+        shapes = [[list(x.shape[1:]) for x in part] for part in parts]
+        if any(shape != shapes[0] for shape in shapes):
+            raise ValueError(
+                "`at=mixture(...)` needs samples of one shape from every part; got "
+                + " and ".join(", ".join(map(str, shape)) for shape in shapes)
+            )
+        sizes = [len(part[0]) for part in parts]
+        if self.equal and len(set(sizes)) > 1:
+            raise ValueError(
+                "`at=mixture(..., equal=True)` needs as many points from every part; got "
+                + " and ".join(map(str, sizes))
+            )
+        return tuple(torch.cat(xs) for xs in zip(*parts, strict=True))
+
+
+def _numbers(where: str, value: Any) -> Any:
+    """Return a number, or nested tuples of numbers, or refuse."""
+    try:
+        tensor = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        tensor = torch.tensor(torch.nan)
+    if isinstance(value, (bool, str)) or not tensor.isfinite().all():
+        raise ValueError(f"`{where}` must be a finite number, or a sequence of them; got {value!r}")
+    return _nested(tensor.tolist())
+
+
+def _nested(value: Any) -> Any:
+    return tuple(map(_nested, value)) if isinstance(value, list) else value
+
+
+POINTS = {p.__name__: p for p in (data, real, fake, interpolate, perturb)}
+
+
+def as_at(where: str, at: Any) -> At:
+    """Return points for what the user said: an object, a name, or a function of their own.
+
+    Raises:
+        ValueError: if a name is none of `POINTS`.
+        TypeError: if it is anything else.
+    """
+    if callable(at) and not isinstance(at, At):
+        return computed(at)
+    points: At = checks.piece(where, at, POINTS, At)
+    return points

@@ -1,0 +1,100 @@
+"""What a penalty was called with, and the forward passes of its own that follow from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gpkit.autodiff import activations
+from gpkit.autodiff.isolation import isolated
+from gpkit.autodiff.random import RandomState, Source
+from gpkit.axes.at import At
+from gpkit.axes.of import Of, sampled_losses
+from gpkit.axes.samples import Points
+from gpkit.estimators.base import Estimator
+from gpkit.estimators.computed import Computed
+
+
+class Axes(Protocol):
+    """The choices that say how a call is read: those of a `GradientPenalty`."""
+
+    of: Of
+    at: At
+    scope: str
+    order: int
+    estimator: Estimator
+
+
+@dataclass(eq=False)
+class Call:
+    """What a penalty was called with.
+
+    Args:
+        axes: the penalty's choices.
+        f: a tensor with its graph, a callable to evaluate, or `Computed`, which is both.
+        args: the other positional arguments: samples, or a module or its parameters.
+        real: real samples, if given by keyword.
+        fake: fake samples, if given by keyword.
+        rng: draws points.
+        seed: for the random numbers of a forward pass.
+    """
+
+    axes: Axes
+    f: Any
+    args: tuple[Any, ...]
+    real: Any
+    fake: Any
+    rng: Source
+    seed: int | RandomState
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether ``f`` is a value, not a function: a tensor, or what ``of`` takes one from."""
+        return isinstance(self.f, Tensor) or (callable(self.axes.of) and not callable(self.f))
+
+    def run(
+        self, xs: Points, device: torch.device, wrt: Any = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run a forward pass without side effects.
+
+        Args:
+            xs: what the function is called with.
+            device: where it runs.
+            wrt: the variables, which may be an activation.
+
+        Returns:
+            What is differentiated, and the activations that the axes name.
+        """
+        if isinstance(self.f, Computed):
+            return self.selected(self.again(self.f.function, self.f.state, xs, device)), {}
+        wanted = activations.names(self.axes.of, wrt)
+        net = activations.module_of(wanted[0], self.f, self.args) if wanted else None
+        with activations.captured(net, wanted) as caught:
+            y = self.again(self.f, self.seed, xs, device)
+        if isinstance(self.axes.of, activations.Named):
+            y = caught[self.axes.of.name]
+        return self.selected(y), caught
+
+    def again(
+        self, function: Any, seed: int | RandomState, xs: Points, device: torch.device
+    ) -> Any:
+        """Return what a function gives in a forward pass without side effects."""
+        twice = not self.axes.estimator.first_order
+        with isolated(function, seed, device, self.axes.order, twice=twice):
+            return function(*xs)
+
+    def selected(self, y: Any) -> Tensor:
+        """Return what is differentiated: what ``of`` chooses of the output of ``f``."""
+        if callable(self.axes.of):
+            y = self.axes.of(y)
+        if self.axes.of == "sampled_loss" and isinstance(y, Tensor):
+            y = sampled_losses(y, self.rng)
+        if not isinstance(y, Tensor):
+            raise TypeError(
+                f"the function gave a {type(y).__name__}, and a tensor was expected; choose one "
+                "with `of=lambda output: output[0]`"
+            )
+        return y

@@ -1,0 +1,68 @@
+"""The axis `of`: what is differentiated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gpkit.autodiff.numerics import wide
+from gpkit.autodiff.random import Source, uniform
+
+Of = str | Callable[[Any], Tensor]
+
+
+def sampled_losses(logits: Tensor, rng: Source) -> Tensor:
+    r"""Return each sample's cross-entropy with a label drawn from its own softmax.
+
+    .. math:: \ell_i = -\log p_i(\hat y_i), \quad \hat y_i \sim p_i = \mathrm{softmax}(z_i)
+
+    Args:
+        logits: z, ``[B, C]``.
+        rng: draws the labels.
+
+    Returns:
+        ``[B]``, in float32 or better.
+
+    Raises:
+        ValueError: if the logits have another shape.
+    """
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError(
+            f'of="sampled_loss" draws labels from logits [B, C] of C >= 2; got '
+            f"{list(logits.shape)}: give the penalty the logits, not the loss"
+        )
+    logits = logits.to(wide(logits))
+    return F.cross_entropy(logits, draw_labels(logits, rng), reduction="none")
+
+
+def draw_labels(logits: Tensor, rng: Source) -> Tensor:
+    """Return a label drawn from the softmax of each row of ``[B, C]``: ``[B]``, without a graph."""
+    cumulative = logits.detach().double().softmax(1).cumsum(1)  # [B, C]
+    u = uniform(rng, [len(logits)], logits.device, torch.float32).double()
+    return (cumulative[:, :-1] <= u.unsqueeze(1)).sum(1)
+
+
+@dataclass(frozen=True)
+class per_pixel:  # noqa: N801  axes read as functions: of=per_pixel()
+    """The output over the root of its number of pixels: f / √(H·W) of ``[B, C, H, W]``.
+
+    The pixels are all dimensions but the first two; ``[B]`` and ``[B, C]`` have one pixel.
+
+    >>> per_pixel()(torch.ones(1, 3, 2, 2))[0, 0, 0]
+    tensor([0.5000, 0.5000])
+    """
+
+    def __call__(self, output: Tensor) -> Tensor:
+        """Return the scaled output, of the same shape."""
+        return output / math.sqrt(math.prod(output.shape[2:]))
+
+
+def class_sum(output: Tensor) -> Tensor:
+    """Return the sum of the outputs of each sample: ``[B, C]`` to ``[B]``."""
+    return output.reshape(len(output), -1).sum(1)

@@ -1,0 +1,67 @@
+"""The axis `scope`: the groups, that is, what is averaged before the norm is taken."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gpkit.axes.call import Call
+from gpkit.estimators.base import Estimator
+from gpkit.estimators.computed import Computed
+from gpkit.estimators.window import Window
+
+POOLED = ("accumulated", "global")
+
+
+def window_of(call: Call) -> Window | None:
+    """Return the window of a call whose scope asks for one.
+
+    Raises:
+        ValueError: if only the caller can know the micro-batches, and did not give them.
+    """
+    if call.axes.scope not in POOLED:
+        return None
+    if isinstance(call.f, Computed) and call.f.window is not None:
+        return call.f.window
+    if call.axes.scope == "accumulated":
+        raise ValueError(
+            'scope="accumulated" needs the micro-batches of an optimiser step, which '
+            "gpkit.GradientPenaltyCallback sees; here use scope='batch' or 'global'"
+        )
+    return Window(ranks=True)
+
+
+def check(scope: str, order: int, estimator: Estimator) -> None:
+    """Refuse axes that have no meaning for the groups of a scope.
+
+    Raises:
+        ValueError: if the derivative cannot be averaged over micro-batches before the norm is
+            taken, or mixes pixels, or the estimator gives one norm a sample.
+    """
+    if scope in POOLED and (order > 1 or not estimator.pools):
+        raise ValueError(
+            f"scope={scope!r} takes order=1 with estimator='exact' or 'finite_difference'; got "
+            f"order={order} with {estimator!r}"
+        )
+    if scope == "pixel" and order > 1:
+        raise ValueError(
+            f'`scope="pixel"` takes order=1; got order={order}: a higher derivative mixes pixels, '
+            'use scope="sample"'
+        )
+    if scope == "pixel" and not estimator.by_pixel:
+        raise ValueError(
+            "`scope=\"pixel\"` takes estimator='exact' or 'projection'; got " + repr(estimator)
+        )
+
+
+def require_images(xs: tuple[Tensor, ...]) -> None:
+    """Refuse inputs that have no pixels, or not the same ones.
+
+    Raises:
+        ValueError: if an input is not ``[B, C, *S]``, or two differ in S.
+    """
+    if any(x.ndim < 3 for x in xs) or len({x.shape[2:] for x in xs}) > 1:
+        shapes = " and ".join(str(list(x.shape)) for x in xs)
+        raise ValueError(
+            f'`scope="pixel"` needs images [B, C, *S], the same S for all inputs; got {shapes}: '
+            'use scope="sample"'
+        )

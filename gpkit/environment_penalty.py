@@ -1,0 +1,210 @@
+"""EnvironmentPenalty: a statistic of how the environments of a batch differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gpkit.autodiff import graph
+from gpkit.autodiff.derivatives import gradients
+from gpkit.autodiff.isolation import isolated
+from gpkit.autodiff.numerics import wide
+from gpkit.axes.environments import Samples, Statistic
+from gpkit.axes.samples import device_of
+from gpkit.axes.weight import Schedule
+from gpkit.formula import Terms, reduced
+from gpkit.penalty import Penalty
+
+Losses = Callable[[Tensor, Tensor], Tensor]
+
+
+class Options(TypedDict, total=False):
+    """What an environment penalty takes beside its statistic and its weight."""
+
+    loss: Losses | None
+    every: int
+    seed: int | None
+    name: str
+
+
+class EnvironmentPenalty(Penalty):
+    r"""A penalty on a statistic of the gradients of a batch's environments.
+
+    .. math:: \lambda(t) \; \frac1E \sum_e \mathrm{statistic}_e
+
+    Called ``penalty(logits, y, env)``: logits ``[B, C]`` and classes ``[B]``, or logits ``[B]`` or
+    ``[B, 1]`` and targets in {0, 1} of their number; env ``[B]``, integers that name each sample's
+    environment. Or ``penalty([(logits_1, y_1), (logits_2, y_2), ...])``, one pair for each. A
+    callable instead of the logits is called for them. A statistic of the last linear layer takes
+    ``(logits, features)`` for logits: `features` gives both.
+
+    Args:
+        statistic: of the environments.
+        loss: ``(logits, y) -> [B]``; None is the cross-entropy, the logistic one for one logit.
+        weight: λ >= 0, or a schedule.
+        every: act on every k-th step, with the weight multiplied by k.
+        seed: of the random numbers of a callable's forward.
+        name: what it is called in logs.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        statistic: Statistic,
+        *,
+        loss: Losses | None = None,
+        weight: float | Schedule = 1.0,
+        every: int = 1,
+        seed: int | None = None,
+        name: str = "environments",
+    ) -> None:
+        super().__init__(weight=weight, every=every, seed=seed, name=name)
+        self.statistic = statistic
+        self.loss = loss or cross_entropies
+
+    def axes(self) -> dict[str, Any]:
+        """Return the choices on the axes by name."""
+        return {"statistic": self.statistic, **super().axes()}
+
+    def evaluate(
+        self,
+        f: Any,
+        args: tuple[Any, ...],
+        real: Any,
+        fake: Any,
+        weight: float,
+        scale: Tensor | float | None = None,
+        *,
+        acts: bool = False,
+    ) -> Terms:
+        """Return the terms for a weight.
+
+        Args:
+            f: logits, a callable that gives them, or pairs of them and targets.
+            args: y and env, or nothing.
+            real: must be None.
+            fake: must be None.
+            weight: the factor of the mean over environments.
+            scale: is not needed: δ is taken of the logits alone, in float32.
+            acts: whether the terms are trained on.
+
+        Returns:
+            The terms, one for each environment.
+
+        Raises:
+            RuntimeError: if the logits have no graph.
+            TypeError: if the arguments are of other kinds.
+        """
+        train, seed = torch.is_grad_enabled(), self.next_seed()
+        if real is not None or fake is not None:
+            raise TypeError(f"{self.name} takes no real= or fake=: {USAGE}")
+        with torch.inference_mode(False), torch.enable_grad():
+            with isolated(f, seed, device_of(f, args)):
+                output, y, env = self._read(f, args)
+            logits, a = self._split(output)
+            if train and not logits.requires_grad:
+                raise RuntimeError(CUT)
+            n2, values = self.statistic(self._samples(logits, a, y, env))
+            terms = Terms(n2, values, weight, reduced(values))
+        if acts and train and not self.seen_to_act:
+            if not graph.leaves(terms.reduced):
+                raise RuntimeError(CUT)
+            self.seen_to_act = True
+        return terms if train else terms.detached()
+
+    def _read(self, f: Any, args: tuple[Any, ...]) -> tuple[Any, Tensor, Tensor]:
+        """Return outputs, targets and environments of a call, whichever way it was written."""
+        if len(args) == 2:
+            y, env = args
+            f = f() if callable(f) else f
+        elif not args and isinstance(f, (list, tuple)) and all(len(pair) == 2 for pair in f):
+            outputs = [output() if callable(output) else output for output, _ in f]
+            y = torch.cat([y for _, y in f])
+            sizes = torch.tensor([len(y) for _, y in f], device=y.device)
+            env = torch.arange(len(f), device=y.device).repeat_interleave(sizes)
+            pairs = [o if isinstance(o, (list, tuple)) else (o,) for o in outputs]
+            f = tuple(torch.cat(parts) for parts in zip(*pairs, strict=True))
+            f = f[0] if len(f) == 1 else f
+        else:
+            raise TypeError(f"got {len(args)} arguments after the logits: {USAGE}")
+        for name, tensor in (("y", y), ("env", env)):
+            if not isinstance(tensor, Tensor) or tensor.ndim == 0:
+                raise TypeError(f"{name} must be a tensor [B]; got a {type(tensor).__name__}")
+        if env.ndim != 1 or env.is_floating_point():
+            raise ValueError(
+                f"env must be integers [B], the environment of each sample; got "
+                f"{env.dtype} {list(env.shape)}"
+            )
+        return f, y, env
+
+    def _split(self, output: Any) -> tuple[Tensor, Tensor | None]:
+        """Return logits ``[B, C]`` or ``[B]``, and features ``[B, d]`` where they are needed."""
+        if not self.statistic.features:
+            output = (output, None)
+        if not isinstance(output, (list, tuple)) or len(output) != 2:
+            raise TypeError(
+                f"{self.name} takes (logits, features), which gpkit.features(net, x) gives; got a "
+                f"{type(output).__name__}"
+            )
+        logits, a = output
+        if not isinstance(logits, Tensor) or logits.ndim not in (1, 2):
+            found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise TypeError(f"logits must be a tensor [B, C] or [B]; got {found}")
+        if a is not None and (not isinstance(a, Tensor) or a.ndim != 2 or len(a) != len(logits)):
+            found = list(a.shape) if isinstance(a, Tensor) else type(a).__name__
+            raise TypeError(f"features must be a tensor [{len(logits)}, d]; got {found}")
+        return logits, a
+
+    def _samples(self, logits: Tensor, a: Tensor | None, y: Tensor, env: Tensor) -> Samples:
+        logits = logits.to(wide(logits))
+        if not len(logits) == len(y) == len(env):
+            raise ValueError(
+                "logits, y and env must have one entry for every sample; got "
+                f"{len(logits)}, {len(y)} and {len(env)}"
+            )
+        if not logits.requires_grad:
+            logits = logits.detach().clone().requires_grad_()  # without grad mode, for δ alone
+        with torch.autocast(logits.device.type, enabled=False):
+            losses = self.loss(logits, y)
+            if losses.shape != logits.shape[:1]:
+                raise ValueError(
+                    f"`loss=...` must give one loss per sample, [{len(logits)}]; got "
+                    f'{list(losses.shape)}: use reduction="none"'
+                )
+            if not losses.requires_grad:
+                raise RuntimeError(CUT)
+            (deltas,) = gradients(losses.sum(), (logits,))
+            same = (env.unique().unsqueeze(1) == env).to(logits)  # [E, B]
+            return Samples(
+                logits.reshape(len(logits), -1),
+                deltas.reshape(len(logits), -1),
+                None if a is None else a.to(logits.dtype),
+                same / same.sum(1, keepdim=True),
+            )
+
+
+USAGE = "use penalty(logits, y, env), or penalty([(logits_1, y_1), (logits_2, y_2), ...])"
+
+
+CUT = (
+    "the penalty depends on no parameter that is trained: were the logits detached, computed under "
+    "no_grad, or does `loss=...` not depend on them?"
+)
+
+
+def cross_entropies(logits: Tensor, y: Tensor) -> Tensor:
+    """Return each sample's cross-entropy ``[B]``, the logistic one where it has one logit."""
+    if logits.ndim == 1 or logits.shape[1] == 1:
+        if y.numel() != len(y):
+            raise ValueError(
+                f"one logit a sample needs targets [B] in {{0, 1}}; got {list(y.shape)}"
+            )
+        targets = y.reshape(-1).to(logits.dtype)
+        return F.binary_cross_entropy_with_logits(logits.reshape(-1), targets, reduction="none")
+    return F.cross_entropy(logits, y, reduction="none")

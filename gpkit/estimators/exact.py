@@ -1,0 +1,37 @@
+"""The exact derivative, by nested double backprop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gpkit.autodiff.derivatives import derivative_rows, gradients
+from gpkit.autodiff.numerics import as_rows, reduce_rows, squared_length
+from gpkit.autodiff.random import Source
+from gpkit.estimators.base import Estimator, Target
+
+
+@dataclass(frozen=True)
+class exact(Estimator):  # noqa: N801  estimators read as functions: estimator=projection(4)
+    """All entries of the derivative, by nested double backprop.
+
+    m outputs in n variables take m·(1 + n + ... + n^(k-1)) backward passes: one for the gradient
+    of a scalar, m for a Jacobian, n + 1 for a scalar's Hessian.
+    """
+
+    pools = True
+    by_pixel = True
+
+    def squared_norms(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:
+        """Return n² ``[G]``, differentiable, in float32 or better."""
+        if target.window is not None:
+            return target.window.squared_norms(target.y, target.xs, target.scale, norm)
+        if order > 1 or target.y.numel() > 1:
+            rows = derivative_rows(target.y, target.xs, order, batched=target.batched)
+            return reduce_rows(target.split(rows), norm)
+        grads = gradients(target.y, target.xs, target.times)  # the same, of one number
+        if norm == "l2" and not target.batched:
+            return squared_length(grads)
+        row = tuple(as_rows(g, target.batched) for g in grads)
+        return reduce_rows(target.split([row]), norm)

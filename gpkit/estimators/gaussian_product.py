@@ -1,0 +1,51 @@
+"""One product of the Jacobian with a Gaussian vector."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpkit.autodiff.derivatives import gradients
+from gpkit.autodiff.numerics import as_rows
+from gpkit.autodiff.random import Source, normal
+from gpkit.estimators.base import Estimator, Target
+
+
+@dataclass(frozen=True)
+class gaussian_product(Estimator):  # noqa: N801  estimators read as functions
+    r"""One product of the Jacobian with a Gaussian vector, whose length is itself the quantity.
+
+    .. math:: n^2 = \frac1L \|J^\top y\|^2, \quad y \sim N(0, I)
+
+    A variable ``[G, L, D]`` has L rows, whose squared lengths are averaged; ``[G, D]`` has one.
+    Unlike ``projection(1, "gaussian")`` it draws y for one output as well. The mean of n² is
+    ‖J‖_F² / L.
+
+    Source: Karras et al. (2020), arXiv:1912.04958.
+    """
+
+    def check(self, order: int, norm: str, batched: bool) -> None:
+        """Refuse what has no such product.
+
+        Raises:
+            ValueError: if it is not the l2 norm of a first derivative.
+        """
+        if order > 1 or norm != "l2":
+            raise ValueError(
+                "`estimator=gaussian_product()` is the l2 norm of a first derivative; "
+                f"got order={order}, norm={norm!r}: use estimator='projection'"
+            )
+
+    def squared_norms(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:
+        """Return n² ``[G]``, differentiable, in float32 or better."""
+        wide = torch.promote_types(target.y.dtype, torch.float32)
+        y = normal(rng, target.y.shape, target.y.device, wide).to(target.y.dtype)
+        total = torch.zeros(len(target.y), device=y.device, dtype=wide)
+        for x, g in zip(target.xs, gradients((target.y * y).sum(), target.xs), strict=True):
+            rows = math.prod(x.shape[1:-1]) if target.batched else 1  # L
+            entries = as_rows(g, target.batched)
+            total = total + entries.to(wide).square().sum(1) / rows
+        return total

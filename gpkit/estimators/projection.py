@@ -1,0 +1,86 @@
+"""Random projections: an unbiased estimate of the squared Frobenius norm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpkit import checks
+from gpkit.autodiff.derivatives import gradients
+from gpkit.autodiff.numerics import as_rows, reduce_rows, wide
+from gpkit.autodiff.random import Source, normal
+from gpkit.estimators.base import Estimator, Target
+
+DISTRIBUTIONS = ("rademacher", "gaussian", "sphere")
+
+
+@dataclass(frozen=True)
+class projection(Estimator):  # noqa: N801
+    r"""Random projections: an unbiased estimate of the squared Frobenius norm.
+
+    .. math:: n^2 = \frac1N \sum_{j=1}^N
+              \|\nabla\, D_{v_{k-1}} \cdots D_{v_1} \langle v_0, f \rangle \|^2
+
+    with fresh independent v of E[v vᵀ] = I for each level, sample and j. Each of the N takes k
+    backward passes. It is exact, and one pass, where nothing is left to project: the gradient of a
+    scalar. A form that takes the root of n² (norm, two-sided) sees the root of the estimate.
+
+    Args:
+        n: N, the number of projections.
+        distribution: of v: "rademacher" (±1, the least variance), "gaussian", or "sphere"
+            (uniform on the sphere of radius √d).
+
+    Source: Hutchinson (1989); for Jacobians Hoffman, Roberts and Yaida (2019), arXiv:1908.02729.
+    """
+
+    n: int = 1
+    distribution: str = "rademacher"
+
+    by_pixel = True
+
+    def __post_init__(self) -> None:
+        checks.integer("projection(n=...)", self.n, 1)
+        checks.choice("projection(distribution=...)", self.distribution, DISTRIBUTIONS)
+
+    def check(self, order: int, norm: str, batched: bool) -> None:
+        """Refuse other norms.
+
+        Raises:
+            ValueError: if the norm is not l2.
+        """
+        if norm != "l2":
+            raise ValueError(
+                f"`estimator=projection()` estimates the l2 norm; got norm={norm!r}: "
+                "use estimator='exact'"
+            )
+
+    def squared_norms(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:
+        """Return the estimate of n² ``[G]``, differentiable, in float32 or better."""
+        random = order > 1 or target.y.shape[1] > 1
+        draws = [self.once(target, order, norm, rng) for _ in range(self.n if random else 1)]
+        return torch.stack(draws).mean(0)
+
+    def once(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:
+        """Return one unbiased n² ``[G]``."""
+        rows: tuple[Tensor, ...] = (target.y,)
+        for _ in range(order):
+            # One entry is not projected: v = ±1 would change nothing, a Gaussian would add noise.
+            alone = len(rows) == 1 and rows[0].shape[1] == 1
+            vs = [torch.ones_like(r) for r in rows] if alone else self.draw(rows, rng)
+            along = sum((r * v).sum() for r, v in zip(rows, vs, strict=True))
+            assert isinstance(along, Tensor)
+            rows = tuple(as_rows(g, target.batched) for g in gradients(along, target.xs))
+        return reduce_rows(target.split([rows]), norm)
+
+    def draw(self, rows: tuple[Tensor, ...], rng: Source) -> list[Tensor]:
+        """Return v in the shapes ``[G, n]`` of ``rows``, with E[v vᵀ] = I over a whole row."""
+        vs = [normal(rng, r.shape, r.device, wide(r)) for r in rows]
+        if self.distribution == "rademacher":
+            vs = [torch.where(v < 0, -1.0, 1.0).to(v) for v in vs]
+        elif self.distribution == "sphere":
+            length = torch.stack([v.square().sum(1) for v in vs]).sum(0).sqrt()  # [G]
+            radius = sum(v.shape[1] for v in vs) ** 0.5
+            vs = [v * (radius / length).unsqueeze(1) for v in vs]
+        return [v.to(r.dtype) for v, r in zip(vs, rows, strict=True)]

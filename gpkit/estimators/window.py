@@ -1,0 +1,149 @@
+"""A window: the micro-batches, and the ranks, whose mean gradient has one norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from gpkit.autodiff import graph
+from gpkit.autodiff.derivatives import first_gradients, gradients
+from gpkit.autodiff.known_gradient import known_gradient
+from gpkit.autodiff.numerics import as_rows, known, reduce_rows, root, steepest, wide
+
+
+class Window:
+    r"""Micro-batches whose gradients are averaged before the norm n is taken.
+
+    With ḡ = (1/A) Σ_a g_a, over A micro-batches (and then over ranks),
+
+    .. math:: \nabla_\theta \|\bar g\|^2 = \frac{2}{A} \sum_a H_a \, \bar g ,
+
+    so that ḡ, a constant, is the vector of a second backward through each micro-batch. The earlier
+    ones are run again for it, one at a time, and no graph outlives its micro-batch. The penalty of
+    a micro-batch gets the gradient 2 H_a ḡ: averaged over micro-batches and over ranks, as training
+    averages what it is given, that is the whole.
+
+    Args:
+        size: A, what training divides the sum of the micro-batches' gradients by.
+        ranks: whether the ranks of a distributed run are averaged too.
+    """
+
+    def __init__(self, size: int = 1, *, ranks: bool = False) -> None:
+        self.size = size
+        self.ranks = ranks
+        self._again: list[Callable[[], Tensor]] = []
+        self._sums: dict[Tensor, Tensor] = {}  # by parameter, of the earlier micro-batches
+
+    def add(
+        self, again: Callable[[], Tensor], leaves: Iterable[Tensor], grads: Iterable[Tensor]
+    ) -> None:
+        """Take in a micro-batch: a function that gives its loss anew, and its gradient."""
+        self._again.append(again)
+        for leaf, grad in zip(leaves, grads, strict=True):
+            grad = grad.detach().to(wide(grad))
+            self._sums[leaf] = self._sums[leaf] + grad if leaf in self._sums else grad
+
+    def mean(
+        self, grads: Sequence[Tensor], xs: Sequence[Tensor], scale: Tensor | float | None
+    ) -> list[Tensor]:
+        """Return ḡ, a constant in float32 or better: of the earlier gradients, and these.
+
+        Args:
+            grads: of this micro-batch, times ``scale``, one for each of ``xs``.
+            xs: the parameters.
+            scale: what the loss was multiplied by.
+
+        Returns:
+            ḡ times ``scale``.
+        """
+        means = [g.detach().to(wide(g)) for g in grads]
+        for i, x in enumerate(xs):
+            if x in self._sums:
+                means[i] = means[i] + scaled(self._sums[x], scale)
+        if self.ranks and torch.distributed.is_available() and torch.distributed.is_initialized():
+            flat = torch.cat([g.reshape(-1) for g in means])
+            torch.distributed.all_reduce(flat)
+            flat /= torch.distributed.get_world_size()
+            parts = flat.split([g.numel() for g in means])
+            means = [part.reshape(g.shape) for part, g in zip(parts, means, strict=True)]
+        return [g / self.size for g in means]
+
+    def squared_norms(
+        self, y: Tensor, xs: Sequence[Tensor], scale: Tensor | float | None, norm: str
+    ) -> Tensor:
+        """Return n² ``[1]`` of ḡ, with the gradient in the parameters that was said above."""
+        local = gradients(y.sum(), tuple(xs))
+        rows = [as_rows(g, False) for g in self.mean(local, xs, scale)]
+        n2 = reduce_rows([tuple(rows)], norm)
+        pull = [2 * root(n2) * v for v in steepest(rows, norm)]  # ∂n²/∂ḡ
+
+        def along(grads: Sequence[Tensor]) -> Tensor:
+            flat = [as_rows(g.to(wide(g)), False) for g in grads]
+            return torch.stack(
+                [((g - g.detach()) * p).sum() for g, p in zip(flat, pull, strict=True)]
+            ).sum()
+
+        n2 = n2 + along(local)
+        sums: dict[Tensor, Tensor] = {}
+        for again in self._again:
+            again_y = scaled(again(), scale)
+            part = along(gradients(again_y, tuple(xs)))
+            leaves = graph.leaves(part)
+            for leaf, grad in zip(leaves, first_gradients(part, tuple(leaves)), strict=True):
+                if grad is not None:
+                    sums[leaf] = sums[leaf] + grad if leaf in sums else grad
+        if sums:
+            n2 = n2 + known_gradient(torch.zeros_like(n2), list(sums), list(sums.values()))
+        return n2
+
+    def earlier(self, leaves: Sequence[Tensor], scale: Tensor | float | None) -> list[Tensor]:
+        """Return the sum of the earlier micro-batches' gradients, times ``scale``."""
+        zeros = [torch.zeros_like(x, dtype=wide(x)) for x in leaves]
+        return [
+            scaled(self._sums.get(x, zero), scale) for x, zero in zip(leaves, zeros, strict=True)
+        ]
+
+    def earlier_now(self, leaves: Sequence[Tensor], scale: Tensor | float | None) -> list[Tensor]:
+        """Return that sum at the weights as they are: each micro-batch is run again."""
+        totals = [torch.zeros_like(x, dtype=wide(x)) for x in leaves]
+        for again in self._again:
+            y = scaled(again(), scale)
+            grads = known(first_gradients(y, tuple(leaves), retain=False), leaves)
+            totals = [t + g for t, g in zip(totals, grads, strict=True)]
+        return totals
+
+
+def scaled(x: Tensor, scale: Tensor | float | None) -> Tensor:
+    """Return ``x`` times a scale, if there is one."""
+    return x if scale is None else x * scale
+
+
+def summarised(
+    loss: Tensor,
+    scale: Tensor | float | None = None,
+    *,
+    retain: bool = False,
+    windows: Iterable[tuple[Window, Callable[[], Tensor]]] = (),
+) -> Tensor:
+    """Return a loss with the gradients of all its leaves, in place of its graph.
+
+    Args:
+        loss: one number, or losses whose sum is meant.
+        scale: what it is multiplied by while the gradients are taken.
+        retain: whether the graph behind it stays, for other uses.
+        windows: they take the gradients in, each with a function that gives the loss anew.
+
+    Returns:
+        The loss.
+    """
+    leaves = graph.leaves(loss)
+    with torch.autocast(loss.device.type, enabled=False):
+        y = loss.sum() if scale is None else loss.sum() * scale
+        grads = torch.autograd.grad(y, leaves, retain_graph=retain)
+    if scale is not None:
+        grads = tuple(g.to(wide(g)) / scale for g in grads)
+    for window, again in windows:
+        window.add(again, leaves, grads)
+    return known_gradient(loss, leaves, grads)

@@ -1,0 +1,124 @@
+r"""The formula: derivatives become squared norms, squared norms values, and values one number.
+
+.. math:: \lambda \; \frac1G \sum_g \mathrm{form}(n_g), \quad n_g = \|D^k y_g\|
+
+Every way in evaluates it here: a call, a compiled loss, sharded weights, environments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gpkit.autodiff.numerics import root
+from gpkit.autodiff.random import Source
+from gpkit.axes.form import Form
+from gpkit.estimators.base import Estimator, Target
+
+# amax shares its gradient among groups that tie; the mean of ranks is DDP's own.
+REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"mean": Tensor.mean, "max": Tensor.amax}
+
+
+class Axes(Protocol):
+    """The choices that the formula depends on: those of a `GradientPenalty`."""
+
+    order: int
+    form: Form
+    estimator: Estimator
+    reduce: str
+
+
+@dataclass(eq=False)
+class Terms:
+    """What a penalty is made of, for G groups (samples, or one batch).
+
+    Args:
+        squared_norms: ``[G]``: n², n being the norm of each group's derivative.
+        values: ``[G]``: form(n), unreduced and unweighted.
+        weight: the factor of ``reduced`` at this step.
+        reduced: the mean of the values, one number; or their maximum, where the penalty has
+            ``reduce="max"``.
+    """
+
+    squared_norms: Tensor
+    values: Tensor
+    weight: float
+    reduced: Tensor
+
+    @property
+    def norms(self) -> Tensor:
+        """Return n, ``[G]``."""
+        return root(self.squared_norms)
+
+    @property
+    def penalty(self) -> Tensor:
+        """Return the scalar that enters the loss, ``weight * reduced``."""
+        return self.weight * self.reduced
+
+    def added_to(self, loss: Tensor) -> Tensor:
+        """Return ``loss + penalty``, in one operation."""
+        return torch.add(loss, self.reduced, alpha=self.weight)
+
+    def detached(self) -> Terms:
+        """Return the same without graphs."""
+        parts = (self.squared_norms, self.values, self.reduced)
+        n2, values, reduced = (t.detach() for t in parts)
+        return Terms(n2, values, self.weight, reduced)
+
+
+def squared_norms(
+    axes: Axes, targets: Sequence[Target], rng: Source, scale: Tensor | float | None = None
+) -> Tensor:
+    """Return n² ``[G]``: the squared norm of each group's derivative.
+
+    Args:
+        axes: order, estimator, and which norm.
+        targets: what is differentiated.
+        rng: for an estimator that draws.
+        scale: of a gradient scaler: derivatives are taken of ``scale·y``, and divided by it.
+
+    Returns:
+        n², differentiable.
+    """
+    if scale is not None:
+        targets = [target.scaled(scale) for target in targets]
+    if targets[0].mean and axes.estimator.first_order:
+        targets = [replace(target, share=partial(_share, axes)) for target in targets]
+    of = partial(axes.estimator.squared_norms, order=axes.order, norm=axes.form.norm, rng=rng)
+    parts = [of(target) for target in targets]
+    n2 = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return n2 if scale is None else n2 / scale / scale
+
+
+def terms(axes: Axes, n2: Tensor, weight: float, *, observe: bool = False) -> Terms:
+    """Return the terms of squared norms.
+
+    Args:
+        axes: form and reduction.
+        n2: n², ``[G]``.
+        weight: the factor of the reduced value.
+        observe: whether a form with a state, such as a running average, takes the norms in.
+
+    Returns:
+        The terms.
+    """
+    if observe:
+        axes.form.observe(n2)
+    values = axes.form(n2)
+    return Terms(n2, values, weight, reduced(values, axes.reduce))
+
+
+def reduced(values: Tensor, how: str = "mean") -> Tensor:
+    """Return one number for the values ``[G]``: their mean or maximum."""
+    return values.reshape(()) if values.shape[0] == 1 else REDUCTIONS[how](values)
+
+
+def _share(axes: Axes, n2: Tensor) -> Tensor:
+    """Return the derivative of the reduced value in n² ``[G]``, without a graph."""
+    n2 = n2.detach().requires_grad_()
+    return torch.autograd.grad(reduced(axes.form(n2), axes.reduce), n2)[0]

@@ -1,0 +1,152 @@
+"""What a penalty needs of whoever makes the forward pass.
+
+`PenalizedModule`, `GANModule` and `GradientPenaltyCallback` make a forward pass of their own, and
+give each penalty what it needs of it. This is where the axes are read for that, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gpkit.autodiff import activations
+from gpkit.axes.scope import POOLED
+from gpkit.axes.wrt import inputs
+from gpkit.environment_penalty import EnvironmentPenalty
+from gpkit.estimators.exact import exact
+from gpkit.estimators.taylor import taylor
+from gpkit.gradient_penalty import GradientPenalty
+from gpkit.penalty import Penalty
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one penalty needs.
+
+    Args:
+        differentiates: "loss", "output", "activation", or "environments".
+        in_weights: whether it is with respect to the parameters.
+        in_activation: the name of the activation that it is with respect to; "" for none.
+        activations: the activations that it names, on either axis.
+        order: the order of its kernels' derivatives; 0 if each graph is differentiated once.
+        moves: whether its points are others than the samples as they are.
+        reuses_graph: whether the graph of a forward pass at its points is enough.
+        on_jets: whether the function is run on Taylor series.
+        per_sample: whether each sample, or pixel, has a norm.
+        pooled: whether gradients are averaged over micro-batches or ranks before the norm is taken.
+        plain: whether it is the exact first gradient of the loss, in all weights or in the input.
+        features: whether it takes what the last linear layer is given.
+        measures: whether its weight measures the gradients of loss and penalty.
+    """
+
+    differentiates: str
+    in_weights: bool = False
+    in_activation: str = ""
+    activations: tuple[str, ...] = ()
+    order: int = 0
+    moves: bool = False
+    reuses_graph: bool = True
+    on_jets: bool = False
+    per_sample: bool = False
+    pooled: bool = False
+    plain: bool = False
+    features: bool = False
+    measures: bool = False
+
+    @property
+    def of_loss(self) -> bool:
+        """Whether it differentiates the loss."""
+        return self.differentiates == "loss"
+
+    @property
+    def environments(self) -> bool:
+        """Whether it compares the environments of a batch."""
+        return self.differentiates == "environments"
+
+    @property
+    def at_data(self) -> bool:
+        """Whether it is in the inputs, or an activation, of a forward pass at the data itself."""
+        return not (self.in_weights or self.environments or self.moves)
+
+    @property
+    def input_graph(self) -> bool:
+        """Whether a forward pass at the data, whose input requires grad, is all that it needs."""
+        return self.at_data and self.reuses_graph
+
+    @property
+    def sample_losses(self) -> bool:
+        """Whether it differentiates the loss of each sample."""
+        return self.of_loss and self.per_sample
+
+    @property
+    def each_gradient(self) -> bool:
+        """Whether it takes the gradient of each sample's loss in the weights."""
+        return self.in_weights and self.sample_losses
+
+    @property
+    def loss_at_two_points(self) -> bool:
+        """Whether it takes first gradients of the loss alone: finite differences in the weights."""
+        once = self.in_weights and self.of_loss and not self.per_sample
+        return once and self.order == 0 and not self.reuses_graph
+
+    @property
+    def calls_net(self) -> bool:
+        """Whether it calls the net itself, at points of its own, without the loss."""
+        elsewhere = self.moves or self.on_jets
+        return not (self.of_loss or self.in_weights or self.environments) and elsewhere
+
+    @property
+    def runs_again(self) -> bool:
+        """Whether what gave the loss is run again: at other points or weights, or per sample."""
+        again = self.moves or self.pooled or self.each_gradient or not self.reuses_graph
+        return again and not self.calls_net
+
+    @property
+    def reads_input(self) -> bool:
+        """Whether it needs the net's input: to differentiate in it, or to take points from it."""
+        inside = self.in_weights or self.environments or (self.in_activation and not self.moves)
+        return not inside
+
+    @property
+    def reads_output(self) -> bool:
+        """Whether it differentiates what the net gives in the training forward."""
+        return self.differentiates == "output" and not self.calls_net
+
+
+def needs_of(penalty: Penalty) -> Needs:
+    """Return what a penalty needs.
+
+    Args:
+        penalty: a `GradientPenalty` or an `EnvironmentPenalty`.
+
+    Returns:
+        Its needs.
+    """
+    if isinstance(penalty, EnvironmentPenalty):
+        features = penalty.statistic.features
+        return Needs("environments", features=features, measures=penalty.measures)
+    assert isinstance(penalty, GradientPenalty), penalty
+    of, wrt, estimator = penalty.of, penalty.wrt, penalty.estimator
+    in_weights, loss = not wrt.batched, penalty.of == "loss"
+    whole = (
+        (penalty.scope == "batch" and getattr(wrt, "match", "") == "*")
+        if in_weights
+        else (penalty.scope == "sample" and type(wrt) is inputs and not penalty.at.moves)
+    )
+    return Needs(
+        "activation" if isinstance(of, activations.Named) else "loss" if loss else "output",
+        in_weights=in_weights,
+        in_activation=wrt.name if isinstance(wrt, activations.Named) else "",
+        activations=tuple(activations.names(of, wrt)),
+        order=0 if estimator.first_order else penalty.order,
+        moves=penalty.at.moves and not in_weights,
+        reuses_graph=estimator.reuses_graph,
+        on_jets=isinstance(estimator, taylor),
+        per_sample=penalty.scope in ("sample", "pixel"),
+        pooled=penalty.scope in POOLED,
+        plain=type(penalty) is GradientPenalty
+        and type(estimator) is exact
+        and whole
+        and loss
+        and penalty.order == 1,
+        measures=penalty.measures,
+    )

@@ -1,0 +1,159 @@
+"""Penalties of the Jacobian, or the curvature, of outputs in the inputs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gpkit.axes.form import squared
+from gpkit.axes.weight import Schedule
+from gpkit.axes.wrt import activation as named
+from gpkit.estimators.power_iteration import power_iteration
+from gpkit.estimators.projection import projection
+from gpkit.gradient_penalty import Axes, GradientPenalty
+from gpkit.presets.base import preset
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+def jacobian(weight: float | Schedule = 0.01, **axes: Unpack[Axes]) -> GradientPenalty:
+    r"""Penalise the Jacobian of the outputs (logits) in the inputs.
+
+    .. math:: \frac\lambda2 \, \text{mean}_i \,
+              \Big\|\frac{\partial f(x_i)}{\partial x_i}\Big\|_F^2
+
+    The ½ is inside. Called ``penalty(logits, x)`` with ``[B, C]``, or ``penalty(net, x)``.
+
+    Args:
+        weight: λ.
+        **axes: of `GradientPenalty`; ``estimator`` is ``projection(1)``, one backward pass;
+            "exact" takes C of them.
+
+    Returns:
+        The penalty.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    Source: Hoffman, Roberts and Yaida (2019), arXiv:1908.02729.
+
+    >>> import torch
+    >>> A = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    >>> penalty = jacobian(weight=1.0, estimator="exact")
+    >>> penalty(lambda x: x @ A.T, torch.zeros(5, 2)).item()  # ½‖A‖² = 30 / 2
+    15.0
+    """
+    return preset(
+        "jacobian",
+        weight,
+        Axes(of="output", wrt="input", form=squared(scale=0.5), estimator=projection(1)),
+        axes,
+    )
+
+
+def curvature(weight: float | Schedule = 0.01, **axes: Unpack[Axes]) -> GradientPenalty:
+    r"""Penalise the k-th derivative of the outputs in the inputs.
+
+    .. math:: \lambda \, \text{mean}_i \, \|\nabla^k_{x_i} f(x_i)\|_F^2
+
+    The norm is over all outputs and all n^k entries, mixed ones as often as they occur. A large
+    weight leaves polynomials of degree k - 1. Called ``penalty(f, x)`` or ``penalty(y, x)``.
+
+    Args:
+        weight: λ.
+        **axes: of `GradientPenalty`; ``order`` is k, 2 if not given; ``estimator="projection"``
+            takes k backward passes, "exact" 1 + n + ... + n^(k-1) of them for each output.
+
+    Returns:
+        The penalty.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    Source: the order 2 in one dimension is the cubic smoothing spline's, Reinsch (1967),
+    doi:10.1007/BF02162161.
+
+    >>> import torch
+    >>> A = torch.tensor([[1.0, 2.0], [0.0, 3.0]])
+    >>> f = lambda x: torch.einsum("bi,ij,bj->b", x, A, x)
+    >>> curvature(weight=1.0)(f, torch.ones(4, 2)).item()  # ‖A + Aᵀ‖² = 4 + 4 + 4 + 36
+    48.0
+    """
+    return preset("curvature", weight, Axes(of="output", wrt="input", order=2), axes)
+
+
+def spectral_jacobian(weight: float | Schedule = 0.01, **axes: Unpack[Axes]) -> GradientPenalty:
+    r"""Penalise the spectral norm of the Jacobian of the outputs (logits) in the inputs.
+
+    .. math:: \lambda \, \text{mean}_i \,
+              \sigma_{\max}\Big(\frac{\partial f(x_i)}{\partial x_i}\Big)^2
+
+    There is no ½ inside. Called ``penalty(logits, x)`` with ``[B, C]``, or ``penalty(net, x)``,
+    with ``x`` ``[B, *S]``; every sample has a singular value of its own.
+
+    Args:
+        weight: λ.
+        **axes: of `GradientPenalty`; ``estimator`` is ``power_iteration(10)``, 22 backward passes.
+            "exact" and "projection" are the Frobenius norm instead.
+
+    Returns:
+        The penalty.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    Source: Johansson et al. (2022), arXiv:2206.13581.
+
+    >>> import torch
+    >>> A = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    >>> penalty = spectral_jacobian(weight=1.0)
+    >>> round(penalty(lambda x: x @ A.T, torch.zeros(5, 2)).item(), 4)  # 3², not 3² + 1²
+    9.0
+    """
+    return preset(
+        "spectral_jacobian",
+        weight,
+        Axes(of="output", wrt="input", estimator=power_iteration(10)),
+        axes,
+    )
+
+
+def contractive(
+    weight: float | Schedule = 0.1, activation: str = "features", **axes: Unpack[Axes]
+) -> GradientPenalty:
+    r"""Penalise the Jacobian of a hidden layer in the inputs, as a contractive auto-encoder does.
+
+    .. math:: \lambda \, \text{mean}_i \, \Big\|\frac{\partial h(x_i)}{\partial x_i}\Big\|_F^2
+
+    There is no ½ inside. Called ``penalty(net, x)`` with ``x`` ``[B, *S]`` and the net that has the
+    layer, or ``penalty(h, x)`` with an ``h`` ``[B, *H]`` of an ``x`` that requires grad. A sigmoid
+    layer of weights W has :math:`\sum_j (h_j (1 - h_j))^2 \|W_j\|^2`.
+
+    Args:
+        weight: λ.
+        activation: the name of the layer, as in ``net.named_modules()``; "features" is all but the
+            head of gpkit's own ``mlp`` and ``convnet``.
+        **axes: of `GradientPenalty`; ``estimator`` is ``projection(1)``, one backward pass;
+            "exact" takes one for each entry of h.
+
+    Returns:
+        The penalty.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+
+    Source: Rifai et al. (2011), https://icml.cc/2011/papers/455_icmlpaper.pdf.
+
+    >>> import torch
+    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 1))
+    >>> _ = net[0].weight.data.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    >>> penalty = contractive(weight=1.0, activation="0", estimator="exact")
+    >>> penalty(net, torch.zeros(5, 2)).item()  # ‖W‖² = 30
+    30.0
+    """
+    return preset(
+        "contractive",
+        weight,
+        Axes(of=named(activation), wrt="input", estimator=projection(1)),
+        axes,
+    )
