@@ -193,7 +193,11 @@ else:
         "gpkit.lightning.gan": "GANModule",
         "gpkit.lightning.module": "PenalizedModule",
         "gpkit.lightning.monitor": "GradientNormMonitor",
-        "gpkit.presets": "contractive cure curvature dragan duq eikonal fisher fishr gnp hessian input_grad_norm irm jacobian max_gp none path_length per_sample_grad_norm r1 r1_r2 r2 spectral_jacobian weight_grad_norm wgan_div wgan_gp wgan_lp zero_gp",
+        "gpkit.presets": (
+            "contractive cure curvature dragan duq eikonal fisher fishr gnp hessian "
+            "input_grad_norm irm jacobian max_gp none path_length per_sample_grad_norm r1 "
+            "r1_r2 r2 spectral_jacobian weight_grad_norm wgan_div wgan_gp wgan_lp zero_gp"
+        ),
         "gpkit.presets.sum": "sum",
     }
     _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}

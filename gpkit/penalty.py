@@ -112,7 +112,7 @@ class Penalty:
 
         Returns:
             The terms, or None where the weight is zero or ``every`` skips the step.
-        """  # noqa: DOC102, D417  the arguments are those of a call
+        """
 
         def evaluate(weight: float) -> Terms:
             return self.evaluate(f, args, real, fake, weight, scale, acts=True)

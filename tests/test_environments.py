@@ -158,6 +158,6 @@ def test_refusals():
     module = gpkit.PenalizedModule
     refuse(
         ValueError,
-        "cannot trace environments, as 'irm' has them",
+        "takes no environments; 'irm' compares some",
         lambda: module(net, nn.CrossEntropyLoss(), irm, compile=True),
     )

@@ -572,7 +572,7 @@ def test_logged_values_of_training(penalty, center):
     trainer(log_every_n_steps=1, logger=record).fit(made, DataLoader(data(), B))
     seen = iter(C.seen)
     assert len(record.rows) == 14
-    optimality = None
+    optimality = size = None
     for t, row in enumerate(record.rows):
         real, fake = next(seen), next(seen)
         acts = t % penalty.every == 0
@@ -598,9 +598,9 @@ def test_logged_values_of_training(penalty, center):
             else:
                 weight, value = 10.0, (n - 0.05).clamp(min=0).square().mean()
                 side = 2 * 5.0 * (n * (n - 0.05).clamp(min=0)).mean()
-            optimality = raw - side
+            optimality, size = raw - side, n.mean()
         true |= {"critic_optimality": optimality, f"penalty/{name}": weight * value}
-        true |= {f"penalty/{name}/weight": weight}
+        true |= {f"penalty/{name}/weight": weight, f"penalty/{name}/norm": size}  # the latest
         assert row == pytest.approx({k: float(v) for k, v in true.items()}, rel=1e-5, abs=1e-7)
 
 
@@ -626,7 +626,7 @@ def test_names_of_other_losses_and_a_generator_that_trains():
     names = {name for row in record.rows for name in row}
     slopes = {f"slope/{w}{end}" for w in ("real", "fake", "interpolates") for end in SHARES}
     losses = {"train/critic_loss", "train/generator_loss", "critic_optimality"}
-    path = {"penalty/path_length", "penalty/path_length/weight"}
+    path = {f"penalty/path_length{end}" for end in ("", "/weight", "/norm")}
     assert names == slopes | losses | path
 
 
@@ -754,8 +754,8 @@ def test_the_seed_decides_and_the_streams_of_others_stay():
     nets = []
     for seed, state in ((1, 5), (1, 6), (2, 5)):
         made = lively(seed)
-        made.penalties.clear()
-        made.generator_penalties.clear()
+        made.penalties.parts.clear()
+        made.generator_penalties.parts.clear()
         torch.manual_seed(state)
         before = torch.get_rng_state()
         trainer(max_epochs=1, log_every_n_steps=3, **UNVALIDATED).fit(made, Points(batch_size=B))

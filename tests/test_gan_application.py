@@ -66,6 +66,7 @@ PROMISED = {
     "modes/high_quality",
     "penalty/wgan_gp",
     "penalty/wgan_gp/weight",
+    "penalty/wgan_gp/norm",
     *WASSERSTEIN,
     *(f"train/{name}" for name in LOSSES),
     *(f"{stage}/{name}" for stage in ("val", "test") for name in LOSSES | WASSERSTEIN),

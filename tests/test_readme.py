@@ -46,7 +46,6 @@ def test_names_every_preset_and_group_choice():
 
 
 def test_public_names_exist():
-    assert len(gpkit.__all__) <= 60
-    assert all(getattr(gpkit, name) is not None for name in gpkit.__all__)
+    assert all(getattr(gpkit, name) is not None for name in [*gpkit.__all__, "sum"])
     with pytest.raises(AttributeError, match="no attribute 'wgan'"):
         _ = gpkit.wgan

@@ -45,7 +45,7 @@ def events(run):
 
 NORMS = ["grad_norm/weight", "grad_norm/input"]
 EVALUATED = {f"{stage}/{name}" for stage in ("val", "test") for name in ("loss", "acc", *NORMS)}
-PENALTY = {"penalty/weight_grad_norm", "penalty/weight_grad_norm/weight"}
+PENALTY = {f"penalty/weight_grad_norm{end}" for end in ("", "/weight", "/norm")}
 PROMISED = {"train/loss", "train/loss_total", *NORMS, *PENALTY, *EVALUATED}
 
 

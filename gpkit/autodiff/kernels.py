@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from gpkit.autodiff.norm_layers import elementary
 
 
-class double_backward:  # noqa: N801  a context: with double_backward():
+class double_backward:
     """Choose kernels that have a double backward, or the k + 1 that a penalty of order k needs.
 
     It may be entered again after it has been left.

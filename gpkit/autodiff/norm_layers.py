@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
-class elementary(TorchFunctionMode):  # noqa: N801  reads as what it makes of norms
+class elementary(TorchFunctionMode):
     """Compute norm layers in elementary operations while active: ``with elementary(): net(x)``.
 
     The results are torch's own to rounding, running statistics included, in whatever net, and

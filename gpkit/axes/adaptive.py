@@ -86,7 +86,7 @@ class Adaptive(Weight):
 
 
 @dataclass
-class target_norm(Adaptive):  # noqa: N801  schedules read as functions: weight=target_norm(1.0)
+class target_norm(Adaptive):
     r"""Steer the mean norm n of a penalty to a target, by integral control of log λ.
 
     .. math:: \log \lambda \leftarrow \log \lambda + \text{rate} \cdot
@@ -128,7 +128,7 @@ class target_norm(Adaptive):  # noqa: N801  schedules read as functions: weight=
 
 
 @dataclass
-class gradient_share(Adaptive):  # noqa: N801
+class gradient_share(Adaptive):
     r"""Steer a penalty's gradient to a share of the loss's: a λ that need not be guessed.
 
     .. math:: \log \lambda \leftarrow \log \lambda + \text{rate} \cdot

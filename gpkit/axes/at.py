@@ -54,7 +54,7 @@ class At:
 
 
 @dataclass(frozen=True, kw_only=True)
-class real(At):  # noqa: N801  points read as functions: at=interpolate()
+class real(At):
     """The real samples: x."""
 
     def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
@@ -62,12 +62,12 @@ class real(At):  # noqa: N801  points read as functions: at=interpolate()
 
 
 @dataclass(frozen=True, kw_only=True)
-class data(real):  # noqa: N801
+class data(real):
     """The data that the penalty was called with: x."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class fake(At):  # noqa: N801
+class fake(At):
     """The fake samples: y."""
 
     def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
@@ -75,7 +75,7 @@ class fake(At):  # noqa: N801
 
 
 @dataclass(frozen=True, kw_only=True)
-class interpolate(At):  # noqa: N801
+class interpolate(At):
     """Interpolates α x + (1 - α) y of real x and fake y, one α in U[0, 1] for every sample.
 
     With several inputs a sample has one α for all of them.
@@ -96,7 +96,7 @@ class interpolate(At):  # noqa: N801
 
 
 @dataclass(frozen=True)
-class perturb(At):  # noqa: N801
+class perturb(At):
     """x + s·u: the real samples with noise, as in DRAGAN.
 
     Args:
@@ -135,7 +135,7 @@ class perturb(At):  # noqa: N801
 
 
 @dataclass(frozen=True)
-class computed(At):  # noqa: N801
+class computed(At):
     """Points of your own: ``function(real, fake)``, a tensor or a tuple of them.
 
     ``real`` and ``fake`` come as they were given to the penalty: None where they were not.
@@ -153,7 +153,7 @@ Bound = float | Sequence[Any] | Tensor
 
 
 @dataclass(frozen=True)
-class uniform(At):  # noqa: N801  points read as functions: at=uniform(-1, 1)
+class uniform(At):
     """Points from U[low, high] in every entry, as many and of the shape of the real samples.
 
     Args:
@@ -210,7 +210,7 @@ class uniform(At):  # noqa: N801  points read as functions: at=uniform(-1, 1)
 
 
 @dataclass(frozen=True, init=False)
-class mixture(At):  # noqa: N801
+class mixture(At):
     """Several kinds of points at once: the batch is all of them, in order, and so is the mean.
 
     The function is evaluated once, on the concatenation ``[B1 + B2 + ..., *S]``: where it holds

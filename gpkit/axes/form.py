@@ -14,7 +14,7 @@ from gpkit.autodiff.numerics import root
 
 
 @dataclass
-class running_average:  # noqa: N801  centres read as functions: two_sided(running_average(0.99))
+class running_average:
     """An exponential average of the mean norm over the calls of a penalty: a ← d·a + (1 - d)·mean.
 
     The mean is that of this call's norms, detached, and over all ranks of a distributed run, each
@@ -98,7 +98,7 @@ class Form:
 
 
 @dataclass(frozen=True, kw_only=True)
-class squared(Form):  # noqa: N801  forms read as functions: form=squared()
+class squared(Form):
     """n². No root is taken, so a zero gradient is harmless.
 
     >>> squared(scale=0.5)(torch.tensor([4.0, 9.0]))
@@ -110,7 +110,7 @@ class squared(Form):  # noqa: N801  forms read as functions: form=squared()
 
 
 @dataclass(frozen=True, kw_only=True)
-class norm(Form):  # noqa: N801
+class norm(Form):
     """n itself.
 
     >>> norm()(torch.tensor([4.0, 9.0]))
@@ -122,7 +122,7 @@ class norm(Form):  # noqa: N801
 
 
 @dataclass(frozen=True)
-class two_sided(Form):  # noqa: N801
+class two_sided(Form):
     """(n - c)²: the norm is drawn to the centre c from both sides.
 
     c is a number, or a ``gpkit.running_average()`` of the norms.
@@ -163,7 +163,7 @@ class two_sided(Form):  # noqa: N801
 
 
 @dataclass(frozen=True)
-class one_sided(two_sided):  # noqa: N801
+class one_sided(two_sided):
     """max(0, n - c)²: only norms above the centre c count.
 
     >>> one_sided(1.0)(torch.tensor([0.0, 4.0, 9.0]))
@@ -177,7 +177,7 @@ class one_sided(two_sided):  # noqa: N801
 
 
 @dataclass(frozen=True)
-class power(Form):  # noqa: N801
+class power(Form):
     """n^p. For p >= 2 no root is taken.
 
     >>> power(6)(torch.tensor([0.0, 4.0]))

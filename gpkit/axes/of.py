@@ -49,7 +49,7 @@ def draw_labels(logits: Tensor, rng: Source) -> Tensor:
 
 
 @dataclass(frozen=True)
-class per_pixel:  # noqa: N801  axes read as functions: of=per_pixel()
+class per_pixel:
     """The output over the root of its number of pixels: f / √(H·W) of ``[B, C, H, W]``.
 
     The pixels are all dimensions but the first two; ``[B]`` and ``[B, C]`` have one pixel.

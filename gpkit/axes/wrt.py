@@ -289,7 +289,7 @@ class weights(Variables):
 
 
 @dataclass(frozen=True)
-class activation(Named, inputs):  # noqa: N801  axes read as functions: of=activation("encoder.3")
+class activation(Named, inputs):
     """The output h of a submodule, ``[B, *H]``: a choice on the axes ``of`` and ``wrt``.
 
     ``of=activation("encoder.3")`` differentiates it, ``wrt=activation("encoder.3")`` differentiates

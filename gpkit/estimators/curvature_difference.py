@@ -15,7 +15,7 @@ from gpkit.estimators.base import Estimator, Target, require_function, require_g
 
 
 @dataclass(frozen=True)
-class curvature_difference(Estimator):  # noqa: N801
+class curvature_difference(Estimator):
     r"""How far the gradient changes over a step along its signs.
 
     .. math:: n^2 = \|\nabla f(x + h z) - \nabla f(x)\|^2,

@@ -13,7 +13,7 @@ from gpkit.estimators.base import Estimator, Target
 
 
 @dataclass(frozen=True)
-class exact(Estimator):  # noqa: N801  estimators read as functions: estimator=projection(4)
+class exact(Estimator):
     """All entries of the derivative, by nested double backprop.
 
     m outputs in n variables take m·(1 + n + ... + n^(k-1)) backward passes: one for the gradient

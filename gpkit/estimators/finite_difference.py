@@ -35,7 +35,7 @@ SIDES = ("forward", "backward", "central")
 
 
 @dataclass(frozen=True)
-class finite_difference(Estimator):  # noqa: N801  as estimator=finite_difference(0.01)
+class finite_difference(Estimator):
     r"""The gradient's norm from the function a small step away: first derivatives alone.
 
     With v the direction of steepest ascent, a constant, in the inputs

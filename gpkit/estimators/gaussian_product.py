@@ -15,7 +15,7 @@ from gpkit.estimators.base import Estimator, Target
 
 
 @dataclass(frozen=True)
-class gaussian_product(Estimator):  # noqa: N801  estimators read as functions
+class gaussian_product(Estimator):
     r"""One product of the Jacobian with a Gaussian vector, whose length is itself the quantity.
 
     .. math:: n^2 = \frac1L \|J^\top y\|^2, \quad y \sim N(0, I)

@@ -15,7 +15,7 @@ from gpkit.estimators.base import Estimator, Target
 
 
 @dataclass(frozen=True)
-class power_iteration(Estimator):  # noqa: N801  estimators read as functions: estimator=power_iteration(10)
+class power_iteration(Estimator):
     r"""The largest singular value of each group's Jacobian, instead of its Frobenius norm.
 
     .. math:: n^2 = \|J^\top u\|^2 \le \sigma_{\max}(J)^2, \quad

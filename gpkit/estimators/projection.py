@@ -17,7 +17,7 @@ DISTRIBUTIONS = ("rademacher", "gaussian", "sphere")
 
 
 @dataclass(frozen=True)
-class projection(Estimator):  # noqa: N801
+class projection(Estimator):
     r"""Random projections: an unbiased estimate of the squared Frobenius norm.
 
     .. math:: n^2 = \frac1N \sum_{j=1}^N

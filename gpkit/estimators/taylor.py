@@ -15,7 +15,7 @@ from gpkit.estimators.projection import DISTRIBUTIONS, projection
 
 
 @dataclass(frozen=True)
-class taylor(Estimator):  # noqa: N801
+class taylor(Estimator):
     r"""The k-th derivative along one random direction, by Taylor mode: polynomial in k.
 
     .. math:: n^2 = \frac1N \sum_{j=1}^N \sum_o (D^k f_o[v_j, \dots, v_j])^2

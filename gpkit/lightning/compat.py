@@ -86,7 +86,10 @@ def logs_now(trainer: Any, ahead: int = 1) -> bool:
 def last_of_step(trainer: Any) -> bool:
     """Whether this micro-batch is the last before an optimiser's step.
 
-    The end of an epoch and schedules of accumulation count: only the fit loop knows.
+    Only the fit loop knows: the end of an epoch and schedules of accumulation count.
+
+    Returns:
+        False while an optimiser step still waits for micro-batches.
     """
     return trainer.accumulate_grad_batches == 1 or not trainer.fit_loop._should_accumulate()
 

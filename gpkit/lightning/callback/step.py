@@ -82,9 +82,9 @@ class PenalisedStep:
 
     def __call__(self, training_step: Step, *args: Any, **kwargs: Any) -> Any:
         """Run a training step, and return what it gives with the penalties added to the loss."""
-        plan = self._plan(self._acting())
-        made = Made(training_step, args, kwargs)
+        acting, made = self._acting(), Made(training_step, args, kwargs)
         try:
+            plan = self._plan(acting)
             if plan.draws:
                 self._repeat_draws(plan.needs)
             versions = []
@@ -213,6 +213,9 @@ class PenalisedStep:
 
         Returns:
             The loss and terms by name.
+
+        Raises:
+            RuntimeError: that of a penalty which has acted before, as it is.
         """
         scale = scale_of(self._scaler, loss.device)
         waiting = () if last else plan.names(lambda n: n.pooled)

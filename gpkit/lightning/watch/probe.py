@@ -59,7 +59,7 @@ class Seen:
     problems: list[str] = field(default_factory=list)
 
 
-class watched:  # noqa: N801  a context: with watched(net, ...) as seen
+class watched:
     """Watch a net while it runs, on kernels with the derivatives needed.
 
     An input that has no graph is replaced by a leaf that requires grad, and so is an activation;
