@@ -1,13 +1,19 @@
-"""What every test shares: one thread, for nets so small that threads would only wait."""
+"""What every test shares: a seed, and one thread; nets so small would only wait for more."""
 
 import logging
 
 import matrix
+import pytest
 import torch
 
 torch.set_num_threads(1)
 for name in ("pytorch_lightning", "lightning.pytorch"):  # "GPU available: False" and so on
     logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -17,11 +17,6 @@ from torch.utils.checkpoint import checkpoint
 import gpkit
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def mlp(outputs=1, act=nn.Tanh, **dropout):
     hidden = [act(), *[nn.Dropout(p) for p in dropout.values()]]
     return nn.Sequential(nn.Linear(3, 4), *hidden, nn.Linear(4, outputs)).double()

@@ -22,11 +22,6 @@ B = 4
 orders = pytest.mark.parametrize("order", [1, 2, 3, 4])
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 class ByHand(nn.Module):
     """A norm layer written out, with the parameters and statistics of one of torch's."""
 

@@ -15,11 +15,6 @@ DRAWS = 4096  # samples of one batch, all alike: each has its own projections
 distributions = pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def estimates(f, x, order=1, estimator="projection"):
     """Return n² of many independent estimates at one point x ``[n]``: ``[DRAWS]``."""
     penalty = gpkit.GradientPenalty(order=order, estimator=estimator, seed=0)

@@ -23,11 +23,6 @@ KINDS = ("input", "weight")
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def mlp(*middle, dtype=torch.float64):
     layers = [nn.Linear(3, 6), *middle, nn.Tanh(), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1)]
     return nn.Sequential(*layers).to(dtype)

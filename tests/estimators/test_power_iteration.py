@@ -12,11 +12,6 @@ from torch.func import functional_call
 import gpkit
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def conv(outputs=4):
     return nn.Sequential(
         nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, outputs)

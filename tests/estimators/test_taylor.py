@@ -19,11 +19,6 @@ from gpkit.autodiff.taylor.jets import RULES
 B = 3
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 class Residual(nn.Module):
     """A residual net, in place where that is harmless."""
 

@@ -29,11 +29,6 @@ B, N, D = 4, 28, 2  # samples of a batch and of an epoch, and their length
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.5)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 class Witness(nn.Module):
     """Layers that keep a record of what they are given in training."""
 

@@ -22,11 +22,6 @@ B, N, LR = 4, 16, 0.1  # the samples of a batch and of an epoch; the learning ra
 SGD = partial(torch.optim.SGD, lr=LR, momentum=0.9)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def mlp(*norm, outputs=3):
     layers = nn.Linear(5, 6), *norm, nn.Tanh(), nn.Linear(6, outputs)
     return nn.Sequential(*layers).double()
