@@ -12,6 +12,7 @@ import oracles
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import Witness
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -23,23 +24,11 @@ torch.set_num_threads(1)  # the nets are small: threads would only wait for each
 B = 5
 
 
-class Net(nn.Sequential):
-    """Layers that keep a record of where they are evaluated."""
-
-    def __init__(self, *layers: nn.Module) -> None:
-        super().__init__(*layers)
-        self.seen: list[Tensor] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen.append(x.detach().clone())
-        return super().forward(x)
-
-
 @dataclass
 class Scene:
     """A net, and samples of unequal slopes."""
 
-    net: Net
+    net: Witness
     real: Tensor  # [B, *S]
     fake: Tensor  # [B, *S]
     target: Tensor  # [B, m]
@@ -70,7 +59,7 @@ def scene(
     *layers: nn.Module, shape: tuple[int, ...], dtype: torch.dtype = torch.float64, zero: bool
 ) -> Scene:
     """Return a scene whose samples have slopes from far below one to far above."""
-    net = Net(*layers).to(dtype)
+    net = Witness(*layers).to(dtype)
     with torch.no_grad():
         for p in net.parameters():
             p.mul_(0 if zero else 2.5)

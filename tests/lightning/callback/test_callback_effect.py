@@ -1,8 +1,9 @@
 """Penalties that would train nothing are told at the first step, each by its name."""
 
 import torch
-from fits import net, penalty
-from matrix import Plain
+from fits import penalty
+from modules import Plain
+from nets import net
 from torch import nn
 
 import gpkit

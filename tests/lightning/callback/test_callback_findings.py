@@ -6,8 +6,9 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from fits import batches, callback, loader, net, penalty
-from matrix import QUIET, Plain
+from fits import batches, callback, loader, penalty
+from modules import QUIET, Plain
+from nets import net
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -14,12 +14,12 @@ from fits import (
     difference,
     fit,
     grouped,
-    net,
     one_rank,
     penalty,
     train_pooled,
 )
-from matrix import SGD, Plain
+from modules import SGD, Plain
+from nets import net
 from pytorch_lightning.callbacks import GradientAccumulationScheduler
 
 import gpkit

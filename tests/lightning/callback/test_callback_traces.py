@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from fits import CLOSE, LAMBDA, assert_trained_as, batches, callback, fit, one_rank
-from matrix import SGD
+from modules import SGD
 from torch import nn
 from torchmetrics import MeanMetric, MetricCollection, SumMetric
 

@@ -901,8 +901,8 @@ class Sharded(Plain):
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    return ranks.run(distributed, tmp_path_factory.mktemp("ranks"))
+def both():
+    return ranks.run(distributed)
 
 
 def halves():

@@ -1,0 +1,34 @@
+"""Nets that tests of several folders train."""
+
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    """Two parts with names, 5 numbers to 3."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(5, 8), nn.Tanh())
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.backbone(x))
+
+
+def net(dtype=torch.float64):
+    torch.manual_seed(0)
+    return Net().to(dtype)
+
+
+class Witness(nn.Sequential):
+    """Layers that keep a record of where they are evaluated in training."""
+
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.seen = []
+
+    def forward(self, x):
+        if self.training:
+            self.seen.append(x.detach().clone())
+        return super().forward(x)
