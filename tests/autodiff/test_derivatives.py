@@ -3,7 +3,7 @@
 import oracles
 import pytest
 import torch
-from cases import relative_error
+from compare import relative_error
 from torch import nn
 from torch.func import functional_call
 

@@ -9,7 +9,7 @@ import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import gradients, relative_error
+from compare import gradients, relative_error
 from torch import nn
 from torch.func import functional_call
 

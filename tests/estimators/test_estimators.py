@@ -5,7 +5,7 @@ import pickle
 import oracles
 import pytest
 import torch
-from cases import gradients, relative_error
+from compare import gradients, relative_error
 from torch import nn
 
 import gpkit

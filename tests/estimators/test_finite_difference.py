@@ -6,7 +6,7 @@ from functools import partial
 import oracles
 import pytest
 import torch
-from cases import gradients, relative_error
+from compare import gradients, relative_error
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.autograd.function import once_differentiable

@@ -9,7 +9,8 @@ import oracles
 import pytest
 import ranks
 import torch
-from cases import B, gradients, relative_error
+from compare import gradients, relative_error
+from scenes import B
 from torch import nn
 from torch.func import functional_call
 

@@ -5,6 +5,7 @@ from functools import partial
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from torchmetrics import MeanMetric, MetricCollection, SumMetric
 
 SGD = partial(torch.optim.SGD, lr=0.2, momentum=0.5)
 QUIET = {
@@ -37,3 +38,34 @@ class Plain(pl.LightningModule):
 
     def configure_optimizers(self):
         return self.optimizer(self.parameters())
+
+
+class Traced(pl.LightningModule):
+    """Counts what it logs and measures; every batch has random numbers of its own."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.mean, self.loss_sum = MeanMetric(), SumMetric()
+        self.metrics = MetricCollection({"seen": SumMetric()})
+        self.after = []
+
+    def on_train_batch_start(self, batch, batch_idx):
+        torch.manual_seed(100 + batch_idx)
+
+    def on_train_batch_end(self, *_):
+        self.after.append(torch.rand(()).item())
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = F.cross_entropy(self.net(x), y)
+        self.mean(loss.detach())
+        self.loss_sum.update(loss.detach())
+        self.metrics["seen"].update(len(x))
+        self.log("steps", 1.0, on_step=False, on_epoch=True, reduce_fx="sum")
+        self.log("mean", self.mean, on_step=False, on_epoch=True)
+        self.log_dict({"seen": self.metrics["seen"]}, on_step=False, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self):
+        return SGD(self.parameters())

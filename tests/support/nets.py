@@ -32,3 +32,20 @@ class Witness(nn.Sequential):
         if self.training:
             self.seen.append(x.detach().clone())
         return super().forward(x)
+
+
+class Noisy(nn.Module):
+    """Dropout, and batch norm after it."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.4), nn.Tanh())
+        self.norm, self.head = nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.norm(self.backbone(x)))
+
+
+def noisy():
+    torch.manual_seed(0)
+    return Noisy().double()

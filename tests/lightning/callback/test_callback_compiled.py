@@ -8,6 +8,7 @@ import nets
 import pytest
 import pytorch_lightning as pl
 import torch
+from compiling import Graphs
 from matrix import Cell
 from modules import Plain
 
@@ -40,22 +41,6 @@ def test_trains_as_a_plain_module(where, estimator, how):
     matrix.trainer(cell).fit(fitted, matrix.Shares())
     mine = [p.detach() for p in module.parameters()]
     assert matrix.difference(mine, matrix.expected(cell)) < 1e-6
-
-
-class Graphs:
-    """A backend that counts what is compiled and what is run of it."""
-
-    def __init__(self):
-        self.compiled = self.run = 0
-
-    def __call__(self, graph, inputs):
-        self.compiled += 1
-
-        def run(*args):
-            self.run += 1
-            return graph(*args)
-
-        return run
 
 
 @pytest.mark.parametrize(("estimator", "runs"), [("exact", False), ("difference", True)])

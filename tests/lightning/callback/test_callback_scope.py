@@ -18,12 +18,11 @@ from fits import (
     penalty,
     train_pooled,
 )
-from modules import SGD, Plain
-from nets import net
+from modules import SGD, Plain, Traced
+from nets import net, noisy
 from pytorch_lightning.callbacks import GradientAccumulationScheduler
 
 import gpkit
-from tests.lightning.callback.test_callback_traces import Traced, noisy
 
 estimators = pytest.mark.parametrize("estimator", ["exact", "difference"])
 

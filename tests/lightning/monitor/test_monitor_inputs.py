@@ -6,11 +6,11 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from compiling import Graphs
 from modules import Plain
 from monitored import B, approx, fit, loader, norms_of_samples, seen_by_hand, size
 
 import gpkit
-from tests.lightning.callback.test_callback_compiled import Graphs
 
 
 def test_inputs_and_activations(net):
