@@ -38,6 +38,10 @@ REACHED = {
     "a list": functools.partial(lambda nets, x: nets[0](x), [NET]),
     "an attribute": SimpleNamespace(f=NET, __call__=None).f.__call__,
     "a method": OWNER.score,
+    "functional_call with buffers": functools.partial(
+        lambda nets, x: functional_call(nets[0], {"1.running_mean": torch.ones(4).double()}, (x,)),
+        [NET],  # which it does not name: the net is seen when it is called, with those buffers
+    ),
     "functional_call": lambda x: functional_call(NET, dict(NET.named_parameters()), (x,)),
 }
 
