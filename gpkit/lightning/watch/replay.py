@@ -14,7 +14,7 @@ from torchmetrics import Metric
 
 from gpkit.autodiff.random import RandomState
 from gpkit.lightning.compat import metric_state
-from gpkit.lightning.watch import wrapping
+from gpkit.lightning.watch.wrapping import wrap
 
 TrainingStep = Callable[..., Any]
 
@@ -71,7 +71,7 @@ class Silencer:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.silent = False
-        self._unwrap = [wrapping.add(module, name, self._log) for name in ("log", "log_dict")]
+        self._unwrap = [wrap(module, name, self._log) for name in ("log", "log_dict")]
 
     def remove(self) -> None:
         """Unwrap ``log`` and ``log_dict``."""
