@@ -101,7 +101,7 @@ def shifted(real, fake):
     return real + 0.3
 
 
-MOVES = "runs under checkpointing, and a penalty moves what it computes with"
+MOVES = "runs under checkpointing, which reruns its forward in the backward pass"
 AGAIN = "checkpointing ran a forward again otherwise than before"
 
 

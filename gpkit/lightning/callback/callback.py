@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from gpkit import checks
 from gpkit.lightning.callback.findings import REFUSAL_TITLE, findings_before_fit, may_shard
-from gpkit.lightning.callback.step import PenalisedStep
+from gpkit.lightning.callback.step import PenalizedStep
 from gpkit.lightning.compat import Callback, state_key
 from gpkit.lightning.refusals import refuse
 from gpkit.lightning.watch.wrapping import wrap
@@ -119,17 +120,15 @@ class GradientPenaltyCallback(Callback):
             refuse(
                 REFUSAL_TITLE, found
             )  # a training step would show no more, or step the optimisers
-        step = PenalisedStep(trainer, pl_module, self.penalties, self.module, found)
+        step = PenalizedStep(trainer, pl_module, self.penalties, self.module, found)
         if pl_module.automatic_optimization:
             self._unwrap = [step.remove, wrap(pl_module, "training_step", step)]
             return
 
-        def backward(call: Any, *args: Any, **kwargs: Any) -> None:
-            step.backward(call, self.manual_backward or 0, *args, **kwargs)
-
+        backward = partial(step.manual_backward, self.manual_backward or 0)
         self._unwrap = [
             step.remove,
-            wrap(pl_module, "training_step", step.manual),
+            wrap(pl_module, "training_step", step.manual_training_step),
             wrap(pl_module, "manual_backward", backward, innermost=True),
         ]
 

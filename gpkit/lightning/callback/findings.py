@@ -17,7 +17,7 @@ from gpkit.axes.at import At, fake, interpolate, mixture
 from gpkit.axes.wrt import weights
 from gpkit.gradient_penalty import GradientPenalty
 from gpkit.lightning.compat import is_a
-from gpkit.lightning.watch.probe import Seen, Wanted
+from gpkit.lightning.watch.probe import Capture, ProbeSpec
 from gpkit.needs import needs_of
 from gpkit.penalty import Penalty
 
@@ -168,24 +168,24 @@ def _mixture_parts(at: At) -> list[At]:
     return [p for part in at.ats for p in _mixture_parts(part)] if isinstance(at, mixture) else [at]
 
 
-def findings_of_net(module: nn.Module, title: str, seen: Seen, wanted: Wanted) -> list[str]:
+def findings_of_net(module: nn.Module, title: str, capture: Capture, spec: ProbeSpec) -> list[str]:
     """Return what can be told of the net in a step that was made.
 
     Args:
         module: the LightningModule.
         title: how the net that was watched is called.
-        seen: of the net.
-        wanted: of the net.
+        capture: what the hooks captured.
+        spec: what they were to capture.
 
     Returns:
         A line for each finding.
     """
-    found = list(seen.problems)
-    names = [*[""] * wanted.x, *wanted.activations, *seen.calls]
+    found = list(capture.problems)
+    names = [*[""] * spec.x, *spec.activations, *capture.calls]
     called = {name: f"activation({name!r})" if name else title for name in names}
     children = ", ".join(repr(n) for n, _ in module.named_children())
     for name, what in called.items():
-        count = seen.calls.get(name, 0)
+        count = capture.calls.get(name, 0)
         if count == 0:
             hint = "name one" if name else f"module=... names one, of {children},"
             found.append(f"the training step does not call {what}: {hint} that it calls")
