@@ -7,19 +7,18 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from gpkit.autodiff import graph
-from gpkit.axes.wrt import Variables
 from gpkit.estimators.base import Target
 from gpkit.formula import Terms
 
 
-def trains(terms: Terms, targets: Sequence[Target], order: int, wrt: Variables) -> bool:
+def trains(terms: Terms, targets: Sequence[Target], order: int, unused: str) -> bool:
     """Return whether a penalty trains something.
 
     Args:
         terms: of an evaluation, with their graph.
         targets: what was differentiated.
         order: k, of the derivative.
-        wrt: with respect to what.
+        unused: what to say where nothing depends on the variables.
 
     Returns:
         False where nothing is being trained at all.
@@ -27,7 +26,7 @@ def trains(terms: Terms, targets: Sequence[Target], order: int, wrt: Variables) 
     Raises:
         RuntimeError: if parameters are being trained, and the penalty depends on none of them.
     """
-    given = [x for t in targets for x in t.xs] if wrt.batched else []
+    given = [x for t in targets for x in t.xs if t.batched]
 
     def trained(tensor: Tensor) -> bool:
         return any(not any(p is x for x in given) for p in graph.leaves(tensor))
@@ -40,8 +39,7 @@ def trains(terms: Terms, targets: Sequence[Target], order: int, wrt: Variables) 
     if not any(trained(t.y) for t in targets):
         return False  # nothing is being trained: the value was asked for, and here it is
     if not any(graph.depends(t.y, x) for t in targets for x in t.xs):
-        kind = type(wrt).__name__
-        cause = f"what it differentiates does not depend on the {kind}: {wrt.missing}"
+        cause = f"what it differentiates does not depend on the {unused}"
     elif kink:
         cause = (
             f"order {order} of a piecewise-linear net ({kink}) is zero everywhere: use a smooth "

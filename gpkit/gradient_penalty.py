@@ -173,7 +173,8 @@ class GradientPenalty(Penalty):
             n2 = formula.squared_norms(self, targets, rng, scale)
             terms = formula.terms(self, n2, weight, observe=acts)
         if acts and train and not (self.seen_to_act and terms.reduced.requires_grad):
-            self.seen_to_act |= effect.trains(terms, targets, self.order, self.wrt)
+            unused = f"{type(self.wrt).__name__}: {self.wrt.missing}"
+            self.seen_to_act |= effect.trains(terms, targets, self.order, unused)
         return terms if train else terms.detached()
 
     def _targets(

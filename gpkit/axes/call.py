@@ -11,7 +11,6 @@ from torch import Tensor
 from gpkit.autodiff import activations
 from gpkit.autodiff.isolation import isolated
 from gpkit.autodiff.random import RandomState, Source
-from gpkit.axes.at import At
 from gpkit.axes.of import Of, sampled_losses
 from gpkit.axes.samples import Points
 from gpkit.estimators.base import Estimator
@@ -22,7 +21,7 @@ class Axes(Protocol):
     """The choices that say how a call is read: those of a `GradientPenalty`."""
 
     of: Of
-    at: At
+    at: Any
     scope: str
     order: int
     estimator: Estimator

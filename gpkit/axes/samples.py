@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpkit.estimators.computed import Computed
-
 Points = tuple[Tensor, ...]  # one tensor [B, *S] for every input of the function
 
 
@@ -59,10 +57,9 @@ def require_floating(x: Tensor) -> None:
 def device_of(*values: Any) -> torch.device:
     """Return the device of the first tensor or module among ``values``, else the CPU."""
     for value in values:
-        if isinstance(value, Computed):
-            value = value.value
-        if isinstance(value, Tensor):
-            return value.device
+        device = getattr(value, "device", None)
+        if isinstance(device, torch.device):
+            return device
         if isinstance(value, nn.Module):
             value = [next(value.parameters(), None)]
         if isinstance(value, (list, tuple)):

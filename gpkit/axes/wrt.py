@@ -17,7 +17,7 @@ from gpkit.autodiff.activations import Named
 from gpkit.axes.call import Axes, Call
 from gpkit.axes.of import Of
 from gpkit.axes.samples import Points, as_points, require_floating
-from gpkit.axes.scope import POOLED, require_images, window_of
+from gpkit.axes.scope import POOLED, require_images
 from gpkit.estimators.base import Target
 from gpkit.estimators.computed import Computed
 from gpkit.estimators.window import Window
@@ -344,6 +344,24 @@ class activation(Named, inputs):
                 f"got {list(h.shape)}"
             )
         return (h,)
+
+
+def window_of(call: Call) -> Window | None:
+    """Return the window of a call whose scope asks for one.
+
+    Raises:
+        ValueError: if only the caller can know the micro-batches, and did not give them.
+    """
+    if call.axes.scope not in POOLED:
+        return None
+    if isinstance(call.f, Computed) and call.f.window is not None:
+        return call.f.window
+    if call.axes.scope == "accumulated":
+        raise ValueError(
+            'scope="accumulated" needs the micro-batches of an optimiser step, which '
+            "gpkit.GradientPenaltyCallback sees; here use scope='batch' or 'global'"
+        )
+    return Window(ranks=True)
 
 
 VARIABLES: dict[str, type[Variables]] = {"input": inputs, "weight": weights}
