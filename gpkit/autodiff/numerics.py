@@ -74,13 +74,13 @@ def root(squared_norms: Tensor) -> Tensor:
 Rows = list[Tensor]  # one [G, n] for every variable
 
 
-def known(grads: Any, xs: Any) -> list[Tensor]:
-    """Return gradients with zeros where there are none."""
+def zeros_for_none(grads: Any, xs: Any) -> list[Tensor]:
+    """Return gradients, with zeros in the shape of x where a gradient is None."""
     return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, xs, strict=True)]
 
 
-def added(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
-    """Return the sums of tensors, one by one."""
+def pairwise_sums(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
+    """Return the sum of each pair of tensors from two lists of the same length."""
     return [a + b for a, b in zip(first, second, strict=True)]
 
 
@@ -147,9 +147,9 @@ def length_of(rows: Rows) -> Tensor:
     return reduce_rows([tuple(rows)], "l2").sqrt()
 
 
-def moving(size: Tensor) -> Tensor:
-    """Return one where there is a direction to move along, and zero where there is none."""
-    return (size != 0).to(size)
+def nonzero_mask(x: Tensor) -> Tensor:
+    """Return 1 where ``x`` is not zero (NaN included), and 0 elsewhere, in the dtype of ``x``."""
+    return (x != 0).to(x)
 
 
 def spacing(y: Tensor, *xs: Tensor) -> float:

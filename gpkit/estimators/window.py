@@ -10,7 +10,7 @@ from torch import Tensor
 from gpkit.autodiff import graph
 from gpkit.autodiff.derivatives import first_gradients, gradients
 from gpkit.autodiff.known_gradient import known_gradient
-from gpkit.autodiff.numerics import as_rows, known, reduce_rows, root, steepest, wide
+from gpkit.autodiff.numerics import as_rows, reduce_rows, root, steepest, wide, zeros_for_none
 
 
 class Window:
@@ -110,7 +110,7 @@ class Window:
         totals = [torch.zeros_like(x, dtype=wide(x)) for x in leaves]
         for again in self._again:
             y = scaled(again(), scale)
-            grads = known(first_gradients(y, tuple(leaves), retain=False), leaves)
+            grads = zeros_for_none(first_gradients(y, tuple(leaves), retain=False), leaves)
             totals = [t + g for t, g in zip(totals, grads, strict=True)]
         return totals
 

@@ -16,7 +16,7 @@ from gpkit import formula
 from gpkit.autodiff import graph
 from gpkit.autodiff.isolation import isolated
 from gpkit.autodiff.known_gradient import known_gradient, perturbed
-from gpkit.autodiff.numerics import known, spacing, widened
+from gpkit.autodiff.numerics import spacing, widened, zeros_for_none
 from gpkit.estimators.computed import Computed
 from gpkit.estimators.finite_difference import finite_difference
 from gpkit.formula import Terms
@@ -154,7 +154,7 @@ class ShardedWeights:
             name: penalty.act_by(partial(self.term, penalty, given, here, epsilon), step)
             for name, penalty in penalties.items()
         }
-        return known_gradient(given.value, list(here), known(here.values(), here)), terms
+        return known_gradient(given.value, list(here), zeros_for_none(here.values(), here)), terms
 
     def term(
         self, penalty: Any, given: Computed, here: Gradient, epsilon: float, weight: float
@@ -183,14 +183,14 @@ class ShardedWeights:
 
         def gradient(moves: list[Tensor] | None) -> list[Tensor]:
             if moves is None:
-                return known(here.values(), here)
+                return zeros_for_none(here.values(), here)
             with self.gathered_anew(), perturbed(shards(chosen), shards(moves)):
                 again = isolated(given.function, given.state, given.value.device, twice=False)
                 with torch.enable_grad(), again:
                     loss = given.function()
-                return known(self.gradient(loss).values(), here)
+                return zeros_for_none(self.gradient(loss).values(), here)
 
-        grads = known([here[x] for x in chosen], chosen)
+        grads = zeros_for_none([here[x] for x in chosen], chosen)
         norm = penalty.form.norm
         n, slopes = penalty.estimator.slopes(chosen, grads, norm, epsilon, gradient, over_shards)
         n2 = known_gradient(n.square().reshape(1), list(here), slopes)
