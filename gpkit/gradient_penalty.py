@@ -9,15 +9,15 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from gpkit import checks, effect, formula
+from gpkit import checks, formula
 from gpkit.autodiff import graph
-from gpkit.autodiff.random import Source, random_state
+from gpkit.autodiff.activations import names
+from gpkit.autodiff.random import Source, device_of, random_state
 from gpkit.axes import scope as scopes
 from gpkit.axes.at import At, as_at
 from gpkit.axes.call import Call
 from gpkit.axes.form import FORMS, Form
 from gpkit.axes.of import Of
-from gpkit.axes.samples import device_of
 from gpkit.axes.weight import Schedule
 from gpkit.axes.wrt import VARIABLES, Variables
 from gpkit.estimators import ESTIMATORS
@@ -134,6 +134,7 @@ class GradientPenalty(Penalty):
         self.estimator: Estimator = checks.piece("estimator=...", estimator, ESTIMATORS, Estimator)
         self.estimator.check(self.order, self.form.norm, self.wrt.batched)
         scopes.check(self.scope, self.order, self.estimator)
+        self.named = tuple(names(self.of, self.wrt))  # activations, on either axis
         self.reduce = checks.choice("reduce=...", reduce, formula.REDUCTIONS)
         super().__init__(weight=weight, every=every, seed=seed, name=name)
 
@@ -144,6 +145,7 @@ class GradientPenalty(Penalty):
         real: Any,
         fake: Any,
         weight: float,
+        seed: int,
         scale: Tensor | float | None = None,
         *,
         acts: bool = False,
@@ -156,6 +158,7 @@ class GradientPenalty(Penalty):
             real: real samples, if given by keyword.
             fake: fake samples, if given by keyword.
             weight: the factor of the reduced value.
+            seed: of the random numbers.
             scale: of a gradient scaler.
             acts: whether the terms are trained on.
 
@@ -165,7 +168,7 @@ class GradientPenalty(Penalty):
         Raises:
             RuntimeError: if there is no graph to differentiate, or one that torch cannot.
         """
-        train, seed = torch.is_grad_enabled(), self.next_seed()
+        train = torch.is_grad_enabled()
         with _graphs(train):
             rng = torch.Generator(device_of(f, args, real, fake)).manual_seed(seed)
             targets = self._targets(f, args, real, fake, rng, seed)
@@ -174,7 +177,7 @@ class GradientPenalty(Penalty):
             terms = formula.terms(self, n2, weight, observe=acts)
         if acts and train and not (self.seen_to_act and terms.reduced.requires_grad):
             unused = f"{type(self.wrt).__name__}: {self.wrt.missing}"
-            self.seen_to_act |= effect.trains(terms, targets, self.order, unused)
+            self.seen_to_act |= formula.trains(terms, targets, self.order, unused)
         return terms if train else terms.detached()
 
     def _targets(

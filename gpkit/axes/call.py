@@ -11,8 +11,8 @@ from torch import Tensor
 from gpkit.autodiff import activations
 from gpkit.autodiff.isolation import isolated
 from gpkit.autodiff.random import RandomState, Source
+from gpkit.axes.at import Points
 from gpkit.axes.of import Of, sampled_losses
-from gpkit.axes.samples import Points
 from gpkit.estimators.base import Estimator
 from gpkit.estimators.computed import Computed
 
@@ -22,6 +22,7 @@ class Axes(Protocol):
 
     of: Of
     at: Any
+    named: tuple[str, ...]  # activations that they name
     scope: str
     order: int
     estimator: Estimator
@@ -54,23 +55,22 @@ class Call:
         """Whether ``f`` is a value, not a function: a tensor, or what ``of`` takes one from."""
         return isinstance(self.f, Tensor) or (callable(self.axes.of) and not callable(self.f))
 
-    def run(
-        self, xs: Points, device: torch.device, wrt: Any = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def run(self, xs: Points, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
         """Run a forward pass without side effects.
 
         Args:
             xs: what the function is called with.
             device: where it runs.
-            wrt: the variables, which may be an activation.
 
         Returns:
             What is differentiated, and the activations that the axes name.
         """
         if isinstance(self.f, Computed):
             return self.selected(self.again(self.f.function, self.f.state, xs, device)), {}
-        wanted = activations.names(self.axes.of, wrt)
-        net = activations.module_of(wanted[0], self.f, self.args) if wanted else None
+        wanted = self.axes.named
+        if not wanted:
+            return self.selected(self.again(self.f, self.seed, xs, device)), {}
+        net = activations.module_of(wanted[0], self.f, self.args)
         with activations.captured(net, wanted) as caught:
             y = self.again(self.f, self.seed, xs, device)
         if isinstance(self.axes.of, activations.Named):

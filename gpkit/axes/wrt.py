@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from gpkit import checks
-from gpkit.autodiff import activations
 from gpkit.autodiff.activations import Named
+from gpkit.axes.at import Points, as_points, require_floating
 from gpkit.axes.call import Axes, Call
 from gpkit.axes.of import Of
-from gpkit.axes.samples import Points, as_points, require_floating
 from gpkit.axes.scope import POOLED, require_images
 from gpkit.estimators.base import Target
 from gpkit.estimators.computed import Computed
@@ -60,7 +59,7 @@ class inputs(Variables):
 
     def targets(self, call: Call) -> Iterator[Target]:
         """Yield the one target: ``y`` is ``[B, m]``, a row for each sample."""
-        if len(call.args) > 1 + bool(activations.names(call.axes.of, self)):
+        if len(call.args) > 1 + bool(call.axes.named):
             raise TypeError(
                 "an input penalty takes f and the samples; several inputs go into one tuple: "
                 f"penalty(f, (x1, x2)); got {len(call.args)} arguments after f"
@@ -76,7 +75,7 @@ class inputs(Variables):
             y = call.selected(call.f)
         elif callable(call.f) or isinstance(call.f, Computed):
             given = self.points(call)
-            y, caught = call.run(given, given[0].device, self)
+            y, caught = call.run(given, given[0].device)
             xs = self.chosen(given, caught)
             if xs is given:  # an activation cannot be moved by moving the inputs
                 evaluate = partial(self.evaluated, call)
@@ -107,7 +106,7 @@ class inputs(Variables):
 
     def evaluated(self, call: Call, *xs: Tensor) -> Tensor:
         """Return ``[B, m]`` at some points; the same random numbers are drawn at all of them."""
-        y, _ = call.run(xs, xs[0].device, self)
+        y, _ = call.run(xs, xs[0].device)
         if isinstance(call.f, Computed) and call.f.mean:
             return summed(y, xs)
         return self.columns(y, len(xs[0]), call.axes.of)
@@ -133,7 +132,7 @@ class inputs(Variables):
     def samples(self, call: Call) -> tuple[Points | None, Points | None]:
         """Return real and fake samples; one positional argument is the points themselves."""
         args = call.args
-        if activations.names(call.axes.of, self):  # the module that has them may come last
+        if call.axes.named:  # the module that has them may come last
             args = args[:-1] if args and isinstance(args[-1], nn.Module) else args
         if args:
             if call.real is not None or (call.fake is not None and not call.axes.at.moves):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gpkit import checks
-from gpkit.lightning.callback.findings import CANNOT, before_fit, shards
+from gpkit.lightning.callback.findings import REFUSAL_TITLE, findings_before_fit, may_shard
 from gpkit.lightning.callback.step import PenalisedStep
 from gpkit.lightning.compat import Callback, state_key
 from gpkit.lightning.refusals import refuse
@@ -114,9 +114,11 @@ class GradientPenaltyCallback(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Put the penalties around the module's ``training_step``."""
         self._give_back()
-        found = before_fit(trainer, pl_module)
-        if shards(trainer.strategy) or not pl_module.automatic_optimization:
-            refuse(CANNOT, found)  # a training step would show no more, or step the optimisers
+        found = findings_before_fit(trainer, pl_module)
+        if may_shard(trainer.strategy) or not pl_module.automatic_optimization:
+            refuse(
+                REFUSAL_TITLE, found
+            )  # a training step would show no more, or step the optimisers
         step = PenalisedStep(trainer, pl_module, self.penalties, self.module, found)
         if pl_module.automatic_optimization:
             self._layers = [step.remove, wrapping.add(pl_module, "training_step", step)]

@@ -17,7 +17,13 @@ from gpkit.estimators.base import Target
 from gpkit.estimators.computed import Computed
 from gpkit.estimators.window import Window, summarised
 from gpkit.formula import Terms
-from gpkit.lightning.callback.findings import CANNOT, IN_PLACE, of_loss, of_net, sharded
+from gpkit.lightning.callback.findings import (
+    BATCH_WRITTEN_IN_PLACE,
+    REFUSAL_TITLE,
+    findings_of_loss,
+    findings_of_net,
+    holds_fsdp2_shards,
+)
 from gpkit.lightning.callback.plan import Plan, differentiated, wanted_by
 from gpkit.lightning.compat import last_of_step, logs_now, scale_of, scaler_of
 from gpkit.lightning.recording import penalty_numbers
@@ -69,7 +75,7 @@ class PenalisedStep:
                 "uncompiled; estimator='finite_difference' in the weights runs it compiled"
             )
         self._shards: Any = None
-        if sharded(module):
+        if holds_fsdp2_shards(module):
             from gpkit.lightning.callback.sharded import ShardedWeights
 
             self._shards = ShardedWeights(module)
@@ -94,13 +100,13 @@ class PenalisedStep:
             with plan.watch as seen:
                 output = training_step(*args, **kwargs)
         except RefusalError as error:  # by another callback's step, within this one
-            net = of_net(self.module, self.title, seen, plan.watch.wanted)
-            refuse(CANNOT, [*self.problems, *net, *error.found], error)
+            net = findings_of_net(self.module, self.title, seen, plan.watch.wanted)
+            refuse(REFUSAL_TITLE, [*self.problems, *net, *error.found], error)
         except Exception as error:
-            refuse(CANNOT, self.problems, error)  # of which the error may be a consequence
+            refuse(REFUSAL_TITLE, self.problems, error)  # of which the error may be a consequence
             raise
         if versions and versions != made.versions():
-            seen.problems.append(IN_PLACE)
+            seen.problems.append(BATCH_WRITTEN_IN_PLACE)
         loss = loss_of(output)
         if loss is None:  # Lightning skips the micro-batch
             if last_of_step(self.trainer):
@@ -180,8 +186,8 @@ class PenalisedStep:
         """Return the loss with the penalties that act."""
         first = self._unseen.intersection(plan.needs)
         if self.problems or seen.problems or first:
-            net = of_net(self.module, self.title, seen, plan.watch.wanted)
-            refuse(CANNOT, [*self.problems, *net, *of_loss(loss)])
+            net = findings_of_net(self.module, self.title, seen, plan.watch.wanted)
+            refuse(REFUSAL_TITLE, [*self.problems, *net, *findings_of_loss(loss)])
             self._unseen -= first
         last = last_of_step(self.trainer)
         if self._shards is not None:
@@ -242,7 +248,7 @@ class PenalisedStep:
                 if name not in first or type(error) is not RuntimeError:  # but out of memory
                     raise
                 found, cause = [*found, f"penalty {name!r}: {error}"], error
-        refuse(CANNOT, found, cause)
+        refuse(REFUSAL_TITLE, found, cause)
         return base, terms
 
     def _act_sharded(

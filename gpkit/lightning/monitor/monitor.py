@@ -12,11 +12,11 @@ from torch.utils._pytree import tree_map_only
 from gpkit import checks
 from gpkit.lightning.compat import Callback, last_of_step, logs_now
 from gpkit.lightning.monitor.findings import (
-    CANNOT,
-    of_backward,
-    of_module,
-    of_names,
-    of_strategy,
+    REFUSAL_TITLE,
+    findings_of_manual_backward,
+    findings_of_module,
+    findings_of_names,
+    findings_of_strategy,
     validation_loss,
 )
 from gpkit.lightning.monitor.inference import gradients_on
@@ -140,8 +140,10 @@ class GradientNormMonitor(Callback):
         self._take_off()
         self._start_over()
         found = list(self._found(trainer, pl_module, self._looks))
-        found += of_backward(pl_module, self.manual_backward, differentiates=self._looks)
-        refuse(CANNOT, found)
+        found += findings_of_manual_backward(
+            pl_module, self.manual_backward, differentiates=self._looks
+        )
+        refuse(REFUSAL_TITLE, found)
         if self._looks:
             automatic = pl_module.automatic_optimization
             step = self._training_step if automatic else self._manual_step
@@ -179,7 +181,7 @@ class GradientNormMonitor(Callback):
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Look into the validation step."""
         if self.validation and (self._looks or self.weights):
-            refuse(CANNOT, self._found(trainer, pl_module, differentiates=True))
+            refuse(REFUSAL_TITLE, self._found(trainer, pl_module, differentiates=True))
             self._look_into(trainer, pl_module, "validation_step", self._validation_step)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
@@ -247,16 +249,18 @@ class GradientNormMonitor(Callback):
         validating = prefix != "grad_norm"
         step = "validation_step" if validating else "training_step"
         once = validating or module.automatic_optimization
-        refuse(CANNOT, (f for view in views for f in view.findings(step, once=once)))
+        refuse(REFUSAL_TITLE, (f for view in views for f in view.findings(step, once=once)))
         log = validating or _logs_batch(trainer)
         self._norms.of_loss(trainer, module, loss, views, prefix, validating=validating, log=log)
         self._first = self._first and validating
 
     def _found(self, trainer: Any, module: Any, differentiates: bool) -> Iterator[str]:
         reads = self.weights is not None
-        yield from of_module(module)
-        yield from of_strategy(trainer.strategy, reads=reads, differentiates=differentiates)
-        yield from of_names(module, [*self.inputs, *self.activations])
+        yield from findings_of_module(module)
+        yield from findings_of_strategy(
+            trainer.strategy, reads=reads, differentiates=differentiates
+        )
+        yield from findings_of_names(module, [*self.inputs, *self.activations])
 
     def _look_into(
         self, trainer: Any, module: Any, name: str, layer: Any, *, inside: bool = False
