@@ -22,9 +22,9 @@ from gpkit.axes.weight import Schedule
 from gpkit.axes.wrt import VARIABLES, Variables
 from gpkit.estimators import ESTIMATORS
 from gpkit.estimators.base import Estimator, Target
-from gpkit.estimators.computed import Computed
 from gpkit.estimators.exact import exact
 from gpkit.estimators.projection import projection
+from gpkit.estimators.recomputable import Recomputable
 from gpkit.estimators.window import summarised
 from gpkit.formula import Terms
 from gpkit.penalty import Penalty
@@ -269,8 +269,8 @@ def with_loss(
         given = y
     total = y.mean()
     for penalty in in_weights:
-        again = given if penalty.estimator.reuses_graph else Computed(given, closure, state)
-        terms = penalty.act(again, net, step=step)
+        f = given if penalty.estimator.reuses_graph else Recomputable(given, closure, state)
+        terms = penalty.act(f, net, step=step)
         total = total if terms is None else terms.added_to(total)
     return total
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpkit.estimators.computed import Computed
+from gpkit.estimators.recomputable import Recomputable
 
 Points = tuple[Tensor, ...]  # one tensor [B, *S] for every input of the function
 
@@ -59,7 +59,7 @@ def require_floating(x: Tensor) -> None:
 def device_of(*values: Any) -> torch.device:
     """Return the device of the first tensor or module among ``values``, else the CPU."""
     for value in values:
-        if isinstance(value, Computed):
+        if isinstance(value, Recomputable):
             value = value.value
         if isinstance(value, Tensor):
             return value.device

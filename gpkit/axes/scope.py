@@ -6,7 +6,7 @@ from torch import Tensor
 
 from gpkit.axes.call import Call
 from gpkit.estimators.base import Estimator
-from gpkit.estimators.computed import Computed
+from gpkit.estimators.recomputable import Recomputable
 from gpkit.estimators.window import Window
 
 POOLED = ("accumulated", "global")
@@ -20,7 +20,7 @@ def window_of(call: Call) -> Window | None:
     """
     if call.axes.scope not in POOLED:
         return None
-    if isinstance(call.f, Computed) and call.f.window is not None:
+    if isinstance(call.f, Recomputable) and call.f.window is not None:
         return call.f.window
     if call.axes.scope == "accumulated":
         raise ValueError(
