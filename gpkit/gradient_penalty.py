@@ -172,8 +172,8 @@ class GradientPenalty(Penalty):
             self._require_derivatives(targets[0], trains=acts and train)
             n2 = formula.squared_norms(self, targets, rng, scale)
             terms = formula.terms(self, n2, weight, observe=acts)
-        if acts and train and not (self.seen_to_act and terms.reduced.requires_grad):
-            self.seen_to_act |= effect.trains(terms, targets, self.order, self.wrt)
+        if acts and train and not (self.effect_confirmed and terms.reduced.requires_grad):
+            self.effect_confirmed |= effect.trains(terms, targets, self.order, self.wrt)
         return terms if train else terms.detached()
 
     def _targets(
@@ -190,7 +190,7 @@ class GradientPenalty(Penalty):
 
     def _require_derivatives(self, target: Target, *, trains: bool) -> None:
         """Refuse a graph without a right derivative of order k, or k + 1 where it is trained."""
-        if not (self.seen_to_act or self.estimator.first_order):
+        if not (self.effect_confirmed or self.estimator.first_order):
             graph.require_derivatives(target.y, target.xs, self.order + trains)
 
     def with_loss(self, closure: Callable[[], Any], net: Any, *, step: int | None = None) -> Tensor:

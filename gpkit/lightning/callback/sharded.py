@@ -151,7 +151,7 @@ class ShardedWeights:
         epsilon = spacing(given.value, *graph.leaves(given.value))
         here = self.gradient(given.value)
         terms = {
-            name: penalty.act_by(partial(self.term, penalty, given, here, epsilon), step)
+            name: penalty.act_with(partial(self.term, penalty, given, here, epsilon), step)
             for name, penalty in penalties.items()
         }
         return known_gradient(given.value, list(here), zeros_for_none(here.values(), here)), terms

@@ -260,7 +260,7 @@ class PenalisedStep:
     def _call(self, name: str, made: Made, seen: Seen, value: Any) -> list[Any]:
         """Return what a penalty is called with."""
         penalty, needs = self.penalties[name], self.needs[name]
-        if needs.plain and penalty.seen_to_act:
+        if needs.plain and penalty.effect_confirmed:
             return [self._target(needs, seen, value)]
         again = partial(self._again, self.module, made, name)
         if needs.each_gradient:
