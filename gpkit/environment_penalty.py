@@ -114,10 +114,10 @@ class EnvironmentPenalty(Penalty):
                 raise RuntimeError(CUT)
             n2, values = self.statistic(self._samples(logits, a, y, env))
             terms = Terms(n2, values, weight, reduced(values))
-        if acts and train and not self.seen_to_act:
+        if acts and train and not self.effect_confirmed:
             if not graph.leaves(terms.reduced):
                 raise RuntimeError(CUT)
-            self.seen_to_act = True
+            self.effect_confirmed = True
         return terms if train else terms.detached()
 
     def _read(self, f: Any, args: tuple[Any, ...]) -> tuple[Any, Tensor, Tensor]:

@@ -22,9 +22,9 @@ from gpkit.axes.weight import Schedule
 from gpkit.axes.wrt import VARIABLES, Variables
 from gpkit.estimators import ESTIMATORS
 from gpkit.estimators.base import Estimator, Target
-from gpkit.estimators.computed import Computed
 from gpkit.estimators.exact import exact
 from gpkit.estimators.projection import projection
+from gpkit.estimators.recomputable import Recomputable
 from gpkit.estimators.window import summarised
 from gpkit.formula import Terms
 from gpkit.penalty import Penalty
@@ -175,9 +175,9 @@ class GradientPenalty(Penalty):
             self._require_derivatives(targets[0], trains=acts and train)
             n2 = formula.squared_norms(self, targets, rng, scale)
             terms = formula.terms(self, n2, weight, observe=acts)
-        if acts and train and not (self.seen_to_act and terms.reduced.requires_grad):
+        if acts and train and not (self.effect_confirmed and terms.reduced.requires_grad):
             unused = f"{type(self.wrt).__name__}: {self.wrt.missing}"
-            self.seen_to_act |= formula.trains(terms, targets, self.order, unused)
+            self.effect_confirmed |= formula.trains(terms, targets, self.order, unused)
         return terms if train else terms.detached()
 
     def _targets(
@@ -194,7 +194,7 @@ class GradientPenalty(Penalty):
 
     def _require_derivatives(self, target: Target, *, trains: bool) -> None:
         """Refuse a graph without a right derivative of order k, or k + 1 where it is trained."""
-        if not (self.seen_to_act or self.estimator.first_order):
+        if not (self.effect_confirmed or self.estimator.first_order):
             graph.require_derivatives(target.y, target.xs, self.order + trains)
 
     def with_loss(self, closure: Callable[[], Any], net: Any, *, step: int | None = None) -> Tensor:
@@ -273,8 +273,8 @@ def with_loss(
         given = y
     total = y.mean()
     for penalty in in_weights:
-        again = given if penalty.estimator.reuses_graph else Computed(given, closure, state)
-        terms = penalty.act(again, net, step=step)
+        f = given if penalty.estimator.reuses_graph else Recomputable(given, closure, state)
+        terms = penalty.act(f, net, step=step)
         total = total if terms is None else terms.added_to(total)
     return total
 

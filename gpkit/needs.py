@@ -97,8 +97,8 @@ class Needs:
     @property
     def runs_again(self) -> bool:
         """Whether what gave the loss is run again: at other points or weights, or per sample."""
-        again = self.moves or self.pooled or self.each_gradient or not self.reuses_graph
-        return again and not self.calls_net
+        reruns = self.moves or self.pooled or self.each_gradient or not self.reuses_graph
+        return reruns and not self.calls_net
 
     @property
     def reads_input(self) -> bool:

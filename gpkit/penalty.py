@@ -44,7 +44,7 @@ class Penalty:
         self.name = name
         self.step = 0
         self.draws = 0
-        self.seen_to_act = False
+        self.effect_confirmed = False
 
     @property
     def weight(self) -> float | Schedule:
@@ -115,9 +115,9 @@ class Penalty:
         def evaluate(weight: float) -> Terms:
             return self.evaluate(f, args, real, fake, weight, self.next_seed(), scale, acts=True)
 
-        return self.act_by(evaluate, step)
+        return self.act_with(evaluate, step)
 
-    def act_by(self, evaluate: Callable[[float], Terms], step: int | None = None) -> Terms | None:
+    def act_with(self, evaluate: Callable[[float], Terms], step: int | None = None) -> Terms | None:
         """Return the terms that a function gives for the weight of a step, and count the step.
 
         Args:

@@ -14,7 +14,7 @@ from gpkit.autodiff.random import RandomState, Source
 from gpkit.axes.at import Points
 from gpkit.axes.of import Of, sampled_losses
 from gpkit.estimators.base import Estimator
-from gpkit.estimators.computed import Computed
+from gpkit.estimators.recomputable import Recomputable
 
 
 class Axes(Protocol):
@@ -34,7 +34,7 @@ class Call:
 
     Args:
         axes: the penalty's choices.
-        f: a tensor with its graph, a callable to evaluate, or `Computed`, which is both.
+        f: a tensor with its graph, a callable to evaluate, or `Recomputable`, which is both.
         args: the other positional arguments: samples, or a module or its parameters.
         real: real samples, if given by keyword.
         fake: fake samples, if given by keyword.
@@ -65,19 +65,19 @@ class Call:
         Returns:
             What is differentiated, and the activations that the axes name.
         """
-        if isinstance(self.f, Computed):
-            return self.selected(self.again(self.f.function, self.f.state, xs, device)), {}
+        if isinstance(self.f, Recomputable):
+            return self.selected(self.rerun(self.f.function, self.f.state, xs, device)), {}
         wanted = self.axes.named
         if not wanted:
-            return self.selected(self.again(self.f, self.seed, xs, device)), {}
+            return self.selected(self.rerun(self.f, self.seed, xs, device)), {}
         net = activations.module_of(wanted[0], self.f, self.args)
         with activations.captured(net, wanted) as caught:
-            y = self.again(self.f, self.seed, xs, device)
+            y = self.rerun(self.f, self.seed, xs, device)
         if isinstance(self.axes.of, activations.Named):
             y = caught[self.axes.of.name]
         return self.selected(y), caught
 
-    def again(
+    def rerun(
         self, function: Any, seed: int | RandomState, xs: Points, device: torch.device
     ) -> Any:
         """Return what a function gives in a forward pass without side effects."""

@@ -18,7 +18,7 @@ from gpkit.axes.call import Axes, Call
 from gpkit.axes.of import Of
 from gpkit.axes.scope import POOLED, require_images
 from gpkit.estimators.base import Target
-from gpkit.estimators.computed import Computed
+from gpkit.estimators.recomputable import Recomputable
 from gpkit.estimators.window import Window
 
 
@@ -65,15 +65,15 @@ class inputs(Variables):
                 f"penalty(f, (x1, x2)); got {len(call.args)} arguments after f"
             )
         evaluate: Callable[..., Tensor] | None = None
-        mean = isinstance(call.f, Computed) and call.f.mean
-        if isinstance(call.f, Computed) and not call.axes.at.moves:
+        mean = isinstance(call.f, Recomputable) and call.f.mean
+        if isinstance(call.f, Recomputable) and not call.axes.at.moves:
             xs = self.given(call)
             y = call.selected(call.f.value)
             evaluate = partial(self.evaluated, call)
         elif call.has_graph:
             xs = self.given(call)
             y = call.selected(call.f)
-        elif callable(call.f) or isinstance(call.f, Computed):
+        elif callable(call.f) or isinstance(call.f, Recomputable):
             given = self.points(call)
             y, caught = call.run(given, given[0].device)
             xs = self.chosen(given, caught)
@@ -107,7 +107,7 @@ class inputs(Variables):
     def evaluated(self, call: Call, *xs: Tensor) -> Tensor:
         """Return ``[B, m]`` at some points; the same random numbers are drawn at all of them."""
         y, _ = call.run(xs, xs[0].device)
-        if isinstance(call.f, Computed) and call.f.mean:
+        if isinstance(call.f, Recomputable) and call.f.mean:
             return summed(y, xs)
         return self.columns(y, len(xs[0]), call.axes.of)
 
@@ -201,30 +201,30 @@ class weights(Variables):
                 f"penalty(loss, net.parameters()); got {len(call.args)} arguments after the loss"
             )
         params = self.chosen(call.args[0])
-        device, again = params[0].device, None
-        if isinstance(call.f, Computed):
+        device, rerun = params[0].device, None
+        if isinstance(call.f, Recomputable):
             y = call.selected(call.f.value)
-            again = partial(self.evaluated, call, device, y)
+            rerun = partial(self.evaluated, call, device, y)
         elif call.has_graph:
             y = call.selected(call.f)
         elif callable(call.f):
             y = self.evaluated(call, device)
-            again = partial(self.evaluated, call, device, y)
+            rerun = partial(self.evaluated, call, device, y)
         else:
             raise TypeError(f"expected a tensor or a callable; got a {type(call.f).__name__}")
-        yield from self.targets_of(y, params, call.axes, again, window_of(call))
+        yield from self.targets_of(y, params, call.axes, rerun, window_of(call))
 
     def targets_of(
         self,
         y: Tensor,
         params: tuple[Tensor, ...],
         axes: Axes,
-        again: Callable[[], Tensor] | None = None,
+        rerun: Callable[[], Tensor] | None = None,
         window: Window | None = None,
     ) -> list[Target]:
         """Return the targets of a loss ``y`` whose graph is there: one for each group."""
         groups = self.groups(y, axes.of, axes.scope)
-        evaluates = [again and partial(self.group, axes, again, i) for i in range(len(groups))]
+        evaluates = [rerun and partial(self.group, axes, rerun, i) for i in range(len(groups))]
         pairs = zip(groups, evaluates, strict=True)
         return [Target(group, params, False, evaluate, window=window) for group, evaluate in pairs]
 
@@ -237,9 +237,9 @@ class weights(Variables):
             )
         return y
 
-    def group(self, axes: Axes, again: Callable[[], Tensor], i: int) -> Tensor:
+    def group(self, axes: Axes, rerun: Callable[[], Tensor], i: int) -> Tensor:
         """Return what is differentiated for the i-th group, computed anew."""
-        return self.groups(again(), axes.of, axes.scope)[i]
+        return self.groups(rerun(), axes.of, axes.scope)[i]
 
     def groups(self, y: Tensor, of: Of, scope: str) -> list[Tensor]:
         """Return what is differentiated for each group, ``[1, m]``, or refuse other shapes."""
@@ -353,7 +353,7 @@ def window_of(call: Call) -> Window | None:
     """
     if call.axes.scope not in POOLED:
         return None
-    if isinstance(call.f, Computed) and call.f.window is not None:
+    if isinstance(call.f, Recomputable) and call.f.window is not None:
         return call.f.window
     if call.axes.scope == "accumulated":
         raise ValueError(

@@ -17,8 +17,8 @@ from gpkit.autodiff import graph
 from gpkit.autodiff.isolation import isolated
 from gpkit.autodiff.known_gradient import known_gradient, perturbed
 from gpkit.autodiff.numerics import spacing, widened, zeros_for_none
-from gpkit.estimators.computed import Computed
 from gpkit.estimators.finite_difference import finite_difference
+from gpkit.estimators.recomputable import Recomputable
 from gpkit.formula import Terms
 from gpkit.gradient_penalty import NO_GRAPH
 from gpkit.needs import needs_of
@@ -102,7 +102,7 @@ class ShardedWeights:
     all-reduce of a few numbers. In a training step::
 
         before = random_state(device)
-        given = Computed(closure(), closure, before)
+        given = Recomputable(closure(), closure, before)
         loss, terms = sharded_weights.terms({"gp": penalty}, given)
 
     Args:
@@ -118,7 +118,7 @@ class ShardedWeights:
     def terms(
         self,
         penalties: Mapping[str, Penalty],
-        given: Computed,
+        given: Recomputable,
         step: int | None = None,
     ) -> tuple[Tensor, dict[str, Terms | None]]:
         """Return a loss and the terms of penalties on it, and count a step.
@@ -151,13 +151,13 @@ class ShardedWeights:
         epsilon = spacing(given.value, *graph.leaves(given.value))
         here = self.gradient(given.value)
         terms = {
-            name: penalty.act_by(partial(self.term, penalty, given, here, epsilon), step)
+            name: penalty.act_with(partial(self.term, penalty, given, here, epsilon), step)
             for name, penalty in penalties.items()
         }
         return known_gradient(given.value, list(here), zeros_for_none(here.values(), here)), terms
 
     def term(
-        self, penalty: Any, given: Computed, here: Gradient, epsilon: float, weight: float
+        self, penalty: Any, given: Recomputable, here: Gradient, epsilon: float, weight: float
     ) -> Terms:
         """Return the terms of one penalty.
 

@@ -14,7 +14,7 @@ from gpkit.autodiff.isolation import isolated
 from gpkit.autodiff.numerics import wide
 from gpkit.autodiff.random import random_state
 from gpkit.estimators.base import Target
-from gpkit.estimators.computed import Computed
+from gpkit.estimators.recomputable import Recomputable
 from gpkit.estimators.window import Window, summarised
 from gpkit.formula import Terms
 from gpkit.lightning.callback.findings import (
@@ -260,29 +260,29 @@ class PenalisedStep:
             return loss, {}
         again = partial(self._again, self.module, made, next(iter(acting)))  # of all it is the loss
         terms: tuple[Tensor, dict[str, Terms | None]]
-        terms = self._shards.terms(acting, Computed(loss, again, made.state), self._now)
+        terms = self._shards.terms(acting, Recomputable(loss, again, made.state), self._now)
         return terms
 
     def _call(self, name: str, made: Made, seen: Seen, value: Any) -> list[Any]:
         """Return what a penalty is called with."""
         penalty, needs = self.penalties[name], self.needs[name]
-        if needs.plain and penalty.seen_to_act:
+        if needs.plain and penalty.effect_confirmed:
             return [self._target(needs, seen, value)]
         again = partial(self._again, self.module, made, name)
         if needs.each_gradient:
             return [partial(losses_of, self.module, made, self.traces), self.net]
         if needs.in_weights:
             window = self._window(name) if needs.pooled else None
-            return [Computed(value, again, made.state, window=window), self.net]
+            return [Recomputable(value, again, made.state, window=window), self.net]
         if needs.at_data and not needs.calls_net:
             x = seen.activations[needs.in_activation] if needs.in_activation else seen.x
-            return [Computed(value, again, made.state, mean=needs.of_loss), x]
+            return [Recomputable(value, again, made.state, mean=needs.of_loss), x]
         assert seen.x is not None
         if needs.calls_net:
             return [self.net, seen.x.detach()]
         if needs.in_activation:  # L there, for each sample, has the right sum
             return [lambda z: again(z).expand(len(z)), seen.x.detach(), self.net]
-        return [Computed(None, again, made.state, mean=True), seen.x.detach()]
+        return [Recomputable(None, again, made.state, mean=True), seen.x.detach()]
 
     def _target(self, needs: Needs, seen: Seen, loss: Tensor) -> Target:
         """Return what a plain penalty differentiates: a call would read the same out of it."""
