@@ -24,8 +24,8 @@ from gpkit.lightning.monitor.norms_of_step import StepNorms
 from gpkit.lightning.monitor.views import View, Views
 from gpkit.lightning.recording import Histograms
 from gpkit.lightning.refusals import refuse
-from gpkit.lightning.watch import wrapping
 from gpkit.lightning.watch.replay import loss_of
+from gpkit.lightning.watch.wrapping import wrap
 
 WEIGHTS = ("total", "group", "layer")
 
@@ -117,7 +117,7 @@ class GradientNormMonitor(Callback):
             if manual_backward is None
             else checks.integer("manual_backward=...", manual_backward, 0)
         )
-        self._layers: dict[str, Callable[[], None]] = {}  # how to take each off again
+        self._unwrap: dict[str, Callable[[], None]] = {}  # by method, and its hooks
         self._start_over()
 
     def _start_over(self) -> None:
@@ -147,7 +147,7 @@ class GradientNormMonitor(Callback):
         if self._looks:
             automatic = pl_module.automatic_optimization
             step = self._training_step if automatic else self._manual_step
-            self._look_into(trainer, pl_module, "training_step", step, inside=True)
+            self._look_into(trainer, pl_module, "training_step", step, innermost=True)
             if not automatic:
                 backward = partial(self._manual_backward, trainer, pl_module)
                 self._put_on(pl_module, "manual_backward", backward)
@@ -263,19 +263,19 @@ class GradientNormMonitor(Callback):
         yield from findings_of_names(module, [*self.inputs, *self.activations])
 
     def _look_into(
-        self, trainer: Any, module: Any, name: str, layer: Any, *, inside: bool = False
+        self, trainer: Any, module: Any, name: str, layer: Any, *, innermost: bool = False
     ) -> None:
         """Put a layer around a step, that has the views of it."""
         watch = Views(module, self.inputs, self.activations)
-        self._put_on(module, name, partial(layer, watch, trainer, module), inside=inside)
-        self._layers[f"{name}'s hooks"] = watch.remove
+        self._put_on(module, name, partial(layer, watch, trainer, module), innermost=innermost)
+        self._unwrap[f"{name}'s hooks"] = watch.remove
 
-    def _put_on(self, module: Any, name: str, layer: Any, *, inside: bool = False) -> None:
-        self._layers[name] = wrapping.add(module, name, layer, inside=inside)
+    def _put_on(self, module: Any, name: str, layer: Any, *, innermost: bool = False) -> None:
+        self._unwrap[name] = wrap(module, name, layer, innermost=innermost)
 
     def _take_off(self, step: str = "") -> None:
-        for name in [name for name in self._layers if name.startswith(step)]:
-            self._layers.pop(name)()
+        for name in [name for name in self._unwrap if name.startswith(step)]:
+            self._unwrap.pop(name)()
 
 
 def _names(title: str, given: str | Iterable[str]) -> tuple[str, ...]:
