@@ -13,8 +13,8 @@ from gpkit.autodiff import graph
 from gpkit.autodiff.derivatives import gradients
 from gpkit.autodiff.isolation import isolated
 from gpkit.autodiff.numerics import wide
+from gpkit.autodiff.random import device_of
 from gpkit.axes.environments import Samples, Statistic
-from gpkit.axes.samples import device_of
 from gpkit.axes.weight import Schedule
 from gpkit.formula import Terms, reduced
 from gpkit.penalty import Penalty
@@ -79,6 +79,7 @@ class EnvironmentPenalty(Penalty):
         real: Any,
         fake: Any,
         weight: float,
+        seed: int,
         scale: Tensor | float | None = None,
         *,
         acts: bool = False,
@@ -91,6 +92,7 @@ class EnvironmentPenalty(Penalty):
             real: must be None.
             fake: must be None.
             weight: the factor of the mean over environments.
+            seed: of the random numbers.
             scale: is not needed: δ is taken of the logits alone, in float32.
             acts: whether the terms are trained on.
 
@@ -101,7 +103,7 @@ class EnvironmentPenalty(Penalty):
             RuntimeError: if the logits have no graph.
             TypeError: if the arguments are of other kinds.
         """
-        train, seed = torch.is_grad_enabled(), self.next_seed()
+        train = torch.is_grad_enabled()
         if real is not None or fake is not None:
             raise TypeError(f"{self.name} takes no real= or fake=: {USAGE}")
         with torch.inference_mode(False), torch.enable_grad():
@@ -112,10 +114,10 @@ class EnvironmentPenalty(Penalty):
                 raise RuntimeError(CUT)
             n2, values = self.statistic(self._samples(logits, a, y, env))
             terms = Terms(n2, values, weight, reduced(values))
-        if acts and train and not self.seen_to_act:
+        if acts and train and not self.effect_confirmed:
             if not graph.leaves(terms.reduced):
                 raise RuntimeError(CUT)
-            self.seen_to_act = True
+            self.effect_confirmed = True
         return terms if train else terms.detached()
 
     def _read(self, f: Any, args: tuple[Any, ...]) -> tuple[Any, Tensor, Tensor]:

@@ -9,22 +9,22 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from gpkit import checks, effect, formula
+from gpkit import checks, formula
 from gpkit.autodiff import graph
-from gpkit.autodiff.random import Source, random_state
+from gpkit.autodiff.activations import names
+from gpkit.autodiff.random import Source, device_of, random_state
 from gpkit.axes import scope as scopes
 from gpkit.axes.at import At, as_at
 from gpkit.axes.call import Call
 from gpkit.axes.form import FORMS, Form
 from gpkit.axes.of import Of
-from gpkit.axes.samples import device_of
 from gpkit.axes.weight import Schedule
 from gpkit.axes.wrt import VARIABLES, Variables
 from gpkit.estimators import ESTIMATORS
 from gpkit.estimators.base import Estimator, Target
-from gpkit.estimators.computed import Computed
 from gpkit.estimators.exact import exact
 from gpkit.estimators.projection import projection
+from gpkit.estimators.recomputable import Recomputable
 from gpkit.estimators.window import summarised
 from gpkit.formula import Terms
 from gpkit.penalty import Penalty
@@ -134,6 +134,7 @@ class GradientPenalty(Penalty):
         self.estimator: Estimator = checks.piece("estimator=...", estimator, ESTIMATORS, Estimator)
         self.estimator.check(self.order, self.form.norm, self.wrt.batched)
         scopes.check(self.scope, self.order, self.estimator)
+        self.named = tuple(names(self.of, self.wrt))  # activations, on either axis
         self.reduce = checks.choice("reduce=...", reduce, formula.REDUCTIONS)
         super().__init__(weight=weight, every=every, seed=seed, name=name)
 
@@ -144,6 +145,7 @@ class GradientPenalty(Penalty):
         real: Any,
         fake: Any,
         weight: float,
+        seed: int,
         scale: Tensor | float | None = None,
         *,
         acts: bool = False,
@@ -156,6 +158,7 @@ class GradientPenalty(Penalty):
             real: real samples, if given by keyword.
             fake: fake samples, if given by keyword.
             weight: the factor of the reduced value.
+            seed: of the random numbers.
             scale: of a gradient scaler.
             acts: whether the terms are trained on.
 
@@ -165,15 +168,16 @@ class GradientPenalty(Penalty):
         Raises:
             RuntimeError: if there is no graph to differentiate, or one that torch cannot.
         """
-        train, seed = torch.is_grad_enabled(), self.next_seed()
+        train = torch.is_grad_enabled()
         with _graphs(train):
             rng = torch.Generator(device_of(f, args, real, fake)).manual_seed(seed)
             targets = self._targets(f, args, real, fake, rng, seed)
             self._require_derivatives(targets[0], trains=acts and train)
             n2 = formula.squared_norms(self, targets, rng, scale)
             terms = formula.terms(self, n2, weight, observe=acts)
-        if acts and train and not (self.seen_to_act and terms.reduced.requires_grad):
-            self.seen_to_act |= effect.trains(terms, targets, self.order, self.wrt)
+        if acts and train and not (self.effect_confirmed and terms.reduced.requires_grad):
+            unused = f"{type(self.wrt).__name__}: {self.wrt.missing}"
+            self.effect_confirmed |= formula.trains(terms, targets, self.order, unused)
         return terms if train else terms.detached()
 
     def _targets(
@@ -190,7 +194,7 @@ class GradientPenalty(Penalty):
 
     def _require_derivatives(self, target: Target, *, trains: bool) -> None:
         """Refuse a graph without a right derivative of order k, or k + 1 where it is trained."""
-        if not (self.seen_to_act or self.estimator.first_order):
+        if not (self.effect_confirmed or self.estimator.first_order):
             graph.require_derivatives(target.y, target.xs, self.order + trains)
 
     def with_loss(self, closure: Callable[[], Any], net: Any, *, step: int | None = None) -> Tensor:
@@ -269,8 +273,8 @@ def with_loss(
         given = y
     total = y.mean()
     for penalty in in_weights:
-        again = given if penalty.estimator.reuses_graph else Computed(given, closure, state)
-        terms = penalty.act(again, net, step=step)
+        f = given if penalty.estimator.reuses_graph else Recomputable(given, closure, state)
+        terms = penalty.act(f, net, step=step)
         total = total if terms is None else terms.added_to(total)
     return total
 

@@ -97,8 +97,8 @@ class Needs:
     @property
     def runs_again(self) -> bool:
         """Whether what gave the loss is run again: at other points or weights, or per sample."""
-        again = self.moves or self.pooled or self.each_gradient or not self.reuses_graph
-        return again and not self.calls_net
+        reruns = self.moves or self.pooled or self.each_gradient or not self.reuses_graph
+        return reruns and not self.calls_net
 
     @property
     def reads_input(self) -> bool:
@@ -136,7 +136,7 @@ def needs_of(penalty: Penalty) -> Needs:
         "activation" if isinstance(of, activations.Named) else "loss" if loss else "output",
         in_weights=in_weights,
         in_activation=wrt.name if isinstance(wrt, activations.Named) else "",
-        activations=tuple(activations.names(of, wrt)),
+        activations=penalty.named,
         order=0 if estimator.first_order else penalty.order,
         moves=penalty.at.moves and not in_weights,
         reuses_graph=estimator.reuses_graph,

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gpkit import checks
-from gpkit.autodiff.distributed import rank
-from gpkit.autodiff.random import derived_seed
-from gpkit.axes.samples import device_of
+from gpkit.autodiff.random import derived_seed, device_of, rank
 from gpkit.axes.weight import Schedule, as_weight
 from gpkit.formula import Terms
 
@@ -46,7 +44,7 @@ class Penalty:
         self.name = name
         self.step = 0
         self.draws = 0
-        self.seen_to_act = False
+        self.effect_confirmed = False
 
     @property
     def weight(self) -> float | Schedule:
@@ -55,8 +53,8 @@ class Penalty:
 
     @weight.setter
     def weight(self, weight: float | Schedule) -> None:
-        self._weight = as_weight("weight=...", weight)
-        self._given = weight if callable(weight) else float(weight)
+        self._given = weight if callable(weight) else checks.number("weight=...", weight, 0)
+        self._schedule = as_weight(weight) if callable(weight) else None
 
     def __call__(
         self,
@@ -115,11 +113,11 @@ class Penalty:
         """
 
         def evaluate(weight: float) -> Terms:
-            return self.evaluate(f, args, real, fake, weight, scale, acts=True)
+            return self.evaluate(f, args, real, fake, weight, self.next_seed(), scale, acts=True)
 
-        return self.act_by(evaluate, step)
+        return self.act_with(evaluate, step)
 
-    def act_by(self, evaluate: Callable[[float], Terms], step: int | None = None) -> Terms | None:
+    def act_with(self, evaluate: Callable[[float], Terms], step: int | None = None) -> Terms | None:
         """Return the terms that a function gives for the weight of a step, and count the step.
 
         Args:
@@ -135,8 +133,8 @@ class Penalty:
         if weight == 0:
             return None
         terms = evaluate(weight)
-        if torch.is_grad_enabled():
-            self._weight.observe(terms.norms, self.step - 1)
+        if self._schedule is not None and torch.is_grad_enabled():
+            self._schedule.observe(terms.norms, self.step - 1)
         return terms
 
     def terms(
@@ -149,7 +147,8 @@ class Penalty:
         step, up to this one, on which a call acts.
         """
         step = self.step if step is None else step
-        return self.evaluate(f, args, real, fake, self.weight_at(step - step % self.every))
+        weight = self.weight_at(step - step % self.every)
+        return self.evaluate(f, args, real, fake, weight, self.next_seed())
 
     def evaluate(
         self,
@@ -158,6 +157,7 @@ class Penalty:
         real: Any,
         fake: Any,
         weight: float,
+        seed: int,
         scale: Tensor | float | None = None,
         *,
         acts: bool = False,
@@ -170,6 +170,7 @@ class Penalty:
             real: real samples, if given by keyword.
             fake: fake samples, if given by keyword.
             weight: the factor of the reduced value.
+            seed: of the random numbers of this evaluation.
             scale: of a gradient scaler.
             acts: whether the terms are trained on: then states take the norms in, and a penalty
                 that trains nothing is refused.
@@ -192,7 +193,10 @@ class Penalty:
 
     def weight_at(self, step: int) -> float:
         """Return the factor of the reduced value at an optimiser step: zero where it is skipped."""
-        return 0.0 if step % self.every else float(self._weight(step)) * self.every
+        if step % self.every:
+            return 0.0
+        weight = self._given if self._schedule is None else self._schedule(step)
+        return float(weight) * self.every  # type: ignore[arg-type]
 
     def acts_at(self, step: int | None = None) -> bool:
         """Whether the penalty acts at an optimiser step; None is the next one that it counts."""
@@ -204,12 +208,13 @@ class Penalty:
         Args:
             step: the optimiser step; None is that of the last call.
         """
-        return self._weight.loss_scale(max(self.step - 1, 0) if step is None else step)
+        step = max(self.step - 1, 0) if step is None else step
+        return 1.0 if self._schedule is None else self._schedule.loss_scale(step)
 
     @property
     def measures(self) -> bool:
         """Whether the weight is steered by gradients of loss and penalty, see `measure`."""
-        return self._weight.measures
+        return self._schedule is not None and self._schedule.measures
 
     def measure(self, loss: Tensor, terms: Terms, parameters: Iterable[Tensor]) -> None:
         """Show the gradients of loss and penalty to a weight that adapts to them.
@@ -219,8 +224,8 @@ class Penalty:
             terms: of the penalty, of the last step.
             parameters: those that are trained.
         """
-        if self.measures and torch.is_grad_enabled():
-            self._weight.measure(loss, terms.penalty, parameters, self.step - 1)
+        if self._schedule is not None and torch.is_grad_enabled():
+            self._schedule.measure(loss, terms.penalty, parameters, self.step - 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state: plain numbers. The seed and the count of draws are the generator.

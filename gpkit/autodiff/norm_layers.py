@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from gpkit.autodiff.numerics import wide, widened
+
 
 class elementary(TorchFunctionMode):
     """Compute norm layers in elementary operations while active: ``with elementary(): net(x)``.
@@ -73,7 +75,7 @@ def native_layer_norm(
     if not all(suits(p, shape, input) for p in (weight, bias)):
         return NotImplemented
     dims = tuple(range(-len(shape), 0))
-    x = wide(input)
+    x = widened(input)
     mean = x.mean(dims, keepdim=True)
     centred = x - mean
     rstd = (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
@@ -90,7 +92,7 @@ def rms_norm(
     shape = tuple(normalized_shape)
     if not shape or tuple(input.shape[-len(shape) :]) != shape or not suits(weight, shape, input):
         return NotImplemented
-    x = wide(input)
+    x = widened(input)
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     mean_square = x.square().mean(tuple(range(-len(shape), 0)), keepdim=True)
     return affine(x * (mean_square + eps).rsqrt(), weight, None).to(autocast_dtype(input))
@@ -195,7 +197,7 @@ def normalized(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, dims: tuple[int, ...], eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return ``[B, C, *S]`` normalised over ``dims``, and m, v and 1/√(v + ε)."""
-    x = wide(input)
+    x = widened(input)
     mean = x.mean(dims, keepdim=True)
     centred = x - mean
     var = centred.square().mean(dims, keepdim=True)
@@ -218,20 +220,15 @@ def update(running: Tensor | None, found: Tensor, momentum: float) -> None:
         running.data.copy_((1 - momentum) * running + momentum * found.detach())
 
 
-def wide(x: Tensor) -> Tensor:
-    """Return x in the dtype in which torch's kernels compute: float32 for half precision."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of a layer norm: that of x, or float32 under autocast but for a CPU."""
     device = x.device.type
-    return wide(x).dtype if device != "cpu" and torch.is_autocast_enabled(device) else x.dtype
+    return wide(x) if device != "cpu" and torch.is_autocast_enabled(device) else x.dtype
 
 
 def suits(p: Tensor | None, shape: tuple[int, ...], x: Tensor) -> bool:
     """Whether p is absent, or a parameter that torch would take for x; else torch is to say so."""
-    return p is None or (tuple(p.shape) == shape and p.dtype in (x.dtype, wide(x).dtype))
+    return p is None or (tuple(p.shape) == shape and p.dtype in (x.dtype, wide(x)))
 
 
 WRITTEN_OUT: dict[Any, Callable[..., Any]] = {

@@ -37,27 +37,6 @@ def reduce_rows(rows: Iterable[tuple[Tensor, ...]], norm: str) -> Tensor:
     return total if norm == "l2" else total.square()
 
 
-def squared_length(parts: tuple[Tensor, ...]) -> Tensor:
-    """Return the sum of all squares ``[1]``, in float32 or better."""
-    if sum(part.numel() for part in parts) < SMALL:
-        parts = (torch.cat([part.reshape(-1) for part in parts]),)
-    squares = [(p.float() if p.dtype in HALF else p).square().sum() for p in parts]
-    total = squares[0]
-    for square in squares[1:]:
-        total = total + square
-    return total.reshape(1)
-
-
-SMALL = 2**18  # entries: below that a copy costs less than the operations that it saves
-
-
-def as_rows(x: Tensor, batched: bool) -> Tensor:
-    """Return ``x`` as ``[G, n]``: one row a sample, or one row in all."""
-    if batched and x.ndim == 2:
-        return x
-    return x.flatten(1) if batched and x.ndim > 1 else x.reshape(len(x) if batched else 1, -1)
-
-
 def root(squared_norms: Tensor) -> Tensor:
     """Return the square root, whose derivative at zero is zero instead of infinite.
 
@@ -74,13 +53,13 @@ def root(squared_norms: Tensor) -> Tensor:
 Rows = list[Tensor]  # one [G, n] for every variable
 
 
-def known(grads: Any, xs: Any) -> list[Tensor]:
-    """Return gradients with zeros where there are none."""
+def zeros_for_none(grads: Any, xs: Any) -> list[Tensor]:
+    """Return gradients, with zeros in the shape of x where a gradient is None."""
     return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, xs, strict=True)]
 
 
-def added(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
-    """Return the sums of tensors, one by one."""
+def pairwise_sums(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
+    """Return the sum of each pair of tensors from two lists of the same length."""
     return [a + b for a, b in zip(first, second, strict=True)]
 
 
@@ -147,9 +126,9 @@ def length_of(rows: Rows) -> Tensor:
     return reduce_rows([tuple(rows)], "l2").sqrt()
 
 
-def moving(size: Tensor) -> Tensor:
-    """Return one where there is a direction to move along, and zero where there is none."""
-    return (size != 0).to(size)
+def nonzero_mask(x: Tensor) -> Tensor:
+    """Return 1 where ``x`` is not zero (NaN included), and 0 elsewhere, in the dtype of ``x``."""
+    return (x != 0).to(x)
 
 
 def spacing(y: Tensor, *xs: Tensor) -> float:

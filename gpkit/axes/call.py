@@ -11,18 +11,18 @@ from torch import Tensor
 from gpkit.autodiff import activations
 from gpkit.autodiff.isolation import isolated
 from gpkit.autodiff.random import RandomState, Source
-from gpkit.axes.at import At
+from gpkit.axes.at import Points
 from gpkit.axes.of import Of, sampled_losses
-from gpkit.axes.samples import Points
 from gpkit.estimators.base import Estimator
-from gpkit.estimators.computed import Computed
+from gpkit.estimators.recomputable import Recomputable
 
 
 class Axes(Protocol):
     """The choices that say how a call is read: those of a `GradientPenalty`."""
 
     of: Of
-    at: At
+    at: Any
+    named: tuple[str, ...]  # activations that they name
     scope: str
     order: int
     estimator: Estimator
@@ -34,7 +34,7 @@ class Call:
 
     Args:
         axes: the penalty's choices.
-        f: a tensor with its graph, a callable to evaluate, or `Computed`, which is both.
+        f: a tensor with its graph, a callable to evaluate, or `Recomputable`, which is both.
         args: the other positional arguments: samples, or a module or its parameters.
         real: real samples, if given by keyword.
         fake: fake samples, if given by keyword.
@@ -55,30 +55,29 @@ class Call:
         """Whether ``f`` is a value, not a function: a tensor, or what ``of`` takes one from."""
         return isinstance(self.f, Tensor) or (callable(self.axes.of) and not callable(self.f))
 
-    def run(
-        self, xs: Points, device: torch.device, wrt: Any = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def run(self, xs: Points, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
         """Run a forward pass without side effects.
 
         Args:
             xs: what the function is called with.
             device: where it runs.
-            wrt: the variables, which may be an activation.
 
         Returns:
             What is differentiated, and the activations that the axes name.
         """
-        if isinstance(self.f, Computed):
-            return self.selected(self.again(self.f.function, self.f.state, xs, device)), {}
-        wanted = activations.names(self.axes.of, wrt)
-        net = activations.module_of(wanted[0], self.f, self.args) if wanted else None
+        if isinstance(self.f, Recomputable):
+            return self.selected(self.rerun(self.f.function, self.f.state, xs, device)), {}
+        wanted = self.axes.named
+        if not wanted:
+            return self.selected(self.rerun(self.f, self.seed, xs, device)), {}
+        net = activations.module_of(wanted[0], self.f, self.args)
         with activations.captured(net, wanted) as caught:
-            y = self.again(self.f, self.seed, xs, device)
+            y = self.rerun(self.f, self.seed, xs, device)
         if isinstance(self.axes.of, activations.Named):
             y = caught[self.axes.of.name]
         return self.selected(y), caught
 
-    def again(
+    def rerun(
         self, function: Any, seed: int | RandomState, xs: Points, device: torch.device
     ) -> Any:
         """Return what a function gives in a forward pass without side effects."""

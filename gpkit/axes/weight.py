@@ -58,24 +58,18 @@ class Weight:
 
 @dataclass(frozen=True)
 class plain(Weight):
-    """A weight given as a number, or as a function of the step that knows nothing of `Weight`."""
+    """A plain function of the optimiser step, as a weight."""
 
-    schedule: float | Schedule
+    schedule: Schedule
 
     def __call__(self, step: int) -> float:
         """Return the weight at an optimiser step, counted from 0."""
-        return float(self.schedule(step) if callable(self.schedule) else self.schedule)
+        return float(self.schedule(step))
 
 
-def as_weight(where: str, weight: Any) -> Weight:
-    """Return a weight for what the user gave: an object, a function of the step, or a number.
-
-    Raises:
-        ValueError: if it is no number >= 0.
-    """
-    if isinstance(weight, Weight):
-        return weight
-    return plain(weight if callable(weight) else checks.number(where, weight, 0))
+def as_weight(schedule: Schedule) -> Weight:
+    """Return a weight for a schedule: itself, or a plain function of the step wrapped as one."""
+    return schedule if isinstance(schedule, Weight) else plain(schedule)
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from gpkit import checks
-from gpkit.autodiff import activations
 from gpkit.autodiff.activations import Named
+from gpkit.axes.at import Points, as_points, require_floating
 from gpkit.axes.call import Axes, Call
 from gpkit.axes.of import Of
-from gpkit.axes.samples import Points, as_points, require_floating
-from gpkit.axes.scope import POOLED, require_images, window_of
+from gpkit.axes.scope import POOLED, require_images
 from gpkit.estimators.base import Target
-from gpkit.estimators.computed import Computed
+from gpkit.estimators.recomputable import Recomputable
 from gpkit.estimators.window import Window
 
 
@@ -60,23 +59,23 @@ class inputs(Variables):
 
     def targets(self, call: Call) -> Iterator[Target]:
         """Yield the one target: ``y`` is ``[B, m]``, a row for each sample."""
-        if len(call.args) > 1 + bool(activations.names(call.axes.of, self)):
+        if len(call.args) > 1 + bool(call.axes.named):
             raise TypeError(
                 "an input penalty takes f and the samples; several inputs go into one tuple: "
                 f"penalty(f, (x1, x2)); got {len(call.args)} arguments after f"
             )
         evaluate: Callable[..., Tensor] | None = None
-        mean = isinstance(call.f, Computed) and call.f.mean
-        if isinstance(call.f, Computed) and not call.axes.at.moves:
+        mean = isinstance(call.f, Recomputable) and call.f.mean
+        if isinstance(call.f, Recomputable) and not call.axes.at.moves:
             xs = self.given(call)
             y = call.selected(call.f.value)
             evaluate = partial(self.evaluated, call)
         elif call.has_graph:
             xs = self.given(call)
             y = call.selected(call.f)
-        elif callable(call.f) or isinstance(call.f, Computed):
+        elif callable(call.f) or isinstance(call.f, Recomputable):
             given = self.points(call)
-            y, caught = call.run(given, given[0].device, self)
+            y, caught = call.run(given, given[0].device)
             xs = self.chosen(given, caught)
             if xs is given:  # an activation cannot be moved by moving the inputs
                 evaluate = partial(self.evaluated, call)
@@ -107,8 +106,8 @@ class inputs(Variables):
 
     def evaluated(self, call: Call, *xs: Tensor) -> Tensor:
         """Return ``[B, m]`` at some points; the same random numbers are drawn at all of them."""
-        y, _ = call.run(xs, xs[0].device, self)
-        if isinstance(call.f, Computed) and call.f.mean:
+        y, _ = call.run(xs, xs[0].device)
+        if isinstance(call.f, Recomputable) and call.f.mean:
             return summed(y, xs)
         return self.columns(y, len(xs[0]), call.axes.of)
 
@@ -133,7 +132,7 @@ class inputs(Variables):
     def samples(self, call: Call) -> tuple[Points | None, Points | None]:
         """Return real and fake samples; one positional argument is the points themselves."""
         args = call.args
-        if activations.names(call.axes.of, self):  # the module that has them may come last
+        if call.axes.named:  # the module that has them may come last
             args = args[:-1] if args and isinstance(args[-1], nn.Module) else args
         if args:
             if call.real is not None or (call.fake is not None and not call.axes.at.moves):
@@ -202,30 +201,30 @@ class weights(Variables):
                 f"penalty(loss, net.parameters()); got {len(call.args)} arguments after the loss"
             )
         params = self.chosen(call.args[0])
-        device, again = params[0].device, None
-        if isinstance(call.f, Computed):
+        device, rerun = params[0].device, None
+        if isinstance(call.f, Recomputable):
             y = call.selected(call.f.value)
-            again = partial(self.evaluated, call, device, y)
+            rerun = partial(self.evaluated, call, device, y)
         elif call.has_graph:
             y = call.selected(call.f)
         elif callable(call.f):
             y = self.evaluated(call, device)
-            again = partial(self.evaluated, call, device, y)
+            rerun = partial(self.evaluated, call, device, y)
         else:
             raise TypeError(f"expected a tensor or a callable; got a {type(call.f).__name__}")
-        yield from self.targets_of(y, params, call.axes, again, window_of(call))
+        yield from self.targets_of(y, params, call.axes, rerun, window_of(call))
 
     def targets_of(
         self,
         y: Tensor,
         params: tuple[Tensor, ...],
         axes: Axes,
-        again: Callable[[], Tensor] | None = None,
+        rerun: Callable[[], Tensor] | None = None,
         window: Window | None = None,
     ) -> list[Target]:
         """Return the targets of a loss ``y`` whose graph is there: one for each group."""
         groups = self.groups(y, axes.of, axes.scope)
-        evaluates = [again and partial(self.group, axes, again, i) for i in range(len(groups))]
+        evaluates = [rerun and partial(self.group, axes, rerun, i) for i in range(len(groups))]
         pairs = zip(groups, evaluates, strict=True)
         return [Target(group, params, False, evaluate, window=window) for group, evaluate in pairs]
 
@@ -238,9 +237,9 @@ class weights(Variables):
             )
         return y
 
-    def group(self, axes: Axes, again: Callable[[], Tensor], i: int) -> Tensor:
+    def group(self, axes: Axes, rerun: Callable[[], Tensor], i: int) -> Tensor:
         """Return what is differentiated for the i-th group, computed anew."""
-        return self.groups(again(), axes.of, axes.scope)[i]
+        return self.groups(rerun(), axes.of, axes.scope)[i]
 
     def groups(self, y: Tensor, of: Of, scope: str) -> list[Tensor]:
         """Return what is differentiated for each group, ``[1, m]``, or refuse other shapes."""
@@ -344,6 +343,24 @@ class activation(Named, inputs):
                 f"got {list(h.shape)}"
             )
         return (h,)
+
+
+def window_of(call: Call) -> Window | None:
+    """Return the window of a call whose scope asks for one.
+
+    Raises:
+        ValueError: if only the caller can know the micro-batches, and did not give them.
+    """
+    if call.axes.scope not in POOLED:
+        return None
+    if isinstance(call.f, Recomputable) and call.f.window is not None:
+        return call.f.window
+    if call.axes.scope == "accumulated":
+        raise ValueError(
+            'scope="accumulated" needs the micro-batches of an optimiser step, which '
+            "gpkit.GradientPenaltyCallback sees; here use scope='batch' or 'global'"
+        )
+    return Window(ranks=True)
 
 
 VARIABLES: dict[str, type[Variables]] = {"input": inputs, "weight": weights}

@@ -1,7 +1,7 @@
 """How the squared norm n² of a derivative is obtained: one file for each estimator.
 
 An estimator gets a `gpkit.estimators.base.Target` (what is differentiated, and with respect to
-what) and returns n² ``[G]``, one for each group, with a graph. ``window`` and ``computed`` hold
+what) and returns n² ``[G]``, one for each group, with a graph. ``window`` and ``recomputable`` hold
 what finite differences and micro-batches need: gradients of earlier micro-batches, and a value
 together with the function that computes it again.
 

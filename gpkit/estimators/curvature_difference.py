@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gpkit import checks
-from gpkit.autodiff.derivatives import gradients
-from gpkit.autodiff.numerics import as_rows, length_of, moving, reduce_rows, steepest, wide
+from gpkit.autodiff.derivatives import as_rows, gradients
+from gpkit.autodiff.numerics import length_of, nonzero_mask, reduce_rows, steepest, wide
 from gpkit.autodiff.random import Source
 from gpkit.estimators.base import Estimator, Target, require_function, require_gradient
 
@@ -57,8 +57,8 @@ class curvature_difference(Estimator):
         pairs = zip(target.xs, signs, strict=True)
         xs = tuple(x + (v * scale).reshape(x.shape).to(x.dtype) for x, v in pairs)
         there = gradients(evaluate(*xs).sum(), xs)
+        moved = nonzero_mask(length).unsqueeze(1)  # [G, 1]
         changes = [
-            as_rows((b.to(wide(b)) - a) * moving(length).reshape(-1, *[1] * (a.ndim - 1)), True)
-            for a, b in zip(here, there, strict=True)
+            as_rows(b.to(wide(b)) - a, True) * moved for a, b in zip(here, there, strict=True)
         ]
         return reduce_rows([tuple(changes)], norm)

@@ -10,23 +10,22 @@ from torch import Tensor
 
 from gpkit import checks
 from gpkit.autodiff import graph
-from gpkit.autodiff.derivatives import first_gradients
+from gpkit.autodiff.derivatives import as_rows, first_gradients
 from gpkit.autodiff.known_gradient import known_gradient, perturbed, require_leaves
 from gpkit.autodiff.numerics import (
     Over,
     Rows,
-    added,
-    as_rows,
     dual,
-    known,
     length_of,
-    moving,
+    nonzero_mask,
     over_all,
+    pairwise_sums,
     reduce_rows,
     root,
     spacing,
     steepest,
     widened,
+    zeros_for_none,
 )
 from gpkit.autodiff.random import Source
 from gpkit.estimators.base import Estimator, Target, require_function, require_gradient
@@ -109,7 +108,7 @@ class finite_difference(Estimator):
     def of_inputs(self, target: Target, evaluate: Callable[..., Tensor], norm: str) -> Tensor:
         """Return ((f(x + hv) - f(x)) / h)²."""
         grads = first_gradients(target.y, target.xs)
-        rows = [as_rows(widened(g), True) for g in known(grads, target.xs)]
+        rows = [as_rows(widened(g), True) for g in zeros_for_none(grads, target.xs)]
         directions = steepest(rows, norm)
         lengths = self.lengths(target, directions)  # h, [G]
 
@@ -126,7 +125,7 @@ class finite_difference(Estimator):
         if not any(g is not None for g in grads):
             return n2  # y does not depend on x
         slope = (along(b) - along(a)) / ((b - a) * lengths)
-        return (slope * moving(n2)).square()
+        return (slope * nonzero_mask(n2)).square()
 
     def of_weights(self, target: Target, evaluate: Callable[..., Tensor], norm: str) -> Tensor:
         """Return ‖∇L‖², with a gradient 2n (∇L(θ + hv) - ∇L(θ)) / h for all leaves of the graph."""
@@ -134,7 +133,7 @@ class finite_difference(Estimator):
         leaves = graph.leaves(target.y)
         where = [next((i for i, p in enumerate(leaves) if p is x), None) for x in target.xs]
         base = first_gradients(target.y, tuple(leaves))
-        grads = known([None if i is None else base[i] for i in where], target.xs)
+        grads = zeros_for_none([None if i is None else base[i] for i in where], target.xs)
         window, scale = target.window, target.scale
         if window is not None:
             grads = window.mean(grads, target.xs, scale)
@@ -143,12 +142,12 @@ class finite_difference(Estimator):
 
         def gradient(moves: list[Tensor] | None) -> list[Tensor]:
             if moves is None:
-                here = [widened(g) for g in known(base, leaves)]
-                return added(here, window.earlier(leaves, scale)) if window else here
+                here = [widened(g) for g in zeros_for_none(base, leaves)]
+                return pairwise_sums(here, window.earlier(leaves, scale)) if window else here
             with perturbed(target.xs, moves):
-                moved = known(first_gradients(evaluate(), tuple(leaves), retain=False), leaves)
-                there = [widened(g) for g in moved]
-                return added(there, window.earlier_now(leaves, scale)) if window else there
+                moved = first_gradients(evaluate(), tuple(leaves), retain=False)
+                there = [widened(g) for g in zeros_for_none(moved, leaves)]
+                return pairwise_sums(there, window.earlier_now(leaves, scale)) if window else there
 
         epsilon = spacing(target.y, *target.xs)
         n, slopes = self.slopes(target.xs, grads, norm, epsilon, gradient)
@@ -208,7 +207,8 @@ class finite_difference(Estimator):
         leaves = [p for p in graph.leaves(target.y) if not any(p is x for x in target.xs)]
         all_grads = first_gradients(target.y, (*target.xs, *leaves))
         count = len(target.xs)
-        grads, base = known(all_grads[:count], target.xs), known(all_grads[count:], leaves)
+        grads = zeros_for_none(all_grads[:count], target.xs)
+        base = zeros_for_none(all_grads[count:], leaves)
         rows = [as_rows(widened(g), True) for g in grads]
         n2 = reduce_rows([tuple(rows)], norm)
         c = target.share(n2 if target.scale is None else n2 / target.scale / target.scale)
@@ -222,7 +222,7 @@ class finite_difference(Estimator):
                 return [widened(g) for g in base]
             pairs = zip(target.xs, ws, strict=True)
             moved = [x + (sign * h * w).reshape(x.shape).to(x.dtype) for x, w in pairs]
-            there = known(first_gradients(evaluate(*moved), tuple(leaves)), leaves)
+            there = zeros_for_none(first_gradients(evaluate(*moved), tuple(leaves)), leaves)
             return [widened(g) for g in there]
 
         a, b = SIGNS[self.side]

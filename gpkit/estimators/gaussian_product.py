@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gpkit.autodiff.derivatives import gradients
-from gpkit.autodiff.numerics import as_rows
+from gpkit.autodiff.derivatives import as_rows, gradients
+from gpkit.autodiff.numerics import wide
 from gpkit.autodiff.random import Source, normal
 from gpkit.estimators.base import Estimator, Target
 
@@ -41,11 +41,10 @@ class gaussian_product(Estimator):
 
     def squared_norms(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:
         """Return n² ``[G]``, differentiable, in float32 or better."""
-        wide = torch.promote_types(target.y.dtype, torch.float32)
-        y = normal(rng, target.y.shape, target.y.device, wide).to(target.y.dtype)
-        total = torch.zeros(len(target.y), device=y.device, dtype=wide)
+        y = normal(rng, target.y.shape, target.y.device, wide(target.y)).to(target.y.dtype)
+        total = torch.zeros(len(target.y), device=y.device, dtype=wide(y))
         for x, g in zip(target.xs, gradients((target.y * y).sum(), target.xs), strict=True):
             rows = math.prod(x.shape[1:-1]) if target.batched else 1  # L
             entries = as_rows(g, target.batched)
-            total = total + entries.to(wide).square().sum(1) / rows
+            total = total + entries.to(total.dtype).square().sum(1) / rows
         return total

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gpkit import checks
-from gpkit.autodiff.derivatives import gradients, products
-from gpkit.autodiff.numerics import as_rows, normalized, widened
+from gpkit.autodiff.derivatives import as_rows, gradients, products
+from gpkit.autodiff.numerics import normalized, wide, widened
 from gpkit.autodiff.random import Source, normal
 from gpkit.estimators.base import Estimator, Target
 
@@ -57,8 +57,7 @@ class power_iteration(Estimator):
         y, xs, batched = target.y, target.xs, target.batched
         u = torch.ones_like(y)
         if y.shape[1] > 1:
-            wide = torch.promote_types(y.dtype, torch.float32)
-            u = normalized([normal(rng, y.shape, y.device, wide)])[0].to(y.dtype)
+            u = normalized([normal(rng, y.shape, y.device, wide(y))])[0].to(y.dtype)
             u = self.iterate(y, xs, u, batched)
         rows = [as_rows(g, batched) for g in gradients((y * u).sum(), xs)]
         return torch.stack([widened(r).square().sum(1) for r in rows]).sum(0)

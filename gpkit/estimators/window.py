@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from gpkit.autodiff import graph
-from gpkit.autodiff.derivatives import first_gradients, gradients
+from gpkit.autodiff.derivatives import as_rows, first_gradients, gradients
 from gpkit.autodiff.known_gradient import known_gradient
-from gpkit.autodiff.numerics import as_rows, known, reduce_rows, root, steepest, wide
+from gpkit.autodiff.numerics import reduce_rows, root, steepest, wide, zeros_for_none
 
 
 class Window:
@@ -33,14 +33,14 @@ class Window:
     def __init__(self, size: int = 1, *, ranks: bool = False) -> None:
         self.size = size
         self.ranks = ranks
-        self._again: list[Callable[[], Tensor]] = []
+        self._functions: list[Callable[[], Tensor]] = []
         self._sums: dict[Tensor, Tensor] = {}  # by parameter, of the earlier micro-batches
 
     def add(
-        self, again: Callable[[], Tensor], leaves: Iterable[Tensor], grads: Iterable[Tensor]
+        self, function: Callable[[], Tensor], leaves: Iterable[Tensor], grads: Iterable[Tensor]
     ) -> None:
         """Take in a micro-batch: a function that gives its loss anew, and its gradient."""
-        self._again.append(again)
+        self._functions.append(function)
         for leaf, grad in zip(leaves, grads, strict=True):
             grad = grad.detach().to(wide(grad))
             self._sums[leaf] = self._sums[leaf] + grad if leaf in self._sums else grad
@@ -87,9 +87,9 @@ class Window:
 
         n2 = n2 + along(local)
         sums: dict[Tensor, Tensor] = {}
-        for again in self._again:
-            again_y = scaled(again(), scale)
-            part = along(gradients(again_y, tuple(xs)))
+        for function in self._functions:
+            y = scaled(function(), scale)
+            part = along(gradients(y, tuple(xs)))
             leaves = graph.leaves(part)
             for leaf, grad in zip(leaves, first_gradients(part, tuple(leaves)), strict=True):
                 if grad is not None:
@@ -108,9 +108,9 @@ class Window:
     def earlier_now(self, leaves: Sequence[Tensor], scale: Tensor | float | None) -> list[Tensor]:
         """Return that sum at the weights as they are: each micro-batch is run again."""
         totals = [torch.zeros_like(x, dtype=wide(x)) for x in leaves]
-        for again in self._again:
-            y = scaled(again(), scale)
-            grads = known(first_gradients(y, tuple(leaves), retain=False), leaves)
+        for function in self._functions:
+            y = scaled(function(), scale)
+            grads = zeros_for_none(first_gradients(y, tuple(leaves), retain=False), leaves)
             totals = [t + g for t, g in zip(totals, grads, strict=True)]
         return totals
 
@@ -144,6 +144,6 @@ def summarised(
         grads = torch.autograd.grad(y, leaves, retain_graph=retain)
     if scale is not None:
         grads = tuple(g.to(wide(g)) / scale for g in grads)
-    for window, again in windows:
-        window.add(again, leaves, grads)
+    for window, function in windows:
+        window.add(function, leaves, grads)
     return known_gradient(loss, leaves, grads)

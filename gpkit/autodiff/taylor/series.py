@@ -46,8 +46,8 @@ def integral(start: Tensor, slope: Callable[[Series], Any], a: Series) -> Series
     return y
 
 
-def known(s: Series) -> Callable[[Series], Any]:
-    """Return a slope whose coefficients are known."""
+def known_slope(s: Series) -> Callable[[Series], Any]:
+    """Return a slope for `integral` that reads its coefficients from the series ``s``."""
     return lambda y: s[len(y) - 1]
 
 
@@ -68,7 +68,7 @@ def exp(a: Series) -> Series:
 def log(a: Series) -> Series:
     """Solve y' = a' / a."""
     one = [torch.ones_like(a[0]), *[torch.zeros_like(a[0])] * (len(a) - 1)]
-    return integral(a[0].log(), known(quotient(one, a)), a)
+    return integral(a[0].log(), known_slope(quotient(one, a)), a)
 
 
 def power(a: Series, p: float) -> Series:
@@ -115,12 +115,12 @@ def sine_and_cosine(a: Series) -> tuple[Series, Series]:
 def erf(a: Series) -> Series:
     """Solve y' = 2/√π exp(-a²) a'."""
     bell = scaled(exp(scaled(product(a, a), -1.0)), 2 / math.sqrt(math.pi))
-    return integral(a[0].erf(), known(bell), a)
+    return integral(a[0].erf(), known_slope(bell), a)
 
 
 def softplus(a: Series, beta: float = 1.0, threshold: float = 20.0) -> Series:
     """Solve y' = sigmoid(β a) a', and y = a where torch says so, past its threshold."""
-    y = integral(F.softplus(a[0], beta, threshold), known(sigmoid(scaled(a, beta))), a)
+    y = integral(F.softplus(a[0], beta, threshold), known_slope(sigmoid(scaled(a, beta))), a)
     linear = a[0] * beta > threshold
     return [y[0], *(torch.where(linear, x, z) for x, z in zip(a[1:], y[1:], strict=True))]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gpkit.autodiff.isolation import isolated
 from gpkit.autodiff.numerics import wide
 from gpkit.estimators.base import Target
-from gpkit.estimators.computed import Computed
+from gpkit.estimators.recomputable import Recomputable
 from gpkit.estimators.window import Window, summarised
 from gpkit.formula import Terms
 from gpkit.lightning.callback.findings import REFUSAL_TITLE, holds_fsdp2_shards
@@ -130,7 +130,7 @@ class Evaluator:
             return loss, {}
         # Any name will do: all these penalties differentiate the loss.
         rerun = partial(self._rerun, self.module, call, next(iter(acting)))
-        given = Computed(loss, rerun, call.rng_state)
+        given = Recomputable(loss, rerun, call.rng_state)
         terms: tuple[Tensor, dict[str, Terms | None]]
         terms = self._sharded_weights.terms(acting, given, optimizer_step)
         return terms
@@ -140,23 +140,23 @@ class Evaluator:
     ) -> list[Any]:
         """Return the positional arguments for ``penalty.act``; ``value`` is differentiated."""
         penalty, needs = self.penalties[name], self.needs[name]
-        if needs.plain and penalty.seen_to_act:
+        if needs.plain and penalty.effect_confirmed:
             return [self._target(needs, capture, value)]
         rerun = partial(self._rerun, self.module, call, name)
         if needs.each_gradient:
             return [partial(per_sample_losses, self.module, call, self.silencer), self.watched.net]
         if needs.in_weights:
             window = self._window(name) if needs.pooled else None
-            return [Computed(value, rerun, call.rng_state, window=window), self.watched.net]
+            return [Recomputable(value, rerun, call.rng_state, window=window), self.watched.net]
         if needs.at_data and not needs.calls_net:
             x = capture.activations[needs.in_activation] if needs.in_activation else capture.x
-            return [Computed(value, rerun, call.rng_state, mean=needs.of_loss), x]
+            return [Recomputable(value, rerun, call.rng_state, mean=needs.of_loss), x]
         assert capture.x is not None
         if needs.calls_net:
             return [self.watched.net, capture.x.detach()]
         if needs.in_activation:  # the mean loss for every sample: their sum is right
             return [lambda z: rerun(z).expand(len(z)), capture.x.detach(), self.watched.net]
-        return [Computed(None, rerun, call.rng_state, mean=True), capture.x.detach()]
+        return [Recomputable(None, rerun, call.rng_state, mean=True), capture.x.detach()]
 
     def _target(self, needs: Needs, capture: Capture, loss: Tensor) -> Target:
         """Return the target of a plain penalty: a shortcut, equal to what a call would build."""

@@ -16,9 +16,9 @@ from gpkit import formula
 from gpkit.autodiff import graph
 from gpkit.autodiff.isolation import isolated
 from gpkit.autodiff.known_gradient import known_gradient, perturbed
-from gpkit.autodiff.numerics import known, spacing, widened
-from gpkit.estimators.computed import Computed
+from gpkit.autodiff.numerics import spacing, widened, zeros_for_none
 from gpkit.estimators.finite_difference import finite_difference
+from gpkit.estimators.recomputable import Recomputable
 from gpkit.formula import Terms
 from gpkit.gradient_penalty import NO_GRAPH
 from gpkit.needs import needs_of
@@ -102,7 +102,7 @@ class ShardedWeights:
     all-reduce of a few numbers. In a training step::
 
         before = random_state(device)
-        given = Computed(closure(), closure, before)
+        given = Recomputable(closure(), closure, before)
         loss, terms = sharded_weights.terms({"gp": penalty}, given)
 
     Args:
@@ -118,7 +118,7 @@ class ShardedWeights:
     def terms(
         self,
         penalties: Mapping[str, Penalty],
-        given: Computed,
+        given: Recomputable,
         step: int | None = None,
     ) -> tuple[Tensor, dict[str, Terms | None]]:
         """Return a loss and the terms of penalties on it, and count a step.
@@ -151,13 +151,13 @@ class ShardedWeights:
         epsilon = spacing(given.value, *graph.leaves(given.value))
         here = self.gradient(given.value)
         terms = {
-            name: penalty.act_by(partial(self.term, penalty, given, here, epsilon), step)
+            name: penalty.act_with(partial(self.term, penalty, given, here, epsilon), step)
             for name, penalty in penalties.items()
         }
-        return known_gradient(given.value, list(here), known(here.values(), here)), terms
+        return known_gradient(given.value, list(here), zeros_for_none(here.values(), here)), terms
 
     def term(
-        self, penalty: Any, given: Computed, here: Gradient, epsilon: float, weight: float
+        self, penalty: Any, given: Recomputable, here: Gradient, epsilon: float, weight: float
     ) -> Terms:
         """Return the terms of one penalty.
 
@@ -183,14 +183,14 @@ class ShardedWeights:
 
         def gradient(moves: list[Tensor] | None) -> list[Tensor]:
             if moves is None:
-                return known(here.values(), here)
+                return zeros_for_none(here.values(), here)
             with self.gathered_anew(), perturbed(shards(chosen), shards(moves)):
                 again = isolated(given.function, given.state, given.value.device, twice=False)
                 with torch.enable_grad(), again:
                     loss = given.function()
-                return known(self.gradient(loss).values(), here)
+                return zeros_for_none(self.gradient(loss).values(), here)
 
-        grads = known([here[x] for x in chosen], chosen)
+        grads = zeros_for_none([here[x] for x in chosen], chosen)
         norm = penalty.form.norm
         n, slopes = penalty.estimator.slopes(chosen, grads, norm, epsilon, gradient, over_shards)
         n2 = known_gradient(n.square().reshape(1), list(here), slopes)

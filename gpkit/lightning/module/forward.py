@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gpkit.autodiff.activations import features
 from gpkit.autodiff.random import RandomState
-from gpkit.estimators.computed import Computed
+from gpkit.estimators.recomputable import Recomputable
 from gpkit.formula import Terms
 from gpkit.lightning.batches import repeated
 from gpkit.lightning.module.losses import LossFunction
@@ -119,7 +119,7 @@ class Forward:
                 again = self(x, y, graph_in_x=False, per_sample=needs.sample_losses)
                 return again.differentiated(needs)
 
-            given = closure if done.state is None else Computed(done.loss, closure, done.state)
+            given = closure if done.state is None else Recomputable(done.loss, closure, done.state)
             return penalty.act(given, self.net, **options)
 
         def function(z: Tensor) -> Any:

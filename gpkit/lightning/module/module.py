@@ -238,7 +238,7 @@ class PenalizedModule(pl.LightningModule):
         with sdpa_kernel(SDPBackend.MATH), elementary() if order > 1 else nullcontext():
             loss, parts = self._compiled(x, y, seeds)
         terms = {
-            name: p.act_by(partial(_terms, parts.get(name)), step)
+            name: p.act_with(partial(_terms, parts.get(name)), step)
             for name, p in self.penalties.items()
         }
         done = Pass(x, None, loss, None)

@@ -13,7 +13,6 @@ from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_callback_compiled import Graphs
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
@@ -21,6 +20,7 @@ from torchmetrics import Metric
 
 import gpkit
 from gpkit.lightning.monitor.findings import findings_of_strategy
+from tests.lightning.callback.test_callback_compiled import Graphs
 
 B, BATCHES = 4, 3
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)

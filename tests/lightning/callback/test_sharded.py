@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import gpkit
 from gpkit.autodiff.random import random_state
-from gpkit.estimators.computed import Computed
+from gpkit.estimators.recomputable import Recomputable
 from gpkit.lightning.callback.sharded import ShardedWeights, is_sharded, refusals
 
 B, RANKS, STEPS, H = 8, 2, 4, 0.01
@@ -174,7 +174,7 @@ def train(name, rank):
 
         before = random_state(batch[0].device)
         old = [p.grad if p.grad is None else p.grad.to_local().clone() for p in net.parameters()]
-        total, terms = shards.terms(penalties, Computed(value := loss(), loss, before), step)
+        total, terms = shards.terms(penalties, Recomputable(value := loss(), loss, before), step)
         new = [p.grad if p.grad is None else p.grad.to_local() for p in net.parameters()]
         untouched.append(total is value or any(terms.values()))
         untouched.append(all((a is b is None) or a.equal(b) for a, b in zip(old, new, strict=True)))
@@ -331,7 +331,7 @@ def fail(rank):
 
     state = random_state(x.device)
     try:
-        shards.terms(penalties, Computed(loss(), partial(loss, fail=True), state))
+        shards.terms(penalties, Recomputable(loss(), partial(loss, fail=True), state))
     except RuntimeError as error:
         said["failed"] = str(error)
     said["given back"] = all(before[n].equal(v) for n, v in whole(net).items())
@@ -339,12 +339,12 @@ def fail(rank):
     said["grads"] = {n: p.grad.full_tensor() for n, p in net.named_parameters()}
     net.zero_grad()
     try:
-        shards.terms(penalties, Computed(loss().detach(), loss, state))
+        shards.terms(penalties, Recomputable(loss().detach(), loss, state))
     except RuntimeError as error:
         said["detached"] = str(error)
     net.set_requires_gradient_sync(False)
     try:
-        shards.terms(penalties, Computed(loss(), loss, state))
+        shards.terms(penalties, Recomputable(loss(), loss, state))
     except RuntimeError as error:
         said["not synchronised"] = str(error)
     return said
@@ -359,7 +359,7 @@ def both(rank):
     def loss():
         return F.mse_loss(net(x), y)
 
-    total, terms = shards.terms({"p": pair()[0]}, Computed(loss(), loss, state))
+    total, terms = shards.terms({"p": pair()[0]}, Recomputable(loss(), loss, state))
     total = total + terms["p"].penalty
     total = total + in_inputs(lambda z: (net(z) - y).square().squeeze(1), x)
     total.backward()
