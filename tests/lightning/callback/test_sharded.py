@@ -510,7 +510,7 @@ def test_a_fit_is_refused_with_what_to_use(ranks):
         weight, inputs = known["refused"]
         assert "double backprop needs the gathered weights twice" in weight
         assert "got scope='batch': use scope='global'" in weight
-        assert "under ModelParallelStrategy penalties are in the weights" in inputs
+        assert "ModelParallelStrategy supports only penalties in the weights" in inputs
 
 
 def test_says_what_cannot_be_and_what_to_use(ranks):
