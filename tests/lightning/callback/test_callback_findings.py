@@ -326,7 +326,7 @@ def test_a_refusal_goes_to_another_process():
     ("arguments", "message"),
     [
         (({"a": 3},), "must be a penalty; got 3"),
-        ((penalty(), 3), "must be the name of a submodule, as 'backbone'; got 3"),
+        ((penalty(), 3), "must be the name of a submodule, such as 'backbone'; got 3"),
     ],
     ids=["penalty", "module"],
 )
