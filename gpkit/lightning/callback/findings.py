@@ -95,9 +95,9 @@ def _findings_of_callback(
         listed = ", ".join(repr(n) for n, _ in module.named_children())
         found.append(f"there is no submodule {name!r}{hint}; there are {listed}")
     if holds_fsdp2_shards(module):
-        from gpkit.lightning.callback.sharded import refusals
+        from gpkit.lightning.callback.sharded import findings_of_sharding
 
-        found += refusals(module, penalties)
+        found += findings_of_sharding(module, penalties)
         if trainer.accumulate_grad_batches > 1:
             found.append(
                 "under FSDP penalties do not support gradient accumulation; got "
