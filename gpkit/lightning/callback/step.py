@@ -18,7 +18,7 @@ from gpkit.lightning.callback.findings import (
 )
 from gpkit.lightning.callback.plan import PenalizedNet, Plan, probe_spec
 from gpkit.lightning.compat import last_of_step, logs_now
-from gpkit.lightning.recording import penalty_numbers
+from gpkit.lightning.recording import penalty_scalars
 from gpkit.lightning.refusals import RefusalError, refuse
 from gpkit.lightning.watch.probe import Capture, runs_compiled
 from gpkit.lightning.watch.replay import StepCall, TrainingStep, loss_of, replace_loss
@@ -191,6 +191,6 @@ class PenalizedStep:
             self.evaluator.windows.clear()
             if logs_now(self.trainer):
                 self.module.log("train/loss_total", total.detach())
-                for name, number in penalty_numbers(self.penalties, terms).items():
+                for name, number in penalty_scalars(self.penalties, terms).items():
                     self.module.log(name, number)
         return total
