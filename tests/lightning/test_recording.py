@@ -68,7 +68,7 @@ def test_a_penalty_has_the_same_names_in_the_log_whichever_way_it_comes_in(way, 
     penalty = gpkit.weight_grad_norm(name="p")
     callbacks = [gpkit.GradientPenaltyCallback(penalty)] if way == "callback" else []
     module = {"wrapped": wrapped, "gan": gan, "callback": Regression}[way]()
-    trainer, events = fit(module, tmp_path, callbacks)
+    _, events = fit(module, tmp_path, callbacks)
     of_penalty = {tag for tag in events.Tags()["scalars"] if tag.startswith("penalty/")}
     assert of_penalty == {"penalty/p", "penalty/p/weight", "penalty/p/norm"}
     # penalty = weight · norm² at a mean over one group; for R1 the ½ is inside, over B groups
