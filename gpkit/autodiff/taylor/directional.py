@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gpkit import checks
 from gpkit.autodiff.kernels import double_backward
+from gpkit.autodiff.taylor import rules as rules  # registers them
 from gpkit.autodiff.taylor.jets import Jet
 
 
