@@ -1,4 +1,4 @@
-"""The check that a penalty depends on a parameter that is being trained."""
+"""Check that a penalty depends on a trained parameter."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from gpkit.formula import Terms
 
 
 def trains(terms: Terms, targets: Sequence[Target], order: int, wrt: Variables) -> bool:
-    """Return whether a penalty trains something.
+    """Return whether a penalty depends on a trained parameter.
 
     Args:
-        terms: of an evaluation, with their graph.
-        targets: what was differentiated.
-        order: k, of the derivative.
-        wrt: with respect to what.
+        terms: the terms of an evaluation, with their graph.
+        targets: the differentiated outputs.
+        order: k, the order of the derivative.
+        wrt: the variables of the derivative.
 
     Returns:
-        False where nothing is being trained at all.
+        True if it does; False if the outputs do not depend on any trained parameter either: then
+        the caller only wants the value.
 
     Raises:
-        RuntimeError: if parameters are being trained, and the penalty depends on none of them.
+        RuntimeError: if the outputs depend on trained parameters and the penalty does not.
     """
     given = [x for t in targets for x in t.xs] if wrt.batched else []
 
@@ -38,7 +39,7 @@ def trains(terms: Terms, targets: Sequence[Target], order: int, wrt: Variables) 
     if trained(terms.reduced) and not kink:
         return True
     if not any(trained(t.y) for t in targets):
-        return False  # nothing is being trained: the value was asked for, and here it is
+        return False  # no trained parameters: the caller only wants the value
     if not any(graph.depends(t.y, x) for t in targets for x in t.xs):
         kind = type(wrt).__name__
         cause = f"what it differentiates does not depend on the {kind}: {wrt.missing}"
