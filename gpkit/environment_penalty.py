@@ -58,7 +58,7 @@ class EnvironmentPenalty(Penalty):
         ValueError: if an argument is out of range.
 
     >>> import gpkit, torch
-    >>> class mean_slope(gpkit.Statistic):  # the square of δ, averaged over each environment
+    >>> class mean_slope(gpkit.Statistic):  # the squared mean of δ in each environment
     ...     def __call__(self, samples):
     ...         values = (samples.members @ samples.deltas).square().sum(1)
     ...         return values, values
