@@ -18,11 +18,11 @@ def per_sample(alpha: Tensor, x: Tensor) -> Tensor:
 
 
 def as_points(x: Any) -> Points:
-    """Return a tensor, or several, as a tuple.
+    """Return a tensor, or a tuple or list of tensors, as a tuple.
 
     Raises:
-        TypeError: if there is anything else.
-        ValueError: if they do not share a batch dimension.
+        TypeError: if it is anything else.
+        ValueError: if the tensors do not have the same batch size.
     """
     points = tuple(x) if isinstance(x, (list, tuple)) else (x,)
     for point in points:
@@ -39,15 +39,15 @@ def as_points(x: Any) -> Points:
 
 
 def unwrap(points: Points | None) -> Tensor | Points | None:
-    """Return the one tensor of a tuple of one, and anything else as it is."""
+    """Return the tensor of a tuple of one, and anything else unchanged."""
     return points[0] if points is not None and len(points) == 1 else points
 
 
 def require_floating(x: Tensor) -> None:
-    """Refuse a tensor that has no derivative.
+    """Refuse samples that cannot require grad.
 
     Raises:
-        TypeError: if ``x`` is not of a floating-point dtype.
+        TypeError: if the dtype of ``x`` is not floating-point.
     """
     if not x.is_floating_point():
         raise TypeError(
