@@ -13,8 +13,8 @@ from gpkit.autodiff import graph
 from gpkit.autodiff.derivatives import gradients
 from gpkit.autodiff.isolation import isolated
 from gpkit.autodiff.numerics import wide
+from gpkit.autodiff.random import device_of
 from gpkit.axes.environments import Samples, Statistic
-from gpkit.axes.samples import device_of
 from gpkit.axes.weight import Schedule
 from gpkit.formula import Terms, reduced
 from gpkit.penalty import Penalty
@@ -94,6 +94,7 @@ class EnvironmentPenalty(Penalty):
         real: Any,
         fake: Any,
         weight: float,
+        seed: int,
         scale: Tensor | float | None = None,
         *,
         acts: bool = False,
@@ -106,6 +107,7 @@ class EnvironmentPenalty(Penalty):
             real: must be None.
             fake: must be None.
             weight: the factor of the mean over environments.
+            seed: the seed of a callable's forward pass.
             scale: ignored: δ = ∂ℓ/∂logits, in float32 or better, does not underflow.
             acts: whether the terms are trained on.
 
@@ -116,7 +118,7 @@ class EnvironmentPenalty(Penalty):
             RuntimeError: if the logits have no graph.
             TypeError: if an argument has the wrong type.
         """
-        train, seed = torch.is_grad_enabled(), self.next_seed()
+        train = torch.is_grad_enabled()
         if real is not None or fake is not None:
             raise TypeError(f"{self.name} takes no real= or fake=: {USAGE}")
         with torch.inference_mode(False), torch.enable_grad():

@@ -9,15 +9,15 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from gpkit import checks, effect, formula
+from gpkit import checks, formula
 from gpkit.autodiff import graph
-from gpkit.autodiff.random import Source, random_state
+from gpkit.autodiff.activations import names
+from gpkit.autodiff.random import Source, device_of, random_state
 from gpkit.axes import scope as scopes
 from gpkit.axes.at import At, as_at
 from gpkit.axes.call import Call
 from gpkit.axes.form import FORMS, Form
 from gpkit.axes.of import Of
-from gpkit.axes.samples import device_of
 from gpkit.axes.weight import Schedule
 from gpkit.axes.wrt import VARIABLES, Variables
 from gpkit.estimators import ESTIMATORS
@@ -139,6 +139,7 @@ class GradientPenalty(Penalty):
         self.estimator: Estimator = checks.piece("estimator=...", estimator, ESTIMATORS, Estimator)
         self.estimator.check(self.order, self.form.norm, self.wrt.batched)
         scopes.check(self.scope, self.order, self.estimator)
+        self.named = tuple(names(self.of, self.wrt))  # activations
         self.reduce = checks.choice("reduce=...", reduce, formula.REDUCTIONS)
         super().__init__(weight=weight, every=every, seed=seed, name=name)
 
@@ -149,6 +150,7 @@ class GradientPenalty(Penalty):
         real: Any,
         fake: Any,
         weight: float,
+        seed: int,
         scale: Tensor | float | None = None,
         *,
         acts: bool = False,
@@ -161,6 +163,7 @@ class GradientPenalty(Penalty):
             real: real samples, if passed by keyword.
             fake: fake samples, if passed by keyword.
             weight: the factor of the reduced value.
+            seed: the seed of this evaluation's random numbers.
             scale: the factor of a gradient scaler.
             acts: whether the terms are trained on.
 
@@ -171,7 +174,7 @@ class GradientPenalty(Penalty):
             RuntimeError: if there is no graph to differentiate, if torch has no correct derivative
                 through it, or if ``acts`` and the penalty depends on no trained parameter.
         """
-        train, seed = torch.is_grad_enabled(), self.next_seed()
+        train = torch.is_grad_enabled()
         with _graphs(train):
             rng = torch.Generator(device_of(f, args, real, fake)).manual_seed(seed)
             targets = self._targets(f, args, real, fake, rng, seed)
@@ -179,7 +182,8 @@ class GradientPenalty(Penalty):
             n2 = formula.squared_norms(self, targets, rng, scale)
             terms = formula.terms(self, n2, weight, observe=acts)
         if acts and train and not (self.effect_confirmed and terms.reduced.requires_grad):
-            self.effect_confirmed |= effect.trains(terms, targets, self.order, self.wrt)
+            unused = f"{type(self.wrt).__name__}: {self.wrt.missing}"
+            self.effect_confirmed |= formula.trains(terms, targets, self.order, unused)
         return terms if train else terms.detached()
 
     def _targets(

@@ -136,7 +136,7 @@ def needs_of(penalty: Penalty) -> Needs:
         "activation" if isinstance(of, activations.Named) else "loss" if loss else "output",
         in_weights=in_weights,
         in_activation=wrt.name if isinstance(wrt, activations.Named) else "",
-        activations=tuple(activations.names(of, wrt)),
+        activations=penalty.named,
         order=0 if estimator.first_order else penalty.order,
         moves=penalty.at.moves and not in_weights,
         reuses_graph=estimator.reuses_graph,

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gpkit import checks
-from gpkit.autodiff.distributed import rank
-from gpkit.autodiff.random import derived_seed
-from gpkit.axes.samples import device_of
+from gpkit.autodiff.random import derived_seed, device_of, rank
 from gpkit.axes.weight import Schedule, as_weight
 from gpkit.formula import Terms
 
@@ -34,7 +32,7 @@ class Penalty:
     >>> import torch
     >>> from gpkit.formula import Terms
     >>> class weight_decay(Penalty):
-    ...     def evaluate(self, f, args, real, fake, weight, scale=None, *, acts=False):
+    ...     def evaluate(self, f, args, real, fake, weight, seed, scale=None, *, acts=False):
     ...         n2 = f.square().sum().reshape(1)
     ...         return Terms(n2, n2, weight, n2.mean())
     >>> weight_decay(weight=0.1)(torch.tensor([3.0, 4.0])).item()  # 0.1·25
@@ -64,8 +62,8 @@ class Penalty:
 
     @weight.setter
     def weight(self, weight: float | Schedule) -> None:
-        self._weight = as_weight("weight=...", weight)
-        self._given = weight if callable(weight) else float(weight)
+        self._given = weight if callable(weight) else checks.number("weight=...", weight, 0)
+        self._schedule = as_weight(weight) if callable(weight) else None
 
     def __call__(
         self,
@@ -124,7 +122,7 @@ class Penalty:
         """
 
         def evaluate(weight: float) -> Terms:
-            return self.evaluate(f, args, real, fake, weight, scale, acts=True)
+            return self.evaluate(f, args, real, fake, weight, self.next_seed(), scale, acts=True)
 
         return self.act_with(evaluate, step)
 
@@ -144,8 +142,8 @@ class Penalty:
         if weight == 0:
             return None
         terms = evaluate(weight)
-        if torch.is_grad_enabled():
-            self._weight.observe(terms.norms, self.step - 1)
+        if self._schedule is not None and torch.is_grad_enabled():
+            self._schedule.observe(terms.norms, self.step - 1)
         return terms
 
     def terms(
@@ -158,7 +156,8 @@ class Penalty:
         is the weight of the latest step, up to this one, that ``every`` does not skip.
         """
         step = self.step if step is None else step
-        return self.evaluate(f, args, real, fake, self.weight_at(step - step % self.every))
+        weight = self.weight_at(step - step % self.every)
+        return self.evaluate(f, args, real, fake, weight, self.next_seed())
 
     def evaluate(
         self,
@@ -167,6 +166,7 @@ class Penalty:
         real: Any,
         fake: Any,
         weight: float,
+        seed: int,
         scale: Tensor | float | None = None,
         *,
         acts: bool = False,
@@ -179,6 +179,7 @@ class Penalty:
             real: real samples, if passed by keyword.
             fake: fake samples, if passed by keyword.
             weight: the factor of the reduced value.
+            seed: the seed of this evaluation's random numbers.
             scale: the factor of a gradient scaler.
             acts: whether the terms are trained on: then running averages are updated, and a
                 penalty that depends on no trained parameter is an error.
@@ -201,7 +202,10 @@ class Penalty:
 
     def weight_at(self, step: int) -> float:
         """Return the factor of the reduced value at an optimiser step: zero if it is skipped."""
-        return 0.0 if step % self.every else float(self._weight(step)) * self.every
+        if step % self.every:
+            return 0.0
+        weight = self._given if self._schedule is None else self._schedule(step)
+        return float(weight) * self.every  # type: ignore[arg-type]
 
     def acts_at(self, step: int | None = None) -> bool:
         """Whether the penalty acts at an optimiser step; None is the next step."""
@@ -213,12 +217,13 @@ class Penalty:
         Args:
             step: the optimiser step; None is the step of the last call.
         """
-        return self._weight.loss_scale(max(self.step - 1, 0) if step is None else step)
+        step = max(self.step - 1, 0) if step is None else step
+        return 1.0 if self._schedule is None else self._schedule.loss_scale(step)
 
     @property
     def measures(self) -> bool:
         """Whether the weight adapts to the gradients of loss and penalty, see `measure`."""
-        return self._weight.measures
+        return self._schedule is not None and self._schedule.measures
 
     def measure(self, loss: Tensor, terms: Terms, parameters: Iterable[Tensor]) -> None:
         """Let a weight that adapts to gradients measure those of the loss and the penalty.
@@ -228,8 +233,8 @@ class Penalty:
             terms: the penalty's terms at the last step.
             parameters: the trained parameters.
         """
-        if self.measures and torch.is_grad_enabled():
-            self._weight.measure(loss, terms.penalty, parameters, self.step - 1)
+        if self._schedule is not None and torch.is_grad_enabled():
+            self._schedule.measure(loss, terms.penalty, parameters, self.step - 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain numbers.

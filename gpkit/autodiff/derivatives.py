@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gpkit import checks
 from gpkit.autodiff import graph
-from gpkit.autodiff.numerics import as_rows, wide
+from gpkit.autodiff.numerics import wide
 
 MAX_PASSES = 10_000
 
@@ -103,6 +103,13 @@ def derivative_rows(
             yield rows
         else:
             yield from derivative_rows(torch.cat(rows, 1), xs, order - 1, batched=batched)
+
+
+def as_rows(x: Tensor, batched: bool) -> Tensor:
+    """Return ``x`` as ``[G, n]``: one row a sample, or one row in all."""
+    if batched and x.ndim == 2:
+        return x
+    return x.flatten(1) if batched and x.ndim > 1 else x.reshape(len(x) if batched else 1, -1)
 
 
 def gradients(y: Tensor, xs: tuple[Tensor, ...], times: Tensor | None = None) -> tuple[Tensor, ...]:

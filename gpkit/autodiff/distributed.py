@@ -33,12 +33,6 @@ def batch_std(x: Tensor) -> Tensor:
     return (squares / count - (total / count).square()).clamp(min=0).sqrt().to(x.dtype)
 
 
-def rank() -> int:
-    """Return the number of this process in a distributed run, else 0."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_rank() if distributed else 0
-
-
 def mean_of_ranks(measured: Tensor | float) -> float:
     """Return one number, averaged over the ranks of a distributed run."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -37,27 +37,6 @@ def reduce_rows(rows: Iterable[tuple[Tensor, ...]], norm: str) -> Tensor:
     return total if norm == "l2" else total.square()
 
 
-def squared_length(parts: tuple[Tensor, ...]) -> Tensor:
-    """Return the sum of all squares ``[1]``, in float32 or better."""
-    if sum(part.numel() for part in parts) < SMALL:
-        parts = (torch.cat([part.reshape(-1) for part in parts]),)
-    squares = [(p.float() if p.dtype in HALF else p).square().sum() for p in parts]
-    total = squares[0]
-    for square in squares[1:]:
-        total = total + square
-    return total.reshape(1)
-
-
-SMALL = 2**18  # entries: below that a copy costs less than the operations that it saves
-
-
-def as_rows(x: Tensor, batched: bool) -> Tensor:
-    """Return ``x`` as ``[G, n]``: one row a sample, or one row in all."""
-    if batched and x.ndim == 2:
-        return x
-    return x.flatten(1) if batched and x.ndim > 1 else x.reshape(len(x) if batched else 1, -1)
-
-
 def root(squared_norms: Tensor) -> Tensor:
     """Return the square root, whose derivative at zero is zero instead of infinite.
 

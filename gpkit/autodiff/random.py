@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def derived_seed(*parts: object) -> int:
@@ -18,6 +19,27 @@ def derived_seed(*parts: object) -> int:
     """
     digest = hashlib.blake2b(",".join(map(str, parts)).encode(), digest_size=8)
     return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def rank() -> int:
+    """Return the number of this process in a distributed run, else 0."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if distributed else 0
+
+
+def device_of(*values: Any) -> torch.device:
+    """Return the device of the first tensor or module among ``values``, else the CPU."""
+    for value in values:
+        device = getattr(value, "device", None)
+        if isinstance(device, torch.device):
+            return device
+        if isinstance(value, nn.Module):
+            value = [next(value.parameters(), None)]
+        if isinstance(value, (list, tuple)):
+            found = device_of(*value)
+            if found.type != "cpu":
+                return found
+    return torch.device("cpu")
 
 
 class SeededDraws:

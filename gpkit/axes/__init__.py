@@ -8,7 +8,7 @@
 - ``weight`` and ``adaptive``: the factor at each optimiser step.
 - ``environments``: the statistics of `EnvironmentPenalty`.
 
-``call`` and ``samples`` read the arguments of a call. The estimators are in ``gpkit/estimators``.
+``call`` holds the arguments of a call. The estimators are in ``gpkit/estimators``.
 
 To add a form: subclass `Form` in ``form.py``, define ``value``, and add the class to ``FORMS``.
 To add points: subclass `At` in ``at.py``, define ``choose``, and add the class to ``POINTS``.

@@ -13,7 +13,8 @@ from gpkit import checks
 from gpkit.autodiff import random
 from gpkit.autodiff.distributed import batch_std
 from gpkit.autodiff.random import Source
-from gpkit.axes.samples import Points, as_points, per_sample, require_floating, unwrap
+
+Points = tuple[Tensor, ...]  # one tensor [B, *S] for each input of the function
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,3 +339,47 @@ def as_at(where: str, at: Any) -> At:
         return computed(at)
     points: At = checks.piece(where, at, POINTS, At)
     return points
+
+
+def per_sample(alpha: Tensor, x: Tensor) -> Tensor:
+    """Return α [B] in the dtype of x [B, *S], with dimensions of size one to multiply it by."""
+    return alpha.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def as_points(x: Any) -> Points:
+    """Return a tensor, or a tuple or list of tensors, as a tuple.
+
+    Raises:
+        TypeError: if it is anything else.
+        ValueError: if the tensors do not have the same batch size.
+    """
+    points = tuple(x) if isinstance(x, (list, tuple)) else (x,)
+    for point in points:
+        if not isinstance(point, Tensor):
+            raise TypeError(
+                f"samples must be a tensor [B, ...] or a tuple of them; got {type(point).__name__}"
+            )
+    if not points or any(p.ndim == 0 or len(p) != len(points[0]) for p in points):
+        raise ValueError(
+            "samples must have a batch dimension, the same for all inputs: [B, ...]; "
+            f"got {[list(p.shape) for p in points]}"
+        )
+    return points
+
+
+def unwrap(points: Points | None) -> Tensor | Points | None:
+    """Return the tensor of a tuple of one, and anything else unchanged."""
+    return points[0] if points is not None and len(points) == 1 else points
+
+
+def require_floating(x: Tensor) -> None:
+    """Refuse samples that cannot require grad.
+
+    Raises:
+        TypeError: if the dtype of ``x`` is not floating-point.
+    """
+    if not x.is_floating_point():
+        raise TypeError(
+            f"a gradient needs floating-point samples; got {x.dtype}: "
+            "penalise what is computed from them (an embedding), or the weights"
+        )

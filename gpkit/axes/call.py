@@ -11,9 +11,8 @@ from torch import Tensor
 from gpkit.autodiff import activations
 from gpkit.autodiff.isolation import isolated
 from gpkit.autodiff.random import RandomState, Source
-from gpkit.axes.at import At
+from gpkit.axes.at import Points
 from gpkit.axes.of import Of, sampled_losses
-from gpkit.axes.samples import Points
 from gpkit.estimators.base import Estimator
 from gpkit.estimators.recomputable import Recomputable
 
@@ -22,7 +21,8 @@ class Axes(Protocol):
     """The axes of a `GradientPenalty` that a call is read with."""
 
     of: Of
-    at: At
+    at: Any
+    named: tuple[str, ...]  # the activations that ``of`` and ``wrt`` name
     scope: str
     order: int
     estimator: Estimator
@@ -55,23 +55,22 @@ class Call:
         """Whether ``f`` is a value: a tensor, or an output that ``of`` selects a tensor from."""
         return isinstance(self.f, Tensor) or (callable(self.axes.of) and not callable(self.f))
 
-    def run(
-        self, xs: Points, device: torch.device, wrt: Any = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def run(self, xs: Points, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
         """Run a forward pass without side effects.
 
         Args:
             xs: the arguments of the function.
             device: the device of the forward pass.
-            wrt: the variables, which may be an activation.
 
         Returns:
             The output to differentiate, and the activations that ``of`` and ``wrt`` name.
         """
         if isinstance(self.f, Recomputable):
             return self.selected(self.rerun(self.f.function, self.f.state, xs, device)), {}
-        wanted = activations.names(self.axes.of, wrt)
-        net = activations.module_of(wanted[0], self.f, self.args) if wanted else None
+        wanted = self.axes.named
+        if not wanted:
+            return self.selected(self.rerun(self.f, self.seed, xs, device)), {}
+        net = activations.module_of(wanted[0], self.f, self.args)
         with activations.captured(net, wanted) as caught:
             y = self.rerun(self.f, self.seed, xs, device)
         if isinstance(self.axes.of, activations.Named):

@@ -4,30 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gpkit.axes.call import Call
 from gpkit.estimators.base import Estimator
-from gpkit.estimators.recomputable import Recomputable
-from gpkit.estimators.window import Window
 
 POOLED = ("accumulated", "global")
-
-
-def window_of(call: Call) -> Window | None:
-    """Return the window of a call, or None for a scope that needs none.
-
-    Raises:
-        ValueError: if the scope is "accumulated" and the call has no window of micro-batches.
-    """
-    if call.axes.scope not in POOLED:
-        return None
-    if isinstance(call.f, Recomputable) and call.f.window is not None:
-        return call.f.window
-    if call.axes.scope == "accumulated":
-        raise ValueError(
-            'scope="accumulated" needs the micro-batches of an optimiser step, which '
-            "gpkit.GradientPenaltyCallback sees; here use scope='batch' or 'global'"
-        )
-    return Window(ranks=True)
 
 
 def check(scope: str, order: int, estimator: Estimator) -> None:

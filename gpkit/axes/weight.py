@@ -58,24 +58,18 @@ class Weight:
 
 @dataclass(frozen=True)
 class plain(Weight):
-    """A number, or a plain function of the step, as a `Weight`."""
+    """A plain function of the optimiser step, as a `Weight`."""
 
-    schedule: float | Schedule
+    schedule: Schedule
 
     def __call__(self, step: int) -> float:
         """Return the weight at an optimiser step, counted from 0."""
-        return float(self.schedule(step) if callable(self.schedule) else self.schedule)
+        return float(self.schedule(step))
 
 
-def as_weight(where: str, weight: Any) -> Weight:
-    """Return a `Weight` for a `Weight`, a function of the step, or a number.
-
-    Raises:
-        ValueError: if it is anything else, or a number < 0.
-    """
-    if isinstance(weight, Weight):
-        return weight
-    return plain(weight if callable(weight) else checks.number(where, weight, 0))
+def as_weight(schedule: Schedule) -> Weight:
+    """Return a schedule as a `Weight`; a plain function of the step is wrapped."""
+    return schedule if isinstance(schedule, Weight) else plain(schedule)
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from gpkit import checks
-from gpkit.autodiff import activations
 from gpkit.autodiff.activations import Named
+from gpkit.axes.at import Points, as_points, require_floating
 from gpkit.axes.call import Axes, Call
 from gpkit.axes.of import Of
-from gpkit.axes.samples import Points, as_points, require_floating
-from gpkit.axes.scope import POOLED, require_images, window_of
+from gpkit.axes.scope import POOLED, require_images
 from gpkit.estimators.base import Target
 from gpkit.estimators.recomputable import Recomputable
 from gpkit.estimators.window import Window
@@ -73,7 +72,7 @@ class inputs(Variables):
 
     def targets(self, call: Call) -> Iterator[Target]:
         """Yield one target, with ``y`` ``[B, m]``: a row for each sample."""
-        if len(call.args) > 1 + bool(activations.names(call.axes.of, self)):
+        if len(call.args) > 1 + bool(call.axes.named):
             raise TypeError(
                 "an input penalty takes f and the samples; several inputs go into one tuple: "
                 f"penalty(f, (x1, x2)); got {len(call.args)} arguments after f"
@@ -89,7 +88,7 @@ class inputs(Variables):
             y = call.selected(call.f)
         elif callable(call.f) or isinstance(call.f, Recomputable):
             given = self.points(call)
-            y, caught = call.run(given, given[0].device, self)
+            y, caught = call.run(given, given[0].device)
             xs = self.chosen(given, caught)
             if xs is given:  # only inputs can be moved, not an activation
                 evaluate = partial(self.evaluated, call)
@@ -120,7 +119,7 @@ class inputs(Variables):
 
     def evaluated(self, call: Call, *xs: Tensor) -> Tensor:
         """Return ``[B, m]`` at other points, with the same random numbers each time."""
-        y, _ = call.run(xs, xs[0].device, self)
+        y, _ = call.run(xs, xs[0].device)
         if isinstance(call.f, Recomputable) and call.f.mean:
             return summed(y, xs)
         return self.columns(y, len(xs[0]), call.axes.of)
@@ -146,7 +145,7 @@ class inputs(Variables):
     def samples(self, call: Call) -> tuple[Points | None, Points | None]:
         """Return the real and fake samples; a positional argument holds the points themselves."""
         args = call.args
-        if activations.names(call.axes.of, self):  # the last argument may be the module
+        if call.axes.named:  # the last argument may be the module
             args = args[:-1] if args and isinstance(args[-1], nn.Module) else args
         if args:
             if call.real is not None or (call.fake is not None and not call.axes.at.moves):
@@ -369,6 +368,24 @@ class activation(Named, inputs):
                 f"got {list(h.shape)}"
             )
         return (h,)
+
+
+def window_of(call: Call) -> Window | None:
+    """Return the window of a call, or None for a scope that needs none.
+
+    Raises:
+        ValueError: if the scope is "accumulated" and the call has no window of micro-batches.
+    """
+    if call.axes.scope not in POOLED:
+        return None
+    if isinstance(call.f, Recomputable) and call.f.window is not None:
+        return call.f.window
+    if call.axes.scope == "accumulated":
+        raise ValueError(
+            'scope="accumulated" needs the micro-batches of an optimiser step, which '
+            "gpkit.GradientPenaltyCallback sees; here use scope='batch' or 'global'"
+        )
+    return Window(ranks=True)
 
 
 VARIABLES: dict[str, type[Variables]] = {"input": inputs, "weight": weights}

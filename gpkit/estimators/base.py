@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from gpkit.autodiff.numerics import per_pixel, wide
 from gpkit.autodiff.random import Source
-
-if TYPE_CHECKING:
-    from gpkit.estimators.window import Window
+from gpkit.estimators.window import Window
 
 
 @dataclass(eq=False)
@@ -44,6 +42,11 @@ class Target:
     scale: Tensor | float | None = None
     share: Callable[[Tensor], Tensor] | None = None
     times: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.y.device
 
     def scaled(self, scale: Tensor | float) -> Target:
         """Return a target for scale·y: its n² is scale² times the n² of ``y``."""

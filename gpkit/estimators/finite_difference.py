@@ -10,12 +10,11 @@ from torch import Tensor
 
 from gpkit import checks
 from gpkit.autodiff import graph
-from gpkit.autodiff.derivatives import first_gradients
+from gpkit.autodiff.derivatives import as_rows, first_gradients
 from gpkit.autodiff.known_gradient import known_gradient, perturbed, require_leaves
 from gpkit.autodiff.numerics import (
     Over,
     Rows,
-    as_rows,
     dual,
     length_of,
     nonzero_mask,

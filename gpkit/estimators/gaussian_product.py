@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gpkit.autodiff.derivatives import gradients
-from gpkit.autodiff.numerics import as_rows, wide
+from gpkit.autodiff.derivatives import as_rows, gradients
+from gpkit.autodiff.numerics import wide
 from gpkit.autodiff.random import Source, normal
 from gpkit.estimators.base import Estimator, Target
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gpkit import checks
-from gpkit.autodiff.derivatives import gradients, products
-from gpkit.autodiff.numerics import as_rows, normalized, wide, widened
+from gpkit.autodiff.derivatives import as_rows, gradients, products
+from gpkit.autodiff.numerics import normalized, wide, widened
 from gpkit.autodiff.random import Source, normal
 from gpkit.estimators.base import Estimator, Target
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gpkit import checks
-from gpkit.autodiff.derivatives import gradients
-from gpkit.autodiff.numerics import as_rows, reduce_rows, wide
+from gpkit.autodiff.derivatives import as_rows, gradients
+from gpkit.autodiff.numerics import reduce_rows, wide
 from gpkit.autodiff.random import Source, normal
 from gpkit.estimators.base import Estimator, Target
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from gpkit.autodiff.random import RandomState
-
-if TYPE_CHECKING:
-    from gpkit.estimators.window import Window
+from gpkit.estimators.window import Window
 
 
 @dataclass(eq=False)
@@ -29,3 +29,8 @@ class Recomputable:
     state: RandomState
     mean: bool = False
     window: Window | None = None
+
+    @property
+    def device(self) -> torch.device | None:
+        """The device of the value; None without a value."""
+        return getattr(self.value, "device", None)

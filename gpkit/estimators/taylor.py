@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from gpkit import checks
-from gpkit.autodiff.numerics import as_rows, reduce_rows
+from gpkit.autodiff.derivatives import as_rows
+from gpkit.autodiff.numerics import reduce_rows
 from gpkit.autodiff.random import Source
 from gpkit.estimators.base import Estimator, Target
 from gpkit.estimators.projection import DISTRIBUTIONS, projection

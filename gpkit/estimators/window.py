@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from gpkit.autodiff import graph
-from gpkit.autodiff.derivatives import first_gradients, gradients
+from gpkit.autodiff.derivatives import as_rows, first_gradients, gradients
 from gpkit.autodiff.known_gradient import known_gradient
-from gpkit.autodiff.numerics import as_rows, reduce_rows, root, steepest, wide, zeros_for_none
+from gpkit.autodiff.numerics import reduce_rows, root, steepest, wide, zeros_for_none
 
 
 class Window:

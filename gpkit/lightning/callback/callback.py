@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from gpkit import checks
-from gpkit.lightning.callback.findings import CANNOT, before_fit, shards
+from gpkit.lightning.callback.findings import REFUSAL_TITLE, findings_before_fit, may_shard
 from gpkit.lightning.callback.step import PenalisedStep
 from gpkit.lightning.compat import Callback, state_key
 from gpkit.lightning.refusals import refuse
-from gpkit.lightning.watch import wrapping
+from gpkit.lightning.watch.wrapping import wrap
 from gpkit.sums import Penalties, as_sum
 
 
@@ -96,7 +96,7 @@ class GradientPenaltyCallback(Callback):
             if manual_backward is None
             else checks.integer("manual_backward=...", manual_backward, 0)
         )
-        self._layers: list[Callable[[], None]] = []  # how to take each off again
+        self._unwrap: list[Callable[[], None]] = []  # each undoes a step of `on_fit_start`
 
     @property
     def state_key(self) -> str:
@@ -114,21 +114,23 @@ class GradientPenaltyCallback(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Put the penalties around the module's ``training_step``."""
         self._give_back()
-        found = before_fit(trainer, pl_module)
-        if shards(trainer.strategy) or not pl_module.automatic_optimization:
-            refuse(CANNOT, found)  # a training step would show no more, or step the optimisers
+        found = findings_before_fit(trainer, pl_module)
+        if may_shard(trainer.strategy) or not pl_module.automatic_optimization:
+            refuse(
+                REFUSAL_TITLE, found
+            )  # a training step would show no more, or step the optimisers
         step = PenalisedStep(trainer, pl_module, self.penalties, self.module, found)
         if pl_module.automatic_optimization:
-            self._layers = [step.remove, wrapping.add(pl_module, "training_step", step)]
+            self._unwrap = [step.remove, wrap(pl_module, "training_step", step)]
             return
 
         def backward(call: Any, *args: Any, **kwargs: Any) -> None:
             step.backward(call, self.manual_backward or 0, *args, **kwargs)
 
-        self._layers = [
+        self._unwrap = [
             step.remove,
-            wrapping.add(pl_module, "training_step", step.manual),
-            wrapping.add(pl_module, "manual_backward", backward, inside=True),
+            wrap(pl_module, "training_step", step.manual),
+            wrap(pl_module, "manual_backward", backward, innermost=True),
         ]
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
@@ -148,9 +150,9 @@ class GradientPenaltyCallback(Callback):
         self.penalties.load_state_dict(state_dict["penalties"])
 
     def _give_back(self) -> None:
-        while self._layers:
-            self._layers.pop()()
+        while self._unwrap:
+            self._unwrap.pop()()
 
     def __getstate__(self) -> dict[str, Any]:
         """Go to another process without what is of this one."""
-        return {**self.__dict__, "_layers": []}
+        return {**self.__dict__, "_unwrap": []}

@@ -21,16 +21,16 @@ from gpkit.lightning.watch.probe import Seen, Wanted
 from gpkit.needs import needs_of
 from gpkit.penalty import Penalty
 
-CANNOT = "GradientPenaltyCallback cannot add its penalties"
-PENALISED = ("PenalizedModule", "GANModule")
+REFUSAL_TITLE = "GradientPenaltyCallback cannot add its penalties"
+MODULES_WITH_PENALTIES = ("PenalizedModule", "GANModule")
 
-IN_PLACE = (
+BATCH_WRITTEN_IN_PLACE = (
     "the training step writes to its batch in place, and a penalty runs it again on that batch: "
     "let it write to a copy, or use a penalty of scope='batch' with estimator='exact'"
 )
 
 
-def before_fit(trainer: Any, module: pl.LightningModule) -> list[str]:
+def findings_before_fit(trainer: Any, module: pl.LightningModule) -> list[str]:
     """Return what can be told of the trainer and the module alone.
 
     Args:
@@ -47,18 +47,18 @@ def before_fit(trainer: Any, module: pl.LightningModule) -> list[str]:
             "the trainer has two GradientPenaltyCallbacks, and one would differentiate the "
             "penalties of the other: give all penalties to one, GradientPenaltyCallback([a, b])"
         )
-    if is_a(module, *PENALISED):
+    if is_a(module, *MODULES_WITH_PENALTIES):
         kind = type(module).__name__
         found.append(
             f"the {kind} has penalties of its own, and logs under the same names: give them all to "
             f"it, {kind}(..., penalty=...)"
         )
     for c in callbacks:
-        found += _of_callback(trainer, module, c.penalties, c.module, c.manual_backward)
+        found += _findings_of_callback(trainer, module, c.penalties, c.module, c.manual_backward)
     return found
 
 
-def _of_callback(
+def _findings_of_callback(
     trainer: Any,
     module: pl.LightningModule,
     penalties: Mapping[str, Penalty],
@@ -81,7 +81,7 @@ def _of_callback(
         hint = checks.nearest(str(name), filter(None, names))
         listed = ", ".join(repr(n) for n, _ in module.named_children())
         found.append(f"there is no submodule {name!r}{hint}; there are {listed}")
-    if sharded(module):
+    if holds_fsdp2_shards(module):
         from gpkit.lightning.callback.sharded import refusals
 
         found += refusals(module, penalties)
@@ -91,11 +91,14 @@ def _of_callback(
                 f"accumulate_grad_batches={trainer.accumulate_grad_batches}: use 1, or DDP"
             )
     for title, penalty in penalties.items():
-        found += [f"penalty {title!r}: {line}" for line in _of(penalty, trainer, module, net)]
+        found += [
+            f"penalty {title!r}: {line}"
+            for line in _findings_of_penalty(penalty, trainer, module, net)
+        ]
     return found
 
 
-def _of(
+def _findings_of_penalty(
     penalty: Penalty, trainer: Any, module: pl.LightningModule, net: nn.Module | None
 ) -> Iterator[str]:
     """Yield what is found of one penalty."""
@@ -112,7 +115,9 @@ def _of(
         )
     elif is_a(strategy, "DeepSpeedStrategy"):
         yield "DeepSpeed keeps the gradients to itself: use strategy='ddp'"
-    elif is_a(strategy, "ModelParallelStrategy") and not (needs.in_weights and sharded(module)):
+    elif is_a(strategy, "ModelParallelStrategy") and not (
+        needs.in_weights and holds_fsdp2_shards(module)
+    ):
         yield (
             "under ModelParallelStrategy penalties are in the weights, of modules to which "
             "fully_shard was applied: use estimator='finite_difference' with scope='global', or "
@@ -125,7 +130,7 @@ def _of(
         )
     if needs.runs_again and "dataloader_iter" in inspect.signature(module.training_step).parameters:
         yield "it runs the training step again, which `dataloader_iter` does not allow: use a batch"
-    if any(isinstance(at, (interpolate, fake)) for at in _points(penalty.at)):
+    if any(isinstance(at, (interpolate, fake)) for at in _mixture_parts(penalty.at)):
         yield (
             f"at={type(penalty.at).__name__}() needs fakes, and a training step shows none: use "
             "gpkit.GANModule, or penalty(critic, real=..., fake=...) in the training step"
@@ -144,12 +149,12 @@ def _of(
             yield f"all {len(named)} parameters of weights({wrt.match!r}) are frozen"
 
 
-def shards(strategy: Any) -> bool:
+def may_shard(strategy: Any) -> bool:
     """Whether a strategy may shard parameters."""
     return is_a(strategy, "FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
 
-def sharded(module: nn.Module) -> bool:
+def holds_fsdp2_shards(module: nn.Module) -> bool:
     """Whether FSDP2 holds the parameters, or some of them."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return False
@@ -158,12 +163,12 @@ def sharded(module: nn.Module) -> bool:
     return is_sharded(module)
 
 
-def _points(at: At) -> list[At]:
+def _mixture_parts(at: At) -> list[At]:
     """Return the points of a mixture, each, or the points themselves."""
-    return [p for part in at.ats for p in _points(part)] if isinstance(at, mixture) else [at]
+    return [p for part in at.ats for p in _mixture_parts(part)] if isinstance(at, mixture) else [at]
 
 
-def of_net(module: nn.Module, title: str, seen: Seen, wanted: Wanted) -> list[str]:
+def findings_of_net(module: nn.Module, title: str, seen: Seen, wanted: Wanted) -> list[str]:
     """Return what can be told of the net in a step that was made.
 
     Args:
@@ -189,7 +194,7 @@ def of_net(module: nn.Module, title: str, seen: Seen, wanted: Wanted) -> list[st
     return found
 
 
-def of_loss(loss: Tensor) -> list[str]:
+def findings_of_loss(loss: Tensor) -> list[str]:
     """Return what can be told of the loss that a step gave: a line for each finding."""
     found = []
     if not loss.requires_grad:

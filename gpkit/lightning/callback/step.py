@@ -17,13 +17,26 @@ from gpkit.estimators.base import Target
 from gpkit.estimators.recomputable import Recomputable
 from gpkit.estimators.window import Window, summarised
 from gpkit.formula import Terms
-from gpkit.lightning.callback.findings import CANNOT, IN_PLACE, of_loss, of_net, sharded
+from gpkit.lightning.callback.findings import (
+    BATCH_WRITTEN_IN_PLACE,
+    REFUSAL_TITLE,
+    findings_of_loss,
+    findings_of_net,
+    holds_fsdp2_shards,
+)
 from gpkit.lightning.callback.plan import Plan, differentiated, wanted_by
 from gpkit.lightning.compat import last_of_step, logs_now, scale_of, scaler_of
 from gpkit.lightning.recording import penalty_numbers
 from gpkit.lightning.refusals import RefusalError, refuse
 from gpkit.lightning.watch.probe import Seen, runs_compiled, watched
-from gpkit.lightning.watch.replay import Made, Step, Traces, loss_of, losses_of, with_loss_of
+from gpkit.lightning.watch.replay import (
+    Silencer,
+    StepCall,
+    TrainingStep,
+    loss_of,
+    per_sample_losses,
+    replace_loss,
+)
 from gpkit.needs import Needs, needs_of
 from gpkit.sums import PenaltySum
 
@@ -69,69 +82,71 @@ class PenalisedStep:
                 "uncompiled; estimator='finite_difference' in the weights runs it compiled"
             )
         self._shards: Any = None
-        if sharded(module):
+        if holds_fsdp2_shards(module):
             from gpkit.lightning.callback.sharded import ShardedWeights
 
             self._shards = ShardedWeights(module)
-        self.traces = Traces(module)
+        self.silencer = Silencer(module)
         self._plans: dict[tuple[str, ...], Plan] = {}  # by the names of those that act together
         self._parameters: list[Tensor] = []
         self._counts: dict[int, Tensor] = {}  # of samples, as tensors
-        self._manual: tuple[Made, Seen, Plan] | None = None
+        self._manual: tuple[StepCall, Seen, Plan] | None = None
         self._calls = 0
 
-    def __call__(self, training_step: Step, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, training_step: TrainingStep, *args: Any, **kwargs: Any) -> Any:
         """Run a training step, and return what it gives with the penalties added to the loss."""
-        acting, made = self._acting(), Made(training_step, args, kwargs)
+        acting, call = self._acting(), StepCall(training_step, args, kwargs)
         try:
             plan = self._plan(acting)
             if plan.draws:
                 self._repeat_draws(plan.needs)
             versions = []
             if plan.runs_again:
-                made.state = random_state(self.module.device)
-                versions = made.versions()
+                call.rng_state = random_state(self.module.device)
+                versions = call.tensor_versions()
             with plan.watch as seen:
                 output = training_step(*args, **kwargs)
         except RefusalError as error:  # by another callback's step, within this one
-            net = of_net(self.module, self.title, seen, plan.watch.wanted)
-            refuse(CANNOT, [*self.problems, *net, *error.found], error)
+            net = findings_of_net(self.module, self.title, seen, plan.watch.wanted)
+            refuse(REFUSAL_TITLE, [*self.problems, *net, *error.found], error)
         except Exception as error:
-            refuse(CANNOT, self.problems, error)  # of which the error may be a consequence
+            refuse(REFUSAL_TITLE, self.problems, error)  # of which the error may be a consequence
             raise
-        if versions and versions != made.versions():
-            seen.problems.append(IN_PLACE)
+        if versions and versions != call.tensor_versions():
+            seen.problems.append(BATCH_WRITTEN_IN_PLACE)
         loss = loss_of(output)
         if loss is None:  # Lightning skips the micro-batch
             if last_of_step(self.trainer):
                 self.windows.clear()
             return output
-        return with_loss_of(output, self._penalised(made, seen, plan, loss))
+        return replace_loss(output, self._penalised(call, seen, plan, loss))
 
-    def manual(self, training_step: Step, *args: Any, **kwargs: Any) -> Any:
+    def manual(self, training_step: TrainingStep, *args: Any, **kwargs: Any) -> Any:
         """Run a training step that optimises manually, and watch it."""
         self._calls = 0
         plan = self._plan(self.penalties)
         with plan.watch as seen:
-            self._manual = Made(training_step, args, kwargs), seen, plan
+            self._manual = StepCall(training_step, args, kwargs), seen, plan
             try:
                 return training_step(*args, **kwargs)
             finally:
                 self._manual = None  # with the graphs that it holds
 
-    def backward(self, backward: Step, which: int, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+    def backward(
+        self, backward: TrainingStep, which: int, loss: Tensor, *args: Any, **kwargs: Any
+    ) -> None:
         """Make a ``manual_backward`` call, with the penalties added if it is the chosen one."""
         if self._calls == which and self._manual is not None:
-            made, seen, plan = self._manual
+            call, seen, plan = self._manual
             acting = set(self._acting())
             needs = {name: own for name, own in plan.needs.items() if name in acting}
-            loss = self._penalised(made, seen, Plan(needs, plan.watch), loss)
+            loss = self._penalised(call, seen, Plan(needs, plan.watch), loss)
         self._calls += 1
         backward(loss, *args, **kwargs)
 
     def remove(self) -> None:
         """Leave the module as it was."""
-        self.traces.remove()
+        self.silencer.remove()
         for plan in self._plans.values():
             plan.watch.remove()
 
@@ -176,18 +191,18 @@ class PenalisedStep:
 
     # The loss.
 
-    def _penalised(self, made: Made, seen: Seen, plan: Plan, loss: Tensor) -> Tensor:
+    def _penalised(self, call: StepCall, seen: Seen, plan: Plan, loss: Tensor) -> Tensor:
         """Return the loss with the penalties that act."""
         first = self._unseen.intersection(plan.needs)
         if self.problems or seen.problems or first:
-            net = of_net(self.module, self.title, seen, plan.watch.wanted)
-            refuse(CANNOT, [*self.problems, *net, *of_loss(loss)])
+            net = findings_of_net(self.module, self.title, seen, plan.watch.wanted)
+            refuse(REFUSAL_TITLE, [*self.problems, *net, *findings_of_loss(loss)])
             self._unseen -= first
         last = last_of_step(self.trainer)
         if self._shards is not None:
-            loss, terms = self._act_sharded(made, plan, loss)
+            loss, terms = self._act_sharded(call, plan, loss)
         else:
-            loss, terms = self._act(made, seen, plan, loss, first, last=last)
+            loss, terms = self._act(call, seen, plan, loss, first, last=last)
         total = self.penalties.total(loss, terms, self.module.parameters)
         assert total is not None
         if last:
@@ -199,12 +214,12 @@ class PenalisedStep:
         return total
 
     def _act(
-        self, made: Made, seen: Seen, plan: Plan, loss: Tensor, first: set[str], *, last: bool
+        self, call: StepCall, seen: Seen, plan: Plan, loss: Tensor, first: set[str], *, last: bool
     ) -> tuple[Tensor, dict[str, Terms | None]]:
         """Return the loss, with its gradient known where it pays, and the terms of the penalties.
 
         Args:
-            made: the step, to be run again.
+            call: the step, to be run again.
             seen: of the net.
             plan: of the penalties that act.
             loss: of the step.
@@ -222,7 +237,7 @@ class PenalisedStep:
         once = plan.names(lambda n: n.loss_at_two_points)
         base = loss
         if waiting or once:
-            windows = [(self._window(n), partial(self._isolated, made, n)) for n in waiting]
+            windows = [(self._window(n), partial(self._isolated, call, n)) for n in waiting]
             retain = bool(plan.needs.keys() - {*waiting, *once})
             base = summarised(loss, scale, retain=retain, windows=windows)
         terms: dict[str, Terms | None] = {}
@@ -234,7 +249,7 @@ class PenalisedStep:
                 penalty.skip(self._now)
                 continue
             value = base if name in once else differentiated(needs, seen, loss)
-            f, *args = self._call(name, made, seen, value)
+            f, *args = self._penalty_arguments(name, call, seen, value)
             try:
                 terms[name] = penalty.act(f, *args, step=self._now, scale=scale)
                 plan.watch.last = True  # what it ran again is over: next is this step's backward
@@ -242,41 +257,41 @@ class PenalisedStep:
                 if name not in first or type(error) is not RuntimeError:  # but out of memory
                     raise
                 found, cause = [*found, f"penalty {name!r}: {error}"], error
-        refuse(CANNOT, found, cause)
+        refuse(REFUSAL_TITLE, found, cause)
         return base, terms
 
     def _act_sharded(
-        self, made: Made, plan: Plan, loss: Tensor
+        self, call: StepCall, plan: Plan, loss: Tensor
     ) -> tuple[Tensor, dict[str, Terms | None]]:
         """Return the loss and the terms of penalties in weights that FSDP2 has sharded."""
         acting = {name: self.penalties[name] for name in plan.needs}
         if not acting:
             return loss, {}
-        again = partial(self._again, self.module, made, next(iter(acting)))  # of all it is the loss
+        again = partial(self._again, self.module, call, next(iter(acting)))  # of all it is the loss
         terms: tuple[Tensor, dict[str, Terms | None]]
-        terms = self._shards.terms(acting, Recomputable(loss, again, made.state), self._now)
+        terms = self._shards.terms(acting, Recomputable(loss, again, call.rng_state), self._now)
         return terms
 
-    def _call(self, name: str, made: Made, seen: Seen, value: Any) -> list[Any]:
+    def _penalty_arguments(self, name: str, call: StepCall, seen: Seen, value: Any) -> list[Any]:
         """Return what a penalty is called with."""
         penalty, needs = self.penalties[name], self.needs[name]
         if needs.plain and penalty.effect_confirmed:
             return [self._target(needs, seen, value)]
-        again = partial(self._again, self.module, made, name)
+        again = partial(self._again, self.module, call, name)
         if needs.each_gradient:
-            return [partial(losses_of, self.module, made, self.traces), self.net]
+            return [partial(per_sample_losses, self.module, call, self.silencer), self.net]
         if needs.in_weights:
             window = self._window(name) if needs.pooled else None
-            return [Recomputable(value, again, made.state, window=window), self.net]
+            return [Recomputable(value, again, call.rng_state, window=window), self.net]
         if needs.at_data and not needs.calls_net:
             x = seen.activations[needs.in_activation] if needs.in_activation else seen.x
-            return [Recomputable(value, again, made.state, mean=needs.of_loss), x]
+            return [Recomputable(value, again, call.rng_state, mean=needs.of_loss), x]
         assert seen.x is not None
         if needs.calls_net:
             return [self.net, seen.x.detach()]
         if needs.in_activation:  # L there, for each sample, has the right sum
             return [lambda z: again(z).expand(len(z)), seen.x.detach(), self.net]
-        return [Recomputable(None, again, made.state, mean=True), seen.x.detach()]
+        return [Recomputable(None, again, call.rng_state, mean=True), seen.x.detach()]
 
     def _target(self, needs: Needs, seen: Seen, loss: Tensor) -> Target:
         """Return what a plain penalty differentiates: a call would read the same out of it."""
@@ -289,14 +304,14 @@ class PenalisedStep:
             self._counts[batch] = torch.full_like(loss.detach(), batch, dtype=wide(loss))
         return Target(loss, (seen.x,), True, times=self._counts[batch])
 
-    # The step made again.
+    # Reruns of the training step.
 
-    def _again(self, module: nn.Module, made: Made, name: str, *xs: Tensor) -> Any:
-        """Return what a penalty differentiates, of a step made again, at other inputs if given.
+    def _again(self, module: nn.Module, call: StepCall, name: str, *xs: Tensor) -> Any:
+        """Return what a penalty differentiates, of a step run again, at other inputs if given.
 
         Args:
             module: the LightningModule, named for the isolation of what is called.
-            made: the step.
+            call: the step.
             name: of the penalty.
             *xs: the input, or the activation, to compute with.
 
@@ -305,16 +320,16 @@ class PenalisedStep:
         """
         needs = self.needs[name]
         moved = {"" if needs.moves else needs.in_activation: xs[0]} if xs else None
-        with self.traces.none(), self._watched([needs], moved) as seen:
-            output = made.step(*made.args, **made.kwargs)
+        with self.silencer.silenced(), self._watched([needs], moved) as seen:
+            output = call.training_step(*call.args, **call.kwargs)
         return differentiated(needs, seen, loss_of(output))
 
-    def _isolated(self, made: Made, name: str) -> Tensor:
-        """Return the loss of a step made again, for a window."""
+    def _isolated(self, call: StepCall, name: str) -> Tensor:
+        """Return the loss of a step run again, for a window."""
         order = self.needs[name].order
         device = self.module.device
-        with isolated(self.module, made.state, device, max(order, 1), twice=order > 0):
-            return self._again(self.module, made, name)
+        with isolated(self.module, call.rng_state, device, max(order, 1), twice=order > 0):
+            return self._again(self.module, call, name)
 
     def _window(self, name: str) -> Window:
         size = self.trainer.accumulate_grad_batches

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from gpkit import checks
-from gpkit.autodiff.distributed import rank
-from gpkit.autodiff.random import derived_seed, seeded
+from gpkit.autodiff.random import derived_seed, rank, seeded
 from gpkit.lightning.compat import logs_now, scaler_of
 from gpkit.lightning.gan.checks import (
     optional,

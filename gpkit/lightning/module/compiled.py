@@ -18,7 +18,7 @@ from gpkit.penalty import Penalty
 
 # What is traced: (x, y, seeds) -> loss, and (n², values, their mean or maximum) by name.
 Parts = dict[str, tuple[Tensor, Tensor, Tensor]]
-Computed = tuple[Tensor, Parts]
+LossAndParts = tuple[Tensor, Parts]
 
 
 class CompiledLoss:
@@ -60,9 +60,9 @@ class CompiledLoss:
         self.forward = forward
         self.penalties = penalties
         self.net = net
-        self._graphs: dict[tuple[str, ...], Callable[..., Computed]] = {}
+        self._graphs: dict[tuple[str, ...], Callable[..., LossAndParts]] = {}
 
-    def __call__(self, x: Tensor, y: Any, seeds: dict[str, Tensor]) -> Computed:
+    def __call__(self, x: Tensor, y: Any, seeds: dict[str, Tensor]) -> LossAndParts:
         """Return the loss without penalties, and n², values and their total by name.
 
         Args:
@@ -92,7 +92,7 @@ class CompiledLoss:
         x: Tensor,
         y: Any,
         seeds: dict[str, Tensor],
-    ) -> Computed:
+    ) -> LossAndParts:
         outputs, loss = self.forward(x, y)
         parts: Parts = {}
         for name, seed in seeds.items():

@@ -12,13 +12,13 @@ from gpkit.lightning.compat import is_a
 from gpkit.lightning.refusals import refuse
 from gpkit.lightning.watch.replay import loss_of
 
-SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+SHARDING_STRATEGIES = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
 
-CANNOT = "GradientNormMonitor has no norms to log"
+REFUSAL_TITLE = "GradientNormMonitor has no norms to log"
 
 
-def of_module(module: Any) -> Iterator[str]:
+def findings_of_module(module: Any) -> Iterator[str]:
     """Yield what is found of a module that logs norms of its own."""
     if is_a(module, "PenalizedModule") and module.gradient_norms:
         yield (
@@ -27,7 +27,7 @@ def of_module(module: Any) -> Iterator[str]:
         )
 
 
-def of_strategy(strategy: Any, *, reads: bool, differentiates: bool) -> Iterator[str]:
+def findings_of_strategy(strategy: Any, *, reads: bool, differentiates: bool) -> Iterator[str]:
     """Yield what is found of the trainer's strategy.
 
     Args:
@@ -44,14 +44,14 @@ def of_strategy(strategy: Any, *, reads: bool, differentiates: bool) -> Iterator
             f"a {kind} keeps pieces of gradients that belong to no parameter: use strategy='ddp' "
             "or a ModelParallelStrategy, or weights=None"
         )
-    if differentiates and is_a(strategy, *SHARDED):
+    if differentiates and is_a(strategy, *SHARDING_STRATEGIES):
         yield (
             f"a {kind} gathers parameters for one backward pass a step, and inputs, activations "
             "and validation take another: leave them out"
         )
 
 
-def of_names(module: Any, names: Iterable[str]) -> Iterator[str]:
+def findings_of_names(module: Any, names: Iterable[str]) -> Iterator[str]:
     """Yield the names that no submodule has, with the nearest one."""
     options = [name for name, _ in module.named_modules()]
     for name in dict.fromkeys(names):
@@ -61,7 +61,9 @@ def of_names(module: Any, names: Iterable[str]) -> Iterator[str]:
             yield f"there is no submodule {name!r}{hint}; there are {listed}"
 
 
-def of_backward(module: Any, which: int | None, *, differentiates: bool) -> Iterator[str]:
+def findings_of_manual_backward(
+    module: Any, which: int | None, *, differentiates: bool
+) -> Iterator[str]:
     """Yield what is found of the choice of a backward call under manual optimisation."""
     if module.automatic_optimization and which is not None:
         yield "`manual_backward=...` is for manual optimisation; leave it out"
@@ -81,6 +83,6 @@ def validation_loss(output: Any) -> Tensor:
             f"the loss that validation_step returns {found}: return it, as a tensor or as the "
             "'loss' of a dict, or leave out validation=True"
         )
-        refuse(CANNOT, [line])
+        refuse(REFUSAL_TITLE, [line])
     assert loss is not None
     return loss

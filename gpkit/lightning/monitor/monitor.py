@@ -12,11 +12,11 @@ from torch.utils._pytree import tree_map_only
 from gpkit import checks
 from gpkit.lightning.compat import Callback, last_of_step, logs_now
 from gpkit.lightning.monitor.findings import (
-    CANNOT,
-    of_backward,
-    of_module,
-    of_names,
-    of_strategy,
+    REFUSAL_TITLE,
+    findings_of_manual_backward,
+    findings_of_module,
+    findings_of_names,
+    findings_of_strategy,
     validation_loss,
 )
 from gpkit.lightning.monitor.inference import gradients_on
@@ -24,8 +24,8 @@ from gpkit.lightning.monitor.norms_of_step import StepNorms
 from gpkit.lightning.monitor.views import View, Views
 from gpkit.lightning.recording import Histograms
 from gpkit.lightning.refusals import refuse
-from gpkit.lightning.watch import wrapping
 from gpkit.lightning.watch.replay import loss_of
+from gpkit.lightning.watch.wrapping import wrap
 
 WEIGHTS = ("total", "group", "layer")
 
@@ -117,7 +117,7 @@ class GradientNormMonitor(Callback):
             if manual_backward is None
             else checks.integer("manual_backward=...", manual_backward, 0)
         )
-        self._layers: dict[str, Callable[[], None]] = {}  # how to take each off again
+        self._unwrap: dict[str, Callable[[], None]] = {}  # by method, and its hooks
         self._start_over()
 
     def _start_over(self) -> None:
@@ -140,12 +140,14 @@ class GradientNormMonitor(Callback):
         self._take_off()
         self._start_over()
         found = list(self._found(trainer, pl_module, self._looks))
-        found += of_backward(pl_module, self.manual_backward, differentiates=self._looks)
-        refuse(CANNOT, found)
+        found += findings_of_manual_backward(
+            pl_module, self.manual_backward, differentiates=self._looks
+        )
+        refuse(REFUSAL_TITLE, found)
         if self._looks:
             automatic = pl_module.automatic_optimization
             step = self._training_step if automatic else self._manual_step
-            self._look_into(trainer, pl_module, "training_step", step, inside=True)
+            self._look_into(trainer, pl_module, "training_step", step, innermost=True)
             if not automatic:
                 backward = partial(self._manual_backward, trainer, pl_module)
                 self._put_on(pl_module, "manual_backward", backward)
@@ -179,7 +181,7 @@ class GradientNormMonitor(Callback):
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Look into the validation step."""
         if self.validation and (self._looks or self.weights):
-            refuse(CANNOT, self._found(trainer, pl_module, differentiates=True))
+            refuse(REFUSAL_TITLE, self._found(trainer, pl_module, differentiates=True))
             self._look_into(trainer, pl_module, "validation_step", self._validation_step)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
@@ -247,31 +249,33 @@ class GradientNormMonitor(Callback):
         validating = prefix != "grad_norm"
         step = "validation_step" if validating else "training_step"
         once = validating or module.automatic_optimization
-        refuse(CANNOT, (f for view in views for f in view.findings(step, once=once)))
+        refuse(REFUSAL_TITLE, (f for view in views for f in view.findings(step, once=once)))
         log = validating or _logs_batch(trainer)
         self._norms.of_loss(trainer, module, loss, views, prefix, validating=validating, log=log)
         self._first = self._first and validating
 
     def _found(self, trainer: Any, module: Any, differentiates: bool) -> Iterator[str]:
         reads = self.weights is not None
-        yield from of_module(module)
-        yield from of_strategy(trainer.strategy, reads=reads, differentiates=differentiates)
-        yield from of_names(module, [*self.inputs, *self.activations])
+        yield from findings_of_module(module)
+        yield from findings_of_strategy(
+            trainer.strategy, reads=reads, differentiates=differentiates
+        )
+        yield from findings_of_names(module, [*self.inputs, *self.activations])
 
     def _look_into(
-        self, trainer: Any, module: Any, name: str, layer: Any, *, inside: bool = False
+        self, trainer: Any, module: Any, name: str, layer: Any, *, innermost: bool = False
     ) -> None:
         """Put a layer around a step, that has the views of it."""
         watch = Views(module, self.inputs, self.activations)
-        self._put_on(module, name, partial(layer, watch, trainer, module), inside=inside)
-        self._layers[f"{name}'s hooks"] = watch.remove
+        self._put_on(module, name, partial(layer, watch, trainer, module), innermost=innermost)
+        self._unwrap[f"{name}'s hooks"] = watch.remove
 
-    def _put_on(self, module: Any, name: str, layer: Any, *, inside: bool = False) -> None:
-        self._layers[name] = wrapping.add(module, name, layer, inside=inside)
+    def _put_on(self, module: Any, name: str, layer: Any, *, innermost: bool = False) -> None:
+        self._unwrap[name] = wrap(module, name, layer, innermost=innermost)
 
     def _take_off(self, step: str = "") -> None:
-        for name in [name for name in self._layers if name.startswith(step)]:
-            self._layers.pop(name)()
+        for name in [name for name in self._unwrap if name.startswith(step)]:
+            self._unwrap.pop(name)()
 
 
 def _names(title: str, given: str | Iterable[str]) -> tuple[str, ...]:

@@ -6,8 +6,7 @@ from cases import B
 from torch import nn
 
 import gpkit
-from gpkit.axes.at import POINTS, computed, data, fake, real
-from gpkit.axes.samples import as_points
+from gpkit.axes.at import POINTS, as_points, computed, data, fake, real
 
 SHAPES = pytest.mark.parametrize("shape", [(), (7,), (2, 3, 4)], ids=str)
 MANY = 4096

@@ -3,10 +3,10 @@
 import torch
 from fits import net, penalty
 from matrix import Plain
-from test_callback_findings import refusal, refused
 from torch import nn
 
 import gpkit
+from tests.lightning.callback.test_callback_findings import refusal, refused
 
 
 def test_a_relu_net_of_order_two():

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from fits import LAMBDA, assert_trained_as, batches, callback, fit, loader, net, one_rank, penalty
 from matrix import QUIET, SGD, Plain
-from test_callback_findings import refusal
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import gpkit
+from tests.lightning.callback.test_callback_findings import refusal
 
 
 def again(part, x):

@@ -21,9 +21,9 @@ from fits import (
 )
 from matrix import SGD, Plain
 from pytorch_lightning.callbacks import GradientAccumulationScheduler
-from test_callback_traces import Traced, noisy
 
 import gpkit
+from tests.lightning.callback.test_callback_traces import Traced, noisy
 
 estimators = pytest.mark.parametrize("estimator", ["exact", "difference"])
 

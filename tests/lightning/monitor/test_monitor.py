@@ -13,14 +13,14 @@ from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_callback_compiled import Graphs
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Metric
 
 import gpkit
-from gpkit.lightning.monitor.findings import of_strategy
+from gpkit.lightning.monitor.findings import findings_of_strategy
+from tests.lightning.callback.test_callback_compiled import Graphs
 
 B, BATCHES = 4, 3
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -739,9 +739,9 @@ def test_refusals_before_the_first_step(said):
 @pytest.mark.parametrize("kind", ["DeepSpeedStrategy", "FSDPStrategy"])
 def test_strategies_whose_gradients_are_not_the_parameters(kind):
     strategy = type(kind, (), {})()
-    (said,) = of_strategy(strategy, reads=True, differentiates=False)
+    (said,) = findings_of_strategy(strategy, reads=True, differentiates=False)
     assert f"a {kind} keeps pieces of gradients" in said
-    assert not list(of_strategy(strategy, reads=False, differentiates=False))
+    assert not list(findings_of_strategy(strategy, reads=False, differentiates=False))
 
 
 def test_manual_optimisation_must_say_which_backward(net):

@@ -14,7 +14,7 @@ from gpkit.data import Digits
 from gpkit.models import MLP, ConvNet, ViT
 from gpkit.models.vit import Attention, LayerNorm
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 NETS = {
     "mlp": MLP,
     "convnet": ConvNet,

@@ -28,7 +28,7 @@ from gpkit.data import (
 from gpkit.data.decoders import Pictures
 from gpkit.data.splits import split, split_sizes
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 MODULES = {
     Digits: ((1, 8, 8), 10, "classification", 1797),
     BreastCancer: ((30,), 2, "classification", 569),
