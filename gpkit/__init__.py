@@ -1,16 +1,15 @@
 """gpkit: train neural networks with gradient penalties.
 
-Importing gpkit loads nothing else. Each name below loads its module when it is first used, and
-torch, Lightning or Hydra with it only where that module needs them.
+Importing gpkit loads nothing else. Each name below loads its module on first use; torch, Lightning
+and Hydra are loaded only if that module needs them.
 
-- A penalty: GradientPenalty.
-- Presets: penalties in the weights: weight_grad_norm, per_sample_grad_norm, fisher, hessian,
-  gnp, none.
-- Presets: in the inputs: input_grad_norm, eikonal, duq, cure, jacobian, curvature, contractive,
+- The penalty: GradientPenalty.
+- Presets for weights: weight_grad_norm, per_sample_grad_norm, fisher, hessian, gnp, none.
+- Presets for inputs: input_grad_norm, eikonal, duq, cure, jacobian, curvature, contractive,
   spectral_jacobian.
-- Presets: of critics and generators: wgan_gp, wgan_lp, r1, r2, r1_r2, dragan, zero_gp,
-  wgan_div, max_gp, path_length.
-- Presets: on environments: irm, fishr.
+- Presets for critics and generators: wgan_gp, wgan_lp, r1, r2, r1_r2, dragan, zero_gp, wgan_div,
+  max_gp, path_length.
+- Presets for environments: irm, fishr.
 - Several penalties: sum.
 - Variables (`wrt`): weights, activation, Variables.
 - Forms (`form`): squared, norm, two_sided, one_sided, power, running_average, Form.
@@ -23,7 +22,7 @@ torch, Lightning or Hydra with it only where that module needs them.
 - Lightning: GradientPenaltyCallback, GradientNormMonitor, PenalizedModule, GANModule.
 - The application: train.
 
-``from gpkit import *`` leaves out `sum`, which would replace Python's own.
+``from gpkit import *`` does not import `sum`, which would shadow the builtin.
 """
 
 from typing import TYPE_CHECKING
@@ -99,7 +98,7 @@ __all__ = [
     "zero_gp",
 ]
 
-if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says the same
+if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` has the same names at run time
     from gpkit.app.train import train as train
     from gpkit.autodiff.activations import features as features
     from gpkit.autodiff.derivatives import derivative as derivative

@@ -1,4 +1,4 @@
-"""A forward pass of a penalty's own that leaves no trace in training."""
+"""Run an extra forward pass without side effects on training."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def isolated(
     *,
     twice: bool = True,
 ) -> Iterator[None]:
-    """Run a forward whose buffers and random numbers are its own, and that can be differentiated.
+    """A context for a forward pass with its own buffers and random numbers, and a double backward.
 
-    Batch statistics, and whatever else the modules that run keep in buffers, are written to copies;
-    dropout draws from ``seed``, and the streams of ``device`` and of the CPU are given back;
-    attention, recurrent nets and norm layers use kernels that have the derivatives.
+    Modules write batch norm statistics and other buffers to copies. Dropout draws from ``seed``,
+    and the random states of ``device`` and of the CPU are restored at the end. Attention,
+    recurrent nets and norm layers use kernels that have the derivatives.
 
     Args:
-        function: what will be called, or a module that it runs. Modules that it calls are seen as
+        function: the function to be called, or a module that it runs. Other modules are found when
             they are called.
-        seed: for the random numbers of this forward, or the state to draw them from.
-        device: where it runs.
-        order: k, of the penalty.
-        twice: whether it will be differentiated twice. If not, any kernel will do.
+        seed: the seed of this forward pass, or a random state to start from.
+        device: the device of the forward pass.
+        order: k, the order of the penalty.
+        twice: whether the graph will be differentiated twice. If not, any kernel is allowed.
 
     Yields:
         Nothing.
@@ -52,11 +52,11 @@ def isolated(
 
 @contextmanager
 def own_buffers(function: Any) -> Iterator[None]:
-    """Give modules copies of their buffers to write to, and the originals back at the end.
+    """Let modules write to copies of their buffers, and put the originals back at the end.
 
-    The originals are put back as objects and never written to: a copy back would spoil graphs
-    that have saved them. Modules are seen as they are called; but where the function names a
-    compiled one, whose trace would take in what looks on, those are taken that it names.
+    The original tensors are put back, and never written to, because graphs may have saved them. A
+    global hook finds the modules when they are called. torch.compile would trace that hook, so for
+    a function that refers to a compiled module only the modules that it refers to are handled.
     """
     swapped: list[tuple[nn.Module, str, Tensor, Tensor]] = []
     seen: set[nn.Module] = set()
@@ -84,13 +84,13 @@ def own_buffers(function: Any) -> Iterator[None]:
         if hook is not None:
             hook.remove()
         for module, name, original, copy in swapped:
-            # functional_call may have put its own tensor there, and the original back itself.
+            # functional_call swaps in its own tensor, and puts the original back itself.
             if module._buffers.get(name) is copy:
                 module._buffers[name] = original
 
 
 def named_modules(function: Any) -> list[nn.Module]:
-    """Return the modules that a function is, is a method of, or names from outside."""
+    """Return the modules that a function is, is a method of, or refers to from its closure."""
     if isinstance(function, functools.partial):
         named = [function.func, *function.args, *function.keywords.values()]
         return [m for part in named for m in named_modules(part)]
@@ -102,5 +102,5 @@ def named_modules(function: Any) -> list[nn.Module]:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile stands behind a module's call."""
+    """Whether a module is compiled, by ``torch.compile(module)`` or ``module.compile()``."""
     return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None

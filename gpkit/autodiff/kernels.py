@@ -14,17 +14,16 @@ from gpkit.autodiff.norm_layers import elementary
 
 
 class double_backward:
-    """Choose kernels that have a double backward, or the k + 1 that a penalty of order k needs.
+    """A context in which kernels have the k + 1 derivatives that a penalty of order k needs.
 
-    It may be entered again after it has been left.
-
-    Fused attention has none (the math kernel has, which sdpa_kernel(SDPBackend.MATH) would choose
-    at eight times the cost of entering); cuDNN's recurrent nets have none (torch's own have), and
-    cuDNN is left alone until there is a recurrent net. Fused layer norm and batch norm have a wrong
-    third derivative: for order >= 2 they are computed in elementary operations.
+    Fused attention has no double backward: the math kernel is used instead (entering is eight
+    times cheaper than ``sdpa_kernel(SDPBackend.MATH)``). cuDNN's recurrent nets have none: torch's
+    own are used, from the first call of a recurrent net on. Fused layer norm and batch norm have a
+    wrong third derivative: for order >= 2 they are computed in elementary operations. The context
+    can be entered again after it has been left.
 
     Args:
-        order: k, of the penalty.
+        order: k, the order of the penalty.
     """
 
     def __init__(self, order: int = 1) -> None:
@@ -55,7 +54,7 @@ class double_backward:
             ENABLE_MATH(False)
 
 
-# What torch.backends.cuda calls: this is entered at every step.
+# The functions that torch.backends.cuda calls; direct calls are faster, and this runs every step.
 FUSED = [
     (getattr(torch._C, f"_get_{kind}_sdp_enabled"), getattr(torch._C, f"_set_sdp_use_{kind}"))
     for kind in ("flash", "mem_efficient", "cudnn")
@@ -67,7 +66,7 @@ MATH_ENABLED, ENABLE_MATH = torch._C._get_math_sdp_enabled, torch._C._set_sdp_us
 
 @contextmanager
 def without_cudnn() -> Iterator[None]:
-    """Leave cuDNN alone from the first call of a recurrent net on."""
+    """Disable cuDNN from the first call of a recurrent net on."""
     cudnn = torch.backends.cudnn.enabled
 
     def leave(module: nn.Module, _: Any) -> None:

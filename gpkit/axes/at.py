@@ -1,4 +1,4 @@
-"""The axis `at`: where the derivative is taken."""
+"""The axis `at`: the points where the derivative is taken."""
 
 from __future__ import annotations
 
@@ -14,26 +14,41 @@ from gpkit.autodiff import random
 from gpkit.autodiff.distributed import batch_std
 from gpkit.autodiff.random import Source
 
-Points = tuple[Tensor, ...]  # one tensor [B, *S] for every input of the function
+Points = tuple[Tensor, ...]  # one tensor [B, *S] for each input of the function
 
 
 @dataclass(frozen=True, kw_only=True)
 class At:
-    """Where the derivative is taken.
+    """The points where the derivative is taken. The base class of `at`.
+
+    A subclass defines one method, ``choose``, and sets ``moves = True`` if its points differ from
+    the samples.
 
     Args:
-        detach: cut the points off the graph that made them (a generator's, say). With
-            ``detach=False`` the penalty also trains what made the points.
+        detach: cut the points off the graph that computed them, such as a generator's. With
+            ``detach=False`` the penalty also trains the generator.
+
+    >>> from dataclasses import dataclass
+    >>> import gpkit
+    >>> @dataclass(frozen=True, kw_only=True)
+    ... class midpoints(At):
+    ...     moves = True
+    ...     def choose(self, real, fake, rng):
+    ...         return tuple((x + y) / 2 for x, y in zip(real, fake, strict=True))
+    >>> penalty = gpkit.GradientPenalty(at=midpoints())
+    >>> x, y = torch.ones(8, 1), torch.zeros(8, 1)
+    >>> penalty(lambda x: (x**2).sum(1), real=x, fake=y).item()  # (2·½)²
+    1.0
     """
 
     detach: bool = True
 
-    # Whether the points are the samples as they were given: then a graph that the caller already
-    # has can be reused, and no second forward is needed.
+    # False if the points are the samples themselves: then the penalty reuses the graph that the
+    # caller has, and no second forward pass is needed.
     moves = False
 
     def __call__(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
-        """Return the points, ready to be differentiated at: they require grad."""
+        """Return the points, detached if ``detach``, as tensors that require grad."""
         points = self.choose(real, fake, rng)
         for x in points:
             require_floating(x)
@@ -44,11 +59,11 @@ class At:
         return tuple(x if x.requires_grad else x.detach().requires_grad_() for x in points)
 
     def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
-        """Return the points before they are detached."""
+        """Return the points, before ``detach``: ``[B, *S]`` for each input of the function."""
         raise NotImplementedError(f"{type(self).__name__} must define choose(real, fake, rng)")
 
     def need(self, samples: Points | None, kind: str) -> Points:
-        """Return ``samples``, or refuse because the call had none of this kind."""
+        """Return ``samples``, or raise a ValueError if the call had no samples of this kind."""
         if samples is None:
             raise ValueError(f"`at={type(self).__name__}()` needs {kind}=..., which was not given")
         return samples
@@ -64,7 +79,7 @@ class real(At):
 
 @dataclass(frozen=True, kw_only=True)
 class data(real):
-    """The data that the penalty was called with: x."""
+    """The samples passed to the call: x."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +92,21 @@ class fake(At):
 
 @dataclass(frozen=True, kw_only=True)
 class interpolate(At):
-    """Interpolates α x + (1 - α) y of real x and fake y, one α in U[0, 1] for every sample.
+    r"""Interpolates between real samples x and fake samples y, as in WGAN-GP.
 
-    With several inputs a sample has one α for all of them.
+    .. math:: \hat x_i = \alpha_i x_i + (1 - \alpha_i) y_i, \quad \alpha_i \sim U[0, 1]
+
+    Each sample has one α; with several inputs it is the same for all of them.
+
+    Args:
+        detach: cut the points off the graph that computed them.
+
+    Source: Gulrajani et al. (2017), arXiv:1704.00028.
+
+    >>> x, y = torch.ones(2, 3), torch.zeros(2, 3)
+    >>> (z,) = interpolate()((x,), (y,), torch.Generator().manual_seed(0))
+    >>> bool((z == z[:, :1]).all() and (z >= 0).all() and (z <= 1).all())
+    True
     """
 
     moves = True
@@ -98,14 +125,25 @@ class interpolate(At):
 
 @dataclass(frozen=True)
 class perturb(At):
-    """x + s·u: the real samples with noise, as in DRAGAN.
+    """Real samples with noise, as in DRAGAN: x + s·u, or x + α·s·u with ``along``.
 
     Args:
         scale: s.
         noise: "normal", u ~ N(0, I), or "uniform", u ~ U[-1, 1] in every entry.
-        relative: multiply s by the standard deviation over all entries of the batch, that of all
-            ranks in a distributed run; each of several inputs has its own.
-        along: take a point between x and its perturbation: x + α·s·u, one α in U[0, 1] a sample.
+        relative: multiply s by the standard deviation over all entries of the batch, and of all
+            ranks in a distributed run. Each of several inputs has its own standard deviation.
+        along: take a point between x and x + s·u: x + α·s·u, with one α ~ U[0, 1] per sample.
+        detach: cut the points off the graph that computed them.
+
+    Raises:
+        ValueError: if ``scale`` is negative, or ``noise`` is another name.
+
+    Source: Kodali et al. (2017), arXiv:1705.07215.
+
+    >>> x = torch.zeros(2, 3)
+    >>> (z,) = perturb(0.5, noise="uniform")((x,), None, torch.Generator().manual_seed(0))
+    >>> bool((z.abs() <= 0.5).all())
+    True
     """
 
     scale: float = 0.1
@@ -127,7 +165,7 @@ class perturb(At):
         return tuple(x + per_sample(alpha, x) * self.delta(x, rng) for x in real)
 
     def delta(self, x: Tensor, rng: Source) -> Tensor:
-        """Return the noise at full strength, ``[B, *S]``."""
+        """Return s·u ``[B, *S]``, with s relative to the batch if ``relative``."""
         require_floating(x)
         draw = random.normal if self.noise == "normal" else random.uniform
         u = draw(rng, x.shape, x.device, x.dtype)
@@ -137,9 +175,11 @@ class perturb(At):
 
 @dataclass(frozen=True)
 class computed(At):
-    """Points of your own: ``function(real, fake)``, a tensor or a tuple of them.
+    """Points from your function: ``function(real, fake)`` returns a tensor or a tuple of tensors.
 
-    ``real`` and ``fake`` come as they were given to the penalty: None where they were not.
+    Args:
+        function: called with ``real`` and ``fake`` as passed to the penalty; None if not passed.
+        detach: cut the points off the graph that computed them.
     """
 
     function: Callable[[Any, Any], Any]
@@ -155,15 +195,21 @@ Bound = float | Sequence[Any] | Tensor
 
 @dataclass(frozen=True)
 class uniform(At):
-    """Points from U[low, high] in every entry, as many and of the shape of the real samples.
+    """Uniform points in a box: every entry is from U[low, high], in the shape of the real samples.
 
     Args:
-        low: the box's lower end: a number, or numbers that broadcast to one sample's shape, as one
-            for each dimension of ``[B, d]``. Several inputs share the box.
-        high: its upper end, likewise.
+        low: the lower bound: a number, or a sequence that broadcasts to the shape of one sample,
+            such as one number for each dimension of ``[B, d]``. Several inputs share the box.
+        high: the upper bound, likewise.
+        detach: cut the points off the graph that computed them.
 
     Raises:
-        ValueError: if an end is no finite number, or ``low`` is above ``high``.
+        ValueError: if a bound is not finite, or ``low`` is above ``high``.
+
+    >>> x = torch.zeros(2, 3)
+    >>> (z,) = uniform(-1, [1, 2, 3])((x,), None, torch.Generator().manual_seed(0))
+    >>> bool((z >= -1).all() and (z <= torch.tensor([1, 2, 3])).all())
+    True
     """
 
     low: Bound = 0.0
@@ -172,7 +218,7 @@ class uniform(At):
     moves = True
 
     def __post_init__(self) -> None:
-        for name in ("low", "high"):  # plain numbers: equal boxes are equal, and have no device
+        for name in ("low", "high"):  # as plain numbers, so that equal boxes compare equal
             object.__setattr__(self, name, _numbers(f"uniform({name}=...)", getattr(self, name)))
         low, high = self.ends(torch.float64)
         try:
@@ -186,7 +232,7 @@ class uniform(At):
             raise ValueError(f"`uniform(low, high)` needs low <= high; got {self.low}, {self.high}")
 
     def ends(self, dtype: torch.dtype, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """Return both ends as tensors."""
+        """Return both bounds as tensors."""
         low, high = (torch.tensor(e, dtype=dtype, device=device) for e in (self.low, self.high))
         return low, high
 
@@ -194,7 +240,7 @@ class uniform(At):
         return tuple(self.inside(x, rng) for x in self.need(real, "real"))
 
     def inside(self, x: Tensor, rng: Source) -> Tensor:
-        """Return points ``[B, *S]`` in the box, for an ``x`` of that shape."""
+        """Return uniform points in the box, in the shape ``[B, *S]`` of ``x``."""
         require_floating(x)
         low, high = self.ends(x.dtype, x.device)
         for end in (low, high):
@@ -212,18 +258,24 @@ class uniform(At):
 
 @dataclass(frozen=True, init=False)
 class mixture(At):
-    """Several kinds of points at once: the batch is all of them, in order, and so is the mean.
+    """Several kinds of points, concatenated into one batch ``[B1 + B2 + ..., *S]``.
 
-    The function is evaluated once, on the concatenation ``[B1 + B2 + ..., *S]``: where it holds
-    labels, these must be repeated.
+    The penalty is the mean over this batch. The function is evaluated once, on all of it; a
+    function that uses labels must repeat them.
 
     Args:
-        *ats: the kinds: "data", ``gpkit.uniform(-1, 1)``, a function ``(real, fake) -> points``.
-            Each cuts its own points off their graph, or not.
-        equal: refuse kinds of different numbers of points, of which the larger would weigh more.
+        *ats: the kinds of points: names such as "data", objects such as ``gpkit.uniform(-1, 1)``,
+            or functions ``(real, fake) -> points``. Each kind has its own ``detach``.
+        equal: refuse kinds with different numbers of points; the larger would have more weight.
 
     Raises:
-        ValueError: if there are none, or one has a name that no points have.
+        ValueError: if ``ats`` is empty, or a name is unknown.
+
+    >>> x = torch.ones(2, 3)
+    >>> at = mixture("data", lambda real, fake: 2 * real)
+    >>> (z,) = at((x,), None, torch.Generator())
+    >>> z[:, 0].tolist()
+    [1.0, 1.0, 2.0, 2.0]
     """
 
     ats: tuple[At, ...] = ()
@@ -236,7 +288,7 @@ class mixture(At):
             raise ValueError("`mixture(...)` needs at least one kind of points; got none")
         object.__setattr__(self, "ats", tuple(as_at("mixture(...)", at) for at in ats))
         object.__setattr__(self, "equal", equal)
-        object.__setattr__(self, "detach", False)  # its parts have done it
+        object.__setattr__(self, "detach", False)  # each part has its own
 
     def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
         parts = [
@@ -259,7 +311,7 @@ class mixture(At):
 
 
 def _numbers(where: str, value: Any) -> Any:
-    """Return a number, or nested tuples of numbers, or refuse."""
+    """Return a number or nested tuples of numbers; raise a ValueError for anything else."""
     try:
         tensor = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
     except (TypeError, ValueError, RuntimeError):
@@ -277,10 +329,10 @@ POINTS = {p.__name__: p for p in (data, real, fake, interpolate, perturb)}
 
 
 def as_at(where: str, at: Any) -> At:
-    """Return points for what the user said: an object, a name, or a function of their own.
+    """Return an `At` for an object, a name in `POINTS`, or a function ``(real, fake) -> points``.
 
     Raises:
-        ValueError: if a name is none of `POINTS`.
+        ValueError: if the name is not in `POINTS`.
         TypeError: if it is anything else.
     """
     if callable(at) and not isinstance(at, At):
@@ -295,11 +347,11 @@ def per_sample(alpha: Tensor, x: Tensor) -> Tensor:
 
 
 def as_points(x: Any) -> Points:
-    """Return a tensor, or several, as a tuple.
+    """Return a tensor, or a tuple or list of tensors, as a tuple.
 
     Raises:
-        TypeError: if there is anything else.
-        ValueError: if they do not share a batch dimension.
+        TypeError: if it is anything else.
+        ValueError: if the tensors do not have the same batch size.
     """
     points = tuple(x) if isinstance(x, (list, tuple)) else (x,)
     for point in points:
@@ -316,15 +368,15 @@ def as_points(x: Any) -> Points:
 
 
 def unwrap(points: Points | None) -> Tensor | Points | None:
-    """Return the one tensor of a tuple of one, and anything else as it is."""
+    """Return the tensor of a tuple of one, and anything else unchanged."""
     return points[0] if points is not None and len(points) == 1 else points
 
 
 def require_floating(x: Tensor) -> None:
-    """Refuse a tensor that has no derivative.
+    """Refuse samples that cannot require grad.
 
     Raises:
-        TypeError: if ``x`` is not of a floating-point dtype.
+        TypeError: if the dtype of ``x`` is not floating-point.
     """
     if not x.is_floating_point():
         raise TypeError(

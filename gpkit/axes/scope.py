@@ -1,4 +1,4 @@
-"""The axis `scope`: the groups, that is, what is averaged before the norm is taken."""
+"""The axis `scope`: the groups whose gradients are averaged before the norm is taken."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ POOLED = ("accumulated", "global")
 
 
 def check(scope: str, order: int, estimator: Estimator) -> None:
-    """Refuse axes that have no meaning for the groups of a scope.
+    """Refuse an order or an estimator that does not work with a scope.
 
     Raises:
         ValueError: if the derivative cannot be averaged over micro-batches before the norm is
-            taken, or mixes pixels, or the estimator gives one norm a sample.
+            taken, if it mixes pixels, or if the estimator cannot give each pixel a norm.
     """
     if scope in POOLED and (order > 1 or not estimator.pools):
         raise ValueError(
@@ -33,10 +33,10 @@ def check(scope: str, order: int, estimator: Estimator) -> None:
 
 
 def require_images(xs: tuple[Tensor, ...]) -> None:
-    """Refuse inputs that have no pixels, or not the same ones.
+    """Refuse inputs without pixels, or with different numbers of pixels.
 
     Raises:
-        ValueError: if an input is not ``[B, C, *S]``, or two differ in S.
+        ValueError: if an input is not ``[B, C, *S]``, or S differs between inputs.
     """
     if any(x.ndim < 3 for x in xs) or len({x.shape[2:] for x in xs}) > 1:
         shapes = " and ".join(str(list(x.shape)) for x in xs)

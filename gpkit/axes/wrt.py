@@ -1,4 +1,4 @@
-"""The axis `wrt`: with respect to what."""
+"""The axis `wrt`: the variables of the derivative."""
 
 from __future__ import annotations
 
@@ -23,23 +23,35 @@ from gpkit.estimators.window import Window
 
 
 class Variables:
-    """With respect to what the derivative is taken: the base class of `wrt`.
+    """The variables of the derivative. The base class of `wrt`.
 
-    A subclass has one method, `targets`.
+    A subclass defines one method, `targets`.
+
+    >>> import gpkit, torch
+    >>> from gpkit.estimators.base import Target
+    >>> class second_argument(Variables):  # differentiates f with respect to args[1] only
+    ...     def targets(self, call):
+    ...         x, c = call.args
+    ...         c = c.detach().requires_grad_()
+    ...         yield Target(call.f(x, c).reshape(-1, 1), (c,), batched=True)
+    >>> penalty = gpkit.GradientPenalty(wrt=second_argument())
+    >>> x, c = torch.full((4, 1), 3.0), torch.ones(4, 1)
+    >>> penalty(lambda x, c: (x * c).sum(1), x, c).item()  # ‖∂f/∂c‖² = x²
+    9.0
     """
 
-    scopes: tuple[str, ...] = ("sample",)  # the groups that it can have, the first by default
-    batched = True  # whether they are inputs ``[B, *S]``, a row for each group; else parameters
-    missing = "is it what the function was computed from?"  # the advice where y does not depend
+    scopes: tuple[str, ...] = ("sample",)  # the valid scopes; the first is the default
+    batched = True  # True for inputs ``[B, *S]`` with one row per group, False for parameters
+    missing = "is it what the function was computed from?"  # the hint if y does not depend on them
 
     def targets(self, call: Call) -> Iterable[Target]:
-        """Return what is differentiated with respect to what, for what a penalty was called with.
+        """Return the outputs to differentiate, with their variables, for a call of a penalty.
 
         Args:
             call: the function, samples and parameters of the call.
 
         Returns:
-            The targets: one for all groups, or one for each.
+            The targets: one for all groups, or one for each group.
 
         Raises:
             NotImplementedError: if a subclass does not define it.
@@ -49,16 +61,17 @@ class Variables:
 
 @dataclass(frozen=True)
 class inputs(Variables):
-    """The inputs of a function: one tensor ``[B, *S]`` or several. Its groups are the samples.
+    """The inputs of a function: one tensor ``[B, *S]`` or several. The groups are the samples.
 
-    With ``scope="pixel"`` they are the pixels of all samples: inputs are ``[B, C, *S]``.
+    With ``scope="pixel"`` the inputs are ``[B, C, *S]``, and the groups are the pixels of all
+    samples.
     """
 
     scopes = ("sample", "pixel")
     missing = "x.requires_grad_() must come before the forward, and the same tensors be given"
 
     def targets(self, call: Call) -> Iterator[Target]:
-        """Yield the one target: ``y`` is ``[B, m]``, a row for each sample."""
+        """Yield one target, with ``y`` ``[B, m]``: a row for each sample."""
         if len(call.args) > 1 + bool(call.axes.named):
             raise TypeError(
                 "an input penalty takes f and the samples; several inputs go into one tuple: "
@@ -77,7 +90,7 @@ class inputs(Variables):
             given = self.points(call)
             y, caught = call.run(given, given[0].device)
             xs = self.chosen(given, caught)
-            if xs is given:  # an activation cannot be moved by moving the inputs
+            if xs is given:  # only inputs can be moved, not an activation
                 evaluate = partial(self.evaluated, call)
         else:
             raise TypeError(f"expected a tensor or a callable; got a {type(call.f).__name__}")
@@ -89,7 +102,7 @@ class inputs(Variables):
     def targets_of(
         self, y: Tensor, xs: Points, axes: Axes, evaluate: Callable[..., Tensor] | None = None
     ) -> list[Target]:
-        """Return the one target of outputs ``y`` whose graph is there."""
+        """Return one target for outputs ``y`` with a graph."""
         pixels = axes.scope == "pixel"
         if pixels:
             require_images(xs)
@@ -97,22 +110,22 @@ class inputs(Variables):
         return [Target(columns, xs, True, evaluate, pixels=pixels)]
 
     def points(self, call: Call) -> Points:
-        """Return where a function is evaluated."""
+        """Return the points where the function is evaluated."""
         return call.axes.at(*self.samples(call), call.rng)
 
     def chosen(self, xs: Points, caught: Mapping[str, Tensor]) -> Points:
-        """Return the variables of a forward that was made at ``xs``."""
+        """Return the variables of a forward pass at ``xs``."""
         return xs
 
     def evaluated(self, call: Call, *xs: Tensor) -> Tensor:
-        """Return ``[B, m]`` at some points; the same random numbers are drawn at all of them."""
+        """Return ``[B, m]`` at other points, with the same random numbers each time."""
         y, _ = call.run(xs, xs[0].device)
         if isinstance(call.f, Recomputable) and call.f.mean:
             return summed(y, xs)
         return self.columns(y, len(xs[0]), call.axes.of)
 
     def given(self, call: Call) -> Points:
-        """Return the samples whose graph the caller already has."""
+        """Return the samples of a call with a graph; they must require grad."""
         if call.axes.at.moves:
             raise ValueError(
                 f"`at={type(call.axes.at).__name__}()` needs the function itself, to evaluate it "
@@ -130,9 +143,9 @@ class inputs(Variables):
         return xs
 
     def samples(self, call: Call) -> tuple[Points | None, Points | None]:
-        """Return real and fake samples; one positional argument is the points themselves."""
+        """Return the real and fake samples; a positional argument holds the points themselves."""
         args = call.args
-        if call.axes.named:  # the module that has them may come last
+        if call.axes.named:  # the last argument may be the module
             args = args[:-1] if args and isinstance(args[-1], nn.Module) else args
         if args:
             if call.real is not None or (call.fake is not None and not call.axes.at.moves):
@@ -151,7 +164,7 @@ class inputs(Variables):
         )
 
     def columns(self, y: Tensor, batch: int, of: Of) -> Tensor:
-        """Return ``[B, m]``, or refuse what is not per sample."""
+        """Return ``y`` as ``[B, m]``; raise a ValueError if it is not per sample."""
         if y.ndim == 0:
             raise ValueError(
                 f"an input penalty needs one value per sample, [{batch}]; got a scalar: a mean "
@@ -170,16 +183,28 @@ class inputs(Variables):
 
 
 def summed(mean: Tensor, xs: Points) -> Tensor:
-    """Return the sum ``[1, 1]`` over the samples of what one number is the mean of."""
+    """Return B · mean ``[1, 1]``: the sum over the samples, from their mean."""
     return (mean * xs[0].shape[0]).reshape(1, 1)
 
 
 @dataclass(frozen=True)
 class weights(Variables):
-    """The parameters that require grad: all of them, or those whose name matches a pattern.
+    """The parameters that require grad: all of them, or those whose names match a pattern.
 
     Args:
-        match: a shell pattern for the names in ``module.named_parameters()``, as "head.*".
+        match: a shell pattern for the names in ``module.named_parameters()``, such as "head.*".
+            Any pattern but "*" needs a call with the module: ``penalty(loss, net)``.
+
+    Raises:
+        ValueError: in the call, if no parameter matches, or none of them requires grad.
+        TypeError: in the call, if a pattern is used without the module.
+
+    >>> import gpkit, torch
+    >>> net = torch.nn.Linear(2, 1)
+    >>> _ = torch.nn.init.constant_(net.bias, 3.0)
+    >>> loss = net(torch.zeros(1, 2)).square().sum() / 2  # ∂L/∂bias = bias
+    >>> gpkit.GradientPenalty(wrt=weights("bias"))(loss, net).item()
+    9.0
     """
 
     match: str = "*"
@@ -192,7 +217,7 @@ class weights(Variables):
     )
 
     def targets(self, call: Call) -> Iterator[Target]:
-        """Yield one target of G = 1 for the batch, or one for every sample."""
+        """Yield one target with G = 1 for the batch, or one for each sample."""
         if call.real is not None or call.fake is not None:
             raise TypeError("a weight penalty takes no real= or fake=: penalty(loss, net)")
         if len(call.args) != 1:
@@ -222,14 +247,14 @@ class weights(Variables):
         rerun: Callable[[], Tensor] | None = None,
         window: Window | None = None,
     ) -> list[Target]:
-        """Return the targets of a loss ``y`` whose graph is there: one for each group."""
+        """Return the targets for a loss ``y`` with a graph: one for each group."""
         groups = self.groups(y, axes.of, axes.scope)
         evaluates = [rerun and partial(self.group, axes, rerun, i) for i in range(len(groups))]
         pairs = zip(groups, evaluates, strict=True)
         return [Target(group, params, False, evaluate, window=window) for group, evaluate in pairs]
 
     def evaluated(self, call: Call, device: torch.device, before: Tensor | None = None) -> Tensor:
-        """Return the loss at the weights as they are, or refuse one that was there ``before``."""
+        """Return the loss at the current weights; it must not be the tensor ``before``."""
         y, _ = call.run((), device)
         if y is before:
             raise RuntimeError(
@@ -238,11 +263,11 @@ class weights(Variables):
         return y
 
     def group(self, axes: Axes, rerun: Callable[[], Tensor], i: int) -> Tensor:
-        """Return what is differentiated for the i-th group, computed anew."""
+        """Recompute and return the output to differentiate for the i-th group."""
         return self.groups(rerun(), axes.of, axes.scope)[i]
 
     def groups(self, y: Tensor, of: Of, scope: str) -> list[Tensor]:
-        """Return what is differentiated for each group, ``[1, m]``, or refuse other shapes."""
+        """Return the output to differentiate, ``[1, m]``, for each group."""
         if of == "loss" and y.numel() != (len(y) if y.ndim else 1):
             raise ValueError(f'of="loss" needs a scalar or losses [B]; got {list(y.shape)}')
         if scope == "sample":
@@ -259,7 +284,7 @@ class weights(Variables):
         return [y.reshape(1, 1) if y.numel() == 1 else y.mean(0).reshape(1, -1)]
 
     def chosen(self, given: Any) -> tuple[Tensor, ...]:
-        """Return the parameters that take part."""
+        """Return the parameters that match the pattern and require grad."""
         if isinstance(given, nn.Module):
             named = dict(given.named_parameters())
         elif self.match != "*":
@@ -289,22 +314,22 @@ class weights(Variables):
 
 @dataclass(frozen=True)
 class activation(Named, inputs):
-    """The output h of a submodule, ``[B, *H]``: a choice on the axes ``of`` and ``wrt``.
+    """The output h of a submodule, ``[B, *H]``, for the axes ``of`` and ``wrt``.
 
-    ``of=activation("encoder.3")`` differentiates it, ``wrt=activation("encoder.3")`` differentiates
-    in it, for each sample. It is caught in the forward that the penalty makes, so that what is
-    called must be the module that has it, ``penalty(net, x)``; or that module comes last,
-    ``penalty(lambda x: losses(net(x)), x, net)``, ``penalty(closure, net)``. An h whose graph you
-    have is given itself: ``penalty(h, x)`` on the axis ``of``, ``penalty(losses, h)`` on ``wrt``.
-    The samples need not be differentiable where it is ``wrt``: tokens, before an embedding.
+    ``of=activation("encoder.3")`` differentiates h. ``wrt=activation("encoder.3")`` differentiates
+    with respect to h, for each sample; the samples may then be integers, such as tokens before an
+    embedding. A hook captures h in the forward pass that the penalty runs, so the penalty needs
+    the module: ``penalty(net, x)``, or as the last argument,
+    ``penalty(lambda x: losses(net(x)), x, net)`` and ``penalty(closure, net)``. If you have h with
+    its graph, pass it instead: ``penalty(h, x)`` for ``of``, ``penalty(losses, h)`` for ``wrt``.
 
     Args:
-        name: as in ``net.named_modules()``. The forward must call that submodule once.
+        name: as in ``net.named_modules()``. The forward pass must call that submodule once.
 
     Raises:
-        ValueError: if the name is no string; and in the call, if the net has no such submodule, or
-            does not call it once.
-        TypeError: in the call, if it gives no floating-point tensor.
+        ValueError: if the name is not a string or is empty; in the call, if the net has no such
+            submodule, or the forward pass does not call it exactly once.
+        TypeError: in the call, if its output is not a floating-point tensor.
 
     >>> import gpkit, torch
     >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
@@ -320,21 +345,21 @@ class activation(Named, inputs):
     missing = "is the submodule's output used? name one on the way to what is differentiated"
 
     def __call__(self, h: Tensor) -> Tensor:
-        """Return h: where it is ``of``, what was caught, or was given, is differentiated as is."""
+        """Return h unchanged: on the axis ``of`` the activation itself is differentiated."""
         return h
 
     def points(self, call: Call) -> Points:
-        """Return where the net is evaluated. Its inputs need not be differentiable."""
+        """Return the points where the net is evaluated. They need not be floating-point."""
         points = call.axes.at.choose(*self.samples(call), call.rng)
         if call.axes.at.detach:
             points = tuple(x.detach() for x in points)
         return tuple(x.clone() if x.is_inference() else x for x in points)
 
     def chosen(self, xs: Points, caught: Mapping[str, Any]) -> Points:
-        """Return h, which must have a row for every sample.
+        """Return h, which must have one row per sample.
 
         Raises:
-            ValueError: if it has none.
+            ValueError: if it does not.
         """
         h = caught[self.name]
         if h.ndim == 0 or len(h) != len(xs[0]):
@@ -346,10 +371,10 @@ class activation(Named, inputs):
 
 
 def window_of(call: Call) -> Window | None:
-    """Return the window of a call whose scope asks for one.
+    """Return the window of a call, or None for a scope that needs none.
 
     Raises:
-        ValueError: if only the caller can know the micro-batches, and did not give them.
+        ValueError: if the scope is "accumulated" and the call has no window of micro-batches.
     """
     if call.axes.scope not in POOLED:
         return None

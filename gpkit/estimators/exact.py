@@ -1,4 +1,4 @@
-"""The exact derivative, by nested double backprop."""
+"""The exact derivative, by nested double backward."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ from gpkit.estimators.base import Estimator, Target
 
 @dataclass(frozen=True)
 class exact(Estimator):
-    """All entries of the derivative, by nested double backprop.
+    """All entries of the derivative, by nested double backward.
 
-    m outputs in n variables take m·(1 + n + ... + n^(k-1)) backward passes: one for the gradient
-    of a scalar, m for a Jacobian, n + 1 for a scalar's Hessian.
+    For m outputs, n variables and order k it takes m·(1 + n + ... + n^(k-1)) backward passes: one
+    for the gradient of a scalar, m for a Jacobian, n + 1 for the Hessian of a scalar.
+
+    >>> import gpkit, torch
+    >>> penalty = gpkit.GradientPenalty(estimator=exact(), order=2)  # ‖Hessian‖²
+    >>> penalty(lambda x: (x**3).sum(1), torch.ones(4, 2)).item()  # Hessian 6 I: 2·36
+    72.0
     """
 
     pools = True
@@ -31,7 +36,7 @@ class exact(Estimator):
         if order > 1 or target.y.numel() > 1:
             rows = derivative_rows(target.y, target.xs, order, batched=target.batched)
             return reduce_rows(target.split(rows) if target.pixels else rows, norm)
-        grads = gradients(target.y, target.xs, target.times)  # the same, of one number
+        grads = gradients(target.y, target.xs, target.times)  # the faster case of one number
         if norm == "l2" and not target.batched:
             return squared_length(grads)
         row = tuple(as_rows(g, target.batched) for g in grads)
@@ -49,4 +54,4 @@ def squared_length(parts: tuple[Tensor, ...]) -> Tensor:
     return total.reshape(1)
 
 
-SMALL = 2**18  # entries: below that a copy costs less than the operations that it saves
+SMALL = 2**18  # entries; below this, one copy is cheaper than a sum for each parameter

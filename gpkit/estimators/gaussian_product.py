@@ -1,4 +1,4 @@
-"""One product of the Jacobian with a Gaussian vector."""
+"""The product of the Jacobian with a Gaussian vector, as in StyleGAN2."""
 
 from __future__ import annotations
 
@@ -16,22 +16,27 @@ from gpkit.estimators.base import Estimator, Target
 
 @dataclass(frozen=True)
 class gaussian_product(Estimator):
-    r"""One product of the Jacobian with a Gaussian vector, whose length is itself the quantity.
+    r"""The norm of the product of the Jacobian with one Gaussian vector.
 
     .. math:: n^2 = \frac1L \|J^\top y\|^2, \quad y \sim N(0, I)
 
     A variable ``[G, L, D]`` has L rows, whose squared lengths are averaged; ``[G, D]`` has one.
-    Unlike ``projection(1, "gaussian")`` it draws y for one output as well. The mean of n² is
-    ‖J‖_F² / L.
+    Unlike ``projection(1, "gaussian")`` it draws y for a single output too. The expected value of
+    n² is ‖J‖_F² / L.
 
-    Source: Karras et al. (2020), arXiv:1912.04958.
+    Source: Karras et al. (2020), StyleGAN2, arXiv:1912.04958.
+
+    >>> import gpkit
+    >>> penalty = gpkit.GradientPenalty(estimator=gaussian_product(), seed=0)
+    >>> round(penalty(lambda x: 3 * x[:, 0], torch.ones(100_000, 2)).item())  # 9 E[y²]
+    9
     """
 
     def check(self, order: int, norm: str, batched: bool) -> None:
-        """Refuse what has no such product.
+        """Refuse all but the l2 norm of a first derivative.
 
         Raises:
-            ValueError: if it is not the l2 norm of a first derivative.
+            ValueError: if the order or the norm is another.
         """
         if order > 1 or norm != "l2":
             raise ValueError(
