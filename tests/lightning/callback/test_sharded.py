@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import gpkit
 from gpkit.autodiff.random import random_state
-from gpkit.estimators.recomputable import Recomputable
+from gpkit.estimators.base import Recomputable
 from gpkit.lightning.callback.sharded import ShardedWeights, findings_of_sharding, is_sharded
 
 B, RANKS, STEPS, H = 8, 2, 4, 0.01
