@@ -1,4 +1,4 @@
-"""Random numbers of a penalty's own, and the streams of torch given back."""
+"""A penalty's own random numbers, without changing torch's global random state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def derived_seed(*parts: object) -> int:
-    """Return a seed in [0, 2**63) that is a function of numbers or words, as a seed and a count.
+    """Return a seed in [0, 2**63), a hash of numbers or strings, such as a seed and a count.
 
     >>> derived_seed(0, 1) == derived_seed(0, 1) != derived_seed(0, 2)
     True
@@ -22,7 +22,7 @@ def derived_seed(*parts: object) -> int:
 
 
 def rank() -> int:
-    """Return the number of this process in a distributed run, else 0."""
+    """Return the rank of this process in a distributed run, else 0."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_rank() if distributed else 0
 
@@ -43,10 +43,10 @@ def device_of(*values: Any) -> torch.device:
 
 
 class SeededDraws:
-    """Random numbers of a seed that is a tensor, so that a compiled graph need not know its value.
+    """Random numbers from a seed in a tensor, so that a compiled graph works for every seed.
 
     Args:
-        seed: one integer.
+        seed: a tensor with one integer.
     """
 
     def __init__(self, seed: Tensor) -> None:
