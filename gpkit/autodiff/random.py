@@ -99,7 +99,7 @@ def _(
     return torch.empty(tuple(shape), device=device, dtype=dtype)
 
 
-RandomState = tuple[Tensor, ...]
+RandomState = tuple[Tensor, ...]  # of the CPU's stream, then of the device's own if it has one
 
 
 @contextmanager
@@ -113,22 +113,34 @@ def seeded(seed: int | RandomState, device: torch.device) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    cuda = [device.index or 0] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        for i, generator in enumerate(generators(device)):
-            if isinstance(seed, int):
-                generator.manual_seed(seed)
-            else:
-                generator.set_state(seed[i])
+    own, before = accelerator(device), random_state(device)
+    try:
+        if not isinstance(seed, int):
+            set_random_state(seed, device)
+        else:
+            torch.default_generator.manual_seed(seed)
+            if own is not None:  # its own manual_seed is for the current device, whichever it is
+                own.set_rng_state(torch.Generator(device).manual_seed(seed).get_state(), device)
         yield
-
-
-def generators(device: torch.device) -> list[torch.Generator]:
-    """Return the generators that a forward on ``device`` draws from: the CPU's and its own."""
-    cuda = [device.index or 0] if device.type == "cuda" else []
-    return [torch.default_generator, *[torch.cuda.default_generators[i] for i in cuda]]
+    finally:
+        set_random_state(before, device)
 
 
 def random_state(device: torch.device) -> RandomState:
     """Return the state of the random numbers, for `isolated` to draw the same ones again."""
-    return tuple(generator.get_state() for generator in generators(device))
+    own, cpu = accelerator(device), torch.get_rng_state()
+    return (cpu,) if own is None else (cpu, own.get_rng_state(device))
+
+
+def set_random_state(state: RandomState, device: torch.device) -> None:
+    """Draw from a state on: one that `random_state` returned for the same device."""
+    torch.set_rng_state(state[0])
+    own = accelerator(device)
+    if own is not None:
+        own.set_rng_state(state[1], device)
+
+
+def accelerator(device: torch.device) -> Any:
+    """Return torch's module for a device that has a stream of its own, as torch.cuda; else None."""
+    module = None if device.type == "cpu" else getattr(torch, device.type, None)  # "meta" has none
+    return module if hasattr(module, "get_rng_state") else None

@@ -12,6 +12,36 @@ from gpkit.presets.inputs import cure, duq, eikonal, input_grad_norm
 from gpkit.presets.jacobians import contractive, curvature, jacobian, spectral_jacobian
 from gpkit.presets.weights import fisher, gnp, hessian, none, per_sample_grad_norm, weight_grad_norm
 
+__all__ = [
+    "PRESETS",
+    "contractive",
+    "cure",
+    "curvature",
+    "dragan",
+    "duq",
+    "eikonal",
+    "fisher",
+    "fishr",
+    "gnp",
+    "hessian",
+    "input_grad_norm",
+    "irm",
+    "jacobian",
+    "max_gp",
+    "none",
+    "path_length",
+    "per_sample_grad_norm",
+    "r1",
+    "r1_r2",
+    "r2",
+    "spectral_jacobian",
+    "weight_grad_norm",
+    "wgan_div",
+    "wgan_gp",
+    "wgan_lp",
+    "zero_gp",
+]
+
 PRESETS = {
     preset.__name__: preset
     for preset in (

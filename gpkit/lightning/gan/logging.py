@@ -19,7 +19,7 @@ from gpkit.lightning.gan.slopes import (
 from gpkit.penalty import Penalty
 
 
-def optimality_numbers(
+def optimality_scalars(
     loss: GANLoss,
     penalties: Mapping[str, Penalty],
     scores: Scores,
@@ -45,7 +45,7 @@ def optimality_numbers(
     return {"critic_optimality": optimality(loss, *scores.both(), pairs)}
 
 
-def slope_numbers(
+def slope_scalars(
     critic: nn.Module,
     loss: GANLoss,
     penalties: Mapping[str, Penalty],
@@ -71,7 +71,7 @@ def slope_numbers(
     return numbers, steep
 
 
-def evaluation_numbers(
+def evaluation_scalars(
     critic: nn.Module, loss: GANLoss, scores: Scores, seed: int
 ) -> dict[str, Tensor]:
     """Return what is logged at validation and test: the losses and Wasserstein estimates."""

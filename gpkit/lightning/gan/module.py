@@ -22,7 +22,7 @@ from gpkit.lightning.gan.checks import (
     unpack,
 )
 from gpkit.lightning.gan.ema import averaged_copy, evaluating, update_average
-from gpkit.lightning.gan.logging import evaluation_numbers, optimality_numbers, slope_numbers
+from gpkit.lightning.gan.logging import evaluation_scalars, optimality_scalars, slope_scalars
 from gpkit.lightning.gan.losses import GANLoss, gan_loss
 from gpkit.lightning.gan.objectives import AllTerms, Micro, Objective, Objectives
 from gpkit.lightning.gan.scores import Scores, conditioned, scores_of
@@ -30,8 +30,8 @@ from gpkit.lightning.gan.stepping import backward, require_support, step
 from gpkit.lightning.recording import (
     EVALUATION,
     Histograms,
-    LatestNumbers,
-    penalty_numbers,
+    LatestScalars,
+    penalty_scalars,
 )
 from gpkit.sums import Penalties, PenaltySum, as_sum
 
@@ -166,7 +166,7 @@ class GANModule(pl.LightningModule):
             raise ValueError("`penalty_steps=True` has steps after one another: not simultaneous")
         self.simultaneous, self.penalty_steps = simultaneous, penalty_steps
         self.seed = seed if seed is None else checks.integer("seed=...", seed, 0)
-        self.numbers = LatestNumbers()
+        self.numbers = LatestScalars()
         self.histograms = Histograms(
             checks.integer("histogram_every_n_epochs=...", histogram_every_n_epochs, 0)
         )
@@ -334,7 +334,7 @@ class GANModule(pl.LightningModule):
         """Keep what is logged of an objective, and return what is trained on."""
         if found.loss is not None:
             self.numbers.add({name: found.loss})
-        self.numbers.add(penalty_numbers(penalties, found.terms))
+        self.numbers.add(penalty_scalars(penalties, found.terms))
         self.histograms.collect_norms(self.trainer, found.terms)
         return found.total
 
@@ -390,18 +390,18 @@ class GANModule(pl.LightningModule):
             with seeded(seed, self.device):
                 fake = self.objectives.fakes(micro, self._latents(len(real)))
             scores = scores_of(self.critic, real, fake, labels, [])
-            numbers = evaluation_numbers(self.critic, self.loss, scores, seed)
+            numbers = evaluation_scalars(self.critic, self.loss, scores, seed)
         for name, number in numbers.items():
             self.log(f"{stage}/{name}", number, batch_size=len(real), **EVALUATION)
 
     def _record_critic(self, scores: Scores, terms: AllTerms) -> None:
         """Keep what scores, norms and, where it is logged, slopes tell about the critic."""
         now = self.counts["critic"]
-        self.numbers.add(optimality_numbers(self.loss, self.penalties, scores, terms, now))
+        self.numbers.add(optimality_scalars(self.loss, self.penalties, scores, terms, now))
         if not logs_now(self.trainer, ahead=self.accumulate):
             return
         seed = derived_seed(self._own_seed(), rank(), "slopes", now)
-        numbers, steep = slope_numbers(self.critic, self.loss, self.penalties, scores, seed)
+        numbers, steep = slope_scalars(self.critic, self.loss, self.penalties, scores, seed)
         self.numbers.add(numbers)
         for where, n in steep.items():
             self.histograms.collect(self.trainer, f"slope/{where}", n)

@@ -29,7 +29,7 @@ from gpkit.lightning.module.forward import Forward, Pass
 from gpkit.lightning.module.losses import LossFunction, per_sample
 from gpkit.lightning.module.metrics import as_metrics, prediction
 from gpkit.lightning.norms import input_norms, weight_norm
-from gpkit.lightning.recording import EVALUATION, Histograms, penalty_numbers
+from gpkit.lightning.recording import EVALUATION, Histograms, penalty_scalars
 from gpkit.needs import Needs, needs_of
 from gpkit.sums import Penalties, as_sum
 
@@ -145,7 +145,7 @@ class PenalizedModule(pl.LightningModule):
         total, done, terms = self._total(batch, log_norms=log_norms)
         self.log("train/loss", done.loss.detach())
         self.log("train/loss_total", total.detach(), prog_bar=True)
-        self.log_dict(penalty_numbers(self.penalties, terms))
+        self.log_dict(penalty_scalars(self.penalties, terms))
         self.histograms.collect_norms(self.trainer, terms)
         if log_norms:
             self._log_norms(done, "grad_norm", collect=True)

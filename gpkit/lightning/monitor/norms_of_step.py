@@ -12,7 +12,7 @@ from gpkit.autodiff.numerics import widened
 from gpkit.lightning.compat import scale_of, scaler_of, unscales_in_its_step
 from gpkit.lightning.monitor.groups import by_group, by_layer
 from gpkit.lightning.monitor.views import View
-from gpkit.lightning.norms import entries, lengths, sample_norms, together
+from gpkit.lightning.norms import flat_entries, gradient_norms, sample_norms, total_norm
 from gpkit.lightning.recording import Histograms
 
 
@@ -35,12 +35,12 @@ class StepNorms:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         grads = {p: p.grad for p in parameters if p.requires_grad}
         scale = _scale(trainer, module.device) if unscales_in_its_step(optimizer) else 1.0
-        self._read.update(lengths(grads, scale))
+        self._read.update(gradient_norms(grads, scale))
         first = id(optimizer) not in self._drawn  # in this epoch
         if self.weights == "layer" and first and self.histograms.due(trainer):
             self._drawn.add(id(optimizer))
             for name, own in by_layer(module):
-                parts = [entries(g) / scale for g in map(grads.get, own) if g is not None]
+                parts = [flat_entries(g) / scale for g in map(grads.get, own) if g is not None]
                 if parts:
                     label = f"grad/weight/{name}/histogram"
                     self.histograms.write(trainer, label, torch.cat(parts))
@@ -97,7 +97,7 @@ class StepNorms:
             module.log(name, norms.mean(), sync_dist=True, batch_size=len(x))
             self.histograms.collect(trainer, name, norms)
         found = dict(zip(weights, grads[len(xs) :], strict=True))
-        self._log_weights(trainer, module, lengths(found, scale), prefix, sync_dist=True)
+        self._log_weights(trainer, module, gradient_norms(found, scale), prefix, sync_dist=True)
 
     def _log_weights(
         self, trainer: Any, module: Any, norms: Mapping[Tensor, Tensor], prefix: str, **options: Any
@@ -112,7 +112,7 @@ class StepNorms:
             parts = [norms[p] for p in members if p in norms]
             if parts:
                 label = f"{prefix}/weight/{name}".rstrip("/")
-                module.log(label, together(parts), batch_size=1, **options)
+                module.log(label, total_norm(parts), batch_size=1, **options)
 
 
 def _scale(trainer: Any, device: torch.device) -> Tensor | float:

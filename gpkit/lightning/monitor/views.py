@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from gpkit.lightning.watch.probe import Seen, Wanted, runs_compiled, watched
+from gpkit.lightning.watch.probe import Capture, Probe, ProbeSpec, runs_compiled
 
 
 @dataclass(frozen=True)
@@ -18,18 +18,18 @@ class View:
         label: its name in the log.
         title: what it is, for a finding.
         key: its name in what was seen; the input's is "".
-        seen: what was seen, complete when the step has been made.
+        capture: what the hooks captured, complete when the step has run.
     """
 
     label: str
     title: str
     key: str
-    seen: Seen
+    capture: Capture
 
     @property
     def tensor(self) -> Tensor | None:
         """What was seen; None if it was not there."""
-        return self.seen.activations.get(self.key) if self.key else self.seen.x
+        return self.capture.activations.get(self.key) if self.key else self.capture.x
 
     def findings(self, step: str, *, once: bool) -> Iterator[str]:
         """Yield what keeps it from having a norm for each sample.
@@ -41,8 +41,8 @@ class View:
         Yields:
             A line for each finding.
         """
-        yield from self.seen.problems
-        calls = self.seen.calls.get(self.key, 0)
+        yield from self.capture.problems
+        calls = self.capture.calls.get(self.key, 0)
         if not calls:
             yield f"{step} does not call {self.title}: name one that it calls"
         elif calls > 1 and once:
@@ -65,31 +65,31 @@ class Views:
     def __init__(
         self, module: nn.Module, inputs: Sequence[str], activations: Sequence[str]
     ) -> None:
-        self._watches: list[tuple[str, str, str, watched]] = []
+        self._probes: list[tuple[str, str, str, Probe]] = []
         compiled = runs_compiled(module)
         for name in inputs:
             title = f"the submodule {name!r}" if name else f"the {type(module).__name__} itself"
             label = "input" if len(inputs) == 1 else f"input/{name or type(module).__name__}"
-            watch = watched(module.get_submodule(name), title, Wanted(x=True), eager=compiled)
-            self._watches.append((label, title, "", watch))
+            probe = Probe(module.get_submodule(name), title, ProbeSpec(x=True), eager=compiled)
+            self._probes.append((label, title, "", probe))
         for name in activations:
             label, title = f"activation/{name}", f"the submodule {name!r}"
-            watch = watched(module, title, Wanted(activations=(name,)), eager=compiled)
-            self._watches.append((label, title, name, watch))
+            probe = Probe(module, title, ProbeSpec(activations=(name,)), eager=compiled)
+            self._probes.append((label, title, name, probe))
         if not compiled:  # else it would be compiled anew with the hooks
-            for *_, watch in self._watches:
-                watch.keep()
+            for *_, probe in self._probes:
+                probe.register_hooks()
 
     def __enter__(self) -> list[View]:
         """Return the views, complete when the block ends."""
-        return [View(a, title, key, watch.__enter__()) for a, title, key, watch in self._watches]
+        return [View(a, title, key, probe.__enter__()) for a, title, key, probe in self._probes]
 
     def __exit__(self, *exception: object) -> None:
         """See no more."""
-        for *_, watch in reversed(self._watches):
-            watch.__exit__(*exception)
+        for *_, probe in reversed(self._probes):
+            probe.__exit__(*exception)
 
     def remove(self) -> None:
         """Take the hooks off."""
-        for *_, watch in self._watches:
-            watch.remove()
+        for *_, probe in self._probes:
+            probe.remove()

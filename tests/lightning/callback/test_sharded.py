@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 import gpkit
 from gpkit.autodiff.random import random_state
 from gpkit.estimators.recomputable import Recomputable
-from gpkit.lightning.callback.sharded import ShardedWeights, is_sharded, refusals
+from gpkit.lightning.callback.sharded import ShardedWeights, findings_of_sharding, is_sharded
 
 B, RANKS, STEPS, H = 8, 2, 4, 0.01
 SGD, ADAM = partial(torch.optim.SGD, lr=0.05, momentum=0.9), partial(torch.optim.Adam, lr=0.01)
@@ -387,10 +387,10 @@ def refused():
     half_sharded = smooth()
     fully_shard(half_sharded[0])
     return {
-        "refused": refusals(sharded(smooth()), REFUSED),
-        "taken": refusals(sharded(smooth()), TAKEN),
-        "frozen": refusals(sharded(frozen()), TAKEN),
-        "half": refusals(half_sharded, TAKEN),
+        "refused": findings_of_sharding(sharded(smooth()), REFUSED),
+        "taken": findings_of_sharding(sharded(smooth()), TAKEN),
+        "frozen": findings_of_sharding(sharded(frozen()), TAKEN),
+        "half": findings_of_sharding(half_sharded, TAKEN),
         "is_sharded": [is_sharded(smooth()), is_sharded(half_sharded)],
     }
 
@@ -510,7 +510,7 @@ def test_a_fit_is_refused_with_what_to_use(ranks):
         weight, inputs = known["refused"]
         assert "double backprop needs the gathered weights twice" in weight
         assert "got scope='batch': use scope='global'" in weight
-        assert "under ModelParallelStrategy penalties are in the weights" in inputs
+        assert "ModelParallelStrategy supports only penalties in the weights" in inputs
 
 
 def test_says_what_cannot_be_and_what_to_use(ranks):
@@ -519,9 +519,9 @@ def test_says_what_cannot_be_and_what_to_use(ranks):
         "'exact' under FSDP: double backprop needs the gathered weights twice, and FSDP frees them "
         "after one backward; got exact(): use estimator='finite_difference', or DDP",
         "got projection(): use estimator='finite_difference', or DDP",
-        "of='loss' was expected; got of='sampled_loss': use DDP",
+        "of='loss' is needed; got of='sampled_loss': use DDP",
         "averaged over the processes; got scope='sample': use scope='global', or DDP",
-        "a weight that measures gradients, gradient_share(), needs DDP",
+        "the weight gradient_share() measures gradients, which needs DDP",
     ]
     assert len(said["refused"]) == len(ends)
     for line, end in zip(said["refused"], ends, strict=True):

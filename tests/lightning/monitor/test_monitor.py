@@ -705,7 +705,7 @@ REFUSED = {
     "calls the submodule 'net.again' 2 times: name one that is called once": {
         "inputs": "net.again"
     },
-    "the submodule 'net.embed' is given torch.int64, which has no gradient": {
+    "the input of the submodule 'net.embed' is torch.int64, which has no gradient": {
         "inputs": "net.embed"
     },
     "the submodule 'net.single' has a single number, and must have samples": {

@@ -16,6 +16,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from gpkit import checks
+from gpkit.autodiff.random import random_state, set_random_state
 from gpkit.lightning.gan.figures import drawings
 from gpkit.lightning.gan.figures.coverage import modes_covered
 
@@ -174,11 +175,11 @@ def scores(critic: nn.Module, points: Tensor, y: Tensor | None) -> Tensor:
 def undisturbed(module: pl.LightningModule) -> Iterator[None]:
     """Evaluate nets, and then leave their modes and the random numbers as they were."""
     modes = [(part, part.training) for part in module.modules()]
-    cuda = [module.device] if module.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        module.eval()
-        try:
-            yield
-        finally:
-            for part, training in modes:
-                part.training = training
+    state = random_state(module.device)
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+        set_random_state(state, module.device)
