@@ -4,16 +4,17 @@ import inspect
 import operator
 import pickle
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
+from gpkit.app.overrides import CONFIG_DIR
 from gpkit.data import (
     BreastCancer,
     Diabetes,
@@ -28,7 +29,6 @@ from gpkit.data import (
 from gpkit.data.decoders import Pictures
 from gpkit.data.splits import split, split_sizes
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 MODULES = {
     Digits: ((1, 8, 8), 10, "classification", 1797),
     BreastCancer: ((30,), 2, "classification", 569),
@@ -596,7 +596,8 @@ def test_loaders_before_setup_are_refused():
 )
 def test_config_spells_out_the_defaults(name, module):
     # catches a default that is changed in one of the two places, and an option without a line
-    config = OmegaConf.to_container(OmegaConf.load(CONFIGS / "data" / f"{name}.yaml"))
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        config = OmegaConf.to_container(compose("train", [f"data={name}"]).data)
     assert config.pop("_target_") == f"gpkit.data.{module.__name__}"
     assert config.pop("seed") == "${seed}"
     config.pop("_convert_", None)
