@@ -4,17 +4,19 @@ import inspect
 import operator
 import pickle
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
+from gpkit.app.overrides import CONFIG_DIR
 from gpkit.data import (
+    ArrayDataModule,
     BreastCancer,
     Diabetes,
     Digits,
@@ -28,7 +30,6 @@ from gpkit.data import (
 from gpkit.data.decoders import Pictures
 from gpkit.data.splits import split, split_sizes
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 MODULES = {
     Digits: ((1, 8, 8), 10, "classification", 1797),
     BreastCancer: ((30,), 2, "classification", 569),
@@ -467,7 +468,7 @@ def test_images_of_two_sizes_are_refused(library, tmp_path):
     write_images(folder)
     Image.new("RGB", (9, 9)).save(folder / "train" / "cat" / "odd.png")
     data = ready(HuggingFace, "imagefolder", data_dir=str(folder), val_size=0, batch_size=50)
-    with pytest.raises(ValueError, match=r"one size, but found .* set image_size=\["):
+    with pytest.raises(ValueError, match=r"needs pictures of one size; got .*: set image_size=\["):
         next(iter(data.train_dataloader()))
     assert len(ready(HuggingFace, **data.source, image_size=6)._sets[0]) == 18
 
@@ -481,8 +482,8 @@ def test_images_of_two_sizes_are_refused(library, tmp_path):
         ({"input_key": "name"}, r"`HuggingFace\(input_key='name'\)` must be one image column"),
         ({"train_split": "trian"}, r"train_split=.*did you mean 'train'"),
         ({"val_split": "tset"}, r"`HuggingFace\(val_split=.*got 'tset'"),
-        ({"task": "regression"}, r"that fits the task, but is .*or task='classification'"),
-        ({"target_key": "a"}, r"must have few values, but has 60 in 60 rows; set task"),
+        ({"task": "regression"}, r"that fits the task; got .*or task='classification'"),
+        ({"target_key": "a"}, r"needs a column of few values; got 60 in 60 rows: set task"),
         ({"val_size": 60}, r"`HuggingFace\(.*val_size=60.*the 60 samples there are"),
     ],
 )
@@ -498,11 +499,11 @@ def test_columns_that_cannot_be_guessed_are_refused(library, tmp_path):
     # catches a guess where there is no ground for one
     (tmp_path / "t.csv").write_text("a,b\n1,x\n2,y\n3,x\n4,y\n5,x\n6,y\n7,x\n8,y\n")
     path = str(tmp_path / "t.csv")
-    with pytest.raises(ValueError, match=r"target_key=None.* must find .*name one of .*a, b"):
+    with pytest.raises(ValueError, match=r"target_key=None.* found neither .*set .*one of a, b"):
         ready(HuggingFace, "csv", data_files=path)
     (tmp_path / "s.csv").write_text("a,y\nu,1\nv,0\nw,1\nz,0\n")
     with pytest.raises(
-        ValueError, match=r"input_key=None.* must be .*choose among a: .*string, y: int64"
+        ValueError, match=r"input_key=None.* must be .*choose from a: .*string, y: int64"
     ):
         ready(HuggingFace, "csv", data_files=str(tmp_path / "s.csv"))
 
@@ -511,7 +512,7 @@ def test_missing_values_are_refused(library, tmp_path):
     # catches inputs that are not numbers, and rows without a label taken for a class
     (tmp_path / "x.csv").write_text("a,b,label\n1,1,u\n2,,v\n" + "3,3,u\n4,4,v\n" * 5)
     options = {"val_size": 0, "test_size": 0}
-    with pytest.raises(ValueError, match="number in every row, but column 'b' has a missing"):
+    with pytest.raises(ValueError, match="number in every row; column 'b' has a missing"):
         ready(HuggingFace, "csv", data_files=str(tmp_path / "x.csv"), **options)
     (tmp_path / "y.csv").write_text("a,label\n1,u\n2,\n" + "3,u\n4,v\n" * 5)
     with pytest.raises(ValueError, match="label in every row, but some have none"):
@@ -596,11 +597,13 @@ def test_loaders_before_setup_are_refused():
 )
 def test_config_spells_out_the_defaults(name, module):
     # catches a default that is changed in one of the two places, and an option without a line
-    config = OmegaConf.to_container(OmegaConf.load(CONFIGS / "data" / f"{name}.yaml"))
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        config = OmegaConf.to_container(compose("train", [f"data={name}"]).data)
     assert config.pop("_target_") == f"gpkit.data.{module.__name__}"
     assert config.pop("seed") == "${seed}"
     config.pop("_convert_", None)
-    options = {p.name: p.default for p in inspect.signature(module).parameters.values()}
+    own = {p.name: p.default for p in inspect.signature(module).parameters.values()}
+    options = {**ArrayDataModule.__init__.__kwdefaults__, **own} if own.pop("options", 0) else own
     assert options.pop("seed") == 0
     if module is HuggingFace:
         assert config.pop("path") == "???"
