@@ -8,18 +8,14 @@ import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import B, gradients, images, relative_error
+from compare import gradients, relative_error
+from scenes import B, images
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import gpkit
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 def mlp(outputs=1, act=nn.Tanh, **dropout):

@@ -1,4 +1,4 @@
-"""What an autograd graph holds: its leaves, its operations, and why it cannot be differentiated."""
+"""Read autograd graphs: leaves, operations, and why a graph cannot be differentiated again."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# What @once_differentiable makes of any backward: all have the same code.
+# The wrapper that @once_differentiable returns: its code is the same for every backward.
 ONCE: Any = once_differentiable(lambda ctx, *grads: None)
 
 
-# Operations whose second derivative is zero: through them alone, an order >= 2 penalty is nothing.
+# Operations with a zero second derivative: if a net has no others, an order >= 2 penalty is zero.
 PIECEWISE_LINEAR = ("Relu", "LeakyRelu", "Hardtanh", "Threshold", "Prelu", "Abs")
 
 
-# What torch says (or calls a node) when there is no further derivative, and what helps.
+# Words of torch's error messages, or names of nodes, and the hint for each.
 HINTS = {
     "scaled_dot_product": "fused attention has no double backward: run the forward under "
     "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or give the penalty a callable, "
@@ -47,7 +47,7 @@ HINTS = {
 
 
 def nodes(tensor: Tensor) -> Iterator[Any]:
-    """Yield every node of the graph of ``tensor``, once."""
+    """Yield each node of the graph of ``tensor`` once."""
     stack, seen = [tensor.grad_fn], set()
     while stack:
         node = stack.pop()
@@ -59,7 +59,7 @@ def nodes(tensor: Tensor) -> Iterator[Any]:
 
 
 def leaves(tensor: Tensor) -> list[Tensor]:
-    """Return the leaf tensors that require grad and on which ``tensor`` depends."""
+    """Return the leaf tensors in the graph of ``tensor``; all of them require grad."""
     if tensor.grad_fn is None:
         return [tensor] if tensor.requires_grad else []
     return [node.variable for node in nodes(tensor) if hasattr(node, "variable")]
@@ -73,7 +73,7 @@ def depends(y: Tensor, x: Tensor) -> bool:
 
 
 def between(y: Tensor, xs: tuple[Tensor, ...]) -> list[Any]:
-    """Return the nodes on the paths from ``y`` to ``xs``: those that a derivative passes."""
+    """Return the nodes on the paths from ``y`` to ``xs``, which a derivative passes through."""
     users: dict[Any, list[Any]] = {}
     stack = [x.grad_fn for x in xs if x.grad_fn is not None]
     for node in nodes(y):
@@ -91,14 +91,20 @@ def between(y: Tensor, xs: tuple[Tensor, ...]) -> list[Any]:
 
 
 def require_derivatives(y: Tensor, xs: tuple[Tensor, ...], order: int) -> None:
-    """Refuse a graph through which torch has no derivative of that order, or a wrong one.
+    """Refuse a graph if torch has no derivative of that order through it, or a wrong one.
 
-    A backward marked @once_differentiable is taken for a constant where its argument is one, and
-    torch's layer norm and batch statistics have a wrong third derivative (pytorch#175754): neither
-    is an error there.
+    torch does not always raise an error itself: it treats a backward marked @once_differentiable
+    as a constant if its arguments are constants, and its layer norm and batch norm in training
+    mode have a wrong third derivative (pytorch#175754).
+
+    Args:
+        y: the differentiated output.
+        xs: the variables.
+        order: the number of derivatives.
 
     Raises:
-        RuntimeError: if an operation between ``xs`` and ``y`` is known to have none.
+        RuntimeError: if an operation between ``xs`` and ``y`` is known to have no correct
+            derivative of that order; the message says what to do.
     """
     for node in between(y, xs) if order >= 2 else ():
         name, cause = node.name(), None
@@ -116,18 +122,18 @@ def require_derivatives(y: Tensor, xs: tuple[Tensor, ...], order: int) -> None:
 
 
 def in_training(node: Any) -> bool:
-    """Whether a node of batch norm, or of its derivative, is that of batch statistics."""
+    """Whether a node of batch norm, or of its backward, uses batch statistics."""
     return getattr(node, "_saved_training", False) or getattr(node, "_saved_train", False)
 
 
 def piecewise_linear(y: Tensor) -> str | None:
-    """Return the name of a piecewise-linear operation in the graph of ``y``, if there is one."""
+    """Return the name of a piecewise-linear operation in the graph of ``y``, or None."""
     names = {node.name().partition("Backward")[0] for node in nodes(y)}
     return next((name for name in PIECEWISE_LINEAR if name in names), None)
 
 
 def explain(error: RuntimeError) -> str:
-    """Return torch's message in one line, with what to do about it where that is known."""
+    """Return torch's error message in one line, with a hint if one is known."""
     said = str(error).strip().splitlines()[0]
     hint = next((hint for words, hint in HINTS.items() if words in str(error)), None)
     return f"{hint} (torch: {said})" if hint else said

@@ -1,4 +1,4 @@
-"""Random numbers of a penalty's own, and the streams of torch given back."""
+"""A penalty's own random numbers, without changing torch's global random state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def derived_seed(*parts: object) -> int:
-    """Return a seed in [0, 2**63) that is a function of numbers or words, as a seed and a count.
+    """Return a seed in [0, 2**63), a hash of numbers or strings, such as a seed and a count.
 
     >>> derived_seed(0, 1) == derived_seed(0, 1) != derived_seed(0, 2)
     True
@@ -22,7 +22,7 @@ def derived_seed(*parts: object) -> int:
 
 
 def rank() -> int:
-    """Return the number of this process in a distributed run, else 0."""
+    """Return the rank of this process in a distributed run, else 0."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_rank() if distributed else 0
 
@@ -43,10 +43,10 @@ def device_of(*values: Any) -> torch.device:
 
 
 class SeededDraws:
-    """Random numbers of a seed that is a tensor, so that a compiled graph need not know its value.
+    """Random numbers from a seed in a tensor, so that a compiled graph works for every seed.
 
     Args:
-        seed: one integer.
+        seed: a tensor with one integer.
     """
 
     def __init__(self, seed: Tensor) -> None:
@@ -82,7 +82,7 @@ def _draw(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return the numbers of the ``count``-th draw; torch.compile does not look inside."""
+    """Return the ``count``-th draw. A custom op, because torch.compile cannot trace generators."""
     rng = torch.Generator(device).manual_seed((int(seed) + count) % 2**63)
     return (normal if is_normal else uniform)(rng, tuple(shape), device, dtype)
 
@@ -99,16 +99,16 @@ def _(
     return torch.empty(tuple(shape), device=device, dtype=dtype)
 
 
-RandomState = tuple[Tensor, ...]  # of the CPU's stream, then of the device's own if it has one
+RandomState = tuple[Tensor, ...]  # of the CPU, then of the device if it has its own
 
 
 @contextmanager
 def seeded(seed: int | RandomState, device: torch.device) -> Iterator[None]:
-    """Draw from a seed, and give the streams of ``device`` and of the CPU back at the end.
+    """A context that draws from a seed, and restores the states of ``device`` and the CPU.
 
     Args:
-        seed: for the random numbers, or the state to draw them from.
-        device: where they are drawn.
+        seed: the seed, or a random state to start from.
+        device: the device that draws the random numbers.
 
     Yields:
         Nothing.
@@ -119,7 +119,7 @@ def seeded(seed: int | RandomState, device: torch.device) -> Iterator[None]:
             set_random_state(seed, device)
         else:
             torch.default_generator.manual_seed(seed)
-            if own is not None:  # its own manual_seed is for the current device, whichever it is
+            if own is not None:  # its manual_seed would seed the current device
                 own.set_rng_state(torch.Generator(device).manual_seed(seed).get_state(), device)
         yield
     finally:
@@ -127,13 +127,13 @@ def seeded(seed: int | RandomState, device: torch.device) -> Iterator[None]:
 
 
 def random_state(device: torch.device) -> RandomState:
-    """Return the state of the random numbers, for `isolated` to draw the same ones again."""
+    """Return the random state, with which `isolated` repeats the same random numbers."""
     own, cpu = accelerator(device), torch.get_rng_state()
     return (cpu,) if own is None else (cpu, own.get_rng_state(device))
 
 
 def set_random_state(state: RandomState, device: torch.device) -> None:
-    """Draw from a state on: one that `random_state` returned for the same device."""
+    """Restore a state that `random_state` returned for the same device."""
     torch.set_rng_state(state[0])
     own = accelerator(device)
     if own is not None:
@@ -141,6 +141,6 @@ def set_random_state(state: RandomState, device: torch.device) -> None:
 
 
 def accelerator(device: torch.device) -> Any:
-    """Return torch's module for a device that has a stream of its own, as torch.cuda; else None."""
+    """Return torch's module for a device with its own random state, such as torch.cuda, or None."""
     module = None if device.type == "cpu" else getattr(torch, device.type, None)  # "meta" has none
     return module if hasattr(module, "get_rng_state") else None

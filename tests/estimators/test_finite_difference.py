@@ -6,7 +6,7 @@ from functools import partial
 import oracles
 import pytest
 import torch
-from cases import gradients, relative_error
+from compare import gradients, relative_error
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.autograd.function import once_differentiable
@@ -21,11 +21,6 @@ fd = gpkit.finite_difference
 sides = pytest.mark.parametrize("side", SIDES)
 KINDS = ("input", "weight")
 kinds = pytest.mark.parametrize("kind", KINDS)
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 def mlp(*middle, dtype=torch.float64):

@@ -16,11 +16,6 @@ kinds = pytest.mark.parametrize("kind", PAIRS)
 IMAGES = [(1, 8, 8), (3, 32, 32), (1, 28, 28), (3, 64, 64), (3, 6, 10), (2, 7, 8), (1, 1, 5)]
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
-
-
 def pair(kind, latent_dim=3, **options):
     """Return a small generator and critic."""
     generator, critic = PAIRS[kind]

@@ -25,15 +25,6 @@ NETS = {
 nets = pytest.mark.parametrize("net", NETS.values(), ids=NETS)
 
 
-@pytest.fixture(autouse=True)
-def _seeded_and_single_threaded():
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # nets this small wait for threads more than they compute
-    yield
-    torch.set_num_threads(threads)
-
-
 @nets
 @pytest.mark.parametrize("num_outputs", [1, 10])
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 6, 10)], ids=str)

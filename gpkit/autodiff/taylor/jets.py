@@ -1,4 +1,4 @@
-"""Jets: tensors that carry the Taylor coefficients of a path, through any function that is run."""
+"""Jet: a tensor subclass that carries Taylor coefficients through any function of tensors."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ from torch.utils import _pytree as pytree
 Rule = Callable[..., Any]
 
 
-RULES: dict[str, Rule] = {}  # by the name of an operation: (func, *args, **kwargs) -> result
+RULES: dict[str, Rule] = {}  # name of an ATen operation -> rule(func, *args, **kwargs) -> result
 
 
 class Jet(Tensor):
-    """The truncated Taylor series a_0 + a_1 t + ... + a_k t^k; to the net, a tensor of its shape.
+    """The truncated Taylor series a_0 + a_1 t + ... + a_k t^k, as a tensor with the value a_0.
 
-    Every operation of torch on it, however it is spelled, arrives here as one of torch's elementary
-    ones, and is answered by the rule of that name. Coefficients are ordinary tensors with ordinary
-    graphs.
+    torch dispatches each operation on a jet to ``__torch_dispatch__`` as an ATen operation, which
+    looks up the rule with its name. The coefficients are ordinary tensors with ordinary graphs.
 
     Args:
-        coefficients: a_0, ..., a_k, of one shape.
+        coefficients: a_0, ..., a_k, all of the same shape.
     """
 
     coefficients: list[Tensor]
-    shares = False  # whether it is a view, or has one: then a write would have to reach others
+    shares = False  # whether it is a view or has views: in-place writes would have to change those
 
     @staticmethod
     def __new__(cls, coefficients: Sequence[Tensor]) -> Jet:  # noqa: D102  see the class
@@ -44,9 +43,9 @@ class Jet(Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # torch passes them by position
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Answer an elementary operation by its rule, or refuse it by name."""
+        """Apply the rule of an ATen operation, or raise an error that names it."""
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
-        if not torch.is_grad_enabled():  # what the net computes under no_grad is a constant to it
+        if not torch.is_grad_enabled():  # under no_grad the result is a constant
             return func(*value(args), **value(kwargs))
         target = None
         if name.endswith("_") and name[:-1] in RULES and may_be_written_to(args[0]):
@@ -95,7 +94,7 @@ PIECEWISE = (
 
 
 def refusal(name: str) -> str:
-    """Return why there is no rule for an operation, and what to do, in one line."""
+    """Return the error message for an operation without a rule."""
     if name in PIECEWISE:
         return (
             f"Taylor mode of order >= 2 needs smooth operations; {name!r} is piecewise, and its "
@@ -113,12 +112,12 @@ def refusal(name: str) -> str:
 
 
 def may_be_written_to(x: Any) -> bool:
-    """Whether an operation in place changes this tensor, a jet, alone."""
+    """Whether x is a jet without views, so that an in-place operation changes it only."""
     return isinstance(x, Jet) and not x.shares
 
 
 def is_jet(x: Any) -> bool:
-    """Whether x is a jet, for the type checker as well as for a tree."""
+    """Whether x is a jet."""
     return isinstance(x, Jet)
 
 
@@ -128,7 +127,7 @@ def order_of(*args: Any) -> int:
 
 
 def coefficients(x: Any, order: int) -> list[Any]:
-    """Return a_0, ..., a_k of a jet, or of a constant tensor or number: then a_1 ... are zero."""
+    """Return a_0, ..., a_k of a jet; for a constant tensor or number a_1, ..., a_k are zero."""
     if isinstance(x, Jet):
         return x.coefficients
     zero = torch.zeros_like(x) if isinstance(x, Tensor) else 0.0
@@ -136,19 +135,19 @@ def coefficients(x: Any, order: int) -> list[Any]:
 
 
 def value(x: Any) -> Any:
-    """Return a_0 in place of every jet in the arguments of an operation."""
+    """Return the arguments of an operation with each jet replaced by its a_0."""
     return pytree.tree_map(lambda a: a.coefficients[0] if isinstance(a, Jet) else a, x)
 
 
 def jets(results: Sequence[Any]) -> Any:
-    """Return jets from what an operation gave for a_0, ..., a_k: a tensor each, or several."""
+    """Return the results of an operation on a_0, ..., a_k as a jet, or as several jets."""
     if isinstance(results[0], Tensor):
         return Jet(results)
     return type(results[0])([Jet(parts) for parts in zip(*results, strict=True)])
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register the rule of the operations of these names."""
+    """Register a function as the rule for the ATen operations with these names."""
 
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(names, function))

@@ -6,12 +6,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gpkit.autodiff.isolation import isolated
 from gpkit.autodiff.numerics import wide
-from gpkit.estimators.base import Target
-from gpkit.estimators.recomputable import Recomputable
+from gpkit.estimators.base import Recomputable, Target
 from gpkit.estimators.window import Window, summarised
 from gpkit.formula import Terms
 from gpkit.lightning.callback.findings import REFUSAL_TITLE, holds_fsdp2_shards
@@ -19,7 +17,7 @@ from gpkit.lightning.callback.plan import PenalizedNet, Plan, differentiated
 from gpkit.lightning.compat import scale_of, scaler_of
 from gpkit.lightning.refusals import refuse
 from gpkit.lightning.watch.probe import Capture
-from gpkit.lightning.watch.replay import Silencer, StepCall, loss_of, per_sample_losses
+from gpkit.lightning.watch.replay import StepCall, per_sample_losses
 from gpkit.needs import Needs
 from gpkit.sums import PenaltySum
 
@@ -55,7 +53,6 @@ class Evaluator:
             from gpkit.lightning.callback.sharded import ShardedWeights
 
             self._sharded_weights = ShardedWeights(module)
-        self.silencer = Silencer(module)
         self._parameters: list[Tensor] = []  # of the net; listing them takes time at every step
         self._batch_sizes: dict[int, Tensor] = {}  # as tensors, for the same reason
 
@@ -93,11 +90,12 @@ class Evaluator:
         if self._sharded_weights is not None:
             return self._act_sharded(call, plan, loss, optimizer_step)
         scale = scale_of(self._scaler, loss.device)
-        waiting = () if last else plan.names_where(lambda n: n.pooled)
-        two_points = plan.names_where(lambda n: n.loss_at_two_points)
+        waiting = () if last else plan.pooled
+        two_points = plan.two_points
         base = loss
         if waiting or two_points:
-            windows = [(self._window(n), partial(self._rerun_isolated, call, n)) for n in waiting]
+            rerun = partial(self.watched.rerun_isolated, self.module, call)
+            windows = [(self._window(n), partial(rerun, self.needs[n])) for n in waiting]
             retain = bool(plan.needs.keys() - {*waiting, *two_points})
             base = summarised(loss, scale, retain=retain, windows=windows)
         terms: dict[str, Terms | None] = {}
@@ -118,7 +116,8 @@ class Evaluator:
                 if name not in first or type(error) is not RuntimeError:
                     raise
                 found, cause = [*found, f"penalty {name!r}: {error}"], error
-        refuse(REFUSAL_TITLE, found, cause)
+        if found:
+            refuse(REFUSAL_TITLE, found, cause)
         return base, terms
 
     def _act_sharded(
@@ -129,7 +128,7 @@ class Evaluator:
         if not acting:
             return loss, {}
         # Any name will do: all these penalties differentiate the loss.
-        rerun = partial(self._rerun, self.module, call, next(iter(acting)))
+        rerun = partial(self.watched.rerun, self.module, call, next(iter(plan.needs.values())))
         given = Recomputable(loss, rerun, call.rng_state)
         terms: tuple[Tensor, dict[str, Terms | None]]
         terms = self._sharded_weights.terms(acting, given, optimizer_step)
@@ -142,9 +141,10 @@ class Evaluator:
         penalty, needs = self.penalties[name], self.needs[name]
         if needs.plain and penalty.effect_confirmed:
             return [self._target(needs, capture, value)]
-        rerun = partial(self._rerun, self.module, call, name)
+        rerun = partial(self.watched.rerun, self.module, call, needs)
         if needs.each_gradient:
-            return [partial(per_sample_losses, self.module, call, self.silencer), self.watched.net]
+            losses = partial(per_sample_losses, self.module, call, self.watched.silencer)
+            return [losses, self.watched.net]
         if needs.in_weights:
             window = self._window(name) if needs.pooled else None
             return [Recomputable(value, rerun, call.rng_state, window=window), self.watched.net]
@@ -168,33 +168,6 @@ class Evaluator:
         if batch not in self._batch_sizes:
             self._batch_sizes[batch] = torch.full_like(loss.detach(), batch, dtype=wide(loss))
         return Target(loss, (capture.x,), True, times=self._batch_sizes[batch])
-
-    # Reruns of the training step.
-
-    def _rerun(self, module: nn.Module, call: StepCall, name: str, *xs: Tensor) -> Any:
-        """Rerun the training step, and return what a penalty differentiates.
-
-        Args:
-            module: the LightningModule. It is an argument so that `isolated` finds its buffers.
-            call: the step.
-            name: of the penalty.
-            *xs: the input, or the activation, to compute with; none for that of the batch.
-
-        Returns:
-            The loss, or the output or activation of the net.
-        """
-        needs = self.needs[name]
-        replacements = {"" if needs.moves else needs.in_activation: xs[0]} if xs else None
-        with self.silencer.silenced(), self.watched.probe([needs], replacements) as capture:
-            output = call.training_step(*call.args, **call.kwargs)
-        return differentiated(needs, capture, loss_of(output))
-
-    def _rerun_isolated(self, call: StepCall, name: str) -> Tensor:
-        """Rerun the training step for a window, with the same random numbers; return the loss."""
-        order = self.needs[name].order
-        device = self.module.device
-        with isolated(self.module, call.rng_state, device, max(order, 1), twice=order > 0):
-            return self._rerun(self.module, call, name)
 
     def _window(self, name: str) -> Window:
         size = self.trainer.accumulate_grad_batches

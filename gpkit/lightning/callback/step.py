@@ -21,7 +21,7 @@ from gpkit.lightning.compat import last_of_step, logs_now
 from gpkit.lightning.recording import penalty_scalars
 from gpkit.lightning.refusals import RefusalError, refuse
 from gpkit.lightning.watch.probe import Capture, runs_compiled
-from gpkit.lightning.watch.replay import StepCall, TrainingStep, loss_of, replace_loss
+from gpkit.lightning.watch.replay import Silencer, StepCall, TrainingStep, loss_of, replace_loss
 from gpkit.needs import needs_of
 from gpkit.sums import PenaltySum
 
@@ -54,7 +54,7 @@ class PenalizedStep:
         net = dict(module.named_modules()).get(submodule or "", module)
         itself = f"the {type(module).__name__} itself"
         title = f"the submodule {submodule!r}" if submodule else itself
-        self.watched = PenalizedNet(net, title, compiled=runs_compiled(module))
+        self.watched = PenalizedNet(net, title, runs_compiled(module), Silencer(module))
         self.findings = findings
         if self.watched.compiled and probe_spec(self.needs.values()).eager:
             rank_zero_warn(
@@ -132,7 +132,7 @@ class PenalizedStep:
 
     def remove(self) -> None:
         """Remove the hooks, and unwrap the log methods of the module."""
-        self.evaluator.silencer.remove()
+        self.watched.silencer.remove()
         for plan in self._plans.values():
             plan.probe.remove()
 
@@ -179,7 +179,9 @@ class PenalizedStep:
         first = self._not_acted_yet.intersection(plan.needs)
         if self.findings or capture.problems or first:
             net = findings_of_net(self.module, self.watched.title, capture, plan.probe.spec)
-            refuse(REFUSAL_TITLE, [*self.findings, *net, *findings_of_loss(loss)])
+            found = [*self.findings, *net, *findings_of_loss(loss)]
+            if found:
+                refuse(REFUSAL_TITLE, found)
             self._not_acted_yet -= first
         last = last_of_step(self.trainer)
         loss, terms = self.evaluator.act(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gpkit.autodiff.activations import features
 from gpkit.autodiff.random import RandomState
-from gpkit.estimators.recomputable import Recomputable
+from gpkit.estimators.base import Recomputable
 from gpkit.formula import Terms
 from gpkit.lightning.batches import repeated
 from gpkit.lightning.module.losses import LossFunction

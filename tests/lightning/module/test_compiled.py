@@ -1,28 +1,14 @@
 """compile=True: the penalised loss as one graph equals the eager one."""
 
 import copy
-import shutil
 
 import pytest
 import torch
+from compiling import losses_and_gradients, needs_compiler
 from torch import nn
 
 import gpkit
 from gpkit.models import MLP
-
-needs_compiler = pytest.mark.skipif(
-    not shutil.which("g++"), reason="torch.compile needs a compiler"
-)
-
-
-def losses_and_gradients(module, batches):
-    results = []
-    for batch in batches:
-        module.zero_grad()
-        loss = module.penalized_loss(batch)
-        loss.backward()
-        results.append([loss.detach(), *(p.grad.clone() for p in module.parameters())])
-    return results
 
 
 @needs_compiler
