@@ -46,7 +46,7 @@ class Block(nn.Module):
         return self.out(x + self.mlp(self.norm(x))).mean(1)
 
 
-def by_hand(x):
+def standardised(x):
     return oracles.standardised(x, (-1,))
 
 
@@ -72,7 +72,7 @@ NETS = {
     "residual": (Residual(), None, (4,)),
     "convolutional": (conv(nn.SiLU()), None, (1, 3, 3)),
     "convolutional, batch norm": (conv(nn.BatchNorm2d(2), nn.Tanh()), None, (1, 3, 3)),
-    "transformer": (Block(nn.LayerNorm(4, elementwise_affine=False)), Block(by_hand), (3, 4)),
+    "transformer": (Block(nn.LayerNorm(4, elementwise_affine=False)), Block(standardised), (3, 4)),
 }
 
 
