@@ -390,7 +390,7 @@ def test_compiled():
 
 # Where the caller ran the forward.
 
-REFUSED = "is wrong: give the penalty a callable, for which gpkit computes them in elementary"
+REFUSED = r"is wrong: give the penalty a callable \(gpkit then computes them in elementary"
 
 
 @pytest.mark.parametrize("name", ["LayerNorm", "BatchNorm1d", "InstanceNorm2d"])
