@@ -19,11 +19,11 @@ PIECEWISE_LINEAR = ("Relu", "LeakyRelu", "Hardtanh", "Threshold", "Prelu", "Abs"
 # Words of torch's error messages, or names of nodes, and the hint for each.
 HINTS = {
     "scaled_dot_product": "fused attention has no double backward: run the forward under "
-    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or give the penalty a callable, "
-    "for which gpkit does so by itself",
+    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or give the penalty a callable: gpkit then "
+    "does this itself",
     "cudnn_rnn": "cuDNN's recurrent nets have no double backward: run the forward under "
     "torch.backends.cudnn.flags(enabled=False), or give the penalty a callable",
-    "use_reentrant=True": "reentrant checkpointing has no torch.autograd.grad: "
+    "use_reentrant=True": "reentrant checkpointing does not support torch.autograd.grad: "
     "use checkpoint(..., use_reentrant=False)",
     "once_differentiable": "a custom autograd Function is marked @once_differentiable: "
     "write its backward in differentiable operations",
@@ -32,17 +32,16 @@ HINTS = {
     "leaky_relu": "a piecewise-linear activation has no derivative of this order: "
     "use a smooth one (GELU, SiLU, softplus, tanh)",
     "NativeLayerNorm": "torch's third derivative of layer norm, and of batch norm in training "
-    "mode, is wrong: give the penalty a callable, for which gpkit computes them in elementary "
-    "operations, or run the forward under gpkit.elementary(), or use group norm or "
-    "order=1",
-    "donated buffers": "a compiled net gives its buffers up after one backward: set "
+    "mode, is wrong: give the penalty a callable (gpkit then computes them in elementary "
+    "operations), run the forward under gpkit.elementary(), use group norm, or use order=1",
+    "donated buffers": "a compiled net frees its buffers after one backward: set "
     "torch._functorch.config.donated_buffer = False before it is compiled",
-    "freed": "the graph of the loss is gone: call the penalty before loss.backward()",
-    "Inference tensors": "a tensor made under inference_mode is in the graph: clone it outside",
-    "torch.utils.checkpoint": "checkpointing ran a forward again otherwise than before: if it has "
+    "freed": "the graph of the loss has been freed: call the penalty before loss.backward()",
+    "Inference tensors": "the graph has a tensor made under inference_mode: clone it outside",
+    "torch.utils.checkpoint": "checkpointing recomputed a different forward pass: if it has "
     "attention, run the whole training under torch.nn.attention.sdpa_kernel(SDPBackend.MATH); if a "
-    "penalty moves what it computes with, use estimator='exact' at the data",
-    "modified by an inplace operation": "a tensor of the graph was changed in place",
+    "penalty moves its inputs or weights, use estimator='exact' at the data",
+    "modified by an inplace operation": "a tensor that the graph needs was modified in place",
 }
 
 

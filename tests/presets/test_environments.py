@@ -151,10 +151,10 @@ def test_refusals():
     refuse(ValueError, r'one loss per sample, \[6\].*reduction="none"', lambda: mean(f, y, env))
     constant = gpkit.irm(weight=1.0, loss=lambda f, y: f.detach().sum(1))
     refuse(RuntimeError, "does `loss=...` not depend on them", lambda: constant(f, y, env))
-    refuse(ValueError, "it has none: give the penalty", lambda: gpkit.features(nn.Tanh(), x))
+    refuse(ValueError, "the net has no nn.Linear", lambda: gpkit.features(nn.Tanh(), x))
     twice = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
     twice.append(twice[0]).double()
-    refuse(ValueError, "once in a forward; ran 2", lambda: gpkit.features(twice, x))
+    refuse(ValueError, "must run once; it ran 2 times", lambda: gpkit.features(twice, x))
     module = gpkit.PenalizedModule
     refuse(
         ValueError,

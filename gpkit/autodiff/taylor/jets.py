@@ -98,16 +98,15 @@ def refusal(name: str) -> str:
     if name in PIECEWISE:
         return (
             f"Taylor mode of order >= 2 needs smooth operations; {name!r} is piecewise, and its "
-            "derivatives miss what happens at the kinks: use GELU, SiLU, softplus or tanh"
+            "derivatives ignore the kinks: use GELU, SiLU, softplus or tanh"
         )
     if name.endswith("_") and not name.endswith("__"):
         return (
-            f"Taylor mode does not take {name!r}, in place, on a view, a tensor that has views, or "
-            f"a constant: write it out of place, {name[:-1]!r}"
+            f"Taylor mode does not support the in-place operation {name!r} on a view, a tensor "
+            f"with views, or a constant: use {name[:-1]!r}"
         )
     return (
-        f"Taylor mode has no rule for the operation {name!r}, which the function runs: "
-        "use estimator='exact' or 'projection'"
+        f"Taylor mode has no rule for the operation {name!r}: use estimator='exact' or 'projection'"
     )
 
 
