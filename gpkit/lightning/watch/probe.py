@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.compiler import set_stance
 from torch.utils.hooks import RemovableHandle
 
-from gpkit.autodiff.isolation import is_compiled
+from gpkit.autodiff.compat import in_backward, is_compiled, is_compiled_function
 from gpkit.autodiff.kernels import double_backward
 
 
@@ -147,7 +146,7 @@ class watched:
         Raises:
             RuntimeError: if what is made again may have been made at another input or activation.
         """
-        if not recomputed():
+        if not in_backward():
             self.last = self.seen is not None
             return self.seen
         if not self.last:
@@ -184,7 +183,7 @@ class watched:
         return args, kwargs
 
     def _leave(self, _: nn.Module, args: Any, output: Any) -> None:
-        if self.seen is not None and not recomputed():
+        if self.seen is not None and not in_backward():
             self.seen.output = output
 
     def _catch(self, name: str, module: nn.Module, _: Any, output: Any) -> Any:
@@ -212,9 +211,4 @@ class watched:
 def runs_compiled(module: nn.Module) -> bool:
     """Whether torch.compile stands behind a LightningModule's step, or behind a part of it."""
     step = getattr(module, "training_step", None)
-    return any(map(is_compiled, module.modules())) or hasattr(step, "_torchdynamo_orig_callable")
-
-
-def recomputed() -> bool:
-    """Whether a backward pass is under way: a forward in it is one that is made again."""
-    return torch._C._current_graph_task_id() != -1
+    return any(map(is_compiled, module.modules())) or is_compiled_function(step)
