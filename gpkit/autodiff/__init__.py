@@ -5,7 +5,8 @@ a forward without side effects, ``kernels`` chooses kernels that have a double b
 ``norm_layers`` writes out layers whose third derivative is wrong in torch, ``activations`` catches
 outputs of submodules, ``known_gradient`` makes values with a gradient that is already known,
 ``random`` draws from a penalty's own generator, ``distributed`` is what ranks share, ``numerics``
-is arithmetic on rows ``[G, n]``, and ``taylor`` propagates truncated Taylor series.
+is arithmetic on rows ``[G, n]``, ``taylor`` propagates truncated Taylor series, and ``compat``
+holds all private API of torch that is used, by Lightning's part too.
 
 To add a rule of Taylor mode for an operation: decorate it with ``@rule("name")`` in
 ``taylor/rules.py``, and add a function that uses it to the tests of Taylor mode.

@@ -1,7 +1,7 @@
 """All that gpkit uses of Lightning and torchmetrics beside their public API, in one place.
 
 Each entry says why the public way does not do. `tests/lightning/test_compat.py` fails with the name
-of the entry when a release takes it away.
+of the entry when a release takes it away. What is torch's own is in `gpkit.autodiff.compat`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ if TYPE_CHECKING:
 else:
     # `lightning.pytorch` is the same library as `pytorch_lightning`, with classes of its own, and
     # its trainer takes callbacks of its own class. Where both are installed we are of both.
-    _names = ["pytorch_lightning", *["lightning.pytorch"] * (find_spec("lightning") is not None)]
+    # (A folder of that name without an __init__.py, in a user's project, has no origin.)
+    _both = getattr(find_spec("lightning"), "origin", None) is not None
+    _names = ["pytorch_lightning", *["lightning.pytorch"] * _both]
     Callback = type("Callback", tuple(import_module(name).Callback for name in _names), {})
 
 
 def is_a(thing: Any, *names: str) -> bool:
     """Whether a class of one of these names is among those of ``thing``, of either package."""
+    # isinstance would take the classes of both, and import both.
     return any(c.__name__ in names for c in type(thing).__mro__)
 
 
@@ -50,11 +53,6 @@ def scale_of(scaler: Any, device: torch.device) -> Tensor | None:
         device: where the loss is.
     """
     return None if scaler is None else scaler.scale(torch.ones((), device=device))
-
-
-def unscales_in_its_step(optimizer: Any) -> bool:
-    """Whether an optimiser unscales gradients itself, as fused ones do: torch tells it so alone."""
-    return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def steps_of(trainer: Any) -> int:
@@ -104,6 +102,7 @@ def state_key(callback: Any, **arguments: Any) -> str:
 
 # What an update of a metric changes beside its states. torchmetrics has no copy of a state that
 # leaves out constants, and `deepcopy` of a metric copies its modules.
+# (`_update_called` is an attribute of old releases; it has become a property of the count.)
 METRIC_CACHES = ("_update_count", "_computed", "_forward_cache", "_update_called")
 
 
