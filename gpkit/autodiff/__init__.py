@@ -11,6 +11,7 @@
 - ``distributed``: statistics over the ranks of a distributed run.
 - ``numerics``: norms and arithmetic of rows ``[G, n]``.
 - ``taylor``: propagates truncated Taylor series.
+- ``compat``: all private API of torch that gpkit uses.
 
 To add a Taylor-mode rule for an operation: decorate a function with ``@rule("name")`` in
 ``taylor/rules.py``, and add a function that uses the operation to the tests of Taylor mode.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from gpkit.autodiff.compat import buffers_of, is_compiled
 from gpkit.autodiff.kernels import double_backward
 from gpkit.autodiff.random import RandomState, seeded
 
@@ -68,10 +69,10 @@ def own_buffers(function: Any) -> Iterator[None]:
             if owner in seen:
                 continue
             seen.add(owner)
-            for name, buffer in owner._buffers.items():
+            for name, buffer in buffers_of(owner).items():
                 if buffer is not None:
                     swapped.append((owner, name, buffer, buffer.clone()))
-                    owner._buffers[name] = swapped[-1][-1]
+                    buffers_of(owner)[name] = swapped[-1][-1]
 
     named = named_modules(function)
     compiled = any(is_compiled(m) for owner in named for m in owner.modules())
@@ -85,8 +86,8 @@ def own_buffers(function: Any) -> Iterator[None]:
             hook.remove()
         for module, name, original, copy in swapped:
             # functional_call swaps in its own tensor, and puts the original back itself.
-            if module._buffers.get(name) is copy:
-                module._buffers[name] = original
+            if buffers_of(module).get(name) is copy:
+                buffers_of(module)[name] = original
 
 
 def named_modules(function: Any) -> list[nn.Module]:
@@ -99,8 +100,3 @@ def named_modules(function: Any) -> list[nn.Module]:
         outside = inspect.getclosurevars(function)
         found += [*outside.nonlocals.values(), *outside.globals.values()]
     return [m for m in found if isinstance(m, nn.Module)]
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether a module is compiled, by ``torch.compile(module)`` or ``module.compile()``."""
-    return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from gpkit.autodiff.compat import attention_switch
 from gpkit.autodiff.norm_layers import elementary
 
 
@@ -54,14 +55,10 @@ class double_backward:
             ENABLE_MATH(False)
 
 
-# The functions that torch.backends.cuda calls; direct calls are faster, and this runs every step.
-FUSED = [
-    (getattr(torch._C, f"_get_{kind}_sdp_enabled"), getattr(torch._C, f"_set_sdp_use_{kind}"))
-    for kind in ("flash", "mem_efficient", "cudnn")
-]
+FUSED = [attention_switch(kind) for kind in ("flash", "mem_efficient", "cudnn")]
 
 
-MATH_ENABLED, ENABLE_MATH = torch._C._get_math_sdp_enabled, torch._C._set_sdp_use_math
+MATH_ENABLED, ENABLE_MATH = attention_switch("math")
 
 
 @contextmanager

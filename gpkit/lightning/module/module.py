@@ -12,10 +12,10 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map_only
 
 from gpkit import checks
 from gpkit.autodiff.activations import captured
+from gpkit.autodiff.compat import tree_map_only
 from gpkit.autodiff.isolation import isolated
 from gpkit.autodiff.kernels import double_backward
 from gpkit.autodiff.norm_layers import elementary
