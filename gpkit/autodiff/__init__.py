@@ -2,8 +2,7 @@
 
 - ``derivatives``: derivatives of any order.
 - ``graph``: reads autograd graphs.
-- ``isolation``: runs a forward pass without side effects.
-- ``kernels``: chooses kernels that have a double backward.
+- ``isolation``: runs a forward pass without side effects, on kernels that have a double backward.
 - ``norm_layers``: computes norm layers whose third derivative is wrong in torch.
 - ``activations``: captures the outputs of submodules.
 - ``known_gradient``: creates a value with a gradient that is already known.

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 import gpkit
-from gpkit.autodiff import compat, graph, kernels
+from gpkit.autodiff import compat, graph, isolation
 from gpkit.autodiff.taylor.directional import directional_derivative
 from gpkit.autodiff.taylor.jets import RULES, Jet
 
@@ -81,9 +81,9 @@ def test_penalties_are_the_same_on_the_public_switches(monkeypatch):
         for kind in KINDS:
             without.delattr(torch._C, f"_set_sdp_use_{kind}")
         switches = {kind: compat.attention_switch(kind) for kind in KINDS}
-    monkeypatch.setattr(kernels, "FUSED", [switches[kind] for kind in KINDS[:3]])
-    monkeypatch.setattr(kernels, "MATH_ENABLED", switches["math"][0])
-    monkeypatch.setattr(kernels, "ENABLE_MATH", switches["math"][1])
+    monkeypatch.setattr(isolation, "FUSED", [switches[kind] for kind in KINDS[:3]])
+    monkeypatch.setattr(isolation, "MATH_ENABLED", switches["math"][0])
+    monkeypatch.setattr(isolation, "ENABLE_MATH", switches["math"][1])
     before = [enabled() for enabled, _ in switches.values()]
     assert all(map(torch.equal, penalised(), expected))
     assert [enabled() for enabled, _ in switches.values()] == before
@@ -347,7 +347,7 @@ def test_tracing_gradients():
 def test_a_torch_that_traces_no_gradient_is_refused(monkeypatch):
     monkeypatch.setattr("gpkit.lightning.module.compiled.traces_gradients", lambda: False)
     with pytest.raises(
-        RuntimeError, match=r"needs a torch that can trace gradients .*compile=False"
+        RuntimeError, match=r"needs a version of torch that can trace gradients.*compile=False"
     ):
         gpkit.PenalizedModule(nn.Linear(2, 1), gpkit.r1(), compile=True)
 

@@ -16,8 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gpkit import checks
 from gpkit.autodiff.activations import captured
 from gpkit.autodiff.compat import tree_map_only
-from gpkit.autodiff.isolation import isolated
-from gpkit.autodiff.kernels import double_backward
+from gpkit.autodiff.isolation import double_backward, isolated
 from gpkit.autodiff.norm_layers import elementary
 from gpkit.autodiff.random import random_state
 from gpkit.estimators.window import summarised

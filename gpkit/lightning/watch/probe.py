@@ -12,7 +12,7 @@ from torch.compiler import set_stance
 from torch.utils.hooks import RemovableHandle
 
 from gpkit.autodiff.compat import in_backward, is_compiled, is_compiled_function
-from gpkit.autodiff.kernels import double_backward
+from gpkit.autodiff.isolation import double_backward
 
 
 @dataclass(frozen=True)
