@@ -10,7 +10,7 @@ from torch import Tensor
 from gpkit.autodiff import compat
 
 # Operations whose second derivative is zero: through them alone, an order >= 2 penalty is nothing.
-PIECEWISE_LINEAR = ("Relu", "LeakyRelu", "Hardtanh", "Threshold", "Prelu", "Abs")
+PIECEWISE_LINEAR = ("Relu", "LeakyRelu", "Hardtanh", "Threshold", "PreluKernel", "Abs")
 
 
 # What torch says (or calls a node) when there is no further derivative, and what helps.

@@ -162,6 +162,7 @@ PIECEWISE = {
     "LeakyRelu": F.leaky_relu,
     "Hardtanh": F.relu6,
     "Threshold": lambda x: F.threshold(x, 0.0, 0.0),
+    "PreluKernel": lambda x: F.prelu(x, torch.full((1,), 0.25)),
     "Abs": torch.abs,
 }
 
@@ -174,6 +175,17 @@ def test_operation_of(operation):
         f"operation_of, for {operation!r}",
         "a penalty of order >= 2 of a piecewise-linear net is 0 without a word",
     )
+
+
+def test_the_operations_that_are_looked_for_are_tested():
+    assert set(graph.PIECEWISE_LINEAR) == set(PIECEWISE)
+
+
+@pytest.mark.parametrize("layer", [nn.ReLU(), nn.PReLU(), nn.LeakyReLU(), nn.Hardtanh()])
+def test_a_curvature_penalty_of_a_piecewise_linear_net_is_refused(layer):
+    net = nn.Sequential(nn.Linear(3, 4), layer, nn.Linear(4, 1))
+    with pytest.raises(RuntimeError, match=r"order 2 of a piecewise-linear net .* is zero"):
+        gpkit.curvature()(net, torch.randn(5, 3))
 
 
 THIRD = "a penalty has torch's third derivative of it, which is wrong, without a word"
