@@ -84,6 +84,15 @@ def is_layer_norm(name: str) -> bool:
     return name.startswith("NativeLayerNorm")
 
 
+# What the nodes of batch norm call the mode; and those that have none, being of training alone.
+_TRAINING_FLAGS = ("_saved_training", "_saved_train", "_saved_update")
+_IN_TRAINING_ALONE = (
+    "CudnnBatchNormBackwardBackward",
+    "MiopenBatchNormBackwardBackward",
+    "BatchNormWithUpdateBackward",
+)
+
+
 def uses_batch_statistics(node: Any, name: str) -> bool:
     """Whether a node is of batch norm in training mode, or of its derivative.
 
@@ -98,7 +107,9 @@ def uses_batch_statistics(node: Any, name: str) -> bool:
     """
     if "BatchNorm" not in name:
         return False
-    return getattr(node, "_saved_training", False) or getattr(node, "_saved_train", False)
+    if name.startswith(_IN_TRAINING_ALONE):
+        return True
+    return any(getattr(node, flag, False) for flag in _TRAINING_FLAGS)
 
 
 def is_once_differentiable(node: Any) -> bool:

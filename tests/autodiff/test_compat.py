@@ -215,6 +215,38 @@ def test_uses_batch_statistics(training):
         require(found == {training}, "uses_batch_statistics", THIRD)
 
 
+# The nodes of batch norm in evaluation, which have the right derivatives.
+EVALUATES = ("NativeBatchNormLegitNoTrainingBackward", "BatchNormNoUpdateBackward")
+
+
+def kinds(part):
+    """Return the names of the nodes that this torch has, those of other devices included."""
+    return [name for name in dir(getattr(torch._C, "_functions", None)) if part in name]
+
+
+@pytest.mark.parametrize("name", kinds("BatchNorm"))
+def test_uses_batch_statistics_on_any_device(name):
+    """cuDNN's second derivative has no flag, and is of training alone."""
+    kind = getattr(torch._C._functions, name)
+    flags = [flag for flag in compat._TRAINING_FLAGS if hasattr(kind, flag)]
+    alone = compat.uses_batch_statistics(None, name)
+    require(
+        len(flags) + alone + name.startswith(EVALUATES) == 1,
+        f"uses_batch_statistics, for {name}, which is new or tells its mode in another way",
+        THIRD,
+    )
+
+
+def test_nodes_of_other_devices():
+    attention, norms = kinds("ScaledDotProduct"), kinds("LayerNorm")
+    assert all(map(compat.is_fused_attention, attention))
+    require(
+        len(attention) > 3, "is_fused_attention", "not all kinds of attention are refused early"
+    )
+    found = [compat.is_layer_norm(name) for name in norms]
+    require(found and all(found), f"is_layer_norm, for one of {norms}", THIRD)
+
+
 def test_is_fused_attention():
     h = torch.randn(2, 2, 4, 8, requires_grad=True)
     names = [node.name() for node in graph.nodes(F.scaled_dot_product_attention(h, h, h))]
