@@ -172,7 +172,7 @@ def is_compiled_function(function: Any) -> bool:
 
 def uncompiled_name(name: str) -> str:
     """Return the name of a submodule without those that torch.compile has put around others."""
-    return name.replace("_orig_mod.", "")
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def write_count(tensor: Tensor) -> int:
