@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -55,13 +56,9 @@ _ONCE: Any = once_differentiable(lambda ctx, *grads: None)
 
 _TRACKER = ModuleTracker()
 
-
-def leaf_of(node: Any) -> Tensor | None:
-    """Return the leaf tensor whose gradient a node accumulates; None for any other node.
-
-    The way back, `torch.autograd.graph.get_gradient_edge(leaf)`, asks for leaves to start from.
-    """
-    return getattr(node, "variable", None)
+# The attribute of a node in which it has the leaf tensor whose gradient it accumulates. The way
+# back, `torch.autograd.graph.get_gradient_edge(leaf)`, asks for leaves to start from.
+LEAF = "variable"
 
 
 def operation_of(node: Any) -> str:
@@ -84,6 +81,15 @@ def is_layer_norm(name: str) -> bool:
     return name.startswith("NativeLayerNorm")
 
 
+# What the nodes of batch norm call the mode; and those that have none, being of training alone.
+_TRAINING_FLAGS = ("_saved_training", "_saved_train", "_saved_update")
+_IN_TRAINING_ALONE = (
+    "CudnnBatchNormBackwardBackward",
+    "MiopenBatchNormBackwardBackward",
+    "BatchNormWithUpdateBackward",
+)
+
+
 def uses_batch_statistics(node: Any, name: str) -> bool:
     """Whether a node is of batch norm in training mode, or of its derivative.
 
@@ -98,7 +104,9 @@ def uses_batch_statistics(node: Any, name: str) -> bool:
     """
     if "BatchNorm" not in name:
         return False
-    return getattr(node, "_saved_training", False) or getattr(node, "_saved_train", False)
+    if name.startswith(_IN_TRAINING_ALONE):
+        return True
+    return any(getattr(node, flag, False) for flag in _TRAINING_FLAGS)
 
 
 def is_once_differentiable(node: Any) -> bool:
@@ -129,14 +137,14 @@ def in_backward() -> bool:
 
 # Modules and tensors.
 
+# buffers_of(module): the dictionary of a module's own buffers, in which they can be replaced.
+# `named_buffers` takes thirty times as long, and `setattr` may be a module's own, which does
+# anything else.
+buffers_of: Callable[[nn.Module], dict[str, Tensor | None]] = attrgetter("_buffers")
 
-def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
-    """Return the dictionary of a module's own buffers, in which they can be replaced.
-
-    `named_buffers` takes thirty times as long, and `setattr` may be a module's own, which does
-    anything else.
-    """
-    return module._buffers
+# write_count(tensor): how often a tensor was written to, which is not counted in inference mode.
+# torch.autograd.graph has `increment_version`, and nothing to read it with.
+write_count: Callable[[Tensor], int] = attrgetter("_version")
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -161,15 +169,7 @@ def is_compiled_function(function: Any) -> bool:
 
 def uncompiled_name(name: str) -> str:
     """Return the name of a submodule without those that torch.compile has put around others."""
-    return name.replace("_orig_mod.", "")
-
-
-def write_count(tensor: Tensor) -> int:
-    """Return how often a tensor was written to, which is not counted in inference mode.
-
-    torch.autograd.graph has `increment_version`, and nothing to read it with.
-    """
-    return tensor._version
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def unscales_in_its_step(optimizer: Any) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from gpkit.autodiff import compat
 
 # Operations with a zero second derivative: if a net has no others, an order >= 2 penalty is zero.
-PIECEWISE_LINEAR = ("Relu", "LeakyRelu", "Hardtanh", "Threshold", "Prelu", "Abs")
+PIECEWISE_LINEAR = ("Relu", "LeakyRelu", "Hardtanh", "Threshold", "PreluKernel", "Abs")
 
 
 # Words of torch's error messages, or names of nodes, and the hint for each.
@@ -58,7 +58,7 @@ def leaves(tensor: Tensor) -> list[Tensor]:
     """Return the leaf tensors in the graph of ``tensor``; all of them require grad."""
     if tensor.grad_fn is None:
         return [tensor] if tensor.requires_grad else []
-    found = map(compat.leaf_of, nodes(tensor))
+    found = (getattr(node, compat.LEAF, None) for node in nodes(tensor))
     return [leaf for leaf in found if leaf is not None]
 
 
@@ -74,7 +74,7 @@ def between(y: Tensor, xs: tuple[Tensor, ...]) -> list[Any]:
     users: dict[Any, list[Any]] = {}
     stack = [x.grad_fn for x in xs if x.grad_fn is not None]
     for node in nodes(y):
-        leaf = compat.leaf_of(node)
+        leaf = getattr(node, compat.LEAF, None)
         if any(x is leaf for x in xs):
             stack.append(node)
         for parent, _ in node.next_functions:

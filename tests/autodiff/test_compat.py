@@ -18,6 +18,7 @@ import gpkit
 from gpkit.autodiff import compat, graph, isolation
 from gpkit.autodiff.taylor.directional import directional_derivative
 from gpkit.autodiff.taylor.jets import RULES, Jet
+from gpkit.lightning.monitor.groups import by_layer
 
 
 def require(there, entry, without):
@@ -146,12 +147,12 @@ def derivative(y, x):
     return torch.autograd.grad(y.square().sum(), x, create_graph=True)[0]
 
 
-def test_leaf_of():
+def test_leaf_attribute():
     x = point()
-    found = [compat.leaf_of(node) for node in graph.nodes(x.tanh())]
+    found = [getattr(node, compat.LEAF, None) for node in graph.nodes(x.tanh())]
     require(
         any(leaf is x for leaf in found),
-        "leaf_of",
+        "LEAF",
         "no penalty is seen to reach a parameter, and all are refused as without effect",
     )
     assert found.count(None) == 1
@@ -162,6 +163,7 @@ PIECEWISE = {
     "LeakyRelu": F.leaky_relu,
     "Hardtanh": F.relu6,
     "Threshold": lambda x: F.threshold(x, 0.0, 0.0),
+    "PreluKernel": lambda x: F.prelu(x, torch.full((1,), 0.25)),
     "Abs": torch.abs,
 }
 
@@ -174,6 +176,17 @@ def test_operation_of(operation):
         f"operation_of, for {operation!r}",
         "a penalty of order >= 2 of a piecewise-linear net is 0 without a word",
     )
+
+
+def test_the_operations_that_are_looked_for_are_tested():
+    assert set(graph.PIECEWISE_LINEAR) == set(PIECEWISE)
+
+
+@pytest.mark.parametrize("layer", [nn.ReLU(), nn.PReLU(), nn.LeakyReLU(), nn.Hardtanh()])
+def test_a_curvature_penalty_of_a_piecewise_linear_net_is_refused(layer):
+    net = nn.Sequential(nn.Linear(3, 4), layer, nn.Linear(4, 1))
+    with pytest.raises(RuntimeError, match=r"order 2 of a piecewise-linear net .* is zero"):
+        gpkit.curvature()(net, torch.randn(5, 3))
 
 
 THIRD = "a penalty has torch's third derivative of it, which is wrong, without a word"
@@ -201,6 +214,38 @@ def test_uses_batch_statistics(training):
             if "BatchNorm" in node.name() and compat.is_second_derivative(node.name()) == twice
         }
         require(found == {training}, "uses_batch_statistics", THIRD)
+
+
+# The nodes of batch norm in evaluation, which have the right derivatives.
+EVALUATES = ("NativeBatchNormLegitNoTrainingBackward", "BatchNormNoUpdateBackward")
+
+
+def kinds(part):
+    """Return the names of the nodes that this torch has, those of other devices included."""
+    return [name for name in dir(getattr(torch._C, "_functions", None)) if part in name]
+
+
+@pytest.mark.parametrize("name", kinds("BatchNorm"))
+def test_uses_batch_statistics_on_any_device(name):
+    """cuDNN's second derivative has no flag, and is of training alone."""
+    kind = getattr(torch._C._functions, name)
+    flags = [flag for flag in compat._TRAINING_FLAGS if hasattr(kind, flag)]
+    alone = compat.uses_batch_statistics(None, name)
+    require(
+        len(flags) + alone + name.startswith(EVALUATES) == 1,
+        f"uses_batch_statistics, for {name}, which is new or tells its mode in another way",
+        THIRD,
+    )
+
+
+def test_nodes_of_other_devices():
+    attention, norms = kinds("ScaledDotProduct"), kinds("LayerNorm")
+    assert all(map(compat.is_fused_attention, attention))
+    require(
+        len(attention) > 3, "is_fused_attention", "not all kinds of attention are refused early"
+    )
+    found = [compat.is_layer_norm(name) for name in norms]
+    require(found and all(found), f"is_layer_norm, for one of {norms}", THIRD)
 
 
 def test_is_fused_attention():
@@ -287,14 +332,14 @@ def test_is_compiled_function():
     )
 
 
-def test_uncompiled_name():
-    net = nn.Sequential(torch.compile(nn.Sequential(nn.Linear(2, 2)), backend="eager"))
-    (name,) = (name for name, module in net.named_modules() if isinstance(module, nn.Linear))
-    require(
-        name != "0.0" and compat.uncompiled_name(name) == "0.0",
-        "uncompiled_name",
-        "norms of a compiled net are logged under other names",
-    )
+@pytest.mark.parametrize("inner", [lambda net: net, nn.Sequential])
+def test_uncompiled_name(inner):
+    plain = nn.Sequential(inner(nn.Linear(2, 2)))
+    compiled = nn.Sequential(torch.compile(inner(nn.Linear(2, 2)), backend="eager"))
+    (true,), (found,) = ([name for name, _ in by_layer(net)] for net in (plain, compiled))
+    require(found == true, "uncompiled_name", "norms of a compiled net are logged as another's")
+    names = [name for name, _ in compiled.named_modules()]
+    assert any(compat.uncompiled_name(name) != name for name in names)
 
 
 def test_write_count():
