@@ -1,6 +1,6 @@
 """All that gpkit uses of torch beside its public API, in one place.
 
-Each entry says what it is for, and which public way was tried. `tests/autodiff/test_compat.py`
+Each entry says what it is for, and which public way was tried. `tests/autodiff/test_torch_compat.py`
 fails with the name of the entry when a release takes it away.
 """
 
@@ -147,6 +147,11 @@ buffers_of: Callable[[nn.Module], dict[str, Tensor | None]] = attrgetter("_buffe
 write_count: Callable[[Tensor], int] = attrgetter("_version")
 
 
+# What `is_compiled` looks at, for where it is asked at every step.
+compiled_call_of: Callable[[nn.Module], Any] = attrgetter("_compiled_call_impl")
+COMPILED_CLASS = "OptimizedModule"
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Whether torch.compile stands behind a module's call, whichever way it was compiled.
 
@@ -159,7 +164,7 @@ def is_compiled(module: nn.Module) -> bool:
     Returns:
         True after ``torch.compile(module)``, for what it gave, and after ``module.compile()``.
     """
-    return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
+    return compiled_call_of(module) is not None or type(module).__name__ == COMPILED_CLASS
 
 
 def is_compiled_function(function: Any) -> bool:

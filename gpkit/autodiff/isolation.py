@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from gpkit.autodiff.compat import attention_switch, buffers_of, is_compiled
+from gpkit.autodiff.compat import COMPILED_CLASS, attention_switch, buffers_of, compiled_call_of
 from gpkit.autodiff.norm_layers import elementary
 from gpkit.autodiff.random import RandomState, seeded
 
@@ -77,7 +77,11 @@ def own_buffers(function: Any) -> Iterator[None]:
                     buffers_of(owner)[name] = swapped[-1][-1]
 
     named = named_modules(function)
-    compiled = any(is_compiled(m) for owner in named for m in owner.modules())
+    compiled = any(
+        compiled_call_of(m) is not None or type(m).__name__ == COMPILED_CLASS
+        for owner in named
+        for m in owner.modules()
+    )
     hook = None if compiled else register_module_forward_pre_hook(swap)
     try:
         for owner in named:
