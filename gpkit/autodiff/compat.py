@@ -1,7 +1,7 @@
 """All that gpkit uses of torch beside its public API, in one place.
 
-Each entry says what it is for, and which public way was tried. `tests/autodiff/test_torch_compat.py`
-fails with the name of the entry when a release takes it away.
+Each entry says what it is for, and which public way was tried.
+`tests/autodiff/test_torch_compat.py` fails with the name of the entry when a release removes it.
 """
 
 from __future__ import annotations

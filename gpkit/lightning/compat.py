@@ -1,7 +1,8 @@
 """All private API of Lightning and torchmetrics that gpkit uses, in one place.
 
-Each entry says why the public API is not enough. `tests/lightning/test_lightning_compat.py` fails with the
-name of the entry when a release removes it. Torch's own private API is in `gpkit.autodiff.compat`.
+Each entry says why the public API is not enough. `tests/lightning/test_lightning_compat.py` fails
+with the name of the entry when a release removes it. Torch's own private API is in
+`gpkit.autodiff.compat`.
 """
 
 from __future__ import annotations
