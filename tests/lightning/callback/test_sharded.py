@@ -478,7 +478,7 @@ def test_gives_the_weights_back_after_an_error_and_goes_on(ranks):
 
 def test_refuses_a_loss_without_gradients(ranks):
     for known in ranks:
-        assert "what it was given has no graph" in known["errors"]["detached"]
+        assert "the tensor has no graph" in known["errors"]["detached"]
         assert "set_requires_gradient_sync(True)" in known["errors"]["not synchronised"]
 
 
