@@ -225,7 +225,7 @@ class uniform(At):
             above = bool((low > high).any())
         except RuntimeError:
             raise ValueError(
-                "`uniform(low, high)` needs ends of shapes that broadcast; "
+                "`uniform(low, high)` needs bounds whose shapes broadcast; "
                 f"got {list(low.shape)} and {list(high.shape)}"
             ) from None
         if above:
@@ -249,8 +249,8 @@ class uniform(At):
             )
             if not fits:
                 raise ValueError(
-                    f"`uniform(low, high)` has ends of shape {list(end.shape)}, and a sample has "
-                    f"{list(x.shape[1:])}: give a number, or one for each dimension"
+                    f"`uniform(low, high)` has bounds of shape {list(end.shape)}, which does not "
+                    f"broadcast to a sample {list(x.shape[1:])}: use a number, or one per dimension"
                 )
         u = random.uniform(rng, x.shape, x.device, x.dtype)
         return low + (high - low) * u
@@ -298,13 +298,13 @@ class mixture(At):
         shapes = [[list(x.shape[1:]) for x in part] for part in parts]
         if any(shape != shapes[0] for shape in shapes):
             raise ValueError(
-                "`at=mixture(...)` needs samples of one shape from every part; got "
+                "`at=mixture(...)` needs samples of the same shape from each part; got "
                 + " and ".join(", ".join(map(str, shape)) for shape in shapes)
             )
         sizes = [len(part[0]) for part in parts]
         if self.equal and len(set(sizes)) > 1:
             raise ValueError(
-                "`at=mixture(..., equal=True)` needs as many points from every part; got "
+                "`at=mixture(..., equal=True)` needs the same number of points from each part; got "
                 + " and ".join(map(str, sizes))
             )
         return tuple(torch.cat(xs) for xs in zip(*parts, strict=True))
@@ -361,7 +361,7 @@ def as_points(x: Any) -> Points:
             )
     if not points or any(p.ndim == 0 or len(p) != len(points[0]) for p in points):
         raise ValueError(
-            "samples must have a batch dimension, the same for all inputs: [B, ...]; "
+            "samples must be [B, ...], with the same batch size B for all inputs; "
             f"got {[list(p.shape) for p in points]}"
         )
     return points
@@ -381,5 +381,5 @@ def require_floating(x: Tensor) -> None:
     if not x.is_floating_point():
         raise TypeError(
             f"a gradient needs floating-point samples; got {x.dtype}: "
-            "penalise what is computed from them (an embedding), or the weights"
+            "use their embedding, wrt=gpkit.activation(...), or a weight penalty"
         )

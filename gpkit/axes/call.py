@@ -92,7 +92,7 @@ class Call:
             y = sampled_losses(y, self.rng)
         if not isinstance(y, Tensor):
             raise TypeError(
-                f"the function gave a {type(y).__name__}, and a tensor was expected; choose one "
-                "with `of=lambda output: output[0]`"
+                f"the function must return a tensor; got a {type(y).__name__}: select one with "
+                "`of=lambda output: output[0]`"
             )
         return y

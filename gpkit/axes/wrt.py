@@ -41,7 +41,7 @@ class Variables:
 
     scopes: tuple[str, ...] = ("sample",)  # the valid scopes; the first is the default
     batched = True  # True for inputs ``[B, *S]`` with one row per group, False for parameters
-    missing = "is it what the function was computed from?"  # the hint if y does not depend on them
+    missing = "was the output computed from it?"  # the hint if y does not depend on them
 
     def targets(self, call: Call) -> Iterable[Target]:
         """Return the outputs to differentiate, with their variables, for a call of a penalty.
@@ -67,7 +67,9 @@ class inputs(Variables):
     """
 
     scopes = ("sample", "pixel")
-    missing = "x.requires_grad_() must come before the forward, and the same tensors be given"
+    missing = (
+        "call x.requires_grad_() before the forward pass, and give the penalty the same tensors"
+    )
 
     def targets(self, call: Call) -> Iterator[Target]:
         """Yield one target, with ``y`` ``[B, m]``: a row for each sample."""
@@ -127,7 +129,7 @@ class inputs(Variables):
         """Return the samples of a call with a graph; they must require grad."""
         if call.axes.at.moves:
             raise ValueError(
-                f"`at={type(call.axes.at).__name__}()` needs the function itself, to evaluate it "
+                f"`at={type(call.axes.at).__name__}()` needs a callable, to evaluate it "
                 "there; got a tensor: use penalty(critic, real=real, fake=fake)"
             )
         real, fake = self.samples(call)
@@ -148,7 +150,7 @@ class inputs(Variables):
             args = args[:-1] if args and isinstance(args[-1], nn.Module) else args
         if args:
             if call.real is not None or (call.fake is not None and not call.axes.at.moves):
-                raise TypeError("give the samples once: by position, or as real=... and fake=...")
+                raise TypeError("pass the samples once: by position, or as real=... and fake=...")
             points = as_points(args[0])
             fake = points if call.fake is None and not call.axes.at.moves else None
             return points, fake if call.fake is None else as_points(call.fake)
@@ -257,7 +259,7 @@ class weights(Variables):
         y, _ = call.run((), device)
         if y is before:
             raise RuntimeError(
-                "the closure gave the same tensor twice: the loss must be computed inside of it"
+                "the closure returned the same tensor twice: compute the loss inside the closure"
             )
         return y
 
@@ -287,7 +289,9 @@ class weights(Variables):
         if isinstance(given, nn.Module):
             named = dict(given.named_parameters())
         elif self.match != "*":
-            raise TypeError(f"`weights({self.match!r})` chooses by name: give it the module")
+            raise TypeError(
+                f"`weights({self.match!r})` selects by name: pass the module, not tensors"
+            )
         else:
             given = [given] if isinstance(given, Tensor) else list(given)
             named = {str(i): p for i, p in enumerate(given)}
@@ -303,7 +307,7 @@ class weights(Variables):
             if not isinstance(p, Tensor):
                 raise TypeError(
                     "a weight penalty takes a module or its parameters; "
-                    f"number {name} of them is a {type(p).__name__}"
+                    f"number {name} is a {type(p).__name__}"
                 )
         trained = tuple(p for p in chosen.values() if p.requires_grad)
         if not trained:
@@ -341,7 +345,7 @@ class activation(Named, inputs):
     True
     """
 
-    missing = "is the submodule's output used? name one on the way to what is differentiated"
+    missing = "is the submodule's output used? name a submodule that the output depends on"
 
     def __call__(self, h: Tensor) -> Tensor:
         """Return h unchanged: on the axis ``of`` the activation itself is differentiated."""
@@ -382,7 +386,7 @@ def window_of(call: Call) -> Window | None:
     if call.axes.scope == "accumulated":
         raise ValueError(
             'scope="accumulated" needs the micro-batches of an optimiser step, which '
-            "gpkit.GradientPenaltyCallback sees; here use scope='batch' or 'global'"
+            "only gpkit.GradientPenaltyCallback knows: use scope='batch' or 'global'"
         )
     return Window(ranks=True)
 
