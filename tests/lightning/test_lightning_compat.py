@@ -12,15 +12,16 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torchmetrics
-from fits import batches, fit, net
-from matrix import Plain
+from fits import batches, fit
+from modules import Plain
+from nets import net
 from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.plugins import MixedPrecision
 
 import gpkit
 from gpkit.lightning import compat
 from gpkit.lightning.monitor import findings as monitor_findings
-from gpkit.lightning.watch.replay import Traces
+from gpkit.lightning.watch.replay import Silencer
 
 
 def require(there, entry, without):
@@ -255,7 +256,7 @@ def test_a_step_that_is_run_again_leaves_no_trace_in_metrics(kind, how):
     module.metric = METRICS[kind]()
     use(module.metric, how)
     before = copy.deepcopy(compat.metric_state(module.metric))
-    with Traces(module).none():
+    with Silencer(module).silenced():
         use(module.metric, how)
     after = compat.metric_state(module.metric)
     assert after.keys() == before.keys()

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Scene, gradients, relative_error, rows
+from cases import Scene, rows
+from compare import gradients, relative_error
 from omegaconf import OmegaConf
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from gpkit import checks
 from gpkit.autodiff import graph
 from gpkit.autodiff.compat import is_reentrant_checkpoint
-from gpkit.axes.at import At, fake, interpolate, mixture
+from gpkit.axes.at import At, fake, interpolate
+from gpkit.axes.mixtures import mixture
 from gpkit.axes.wrt import weights
 from gpkit.gradient_penalty import GradientPenalty
 from gpkit.lightning.compat import is_a
