@@ -104,13 +104,12 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` has the same names 
     from gpkit.autodiff.derivatives import derivative as derivative
     from gpkit.autodiff.norm_layers import elementary as elementary
     from gpkit.autodiff.taylor.directional import directional_derivative as directional_derivative
+    from gpkit.axes.activation import activation as activation
     from gpkit.axes.adaptive import gradient_share as gradient_share
     from gpkit.axes.adaptive import target_norm as target_norm
     from gpkit.axes.at import At as At
     from gpkit.axes.at import interpolate as interpolate
-    from gpkit.axes.at import mixture as mixture
     from gpkit.axes.at import perturb as perturb
-    from gpkit.axes.at import uniform as uniform
     from gpkit.axes.environments import Statistic as Statistic
     from gpkit.axes.form import Form as Form
     from gpkit.axes.form import norm as norm
@@ -119,6 +118,8 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` has the same names 
     from gpkit.axes.form import running_average as running_average
     from gpkit.axes.form import squared as squared
     from gpkit.axes.form import two_sided as two_sided
+    from gpkit.axes.mixtures import mixture as mixture
+    from gpkit.axes.mixtures import uniform as uniform
     from gpkit.axes.weight import Weight as Weight
     from gpkit.axes.weight import cosine as cosine
     from gpkit.axes.weight import lazy_adam as lazy_adam
@@ -126,7 +127,6 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` has the same names 
     from gpkit.axes.weight import switch as switch
     from gpkit.axes.weight import warmup as warmup
     from gpkit.axes.wrt import Variables as Variables
-    from gpkit.axes.wrt import activation as activation
     from gpkit.axes.wrt import weights as weights
     from gpkit.estimators.base import Estimator as Estimator
     from gpkit.estimators.exact import exact as exact
@@ -176,11 +176,13 @@ else:
         "gpkit.autodiff.norm_layers": "elementary",
         "gpkit.autodiff.taylor.directional": "directional_derivative",
         "gpkit.axes.adaptive": "gradient_share target_norm",
-        "gpkit.axes.at": "At interpolate mixture perturb uniform",
+        "gpkit.axes.at": "At interpolate perturb",
+        "gpkit.axes.mixtures": "mixture uniform",
         "gpkit.axes.environments": "Statistic",
         "gpkit.axes.form": "Form norm one_sided power running_average squared two_sided",
         "gpkit.axes.weight": "Weight cosine lazy_adam rescaled switch warmup",
-        "gpkit.axes.wrt": "Variables activation weights",
+        "gpkit.axes.activation": "activation",
+        "gpkit.axes.wrt": "Variables weights",
         "gpkit.estimators.base": "Estimator",
         "gpkit.estimators.exact": "exact",
         "gpkit.estimators.finite_difference": "finite_difference",

@@ -166,8 +166,8 @@ class EnvironmentPenalty(Penalty):
             output = (output, None)
         if not isinstance(output, (list, tuple)) or len(output) != 2:
             raise TypeError(
-                f"{self.name} takes (logits, features), which gpkit.features(net, x) gives; got a "
-                f"{type(output).__name__}"
+                f"{self.name} takes (logits, features), which gpkit.features(net, x) returns; got "
+                f"a {type(output).__name__}"
             )
         logits, a = output
         if not isinstance(logits, Tensor) or logits.ndim not in (1, 2):
@@ -191,7 +191,7 @@ class EnvironmentPenalty(Penalty):
             losses = self.loss(logits, y)
             if losses.shape != logits.shape[:1]:
                 raise ValueError(
-                    f"`loss=...` must give one loss per sample, [{len(logits)}]; got "
+                    f"`loss=...` must return one loss per sample, [{len(logits)}]; got "
                     f'{list(losses.shape)}: use reduction="none"'
                 )
             if not losses.requires_grad:
@@ -210,8 +210,8 @@ USAGE = "use penalty(logits, y, env), or penalty([(logits_1, y_1), (logits_2, y_
 
 
 CUT = (
-    "the penalty depends on no parameter that is trained: were the logits detached, computed under "
-    "no_grad, or does `loss=...` not depend on them?"
+    "the penalty does not depend on any trained parameter: were the logits detached, computed "
+    "under no_grad, or does `loss=...` not depend on them?"
 )
 
 
@@ -220,7 +220,7 @@ def cross_entropies(logits: Tensor, y: Tensor) -> Tensor:
     if logits.ndim == 1 or logits.shape[1] == 1:
         if y.numel() != len(y):
             raise ValueError(
-                f"one logit a sample needs targets [B] in {{0, 1}}; got {list(y.shape)}"
+                f"one logit per sample needs targets [B] in {{0, 1}}; got {list(y.shape)}"
             )
         targets = y.reshape(-1).to(logits.dtype)
         return F.binary_cross_entropy_with_logits(logits.reshape(-1), targets, reduction="none")

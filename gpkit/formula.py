@@ -154,7 +154,7 @@ def trains(terms: Terms, targets: Sequence[Target], order: int, unused: str) -> 
     if not any(trained(t.y) for t in targets):
         return False  # no trained parameters: the caller only wants the value
     if not any(graph.depends(t.y, x) for t in targets for x in t.xs):
-        cause = f"what it differentiates does not depend on the {unused}"
+        cause = f"the differentiated output does not depend on the {unused}"
     elif kink:
         cause = (
             f"order {order} of a piecewise-linear net ({kink}) is zero everywhere: use a smooth "
@@ -162,8 +162,8 @@ def trains(terms: Terms, targets: Sequence[Target], order: int, unused: str) -> 
         )
     else:
         cause = (
-            f"the derivative of order {order} is constant in them. Is the function linear or a "
-            "polynomial of that degree, or does it hold a gradient taken without "
-            "create_graph=True, a detach, or reentrant checkpointing?"
+            f"the derivative of order {order} does not depend on them. Is the function linear or a "
+            "polynomial of that degree, or does it use a gradient taken without "
+            "create_graph=True, a detached tensor, or reentrant checkpointing?"
         )
-    raise RuntimeError(f"the penalty depends on no parameter that is trained: {cause}")
+    raise RuntimeError(f"the penalty does not depend on any trained parameter: {cause}")

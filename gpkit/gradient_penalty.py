@@ -30,8 +30,8 @@ from gpkit.penalty import Penalty
 
 AXES = ("of", "wrt", "scope", "order", "form", "at", "estimator", "reduce", "weight", "every")
 NO_GRAPH = (
-    "the penalty has nothing to differentiate: what it was given has no graph. Was it computed "
-    "under no_grad, detached, or made by a gradient without create_graph=True?"
+    "the penalty has nothing to differentiate: the tensor has no graph. Was it computed under "
+    "no_grad, detached, or is it a gradient taken without create_graph=True?"
 )
 
 
@@ -257,12 +257,12 @@ def with_loss(
     in_weights = [p for p in penalties if isinstance(p, GradientPenalty) and not p.wrt.batched]
     if len(in_weights) < len(penalties):
         raise TypeError(
-            "`with_loss(closure, net)` takes a penalty in the weights; add one in the inputs to "
-            "the loss: loss + penalty(f, x)"
+            "`with_loss(closure, net)` is for weight penalties; add an input penalty to the loss: "
+            "loss + penalty(f, x)"
         )
     if not callable(closure):
         raise TypeError(
-            f"`with_loss(closure, net)` takes a function that gives the loss; got a "
+            f"`with_loss(closure, net)` takes a function that returns the loss; got a "
             f"{type(closure).__name__}"
         )
     net = list(net) if isinstance(net, Iterator) else net
@@ -290,7 +290,7 @@ def _loss(penalty: GradientPenalty, given: Any) -> Tensor:
     """Return the loss or losses, selected from the closure's result by ``of``."""
     y = penalty.of(given) if callable(penalty.of) else given
     if not isinstance(y, Tensor):
-        raise TypeError(f"the closure gave a {type(y).__name__}, and a loss was expected")
+        raise TypeError(f"the closure must return a loss; got a {type(y).__name__}")
     return y
 
 

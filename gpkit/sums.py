@@ -193,7 +193,7 @@ def as_sum(penalty: Penalties | None) -> PenaltySum:
     parts = dict(named)
     if len(parts) < len(named):
         raise ValueError(
-            "`penalty=[...]` has two penalties of one name; name them in a dict, {'a': ...}, "
-            f"or with name=...; got {', '.join(name for name, _ in named)}"
+            "`penalty=[...]` has two penalties with the same name; use a dict, {'a': ...}, "
+            f"or name=...; got {', '.join(name for name, _ in named)}"
         )
     return PenaltySum(parts)

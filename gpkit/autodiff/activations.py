@@ -29,7 +29,7 @@ class Named:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(
-                f"`activation(name=...)` must be the name of a submodule, as 'encoder.3'; "
+                f"`activation(name=...)` must be the name of a submodule, such as 'encoder.3'; "
                 f"got {self.name!r}"
             )
 
@@ -50,8 +50,8 @@ def module_of(name: str, f: Any, args: Iterable[Any]) -> nn.Module:
         if isinstance(owner, nn.Module):
             return owner
     raise TypeError(
-        f"`activation({name!r})` needs the module that has it: penalty(net, x), or "
-        f"penalty(f, x, net) for a function that runs it; got a {type(f).__name__} alone"
+        f"`activation({name!r})` needs the module that contains it: penalty(net, x), or "
+        f"penalty(f, x, net) for a function f that calls the net; got only a {type(f).__name__}"
     )
 
 
@@ -115,7 +115,7 @@ def _catch(name: str, caught: dict[str, Tensor], module: nn.Module, _: Any, outp
         given = output.dtype if isinstance(output, Tensor) else f"a {type(output).__name__}"
         raise TypeError(
             f"`activation({name!r})` must be a floating-point tensor; the {type(module).__name__} "
-            f"gives {given}: name a submodule within it"
+            f"returns {given}: name a submodule inside it"
         )
     caught[name] = output if output.requires_grad else output.detach().requires_grad_()
     return caught[name].clone()
@@ -137,7 +137,7 @@ def classifier_inputs(net: nn.Module) -> Iterator[list[Tensor]]:
     linear = [module for module in net.modules() if isinstance(module, nn.Linear)]
     if not linear:
         raise ValueError(
-            "the classifier is the net's last nn.Linear; it has none: give the penalty "
+            "the net has no nn.Linear, whose last one would be the classifier: give the penalty "
             "(logits, features) yourself"
         )
     found: list[Tensor] = []
@@ -169,5 +169,5 @@ def features(net: nn.Module, x: Any) -> tuple[Tensor, Tensor]:
     with classifier_inputs(net) as found:
         logits = net(x)
     if len(found) != 1:
-        raise ValueError(f"the net's last nn.Linear must run once in a forward; ran {len(found)}")
+        raise ValueError(f"the net's last nn.Linear must run once; it ran {len(found)} times")
     return logits, found[0]

@@ -44,8 +44,8 @@ def require_leaves(tensors: Sequence[Tensor]) -> None:
     """
     if not all(t.is_leaf for t in tensors):
         raise ValueError(
-            "finite differences move the weights in place, and one of them was computed from "
-            "others: give the penalty the leaf parameters themselves"
+            "finite differences move the weights in place, and one of them is not a leaf tensor: "
+            "give the penalty the leaf parameters"
         )
 
 

@@ -13,7 +13,9 @@ from gpkit.autodiff.isolation import isolated
 from gpkit.autodiff.random import RandomState, Source
 from gpkit.axes.at import Points
 from gpkit.axes.of import Of, sampled_losses
+from gpkit.axes.scope import POOLED
 from gpkit.estimators.base import Estimator, Recomputable
+from gpkit.estimators.window import Window
 
 
 class Axes(Protocol):
@@ -92,7 +94,25 @@ class Call:
             y = sampled_losses(y, self.rng)
         if not isinstance(y, Tensor):
             raise TypeError(
-                f"the function gave a {type(y).__name__}, and a tensor was expected; choose one "
-                "with `of=lambda output: output[0]`"
+                f"the function must return a tensor; got a {type(y).__name__}: select one with "
+                "`of=lambda output: output[0]`"
             )
         return y
+
+    def window(self) -> Window | None:
+        """Return the window of a scope that pools gradients; None for any other scope.
+
+        Raises:
+            ValueError: for ``scope="accumulated"`` in a call that has no window, because only the
+                caller knows the micro-batches.
+        """
+        if self.axes.scope not in POOLED:
+            return None
+        if isinstance(self.f, Recomputable) and self.f.window is not None:
+            return self.f.window
+        if self.axes.scope == "accumulated":
+            raise ValueError(
+                'scope="accumulated" needs the micro-batches of an optimiser step, which '
+                "only gpkit.GradientPenaltyCallback knows: use scope='batch' or 'global'"
+            )
+        return Window(ranks=True)

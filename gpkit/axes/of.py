@@ -34,7 +34,7 @@ def sampled_losses(logits: Tensor, rng: Source) -> Tensor:
     """
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(
-            f'of="sampled_loss" draws labels from logits [B, C] of C >= 2; got '
+            f'of="sampled_loss" draws labels from logits [B, C] with C >= 2; got '
             f"{list(logits.shape)}: give the penalty the logits, not the loss"
         )
     logits = logits.to(wide(logits))

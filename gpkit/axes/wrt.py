@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from gpkit import checks
-from gpkit.autodiff.activations import Named
 from gpkit.axes.at import Points, as_points, require_floating
 from gpkit.axes.call import Axes, Call
 from gpkit.axes.of import Of
@@ -41,7 +40,7 @@ class Variables:
 
     scopes: tuple[str, ...] = ("sample",)  # the valid scopes; the first is the default
     batched = True  # True for inputs ``[B, *S]`` with one row per group, False for parameters
-    missing = "is it what the function was computed from?"  # the hint if y does not depend on them
+    missing = "was the output computed from it?"  # the hint if y does not depend on them
 
     def targets(self, call: Call) -> Iterable[Target]:
         """Return the outputs to differentiate, with their variables, for a call of a penalty.
@@ -67,7 +66,9 @@ class inputs(Variables):
     """
 
     scopes = ("sample", "pixel")
-    missing = "x.requires_grad_() must come before the forward, and the same tensors be given"
+    missing = (
+        "call x.requires_grad_() before the forward pass, and give the penalty the same tensors"
+    )
 
     def targets(self, call: Call) -> Iterator[Target]:
         """Yield one target, with ``y`` ``[B, m]``: a row for each sample."""
@@ -127,7 +128,7 @@ class inputs(Variables):
         """Return the samples of a call with a graph; they must require grad."""
         if call.axes.at.moves:
             raise ValueError(
-                f"`at={type(call.axes.at).__name__}()` needs the function itself, to evaluate it "
+                f"`at={type(call.axes.at).__name__}()` needs a callable, to evaluate it "
                 "there; got a tensor: use penalty(critic, real=real, fake=fake)"
             )
         real, fake = self.samples(call)
@@ -148,7 +149,7 @@ class inputs(Variables):
             args = args[:-1] if args and isinstance(args[-1], nn.Module) else args
         if args:
             if call.real is not None or (call.fake is not None and not call.axes.at.moves):
-                raise TypeError("give the samples once: by position, or as real=... and fake=...")
+                raise TypeError("pass the samples once: by position, or as real=... and fake=...")
             points = as_points(args[0])
             fake = points if call.fake is None and not call.axes.at.moves else None
             return points, fake if call.fake is None else as_points(call.fake)
@@ -236,7 +237,7 @@ class weights(Variables):
             rerun = partial(self.evaluated, call, device, y)
         else:
             raise TypeError(f"expected a tensor or a callable; got a {type(call.f).__name__}")
-        yield from self.targets_of(y, params, call.axes, rerun, window_of(call))
+        yield from self.targets_of(y, params, call.axes, rerun, call.window())
 
     def targets_of(
         self,
@@ -257,7 +258,7 @@ class weights(Variables):
         y, _ = call.run((), device)
         if y is before:
             raise RuntimeError(
-                "the closure gave the same tensor twice: the loss must be computed inside of it"
+                "the closure returned the same tensor twice: compute the loss inside the closure"
             )
         return y
 
@@ -287,7 +288,9 @@ class weights(Variables):
         if isinstance(given, nn.Module):
             named = dict(given.named_parameters())
         elif self.match != "*":
-            raise TypeError(f"`weights({self.match!r})` chooses by name: give it the module")
+            raise TypeError(
+                f"`weights({self.match!r})` selects by name: pass the module, not tensors"
+            )
         else:
             given = [given] if isinstance(given, Tensor) else list(given)
             named = {str(i): p for i, p in enumerate(given)}
@@ -303,88 +306,12 @@ class weights(Variables):
             if not isinstance(p, Tensor):
                 raise TypeError(
                     "a weight penalty takes a module or its parameters; "
-                    f"number {name} of them is a {type(p).__name__}"
+                    f"number {name} is a {type(p).__name__}"
                 )
         trained = tuple(p for p in chosen.values() if p.requires_grad)
         if not trained:
             raise ValueError(f"none of the {len(chosen)} parameters requires grad: all are frozen")
         return trained
-
-
-@dataclass(frozen=True)
-class activation(Named, inputs):
-    """The output h of a submodule, ``[B, *H]``, for the axes ``of`` and ``wrt``.
-
-    ``of=activation("encoder.3")`` differentiates h. ``wrt=activation("encoder.3")`` differentiates
-    with respect to h, for each sample; the samples may then be integers, such as tokens before an
-    embedding. A hook captures h in the forward pass that the penalty runs, so the penalty needs
-    the module: ``penalty(net, x)``, or as the last argument,
-    ``penalty(lambda x: losses(net(x)), x, net)`` and ``penalty(closure, net)``. If you have h with
-    its graph, pass it instead: ``penalty(h, x)`` for ``of``, ``penalty(losses, h)`` for ``wrt``.
-
-    Args:
-        name: as in ``net.named_modules()``. The forward pass must call that submodule once.
-
-    Raises:
-        ValueError: if the name is not a string or is empty; in the call, if the net has no such
-            submodule, or the forward pass does not call it exactly once.
-        TypeError: in the call, if its output is not a floating-point tensor.
-
-    >>> import gpkit, torch
-    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
-    >>> x = torch.ones(4, 2)
-    >>> first = gpkit.GradientPenalty(of=activation("0"))(net, x)
-    >>> torch.allclose(first, net[0].weight.square().sum())
-    True
-    >>> second = gpkit.GradientPenalty(wrt=activation("0"))(net, x)
-    >>> torch.allclose(second, net[1].weight.square().sum())
-    True
-    """
-
-    missing = "is the submodule's output used? name one on the way to what is differentiated"
-
-    def __call__(self, h: Tensor) -> Tensor:
-        """Return h unchanged: on the axis ``of`` the activation itself is differentiated."""
-        return h
-
-    def points(self, call: Call) -> Points:
-        """Return the points where the net is evaluated. They need not be floating-point."""
-        points = call.axes.at.choose(*self.samples(call), call.rng)
-        if call.axes.at.detach:
-            points = tuple(x.detach() for x in points)
-        return tuple(x.clone() if x.is_inference() else x for x in points)
-
-    def chosen(self, xs: Points, caught: Mapping[str, Any]) -> Points:
-        """Return h, which must have one row per sample.
-
-        Raises:
-            ValueError: if it does not.
-        """
-        h = caught[self.name]
-        if h.ndim == 0 or len(h) != len(xs[0]):
-            raise ValueError(
-                f"`activation({self.name!r})` must have a row for each of {len(xs[0])} samples; "
-                f"got {list(h.shape)}"
-            )
-        return (h,)
-
-
-def window_of(call: Call) -> Window | None:
-    """Return the window of a call, or None for a scope that needs none.
-
-    Raises:
-        ValueError: if the scope is "accumulated" and the call has no window of micro-batches.
-    """
-    if call.axes.scope not in POOLED:
-        return None
-    if isinstance(call.f, Recomputable) and call.f.window is not None:
-        return call.f.window
-    if call.axes.scope == "accumulated":
-        raise ValueError(
-            'scope="accumulated" needs the micro-batches of an optimiser step, which '
-            "gpkit.GradientPenaltyCallback sees; here use scope='batch' or 'global'"
-        )
-    return Window(ranks=True)
 
 
 VARIABLES: dict[str, type[Variables]] = {"input": inputs, "weight": weights}

@@ -156,12 +156,12 @@ def require_function(estimator: Estimator, target: Target) -> Callable[..., Tens
     if target.evaluate is None:
         call = "penalty(f, x)" if target.batched else "penalty(closure, net)"
         raise ValueError(
-            f"`estimator={name}()` evaluates the function at other points, and got a tensor: give "
-            f"it the function, {call}, or use estimator='exact'"
+            f"`estimator={name}()` needs a callable, to evaluate it at other points; got a tensor: "
+            f"use {call}, or estimator='exact'"
         )
     if target.y.shape[1] > 1:
         raise ValueError(
-            f"`estimator={name}()` takes one output a group; got {target.y.shape[1]}: use "
+            f"`estimator={name}()` takes one output per group; got {target.y.shape[1]}: use "
             "estimator='projection' or 'exact'"
         )
     return target.evaluate

@@ -40,7 +40,7 @@ class gaussian_product(Estimator):
         """
         if order > 1 or norm != "l2":
             raise ValueError(
-                "`estimator=gaussian_product()` is the l2 norm of a first derivative; "
+                "`estimator=gaussian_product()` gives the l2 norm of a first derivative; "
                 f"got order={order}, norm={norm!r}: use estimator='projection'"
             )
 

@@ -93,8 +93,8 @@ class taylor(Estimator):
 
         if target.evaluate is None:
             raise ValueError(
-                "`estimator=taylor()` evaluates the function itself, and got a tensor: "
-                "give a callable and samples, penalty(f, x)"
+                "`estimator=taylor()` needs a callable, to run it on Taylor series; got a tensor: "
+                "use penalty(f, x)"
             )
         flat = tuple(as_rows(x, True) for x in target.xs)  # [G, n]
         alone = sum(x.shape[1] for x in flat) == 1

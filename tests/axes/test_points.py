@@ -160,7 +160,7 @@ def test_only_their_own_generator_is_drawn_from():
             ValueError,
             r"same shape; got \[5, 3\] and \[5, 1\]",  # would broadcast
         ),
-        (lambda p, x: p("data")(f, x.long()), TypeError, r"got torch.int64: penalise what is"),
+        (lambda p, x: p("data")(f, x.long()), TypeError, r"got torch.int64: use their embed"),
         (lambda p, x: p("data")(f, x.to(torch.cfloat)), TypeError, "got torch.complex64"),
         (lambda p, x: p("interpolated")(f, x), ValueError, "did you mean 'interpolate'"),
         (lambda p, x: p(gpkit.perturb(-1.0))(f, x), ValueError, r"`perturb\(scale=...\)`.* >= 0"),
@@ -185,7 +185,7 @@ def f(x):
 @pytest.mark.parametrize(
     ("x", "error", "said"),
     [
-        (torch.zeros(()), ValueError, r"must have a batch dimension, .* got \[\[\]\]"),
+        (torch.zeros(()), ValueError, r"must be \[B, ...\], with the same batch .* got \[\[\]\]"),
         ((torch.zeros(3, 1), torch.zeros(4, 1)), ValueError, r"got \[\[3, 1\], \[4, 1\]\]"),
         ((), ValueError, r"got \[\]"),
         ({"x": 1}, TypeError, r"a tensor \[B, ...\] or a tuple of them; got dict"),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import gpkit.autodiff.taylor.rules  # noqa: F401  registers the rule of every operation
 from gpkit import checks
-from gpkit.autodiff.kernels import double_backward
+from gpkit.autodiff.isolation import double_backward
 from gpkit.autodiff.taylor import rules as rules  # registers them
 from gpkit.autodiff.taylor.jets import Jet
 
@@ -52,7 +52,7 @@ def directional_derivative(f: Callable[..., Any], x: Any, v: Any, order: int = 1
     shapes = [list(a.shape) for a in xs], [list(a.shape) for a in vs]
     if shapes[0] != shapes[1]:
         raise ValueError(
-            "`directional_derivative(f, x, v)` needs a v of the shape of x; "
+            "`directional_derivative(f, x, v)` needs v in the shape of x; "
             f"got x {shapes[0]} and v {shapes[1]}"
         )
     train = torch.is_grad_enabled()
@@ -74,5 +74,5 @@ def last_derivative(y: Any, order: int) -> Tensor:
     if isinstance(y, Jet):
         return math.factorial(order) * y.coefficients[order]
     if not isinstance(y, Tensor):
-        raise TypeError(f"the function gave a {type(y).__name__}, and a tensor was expected")
+        raise TypeError(f"the function must return a tensor; got a {type(y).__name__}")
     return torch.zeros_like(y)

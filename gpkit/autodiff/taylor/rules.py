@@ -21,54 +21,22 @@ from gpkit.autodiff.taylor.jets import (
 )
 from gpkit.autodiff.taylor.series import Series
 
+# fmt: off
 # Operations that are linear in all their jets (shapes, sums, layouts): applied to each coefficient.
 LINEAR = (
-    "view",
-    "_unsafe_view",
-    "permute",
-    "transpose",
-    "t",
-    "expand",
-    "slice",
-    "select",
-    "squeeze",
-    "unsqueeze",
-    "alias",
-    "clone",
-    "_to_copy",
-    "neg",
-    "sum",
-    "mean",
-    "cat",
-    "stack",
-    "unbind",
-    "split",
-    "split_with_sizes",
-    "index",
-    "index_select",
-    "gather",
-    "flip",
-    "roll",
-    "avg_pool2d",
-    "_adaptive_avg_pool2d",
+    "view", "_unsafe_view", "permute", "transpose", "t", "expand", "slice", "select", "squeeze",
+    "unsqueeze", "alias", "clone", "_to_copy", "neg", "sum", "mean", "cat", "stack", "unbind",
+    "split", "split_with_sizes", "index", "index_select", "gather", "flip", "roll",
+    "avg_pool2d", "_adaptive_avg_pool2d",
 )
 
 
 # Operations whose result is a constant: independent of the values, or detached.
 CONSTANT = (
-    "empty_like",
-    "zeros_like",
-    "ones_like",
-    "full_like",
-    "rand_like",
-    "randn_like",
-    "new_empty",
-    "new_zeros",
-    "new_ones",
-    "new_full",
-    "detach",
-    "bernoulli",
+    "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
+    "new_empty", "new_zeros", "new_ones", "new_full", "detach", "bernoulli",
 )
+# fmt: on
 
 
 @rule(*LINEAR)

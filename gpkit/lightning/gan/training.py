@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import Tensor
@@ -16,9 +16,6 @@ from gpkit.lightning.gan.logging import optimality_scalars, slope_scalars
 from gpkit.lightning.gan.objectives import MicroBatch, Objective
 from gpkit.lightning.gan.stepping import accumulate_gradients, step_optimizer
 from gpkit.lightning.recording import penalty_scalars
-
-if TYPE_CHECKING:
-    from gpkit.lightning.gan.module import GANModule
 
 Evaluate = Callable[[MicroBatch], Tensor | None]  # the total of an objective, or None
 
@@ -32,7 +29,7 @@ class GANStep:
         window: the micro-batches of the step.
     """
 
-    module: GANModule
+    module: Any
     window: list[MicroBatch]
 
     def run(self) -> None:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import torch._dynamo
+import torch
 from torch import Tensor
 
 from gpkit import formula
+from gpkit.autodiff.compat import traces_gradients, tracing_gradients
 from gpkit.autodiff.random import SeededDraws
 from gpkit.axes.call import Call
 from gpkit.axes.form import running_average
@@ -52,7 +53,7 @@ class CompiledLoss:
                 raise ValueError(
                     f"`compile=True` does not support {name!r}, which {reason}: leave compile=False"
                 )
-        if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        if not traces_gradients():
             raise RuntimeError(
                 "`compile=True` needs a version of torch that can trace gradients, such as 2.13; "
                 f"got {torch.__version__}: leave compile=False"
@@ -80,8 +81,7 @@ class CompiledLoss:
             variables = {n: p.wrt.chosen(self.net) for n, p in self._in_weights(acting)}
             compute = partial(self._compute, variables)
             self._graphs[acting] = torch.compile(compute, fullgraph=True)
-        # The limit counts the graphs of all modules in the process, as those of a sweep.
-        with torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=256):
+        with tracing_gradients():
             return self._graphs[acting](x, y, seeds)
 
     def _in_weights(self, names: Iterable[str]) -> Iterator[tuple[str, Any]]:

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+
+from gpkit.autodiff.compat import tree_leaves
 
 LossFunction = Callable[[Any, Any], Tensor]
 

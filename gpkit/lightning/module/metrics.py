@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map_only
 from torchmetrics import MeanAbsoluteError, MeanMetric, Metric, MetricCollection
+
+from gpkit.autodiff.compat import tree_map_only
 
 CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss)
 BINARY = (nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits)

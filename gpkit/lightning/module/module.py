@@ -12,12 +12,11 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map_only
 
 from gpkit import checks
 from gpkit.autodiff.activations import captured
-from gpkit.autodiff.isolation import isolated
-from gpkit.autodiff.kernels import double_backward
+from gpkit.autodiff.compat import tree_map_only
+from gpkit.autodiff.isolation import double_backward, isolated
 from gpkit.autodiff.norm_layers import elementary
 from gpkit.autodiff.random import random_state
 from gpkit.estimators.window import summarised

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gpkit.autodiff.compat import uncompiled_name
+
 
 def by_group(optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, list[Tensor]]]:
     """Yield the parameter groups of optimisers.
@@ -39,4 +41,4 @@ def by_layer(module: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
     for name, layer in module.named_modules():
         own: list[Tensor] = list(layer.parameters(recurse=False))
         if own:
-            yield name.replace("_orig_mod.", "") or type(module).__name__, own
+            yield uncompiled_name(name) or type(module).__name__, own

@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from gpkit import checks
+from gpkit.autodiff.compat import tree_map_only
 from gpkit.lightning.compat import Callback, last_of_step, logs_now
 from gpkit.lightning.monitor.findings import (
     REFUSAL_TITLE,

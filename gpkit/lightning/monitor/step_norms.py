@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpkit.autodiff.compat import unscales_in_its_step
 from gpkit.autodiff.numerics import widened
-from gpkit.lightning.compat import scale_of, scaler_of, unscales_in_its_step
+from gpkit.lightning.compat import scale_of, scaler_of
 from gpkit.lightning.monitor.groups import by_group, by_layer
 from gpkit.lightning.monitor.tensors import WatchedTensor
 from gpkit.lightning.norms import flat_entries, gradient_norms, sample_norms, total_norm

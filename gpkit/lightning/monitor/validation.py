@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 from torchmetrics import Metric
 
+from gpkit.autodiff.compat import buffers_of, tree_map_only
+from gpkit.lightning.compat import metric_state
 from gpkit.lightning.monitor.findings import REFUSAL_TITLE
 from gpkit.lightning.refusals import refuse
 from gpkit.lightning.watch.replay import loss_of
@@ -33,9 +34,9 @@ def gradients_on(module: nn.Module, arguments: Any) -> Iterator[Any]:
     """
     with torch.inference_mode(False), torch.enable_grad():
         for owner in module.modules():
-            owner._buffers.update({k: _usable(t) for k, t in owner._buffers.items()})
+            buffers_of(owner).update({k: _usable(t) for k, t in buffers_of(owner).items()})
             if isinstance(owner, Metric):
-                states = {k: v for k, v in owner.__dict__.items() if k in owner._defaults}
+                states = metric_state(owner, caches=False)
                 owner.__dict__.update(tree_map_only(Tensor, _usable, states))
         yield tree_map_only(Tensor, _usable, arguments)
 

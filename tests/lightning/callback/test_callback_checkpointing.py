@@ -103,7 +103,7 @@ def shifted(real, fake):
 
 
 MOVES = "runs under checkpointing, which reruns its forward in the backward pass"
-AGAIN = "checkpointing ran a forward again otherwise than before"
+AGAIN = "checkpointing recomputed a different forward pass"
 
 
 @pytest.mark.parametrize(

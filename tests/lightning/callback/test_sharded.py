@@ -462,7 +462,7 @@ def test_gives_the_weights_back_after_an_error_and_goes_on(found):
 
 def test_refuses_a_loss_without_gradients(found):
     for known in found:
-        assert "what it was given has no graph" in known["errors"]["detached"]
+        assert "the tensor has no graph" in known["errors"]["detached"]
         assert "set_requires_gradient_sync(True)" in known["errors"]["not synchronised"]
 
 
