@@ -27,10 +27,10 @@ from gpkit.models import MLP
 from gpkit.presets import PRESETS
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent / "tests" / folder) for folder in ("support", "presets")]
+sys.path.insert(0, str(HERE.parent / "tests" / "support"))
 
-from cases import ROWS, gradients, relative_error  # noqa: E402
-from test_presets import evaluated, expected  # noqa: E402
+from cases import ROWS, evaluated, expected  # noqa: E402
+from compare import gradients, relative_error  # noqa: E402
 
 ROUNDS = 30
 CRITICS = {

@@ -21,10 +21,9 @@ from gpkit.axes.of import Of
 from gpkit.axes.weight import Schedule
 from gpkit.axes.wrt import VARIABLES, Variables
 from gpkit.estimators import ESTIMATORS
-from gpkit.estimators.base import Estimator, Target
+from gpkit.estimators.base import Estimator, Recomputable, Target
 from gpkit.estimators.exact import exact
 from gpkit.estimators.projection import projection
-from gpkit.estimators.recomputable import Recomputable
 from gpkit.estimators.window import summarised
 from gpkit.formula import Terms
 from gpkit.penalty import Penalty

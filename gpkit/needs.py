@@ -7,6 +7,7 @@ penalty what it needs. Only this file reads the axes for that purpose.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from gpkit.autodiff import activations
 from gpkit.axes.scope import POOLED
@@ -52,61 +53,61 @@ class Needs:
     features: bool = False
     measures: bool = False
 
-    @property
+    @cached_property
     def of_loss(self) -> bool:
         """Whether it differentiates the loss."""
         return self.differentiates == "loss"
 
-    @property
+    @cached_property
     def environments(self) -> bool:
         """Whether it compares the environments of a batch."""
         return self.differentiates == "environments"
 
-    @property
+    @cached_property
     def at_data(self) -> bool:
         """Whether the variables are the input or an activation, in a forward pass at the data."""
         return not (self.in_weights or self.environments or self.moves)
 
-    @property
+    @cached_property
     def input_graph(self) -> bool:
         """Whether it only needs a forward pass at the data with an input that requires grad."""
         return self.at_data and self.reuses_graph
 
-    @property
+    @cached_property
     def sample_losses(self) -> bool:
         """Whether it differentiates the loss of each sample."""
         return self.of_loss and self.per_sample
 
-    @property
+    @cached_property
     def each_gradient(self) -> bool:
         """Whether it differentiates the loss of each sample with respect to the weights."""
         return self.in_weights and self.sample_losses
 
-    @property
+    @cached_property
     def loss_at_two_points(self) -> bool:
         """Whether it takes finite differences of the loss in the weights, not per sample."""
         once = self.in_weights and self.of_loss and not self.per_sample
         return once and self.order == 0 and not self.reuses_graph
 
-    @property
+    @cached_property
     def calls_net(self) -> bool:
         """Whether it calls the net itself, at its own points, without the loss."""
         elsewhere = self.moves or self.on_jets
         return not (self.of_loss or self.in_weights or self.environments) and elsewhere
 
-    @property
+    @cached_property
     def runs_again(self) -> bool:
         """Whether it reruns the loss computation: at other points or weights, or per sample."""
         reruns = self.moves or self.pooled or self.each_gradient or not self.reuses_graph
         return reruns and not self.calls_net
 
-    @property
+    @cached_property
     def reads_input(self) -> bool:
         """Whether it needs the net's input, as the variable or to compute its points."""
         inside = self.in_weights or self.environments or (self.in_activation and not self.moves)
         return not inside
 
-    @property
+    @cached_property
     def reads_output(self) -> bool:
         """Whether it differentiates the net's output in the training forward pass."""
         return self.differentiates == "output" and not self.calls_net

@@ -2,8 +2,7 @@
 
 - ``derivatives``: derivatives of any order.
 - ``graph``: reads autograd graphs.
-- ``isolation``: runs a forward pass without side effects.
-- ``kernels``: chooses kernels that have a double backward.
+- ``isolation``: runs a forward pass without side effects, on kernels that have a double backward.
 - ``norm_layers``: computes norm layers whose third derivative is wrong in torch.
 - ``activations``: captures the outputs of submodules.
 - ``known_gradient``: creates a value with a gradient that is already known.
@@ -11,6 +10,7 @@
 - ``distributed``: statistics over the ranks of a distributed run.
 - ``numerics``: norms and arithmetic of rows ``[G, n]``.
 - ``taylor``: propagates truncated Taylor series.
+- ``compat``: all private API of torch that gpkit uses.
 
 To add a Taylor-mode rule for an operation: decorate a function with ``@rule("name")`` in
 ``taylor/rules.py``, and add a function that uses the operation to the tests of Taylor mode.

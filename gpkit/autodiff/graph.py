@@ -6,14 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-# The wrapper that @once_differentiable returns: its code is the same for every backward.
-ONCE: Any = once_differentiable(lambda ctx, *grads: None)
-
+from gpkit.autodiff import compat
 
 # Operations with a zero second derivative: if a net has no others, an order >= 2 penalty is zero.
-PIECEWISE_LINEAR = ("Relu", "LeakyRelu", "Hardtanh", "Threshold", "Prelu", "Abs")
+PIECEWISE_LINEAR = ("Relu", "LeakyRelu", "Hardtanh", "Threshold", "PreluKernel", "Abs")
 
 
 # Words of torch's error messages, or names of nodes, and the hint for each.
@@ -61,7 +58,8 @@ def leaves(tensor: Tensor) -> list[Tensor]:
     """Return the leaf tensors in the graph of ``tensor``; all of them require grad."""
     if tensor.grad_fn is None:
         return [tensor] if tensor.requires_grad else []
-    return [node.variable for node in nodes(tensor) if hasattr(node, "variable")]
+    found = (getattr(node, compat.LEAF, None) for node in nodes(tensor))
+    return [leaf for leaf in found if leaf is not None]
 
 
 def depends(y: Tensor, x: Tensor) -> bool:
@@ -76,7 +74,8 @@ def between(y: Tensor, xs: tuple[Tensor, ...]) -> list[Any]:
     users: dict[Any, list[Any]] = {}
     stack = [x.grad_fn for x in xs if x.grad_fn is not None]
     for node in nodes(y):
-        if any(x is getattr(node, "variable", None) for x in xs):
+        leaf = getattr(node, compat.LEAF, None)
+        if any(x is leaf for x in xs):
             stack.append(node)
         for parent, _ in node.next_functions:
             users.setdefault(parent, []).append(node)
@@ -107,27 +106,21 @@ def require_derivatives(y: Tensor, xs: tuple[Tensor, ...], order: int) -> None:
     """
     for node in between(y, xs) if order >= 2 else ():
         name, cause = node.name(), None
-        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
-        if getattr(backward, "__code__", None) is ONCE.__code__:
+        if compat.is_once_differentiable(node):
             cause = HINTS["once_differentiable"]
-        elif name.startswith("ScaledDotProduct"):
+        elif compat.is_fused_attention(name):
             cause = HINTS["scaled_dot_product"]
-        elif order >= (2 if "BackwardBackward" in name else 3) and (
-            name.startswith("NativeLayerNorm") or ("BatchNorm" in name and in_training(node))
+        elif order >= (2 if compat.is_second_derivative(name) else 3) and (
+            compat.is_layer_norm(name) or compat.uses_batch_statistics(node, name)
         ):
             cause = HINTS["NativeLayerNorm"]
         if cause:
             raise RuntimeError(f"there is no derivative of order {order} through {name}: {cause}")
 
 
-def in_training(node: Any) -> bool:
-    """Whether a node of batch norm, or of its backward, uses batch statistics."""
-    return getattr(node, "_saved_training", False) or getattr(node, "_saved_train", False)
-
-
 def piecewise_linear(y: Tensor) -> str | None:
     """Return the name of a piecewise-linear operation in the graph of ``y``, or None."""
-    names = {node.name().partition("Backward")[0] for node in nodes(y)}
+    names = set(map(compat.operation_of, nodes(y)))
     return next((name for name in PIECEWISE_LINEAR if name in names), None)
 
 

@@ -13,8 +13,7 @@ from gpkit.autodiff.isolation import isolated
 from gpkit.autodiff.random import RandomState, Source
 from gpkit.axes.at import Points
 from gpkit.axes.of import Of, sampled_losses
-from gpkit.estimators.base import Estimator
-from gpkit.estimators.recomputable import Recomputable
+from gpkit.estimators.base import Estimator, Recomputable
 
 
 class Axes(Protocol):

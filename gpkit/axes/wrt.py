@@ -17,8 +17,7 @@ from gpkit.axes.at import Points, as_points, require_floating
 from gpkit.axes.call import Axes, Call
 from gpkit.axes.of import Of
 from gpkit.axes.scope import POOLED, require_images
-from gpkit.estimators.base import Target
-from gpkit.estimators.recomputable import Recomputable
+from gpkit.estimators.base import Recomputable, Target
 from gpkit.estimators.window import Window
 
 

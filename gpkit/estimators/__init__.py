@@ -2,7 +2,7 @@
 
 An estimator gets a `gpkit.estimators.base.Target` (the output and the variables) and returns n²
 ``[G]``, one for each group, with a graph. ``window`` holds the gradients of earlier micro-batches;
-``recomputable`` holds a value together with the function that recomputes it.
+`Recomputable` is a value together with the function that recomputes it.
 
 To add one: subclass `Estimator` in a new file, define ``squared_norms``, add the class to
 ``ESTIMATORS`` below, export it in ``gpkit/__init__.py``, and compare it with a closed form in

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpkit.autodiff.compat import tree_map_only
+
 
 def unpack(batch: Any) -> tuple[Tensor, Any]:
     """Return the inputs x and the targets y of a batch.
@@ -55,7 +57,7 @@ def repeated(y: Any, batch: int, points: int) -> Any:
     def repeat(t: Tensor) -> Tensor:
         return torch.cat([t] * (points // batch)) if t.ndim else t
 
-    return torch.utils._pytree.tree_map_only(Tensor, repeat, y)
+    return tree_map_only(Tensor, repeat, y)
 
 
 def environments(batch: Any) -> Tensor:

@@ -1,7 +1,7 @@
 """All private API of Lightning and torchmetrics that gpkit uses, in one place.
 
 Each entry says why the public API is not enough. `tests/lightning/test_compat.py` fails with the
-name of the entry when a release removes it.
+name of the entry when a release removes it. Torch's own private API is in `gpkit.autodiff.compat`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ if TYPE_CHECKING:
 else:
     # `lightning.pytorch` is the same library as `pytorch_lightning` with its own classes, and its
     # trainer accepts only its own Callback. If both are installed, ours inherits from both.
-    _names = ["pytorch_lightning", *["lightning.pytorch"] * (find_spec("lightning") is not None)]
+    # (A folder of that name without an __init__.py, in a user's project, has no origin.)
+    _both = getattr(find_spec("lightning"), "origin", None) is not None
+    _names = ["pytorch_lightning", *["lightning.pytorch"] * _both]
     Callback = type("Callback", tuple(import_module(name).Callback for name in _names), {})
 
 
 def is_a(thing: Any, *names: str) -> bool:
     """Whether ``thing`` is an instance of a class with one of these names, from either package."""
+    # isinstance would need the classes of both, and import both.
     return any(c.__name__ in names for c in type(thing).__mro__)
 
 
@@ -50,11 +53,6 @@ def scale_of(scaler: Any, device: torch.device) -> Tensor | None:
         device: the device of the loss.
     """
     return None if scaler is None else scaler.scale(torch.ones((), device=device))
-
-
-def unscales_in_its_step(optimizer: Any) -> bool:
-    """Whether an optimiser unscales gradients itself, as fused ones do; torch has no other sign."""
-    return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def steps_of(trainer: Any) -> int:
@@ -104,6 +102,7 @@ def state_key(callback: Any, **arguments: Any) -> str:
 
 # Attributes that an update of a metric changes, beside its states. torchmetrics has no function
 # that copies only these, and a `deepcopy` of a metric copies the modules inside it.
+# (`_update_called` is an attribute of old releases; it has become a property of the count.)
 METRIC_CACHES = ("_update_count", "_computed", "_forward_cache", "_update_called")
 
 

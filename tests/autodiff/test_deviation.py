@@ -1,9 +1,8 @@
 """The batch's standard deviation is that of the joint batch of all ranks."""
 
 import pytest
+import ranks
 import torch
-import torch.multiprocessing as mp
-from torch import distributed
 
 import gpkit
 from gpkit.autodiff.distributed import batch_std
@@ -18,27 +17,20 @@ def batch(dtype=torch.float64):
     return x.to(dtype)
 
 
-def _rank(rank, path):
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{path}/store", rank=rank, world_size=2
-    )
-    try:
-        found = {dtype: batch_std(batch(dtype)[PARTS[rank]]) for dtype in DTYPES}
-        x = batch()[PARTS[rank]].requires_grad_()
-        at = gpkit.perturb(0.5, noise="uniform", relative=True)
-        (z,) = at((x,), None, torch.Generator().manual_seed(rank))
-        torch.save((found, (z - x).detach()), f"{path}/{rank}")
-    finally:
-        distributed.destroy_process_group()
+def of_rank(rank):
+    found = {dtype: batch_std(batch(dtype)[PARTS[rank]]) for dtype in DTYPES}
+    x = batch()[PARTS[rank]].requires_grad_()
+    at = gpkit.perturb(0.5, noise="uniform", relative=True)
+    (z,) = at((x,), None, torch.Generator().manual_seed(rank))
+    return found, (z - x).detach()
 
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
-def test_two_ranks_have_the_joint_deviation(tmp_path):
+def test_two_ranks_have_the_joint_deviation():
     # catches the deviation of each rank, their mean, and the weight of unequal ranks
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
-    results = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+    results = ranks.run(of_rank)
     true = batch().std(correction=0)
     for rank, (found, delta) in enumerate(results):
         assert found[torch.float64].item() == pytest.approx(true.item(), rel=1e-12)

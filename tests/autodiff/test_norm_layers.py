@@ -1,15 +1,15 @@
-"""Norm layers at every order: true derivatives, torch's own results, and refusals."""
+"""Norm layers have true derivatives at every order, and refuse graphs in which they would not."""
 
 import copy
 import shutil
-from contextlib import nullcontext
 from functools import partial
 
 import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import gradients, relative_error
+from compare import gradients, relative_error
+from norms import disturbed
 from torch import nn
 from torch.func import functional_call
 
@@ -19,12 +19,8 @@ from gpkit.autodiff.isolation import isolated
 from gpkit.autodiff.norm_layers import elementary
 
 B = 4
+
 orders = pytest.mark.parametrize("order", [1, 2, 3, 4])
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 class ByHand(nn.Module):
@@ -69,6 +65,7 @@ LAYERS = {
     "BatchNorm1d in evaluation": lambda: nn.BatchNorm1d(3).eval(),
     "RMSNorm": lambda: nn.RMSNorm(3),
 }
+
 IMAGE_LAYERS = {
     "BatchNorm2d": lambda: nn.BatchNorm2d(2),
     "BatchNorm2d in evaluation": lambda: nn.BatchNorm2d(2).eval(),
@@ -78,14 +75,6 @@ IMAGE_LAYERS = {
     "LayerNorm of images": lambda: nn.LayerNorm((2, 2, 1)),
     "RMSNorm of images": lambda: nn.RMSNorm((2, 1)),
 }
-
-
-def disturbed(layer):
-    """Return a layer whose affine map and statistics are not those of its beginning."""
-    for tensor in (*layer.parameters(), *layer.buffers()):
-        if tensor.is_floating_point():
-            tensor.data.uniform_(0.5, 1.5)
-    return layer
 
 
 def net_with(name):
@@ -101,7 +90,7 @@ def net_with(name):
     ).double()
 
 
-def by_hand(net):
+def written_out(net):
     """Return the same net, of the same parameters, with its norms written out."""
     kinds = nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase
     return nn.Sequential(*(ByHand(m) if isinstance(m, kinds) else m for m in net))
@@ -128,14 +117,14 @@ def assert_true(f, net, true, order, x):
 def test_derivatives_are_true(name, order):
     # the gradient of order k takes order k + 1: fused norms fail from k = 2 on
     net, x = net_with(name)
-    assert_true(net, net, by_hand(net), order, x)
+    assert_true(net, net, written_out(net), order, x)
 
 
 @orders
 def test_reached_by_functional_call(order):
     net, x = net_with("LayerNorm")
     params = dict(net.named_parameters())
-    assert_true(lambda z: functional_call(net, params, (z,)), net, by_hand(net), order, x)
+    assert_true(lambda z: functional_call(net, params, (z,)), net, written_out(net), order, x)
 
 
 FUNCTIONS = {
@@ -198,7 +187,7 @@ def test_transformer_encoder_layer(order, training, norm_first):
 @pytest.mark.parametrize("layer", [nn.LayerNorm(3), nn.BatchNorm1d(3)], ids=["layer", "batch"])
 def test_weight_penalty_of_order_2(layer):
     net = nn.Sequential(nn.Linear(2, 3), disturbed(layer), nn.Tanh(), nn.Linear(3, 1)).double()
-    x, true = torch.randn(B, 2).double(), by_hand(net)
+    x, true = torch.randn(B, 2).double(), written_out(net)
     penalty = gpkit.weight_grad_norm(order=2, estimator="exact", weight=1.0)
     found = penalty(lambda: net(x).square().mean(), net)
 
@@ -210,116 +199,6 @@ def test_weight_penalty_of_order_2(layer):
     assert relative_error(found, expected(params)) < 1e-10
     slope = torch.cat([g.flatten() for g in torch.func.grad(expected)(params).values()])
     assert relative_error(gradients(found, net), slope) < 1e-10
-
-
-# The same results as torch's own.
-
-SHAPES = {
-    "LayerNorm": [(nn.LayerNorm(4), (5, 4)), (nn.LayerNorm((3, 4)), (2, 5, 3, 4))],
-    "LayerNorm, plain": [(nn.LayerNorm(4, elementwise_affine=False), (4,))],
-    "LayerNorm, no samples": [(nn.LayerNorm(4), (0, 4))],
-    "RMSNorm": [(nn.RMSNorm(4), (5, 4)), (nn.RMSNorm((3, 4), eps=0.3), (2, 3, 4))],
-    "BatchNorm": [(nn.BatchNorm1d(3), (5, 3)), (nn.BatchNorm1d(3), (5, 3, 4))],
-    "BatchNorm, images": [(nn.BatchNorm2d(3), (2, 3, 4, 2)), (nn.BatchNorm3d(3), (2, 3, 2, 2, 2))],
-    "BatchNorm, one sample": [(nn.BatchNorm2d(3), (1, 3, 4, 2))],
-    "BatchNorm, cumulative": [(nn.BatchNorm1d(3, momentum=None), (5, 3))],
-    "BatchNorm, no affine": [(nn.BatchNorm1d(3, affine=False, momentum=0.7), (5, 3))],
-    "BatchNorm, no statistics": [(nn.BatchNorm1d(3, track_running_stats=False), (5, 3))],
-    "InstanceNorm": [(nn.InstanceNorm1d(3), (5, 3, 4)), (nn.InstanceNorm2d(3), (3, 4, 2))],
-    "InstanceNorm, statistics": [
-        (nn.InstanceNorm2d(3, affine=True, track_running_stats=True), (5, 3, 4, 2))
-    ],
-}
-FORMATS = {
-    "float64": (torch.float64, nullcontext),
-    "float32": (torch.float32, nullcontext),
-    "bfloat16": (torch.bfloat16, nullcontext),
-    "autocast": (torch.float32, lambda: torch.autocast("cpu", torch.bfloat16)),
-    "bfloat16 under autocast": (
-        torch.bfloat16,
-        lambda: torch.autocast("cpu", torch.bfloat16),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("form", FORMATS)
-def test_results_and_statistics_are_torchs(name, training, form):
-    dtype, context = FORMATS[form]
-    for layer, shape in SHAPES[name]:
-        fused = disturbed(copy.deepcopy(layer)).train(training)
-        if form != "bfloat16 under autocast":
-            fused = fused.to(dtype)
-        written = copy.deepcopy(fused)
-        if isinstance(layer, nn.RMSNorm) and "under" in form:
-            continue  # torch warns of what it does there
-        for step in range(2):
-            x = (torch.randn(shape) * 3 + 2 + step).to(dtype)
-            with context():
-                expected = fused(x)
-                with elementary():
-                    found = written(x)
-            assert found.dtype == expected.dtype
-            # torch's bfloat16 batch norm on a CPU rounds w x / √v before it takes m from it
-            close = {"rtol": 1.6e-2, "atol": 2e-2} if dtype is torch.bfloat16 else {}
-            torch.testing.assert_close(found, expected, **close)
-            torch.testing.assert_close(written.state_dict(), fused.state_dict())
-
-
-def test_float32_accuracy_far_from_zero():
-    # a variance taken as E x² - (E x)² would be noise here
-    x = torch.randn(5, 64) + 1000
-    with elementary():
-        found = F.layer_norm(x, (64,))
-    torch.testing.assert_close(
-        found.double(), F.layer_norm(x.double(), (64,)), rtol=1e-3, atol=1e-3
-    )
-
-
-def test_native_functions_give_their_statistics_too():
-    x, w = torch.randn(5, 3).double(), torch.rand(3).double()
-    for call in (
-        lambda: torch.native_layer_norm(x, [3], w, w, 0.1),
-        lambda: torch.native_batch_norm(x, w, w, None, None, True, 0.1, 0.1),
-    ):
-        with elementary():
-            found = call()
-        torch.testing.assert_close(found, call())
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda: F.layer_norm(torch.zeros(2, 3), (4,)),
-        lambda: F.layer_norm(torch.zeros(2, 3), (3,), torch.ones(2)),
-        lambda: F.layer_norm(torch.zeros(2, 3), ()),
-        lambda: F.batch_norm(torch.zeros(1, 3), None, None, training=True),
-        lambda: F.batch_norm(torch.zeros(4, 3), None, None, training=True, eps=0.0),
-        lambda: F.batch_norm(torch.zeros(4, 3), torch.zeros(2), torch.ones(2), training=True),
-        lambda: F.instance_norm(torch.zeros(2, 3, 1)),
-        lambda: F.rms_norm(torch.zeros(2, 3), (4,)),
-    ],
-)
-def test_torchs_own_refusals(call):
-    with pytest.raises((RuntimeError, ValueError)) as fused:
-        call()
-    with elementary(), pytest.raises(fused.type) as written:
-        call()
-    assert str(written.value) == str(fused.value)
-
-
-def test_statistics_do_not_spoil_graphs_that_saved_them():
-    # torch's kernel writes to them without a new version, or this backward would fail
-    layer, x = nn.BatchNorm1d(3), torch.randn(4, 3)
-    loss = layer.eval()(x).square().sum()
-    with elementary():
-        layer.train()(x)
-    loss.backward()
-    assert layer.weight.grad is not None
-
-
-# Where it is switched on.
 
 
 def kernels(f, *args, **options):
@@ -350,7 +229,7 @@ def test_order_1_keeps_the_fused_kernels(name):
 @pytest.mark.parametrize("name", ["LayerNorm", "BatchNorm1d"])
 def test_penalized_module(name, order):
     net, x = net_with(name)
-    y, true = torch.randn(B, 1).double(), by_hand(copy.deepcopy(net))
+    y, true = torch.randn(B, 1).double(), written_out(copy.deepcopy(net))
     plain = copy.deepcopy(net)
     module = gpkit.PenalizedModule(net, nn.MSELoss(), gpkit.GradientPenalty(order=order))
     found = module.penalized_loss((x, y))
@@ -387,8 +266,6 @@ def test_compiled():
     torch.testing.assert_close(*slopes)
     torch.testing.assert_close(eager.state_dict(), compiled.state_dict())
 
-
-# Where the caller ran the forward.
 
 REFUSED = r"is wrong: give the penalty a callable \(gpkit then computes them in elementary"
 

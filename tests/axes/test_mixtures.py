@@ -5,7 +5,8 @@ import pickle
 import oracles
 import pytest
 import torch
-from cases import B, gradients, relative_error
+from compare import gradients, relative_error
+from scenes import B
 from torch import nn
 from torch.nn import functional as F
 

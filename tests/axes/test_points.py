@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import B
+from scenes import B
 from torch import nn
 
 import gpkit

@@ -6,12 +6,12 @@ import oracles
 import pytest
 import torch
 import torch.nn.functional as F
+from compiling import losses_and_gradients, needs_compiler
 from torch import nn
 from torch.func import functional_call
 
 import gpkit
 from gpkit.axes.of import draw_labels
-from tests.lightning.module.test_compiled import losses_and_gradients, needs_compiler
 
 
 def model(classes=3, samples=3):

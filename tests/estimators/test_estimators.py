@@ -5,7 +5,7 @@ import pickle
 import oracles
 import pytest
 import torch
-from cases import gradients, relative_error
+from compare import gradients, relative_error
 from torch import nn
 
 import gpkit
@@ -13,11 +13,6 @@ from gpkit.estimators.projection import DISTRIBUTIONS
 
 DRAWS = 4096  # samples of one batch, all alike: each has its own projections
 distributions = pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 def estimates(f, x, order=1, estimator="projection"):

@@ -6,7 +6,7 @@ from torch import nn
 
 import gpkit
 from gpkit.autodiff.random import random_state
-from gpkit.estimators.recomputable import Recomputable
+from gpkit.estimators.base import Recomputable
 
 B, SLOPES = 5, torch.tensor([0.1, 0.5, 1.0, 2.0, 4.0], dtype=torch.float64)  # unequal
 FORMS = {

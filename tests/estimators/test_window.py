@@ -7,7 +7,7 @@ from torch.func import functional_call, grad
 
 import gpkit
 from gpkit.autodiff.random import random_state
-from gpkit.estimators.recomputable import Recomputable
+from gpkit.estimators.base import Recomputable
 from gpkit.estimators.window import Window, summarised
 
 A = 3

@@ -5,7 +5,8 @@ from functools import partial
 import oracles
 import pytest
 import torch
-from cases import B, gradients, images, relative_error
+from compare import gradients, relative_error
+from scenes import B, images
 from torch import nn
 
 import gpkit

@@ -158,6 +158,6 @@ def test_refusals():
     module = gpkit.PenalizedModule
     refuse(
         ValueError,
-        "takes no environments; 'irm' compares some",
+        "does not support 'irm', which compares environments",
         lambda: module(net, nn.CrossEntropyLoss(), irm, compile=True),
     )

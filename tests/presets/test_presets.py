@@ -6,30 +6,13 @@ import pickle
 import oracles
 import pytest
 import torch
-from cases import ROWS, B, each_terms, gradients, relative_error, rows
+from cases import ROWS, evaluated, expected, rows
+from compare import gradients, relative_error
+from scenes import B
 from torch import nn
 
 import gpkit
 from gpkit.presets import PRESETS
-
-
-def evaluated(row, s, call=None, penalty=None):
-    """Return the terms of a call, and the points at which the net was evaluated."""
-    s.net.seen.clear()
-    terms = each_terms((call or row.call)((penalty or row.build()).terms, s))
-    return terms, list(s.net.seen)
-
-
-def expected(row, s, z):
-    """Return the oracles' norms, values, penalty and its gradient in the parameters."""
-
-    def total(params):
-        found = [oracle(s, params, z) for oracle in row.oracles]
-        norms, values = [n for _, n, _ in found], [v for _, _, v in found]
-        return sum(w * row.reduce(v) for w, _, v in found), (norms, values)
-
-    grads, (penalty, (norms, values)) = torch.func.grad_and_value(total, has_aux=True)(s.params)
-    return norms, values, penalty, torch.cat([g.flatten() for g in grads.values()])
 
 
 def calls(row):

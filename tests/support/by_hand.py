@@ -114,7 +114,19 @@ TOTALS = {
 }
 
 
-def train(net, batches, total, weight, optimizer, *, precision="32", windows, clip=None):
+def train(
+    net,
+    batches,
+    total,
+    weight,
+    optimizer,
+    *,
+    precision="32",
+    windows,
+    clip=None,
+    look=None,
+    divide=None,
+):
     """Train, and return the net.
 
     Args:
@@ -126,6 +138,8 @@ def train(net, batches, total, weight, optimizer, *, precision="32", windows, cl
         precision: "32", "bf16", "16" or "64".
         windows: for each optimiser step, how many micro-batches are accumulated.
         clip: the largest norm of the gradient.
+        divide: what each loss is divided by, if not by the micro-batches of its step.
+        look: called with (net, x, y) when the gradient of a step is there, before it is clipped.
     """
     net = copy.deepcopy(net)
     half = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision)
@@ -141,8 +155,10 @@ def train(net, batches, total, weight, optimizer, *, precision="32", windows, cl
                 scale = scaler.scale(torch.ones(())) if precision == "16" else 1.0
                 with torch.autocast("cpu", half) if half else nullcontext():
                     value = total(net, x, y, now, scale)
-                scaler.scale(value / size / len(ranks)).backward()
+                scaler.scale(value / (divide or size) / len(ranks)).backward()
         scaler.unscale_(optimizer)
+        if look is not None:
+            look(net, x, y)
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
         scaler.step(optimizer)

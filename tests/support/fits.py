@@ -3,10 +3,10 @@
 import copy
 
 import by_hand
-import matrix
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from modules import QUIET, SGD
 from torch.utils.data import DataLoader
 
 import gpkit
@@ -27,10 +27,6 @@ def one_rank(micro):
     return [[batch] for batch in micro]
 
 
-def net():
-    return matrix.net(torch.float64)
-
-
 def fit(module, callbacks, micro, *, lightning=pl, epochs=1, ckpt_path=None, **options):
     """Fit a copy of a module, and return it."""
     module = copy.deepcopy(module)
@@ -40,7 +36,7 @@ def fit(module, callbacks, micro, *, lightning=pl, epochs=1, ckpt_path=None, **o
         devices=1,
         max_epochs=epochs,
         callbacks=callbacks,
-        **{"logger": False, "log_every_n_steps": 1, **matrix.QUIET, **options},
+        **{"logger": False, "log_every_n_steps": 1, **QUIET, **options},
     )
     trainer.fit(module, loader(micro), ckpt_path=ckpt_path)
     return module
@@ -85,7 +81,7 @@ def train_pooled(net, windows, weight=LAMBDA, estimator="exact", *, extra=None, 
         extra: ``(net, x, y) -> penalty`` of each micro-batch, averaged as the losses are.
         start: called with the number of a micro-batch before each forward.
     """
-    optimizer, count = matrix.SGD(net.parameters()), 0
+    optimizer, count = SGD(net.parameters()), 0
     for step, (micro, size) in enumerate(windows):
         now = weight(step) if callable(weight) else weight
 

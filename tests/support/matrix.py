@@ -2,23 +2,21 @@
 
 import itertools
 from dataclasses import astuple, dataclass
-from functools import partial
 
 import by_hand
+import nets
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
+from modules import QUIET, SGD, Plain
 from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.strategies import DDPStrategy
-from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import gpkit
 
 EPOCHS, BATCHES, B = 2, 4, 6  # micro-batches of an epoch, and samples of a micro-batch
 WEIGHT = 0.3
-SGD = partial(torch.optim.SGD, lr=0.2, momentum=0.5)
 
 
 @dataclass(frozen=True)
@@ -58,45 +56,11 @@ def pairs(cell):
     return set(itertools.combinations(enumerate(astuple(cell)), 2))
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.backbone = nn.Sequential(nn.Linear(5, 8), nn.Tanh())
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x):
-        return self.head(self.backbone(x))
-
-
-def net(dtype=torch.float32):
-    torch.manual_seed(0)
-    return Net().to(dtype)
-
-
 def data(dtype=torch.float32, ranks=1):
     """(x, y), B samples for each rank and micro-batch of an epoch."""
     rng = torch.Generator().manual_seed(1)
     x = torch.randn(ranks * BATCHES * B, 5, generator=rng, dtype=torch.float64).to(dtype)
     return x, torch.randint(3, (len(x),), generator=rng)
-
-
-class Plain(pl.LightningModule):
-    """A module that knows nothing of gpkit."""
-
-    def __init__(self, net, returns="tensor", optimizer=SGD):
-        super().__init__()
-        self.net = net
-        self.returns = returns
-        self.optimizer = optimizer
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        loss = F.cross_entropy(self.net(x), y)
-        self.log("loss", loss.detach())
-        return loss if self.returns == "tensor" else {"loss": loss, "extra": len(x)}
-
-    def configure_optimizers(self):
-        return self.optimizer(self.parameters())
 
 
 class Shares(pl.LightningDataModule):
@@ -156,17 +120,10 @@ def trainer(cell, **options):
     )
 
 
-QUIET = {
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
-
-
 def trained(cell):
     """Return the parameters of a cell, trained with Lightning: a list."""
     dtype = torch.float64 if cell.precision == "64" else torch.float32
-    module = Plain(net(dtype), cell.returns)
+    module = Plain(nets.net(dtype), cell.returns)
     trainer(cell).fit(module, Shares(dtype, 1 if cell.strategy == "one" else 2))
     return [p.detach().clone() for p in module.parameters()]
 
@@ -182,7 +139,7 @@ def expected(cell, total=None):
         epoch.append([(x[s], y[s]) for s in mine])
     windows = {"1": [1] * BATCHES * 2, "2": [2] * BATCHES, "schedule": [1] * BATCHES + [2, 2]}
     made = by_hand.train(
-        net(dtype),
+        nets.net(dtype),
         epoch * EPOCHS,
         total or by_hand.TOTALS[cell.where, cell.estimator],
         WEIGHT,

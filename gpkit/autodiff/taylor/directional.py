@@ -11,7 +11,7 @@ from torch import Tensor
 
 import gpkit.autodiff.taylor.rules  # noqa: F401  registers the rule of every operation
 from gpkit import checks
-from gpkit.autodiff.kernels import double_backward
+from gpkit.autodiff.isolation import double_backward
 from gpkit.autodiff.taylor import rules as rules  # registers them
 from gpkit.autodiff.taylor.jets import Jet
 

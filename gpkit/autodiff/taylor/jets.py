@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import enable_reentrant_dispatch
-from torch.utils import _pytree as pytree
+
+from gpkit.autodiff.compat import no_torch_function, tree_leaves, tree_map, wrapper_tensor
 
 Rule = Callable[..., Any]
 
@@ -32,12 +33,11 @@ class Jet(Tensor):
     @staticmethod
     def __new__(cls, coefficients: Sequence[Tensor]) -> Jet:  # noqa: D102  see the class
         value = coefficients[0]
-        options: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
-        jet = Tensor._make_wrapper_subclass(cls, value.shape, strides=value.stride(), **options)
+        jet = wrapper_tensor(cls, value)
         jet.coefficients = [a.to(value.dtype) for a in coefficients]
         return jet
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = no_torch_function()
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch passes them by position
@@ -50,13 +50,14 @@ class Jet(Tensor):
         target = None
         if name.endswith("_") and name[:-1] in RULES and may_be_written_to(args[0]):
             target, name = args[0], name[:-1]
-            func = getattr(getattr(torch.ops.aten, name), func._overloadname)
+            overload = func.name().partition(".")[2]
+            func = getattr(getattr(torch.ops.aten, name), overload or "default")
         if name not in RULES:
             raise NotImplementedError(refusal(name))
         with enable_reentrant_dispatch():
             out = RULES[name](func, *args, **kwargs)
-        if any(r.alias_info is not None for r in func._schema.returns):
-            for jet in filter(is_jet, pytree.tree_leaves((args, out))):
+        if func.is_view:
+            for jet in filter(is_jet, tree_leaves((args, out))):
                 jet.shares = True
         if target is None:
             return out
@@ -122,7 +123,7 @@ def is_jet(x: Any) -> bool:
 
 def order_of(*args: Any) -> int:
     """Return k of the first jet among the arguments."""
-    return next(len(x.coefficients) - 1 for x in pytree.tree_leaves(args) if is_jet(x))
+    return next(len(x.coefficients) - 1 for x in tree_leaves(args) if is_jet(x))
 
 
 def coefficients(x: Any, order: int) -> list[Any]:
@@ -135,7 +136,7 @@ def coefficients(x: Any, order: int) -> list[Any]:
 
 def value(x: Any) -> Any:
     """Return the arguments of an operation with each jet replaced by its a_0."""
-    return pytree.tree_map(lambda a: a.coefficients[0] if isinstance(a, Jet) else a, x)
+    return tree_map(lambda a: a.coefficients[0] if isinstance(a, Jet) else a, x)
 
 
 def jets(results: Sequence[Any]) -> Any:

@@ -20,10 +20,10 @@ class GradientPenaltyCallback(Callback):
 
     .. math:: L_\text{total} = \frac1s \Big(L + \sum_p P_p\Big)
 
-    L is the loss that ``training_step`` returns, as a tensor or as the "loss" of a dict. s is 1,
-    and with a `rescaled` weight its loss scale. Training is the same as if ``training_step``
-    returned the total itself, also with gradient clipping, gradient accumulation, mixed precision,
-    data parallelism and LBFGS. A penalty can be
+    L is the loss that ``training_step`` returns, as a tensor or as the "loss" of a dict. s is 1, or
+    max(1, λ(t)) with a `rescaled` weight (of several, the greatest). Training is the same as if
+    ``training_step`` returned the total itself, also with gradient clipping, gradient accumulation,
+    mixed precision, data parallelism and LBFGS. A penalty can be
 
     - in the weights of the module, or of the submodule ``module=...``;
     - in the input of that submodule (with None, of the module's own ``forward``): the first tensor
@@ -151,7 +151,7 @@ class GradientPenaltyCallback(Callback):
         return {"penalties": self.penalties.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of each penalty. A penalty that has none in it starts from zero."""
+        """Load the state of each penalty. A penalty that is not in it keeps its own."""
         self.penalties.load_state_dict(state_dict["penalties"])
 
     def _restore(self) -> None:

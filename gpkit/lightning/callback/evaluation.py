@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from gpkit.autodiff.numerics import wide
-from gpkit.estimators.base import Target
-from gpkit.estimators.recomputable import Recomputable
+from gpkit.estimators.base import Recomputable, Target
 from gpkit.estimators.window import Window, summarised
 from gpkit.formula import Terms
 from gpkit.lightning.callback.findings import REFUSAL_TITLE, holds_fsdp2_shards

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gpkit import checks
 from gpkit.autodiff import graph
+from gpkit.autodiff.compat import is_reentrant_checkpoint
 from gpkit.axes.at import At, fake, interpolate, mixture
 from gpkit.axes.wrt import weights
 from gpkit.gradient_penalty import GradientPenalty
@@ -222,7 +223,7 @@ def findings_of_loss(loss: Tensor) -> list[str]:
     found = []
     if not loss.requires_grad:
         found.append("the loss of the training step has no graph: was it detached?")
-    if any(node.name() == "CheckpointFunctionBackward" for node in graph.nodes(loss)):
+    if any(map(is_reentrant_checkpoint, graph.nodes(loss))):
         found.append(
             "the training step uses reentrant checkpointing, which has no double backward: use "
             "checkpoint(..., use_reentrant=False)"

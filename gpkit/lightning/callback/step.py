@@ -179,7 +179,9 @@ class PenalizedStep:
         first = self._not_acted_yet.intersection(plan.needs)
         if self.findings or capture.problems or first:
             net = findings_of_net(self.module, self.watched.title, capture, plan.probe.spec)
-            refuse(REFUSAL_TITLE, [*self.findings, *net, *findings_of_loss(loss)])
+            found = [*self.findings, *net, *findings_of_loss(loss)]
+            if found:
+                refuse(REFUSAL_TITLE, found)
             self._not_acted_yet -= first
         last = last_of_step(self.trainer)
         loss, terms = self.evaluator.act(

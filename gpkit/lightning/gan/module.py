@@ -9,9 +9,9 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from gpkit import checks
+from gpkit.autodiff.compat import tree_map_only
 from gpkit.autodiff.random import derived_seed, rank, seeded
 from gpkit.lightning.compat import logs_now, scaler_of
 from gpkit.lightning.gan.checks import (

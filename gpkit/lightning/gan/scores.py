@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gpkit.autodiff.kernels import double_backward
+from gpkit.autodiff.isolation import double_backward
 from gpkit.autodiff.numerics import wide
 from gpkit.axes.at import fake as at_fake
 from gpkit.axes.at import real as at_real

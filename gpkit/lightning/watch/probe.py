@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.compiler import set_stance
 from torch.utils.hooks import RemovableHandle
 
-from gpkit.autodiff.isolation import is_compiled
-from gpkit.autodiff.kernels import double_backward
+from gpkit.autodiff.compat import in_backward, is_compiled, is_compiled_function
+from gpkit.autodiff.isolation import double_backward
 
 
 @dataclass(frozen=True)
@@ -228,9 +227,4 @@ class Probe:
 def runs_compiled(module: nn.Module) -> bool:
     """Whether ``torch.compile`` was applied to the training step of a module, or to a submodule."""
     step = getattr(module, "training_step", None)
-    return any(map(is_compiled, module.modules())) or hasattr(step, "_torchdynamo_orig_callable")
-
-
-def in_backward() -> bool:
-    """Whether autograd runs a backward pass. A forward pass within it is a checkpointing rerun."""
-    return torch._C._current_graph_task_id() != -1
+    return any(map(is_compiled, module.modules())) or is_compiled_function(step)

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torchmetrics import Metric
 
+from gpkit.autodiff.compat import tree_leaves, tree_map_only, write_count
 from gpkit.autodiff.random import RandomState
 from gpkit.lightning.compat import metric_state
 from gpkit.lightning.watch.wrapping import wrap
@@ -43,7 +43,7 @@ class StepCall:
         left out.
         """
         tensors = [t for t in tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
-        return [t._version for t in tensors if not t.is_inference()]
+        return [write_count(t) for t in tensors if not t.is_inference()]
 
 
 def loss_of(output: Any) -> Tensor | None:

@@ -5,14 +5,15 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from fits import LAMBDA, assert_trained_as, batches, callback, fit, loader, net, one_rank, penalty
-from matrix import QUIET, SGD, Plain
+from fits import LAMBDA, assert_trained_as, batches, callback, fit, loader, one_rank, penalty
+from modules import QUIET, SGD, Plain
+from nets import net
+from refused import refusal
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import gpkit
-from tests.lightning.callback.test_callback_findings import refusal
 
 
 def again(part, x):

@@ -4,10 +4,13 @@ import copy
 import warnings
 
 import matrix
+import nets
 import pytest
 import pytorch_lightning as pl
 import torch
+from compiling import Graphs
 from matrix import Cell
+from modules import Plain
 
 import gpkit
 
@@ -16,7 +19,7 @@ UNCOMPILED = "ignore:the penalties run the compiled module uncompiled"
 
 def compiled(how):
     """A module to fit, and the same without the wrapper of torch.compile."""
-    module = matrix.Plain(matrix.net())
+    module = Plain(nets.net(torch.float32))
     if how == "module":
         return torch.compile(module, backend="aot_eager"), module
     if how == "submodule":
@@ -40,26 +43,10 @@ def test_trains_as_a_plain_module(where, estimator, how):
     assert matrix.difference(mine, matrix.expected(cell)) < 1e-6
 
 
-class Graphs:
-    """A backend that counts what is compiled and what is run of it."""
-
-    def __init__(self):
-        self.compiled = self.run = 0
-
-    def __call__(self, graph, inputs):
-        self.compiled += 1
-
-        def run(*args):
-            self.run += 1
-            return graph(*args)
-
-        return run
-
-
 @pytest.mark.parametrize(("estimator", "runs"), [("exact", False), ("difference", True)])
 def test_what_runs_compiled(estimator, runs):
     torch._dynamo.reset()
-    module, graphs = matrix.Plain(matrix.net()), Graphs()
+    module, graphs = Plain(nets.net(torch.float32)), Graphs()
     module.net.compile(backend=graphs)
     cell = Cell("weight", estimator, "32", "1", "one", "tensor")
     with warnings.catch_warnings(record=True) as said:
@@ -78,12 +65,12 @@ def test_a_lazy_penalty_leaves_the_other_steps_compiled():
     torch._dynamo.reset()
     graphs, hooks = Graphs(), []
 
-    class Looks(matrix.Plain):
+    class Looks(Plain):
         def training_step(self, batch, batch_idx):
             hooks.append(len(self.net._forward_pre_hooks))
             return super().training_step(batch, batch_idx)
 
-    module = Looks(matrix.net())
+    module = Looks(nets.net(torch.float32))
     module.net.compile(backend=graphs)
     cb = gpkit.GradientPenaltyCallback(gpkit.input_grad_norm(0.3, every=2), "net")
     cell = Cell("input", "exact", "32", "1", "one", "tensor")
@@ -102,9 +89,9 @@ class Copies(pl.Callback):
 
 def test_a_copy_made_in_a_fit_is_a_plain_module():
     cell, copies = Cell("weight", "exact", "32", "1", "one", "tensor"), Copies()
-    module = matrix.Plain(matrix.net())
+    module = Plain(nets.net(torch.float32))
     matrix.trainer(cell, callbacks=[copies]).fit(module, matrix.Shares())
     copied = copies.copied
-    assert copied.training_step.__func__ is matrix.Plain.training_step
+    assert copied.training_step.__func__ is Plain.training_step
     assert copied.training_step.__self__ is copied
     assert copied.log.__self__ is copied

@@ -1,12 +1,13 @@
 """Penalties that would train nothing are told at the first step, each by its name."""
 
 import torch
-from fits import net, penalty
-from matrix import Plain
+from fits import penalty
+from modules import Plain
+from nets import net
+from refused import refusal, refused
 from torch import nn
 
 import gpkit
-from tests.lightning.callback.test_callback_findings import refusal, refused
 
 
 def test_a_relu_net_of_order_two():

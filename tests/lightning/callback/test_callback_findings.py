@@ -6,54 +6,16 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from fits import batches, callback, loader, net, penalty
-from matrix import QUIET, Plain
+from fits import batches, callback, loader, penalty
+from modules import QUIET, Plain
+from nets import net
+from refused import refusal, refused
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gpkit
 from gpkit.lightning.callback.findings import REFUSAL_TITLE
 from gpkit.lightning.refusals import RefusalError
-
-
-class Backwards(pl.Callback):
-    """Counts what must not come: backward passes."""
-
-    def __init__(self):
-        self.count = 0
-
-    def on_after_backward(self, trainer, module):
-        self.count += 1
-
-
-def refusal(module, *callbacks, micro=None, error=ValueError, **options):
-    """Return the line with which a fit is refused, and check what it leaves behind."""
-    before = {k: v.clone() for k, v in module.state_dict().items()}
-    backwards = Backwards()
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        callbacks=[*callbacks, backwards],
-        logger=False,
-        **{"devices": 1, **QUIET, **options},
-    )
-    with pytest.raises(error) as raised:
-        trainer.fit(module, loader(micro or batches(2)))
-    assert backwards.count == 0
-    assert not {"training_step", "manual_backward", "log"} & set(module.__dict__)
-    for part in module.modules():
-        assert not part._forward_hooks
-        assert not part._forward_pre_hooks
-    for name, value in module.state_dict().items():
-        assert torch.equal(value, before[name])
-    (line,) = str(raised.value).splitlines()
-    return line
-
-
-def refused(made, module=None, lightning_module=None, **options):
-    """Return the line for one callback."""
-    cb = gpkit.GradientPenaltyCallback(made, module, **options)
-    return refusal(lightning_module or Plain(net()), cb)
 
 
 def test_two_callbacks():

@@ -5,24 +5,24 @@ import pytorch_lightning as pl
 import ranks
 import torch
 import torch.nn.functional as F
-from fits import LAMBDA, batches, callback, grouped, loader, net, penalty, train_pooled
-from matrix import QUIET, SGD, Plain
+from fits import LAMBDA, batches, callback, grouped, loader, penalty, train_pooled
+from modules import QUIET, SGD, Plain
+from nets import net
 from torch.nn.parallel import DistributedDataParallel
 
-RANKS = 2
 FITS = [(estimator, size) for estimator in ("exact", "difference") for size in (1, 2)]
 LOOPS = ["exact", "difference", "with_loss"]
 
 
 def share(micro, rank):
     """Every second sample of each micro-batch."""
-    return [(x[rank::RANKS], y[rank::RANKS]) for x, y in micro]
+    return [(x[rank :: ranks.RANKS], y[rank :: ranks.RANKS]) for x, y in micro]
 
 
 def fitted(rank, estimator, size):
     trainer = pl.Trainer(
         accelerator="cpu",
-        devices=RANKS,
+        devices=ranks.RANKS,
         strategy="ddp",
         use_distributed_sampler=False,
         max_epochs=1,
@@ -64,8 +64,8 @@ def of_rank(rank):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    return ranks.run(of_rank, tmp_path_factory.mktemp("global"))
+def trained():
+    return ranks.run(of_rank)
 
 
 def check(found, true):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fits import LAMBDA, batches, callback, fit
-from matrix import SGD, Plain
+from modules import SGD, Plain
 from pytorch_lightning.plugins import MixedPrecision
 from torch import nn
 

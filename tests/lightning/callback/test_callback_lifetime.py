@@ -15,12 +15,12 @@ from fits import (
     callback,
     fit,
     loader,
-    net,
     one_rank,
     penalty,
     train_pooled,
 )
-from matrix import QUIET, SGD, Plain
+from modules import QUIET, SGD, Plain
+from nets import net
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 import gpkit

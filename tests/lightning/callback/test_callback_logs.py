@@ -4,8 +4,9 @@ import by_hand
 import pytest
 import torch
 import torch.nn.functional as F
-from fits import LAMBDA, batches, fit, net, penalty
-from matrix import SGD, Plain
+from fits import LAMBDA, batches, fit, penalty
+from modules import SGD, Plain
+from nets import net
 from pytorch_lightning.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from fits import LAMBDA, assert_trained_as, batches, fit, loader, penalty
-from matrix import QUIET, SGD
+from modules import QUIET, SGD
 from torch import nn
 
 import gpkit

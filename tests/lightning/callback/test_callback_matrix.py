@@ -5,10 +5,12 @@ The largest parameter differences are printed, cell by cell, at the end of the r
 
 import by_hand
 import matrix
+import nets
 import pytest
 import ranks
 import torch
 import torch.nn.functional as F
+from modules import Plain
 
 TOLERANCE = {"64": 1e-12}  # of parameters after several optimiser steps; in the others 1e-6
 
@@ -41,21 +43,23 @@ def outcome(train, *args):
 
 def plain():
     """Train a cell that torch refuses without the callback."""
-    matrix.trainer(TORCH[0], callbacks=[]).fit(matrix.Plain(matrix.net()), matrix.Shares(ranks=2))
+    matrix.trainer(TORCH[0], callbacks=[]).fit(
+        Plain(nets.net(torch.float32)), matrix.Shares(ranks=2)
+    )
 
 
 @pytest.fixture(scope="module")
-def trained(request, tmp_path_factory):
+def trained(request):
     """Return what each process found of the cells that this session asks for."""
     asked = [getattr(item, "callspec", None) for item in request.session.items]
     cells = [spec.params["cell"] for spec in asked if spec and "cell" in spec.params]
-    return ranks.run(of_rank, tmp_path_factory.mktemp("matrix"), [c for c in cells if c in DDP])
+    return ranks.run(of_rank, [c for c in cells if c in DDP])
 
 
 def check(cell, record_property, *found):
     """Hold the parameters of each process against those by hand."""
     true = matrix.expected(cell)
-    start = matrix.net(true[0].dtype).parameters()
+    start = nets.net(true[0].dtype).parameters()
     assert matrix.difference(start, true) > 0.05  # what the differences are small beside
     worst = max(matrix.difference(mine, true) for mine in found)
     record_property("cell", (str(cell), worst))

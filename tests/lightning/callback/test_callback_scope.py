@@ -14,16 +14,15 @@ from fits import (
     difference,
     fit,
     grouped,
-    net,
     one_rank,
     penalty,
     train_pooled,
 )
-from matrix import SGD, Plain
+from modules import SGD, Plain, Traced
+from nets import net, noisy
 from pytorch_lightning.callbacks import GradientAccumulationScheduler
 
 import gpkit
-from tests.lightning.callback.test_callback_traces import Traced, noisy
 
 estimators = pytest.mark.parametrize("estimator", ["exact", "difference"])
 

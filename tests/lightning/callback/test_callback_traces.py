@@ -8,61 +8,13 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from fits import CLOSE, LAMBDA, assert_trained_as, batches, callback, fit, one_rank
-from matrix import SGD
+from modules import SGD, Traced
+from nets import noisy
 from torch import nn
-from torchmetrics import MeanMetric, MetricCollection, SumMetric
 
 import gpkit
 
 KINDS = ["exact", "difference", "accumulated", "accumulated-difference", "sample"]
-
-
-class Noisy(nn.Module):
-    """Dropout, and batch norm after it."""
-
-    def __init__(self):
-        super().__init__()
-        self.backbone = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.4), nn.Tanh())
-        self.norm, self.head = nn.BatchNorm1d(8), nn.Linear(8, 3)
-
-    def forward(self, x):
-        return self.head(self.norm(self.backbone(x)))
-
-
-def noisy():
-    torch.manual_seed(0)
-    return Noisy().double()
-
-
-class Traced(pl.LightningModule):
-    """Counts what it logs and measures; every batch has random numbers of its own."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-        self.mean, self.loss_sum = MeanMetric(), SumMetric()
-        self.metrics = MetricCollection({"seen": SumMetric()})
-        self.after = []
-
-    def on_train_batch_start(self, batch, batch_idx):
-        torch.manual_seed(100 + batch_idx)
-
-    def on_train_batch_end(self, *_):
-        self.after.append(torch.rand(()).item())
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        loss = F.cross_entropy(self.net(x), y)
-        self.mean(loss.detach())
-        self.loss_sum.update(loss.detach())
-        self.metrics["seen"].update(len(x))
-        self.log("steps", 1.0, on_step=False, on_epoch=True, reduce_fx="sum")
-        self.log("mean", self.mean, on_step=False, on_epoch=True)
-        self.log_dict({"seen": self.metrics["seen"]}, on_step=False, on_epoch=True)
-        return loss
-
-    def configure_optimizers(self):
-        return SGD(self.parameters())
 
 
 def seeded(total):

@@ -8,18 +8,9 @@ import by_hand
 import pytest
 import torch
 import torch.nn.functional as F
-from fits import (
-    LAMBDA,
-    assert_trained_as,
-    batches,
-    callback,
-    difference,
-    fit,
-    net,
-    one_rank,
-    penalty,
-)
-from matrix import SGD, Plain
+from fits import LAMBDA, assert_trained_as, batches, callback, difference, fit, one_rank, penalty
+from modules import SGD, Plain
+from nets import net
 from pytorch_lightning.callbacks import EMAWeightAveraging, WeightAveraging
 
 import gpkit

@@ -1,15 +1,12 @@
 """Two processes with FSDP2: as one process with the whole batch, by a loop written by hand."""
 
 import copy
-import os
-import socket
 from functools import partial
 
 import pytest
 import pytorch_lightning as pl
+import ranks
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
@@ -19,10 +16,10 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import gpkit
 from gpkit.autodiff.random import random_state
-from gpkit.estimators.recomputable import Recomputable
+from gpkit.estimators.base import Recomputable
 from gpkit.lightning.callback.sharded import ShardedWeights, findings_of_sharding, is_sharded
 
-B, RANKS, STEPS, H = 8, 2, 4, 0.01
+B, STEPS, H = 8, 4, 0.01
 SGD, ADAM = partial(torch.optim.SGD, lr=0.05, momentum=0.9), partial(torch.optim.Adam, lr=0.01)
 BFLOAT16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
@@ -110,7 +107,7 @@ CASES = {
     "frozen": (frozen, [pair()], SGD, {}),
     "gathered until the backward": (smooth, [pair()], SGD, {"reshard_after_forward": False}),
     "gathered for good": (smooth, [pair()], SGD, {"reshard_after_backward": False}),
-    "copies on both": (smooth, [pair()], SGD, {"mesh": (RANKS, 1)}),
+    "copies on both": (smooth, [pair()], SGD, {"mesh": (ranks.RANKS, 1)}),
     "batch norm and dropout": (noisy, [pair()], SGD, {}),
 }
 # Sums are taken in another order; the step divides the rounding by itself, and 2√ε is a small one.
@@ -130,9 +127,8 @@ def batches(dtype):
 
 
 def halves(batch):
-    return [
-        [t[rank * B // RANKS : (rank + 1) * B // RANKS] for t in batch] for rank in range(RANKS)
-    ]
+    size = B // ranks.RANKS
+    return [[t[rank * size :][:size] for t in batch] for rank in range(ranks.RANKS)]
 
 
 def sharded(net, reshard_after_backward=True, **options):
@@ -193,8 +189,8 @@ def by_hand(name):
     dtype = next(net.parameters()).dtype
     compute = torch.bfloat16 if options.get("mp_policy") else dtype
     optimizer = optimizer(named.values())
-    streams = [torch.Generator().manual_seed(rank).get_state() for rank in range(RANKS)]
-    buffers = [copy.deepcopy(dict(net.named_buffers())) for _ in range(RANKS)]
+    streams = [torch.Generator().manual_seed(rank).get_state() for rank in range(ranks.RANKS)]
+    buffers = [copy.deepcopy(dict(net.named_buffers())) for _ in range(ranks.RANKS)]
     by_halves = make is noisy or compute != dtype  # samples that meet, or rounding that shows
     values = []
 
@@ -207,7 +203,7 @@ def by_hand(name):
             state = {n: p.to(compute) for n, p in net.named_parameters()} | own
             loss = F.mse_loss(torch.func.functional_call(net, state, (x.to(compute),)), y)
             for t, g in zip(total, torch.autograd.grad(loss, named.values()), strict=True):
-                t += g / (RANKS if by_halves else 1)
+                t += g / (ranks.RANKS if by_halves else 1)
             if keep:
                 streams[rank], buffers[rank] = torch.get_rng_state(), own
         return total
@@ -285,11 +281,11 @@ class Net(pl.LightningModule):
 def fit(rank, penalty=None):
     """Train with Lightning's own strategy and gpkit's callback, the gradient clipped."""
     module = Net()
-    part = Subset(TensorDataset(*data(torch.float32)), range(rank, STEPS * B, RANKS))
+    part = Subset(TensorDataset(*data(torch.float32)), range(rank, STEPS * B, ranks.RANKS))
     trainer = pl.Trainer(
         accelerator="cpu",
-        devices=RANKS,
-        strategy=ModelParallelStrategy(data_parallel_size=RANKS, tensor_parallel_size=1),
+        devices=ranks.RANKS,
+        strategy=ModelParallelStrategy(data_parallel_size=ranks.RANKS, tensor_parallel_size=1),
         use_distributed_sampler=False,
         max_epochs=1,
         gradient_clip_val=0.3,
@@ -299,7 +295,7 @@ def fit(rank, penalty=None):
         enable_model_summary=False,
         callbacks=[gpkit.GradientPenaltyCallback(penalty or pair(step=0.1)[0])],
     )
-    trainer.fit(module, DataLoader(part, B // RANKS))
+    trainer.fit(module, DataLoader(part, B // ranks.RANKS))
     return whole(module.net)
 
 
@@ -395,56 +391,44 @@ def refused():
     }
 
 
-def work(rank, port, folder):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
-    os.environ |= {"NODE_RANK": "0", "WORLD_SIZE": str(RANKS)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+def work(rank):
     known = {name: train(name, rank) for name in CASES}
-    known |= {
+    return known | {
         "Lightning": fit(rank),
         "refused": fit_refused(rank),
         "errors": fail(rank),
         "both": both(rank),
         "said": refused(),
     }
-    torch.save(known, folder / f"{rank}.pt")
-    dist.barrier()
-    os._exit(0)  # at the interpreter's own exit gloo's threads abort the process now and then
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def found():
     """What each process knows at the end."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, (port, folder), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return ranks.run(work)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_trains_as_one_process_with_the_whole_batch(ranks, name):
+def test_trains_as_one_process_with_the_whole_batch(found, name):
     true, buffers, values = by_hand(name)
     tolerance = TOLERANCES.get(name, 1e-12)
     close = partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance)
-    for rank, known in enumerate(ranks):
+    for rank, known in enumerate(found):
         close(known[name]["net"], true | buffers[rank])
         close(known[name]["values"], values)
         assert known[name]["untouched"]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_takes_two_forward_and_backward_passes(ranks, name):
-    for known in ranks:
+def test_takes_two_forward_and_backward_passes(found, name):
+    for known in found:
         for step, passes in enumerate(known[name]["passes"]):
             count = 1 if name == "every second step" and step % 2 else PASSES.get(name, 2)
             assert passes[: 2 * count - 1] == (["forward", "backward"] * count)[: 2 * count - 1]
             assert len(passes) <= 2 * count
 
 
-def test_trains_in_lightning_as_one_process(ranks):
+def test_trains_in_lightning_as_one_process(found):
     net = single()
     params, optimizer = list(net.parameters()), SGD(net.parameters())
     x, y = data(torch.float32)
@@ -462,27 +446,27 @@ def test_trains_in_lightning_as_one_process(ranks):
         for p, t in zip(params, total, strict=True):
             p.grad = t * (0.3 / (length + 1e-6))
         optimizer.step()
-    for known in ranks:
+    for known in found:
         torch.testing.assert_close(known["Lightning"], net.state_dict(), rtol=1e-6, atol=1e-6)
 
 
-def test_gives_the_weights_back_after_an_error_and_goes_on(ranks):
+def test_gives_the_weights_back_after_an_error_and_goes_on(found):
     net, (x, y) = smooth(), batches(torch.float64)[0]
     F.mse_loss(net(x), y).backward()
-    for known in ranks:
+    for known in found:
         assert known["errors"]["failed"] == "out of luck"
         assert known["errors"]["given back"]
         true = {n: p.grad for n, p in net.named_parameters()}
         torch.testing.assert_close(known["errors"]["grads"], true, rtol=1e-12, atol=1e-12)
 
 
-def test_refuses_a_loss_without_gradients(ranks):
-    for known in ranks:
+def test_refuses_a_loss_without_gradients(found):
+    for known in found:
         assert "the tensor has no graph" in known["errors"]["detached"]
         assert "set_requires_gradient_sync(True)" in known["errors"]["not synchronised"]
 
 
-def test_goes_with_a_finite_difference_in_the_inputs(ranks):
+def test_goes_with_a_finite_difference_in_the_inputs(found):
     net, (x, y) = smooth(), batches(torch.float64)[0]
     params = list(net.parameters())
 
@@ -501,20 +485,20 @@ def test_goes_with_a_finite_difference_in_the_inputs(ranks):
     of_inputs = torch.autograd.grad(penalty, params)
     parts = zip(dict(net.named_parameters()), base, slopes, of_inputs, strict=True)
     true = {name: g + 0.1 * 2 * n * s + i for name, g, s, i in parts}
-    for known in ranks:
+    for known in found:
         torch.testing.assert_close(known["both"], true, rtol=1e-12, atol=1e-12)
 
 
-def test_a_fit_is_refused_with_what_to_use(ranks):
-    for known in ranks:
+def test_a_fit_is_refused_with_what_to_use(found):
+    for known in found:
         weight, inputs = known["refused"]
         assert "double backprop needs the gathered weights twice" in weight
         assert "got scope='batch': use scope='global'" in weight
         assert "ModelParallelStrategy supports only penalties in the weights" in inputs
 
 
-def test_says_what_cannot_be_and_what_to_use(ranks):
-    said = ranks[0]["said"]
+def test_says_what_cannot_be_and_what_to_use(found):
+    said = found[0]["said"]
     ends = [
         "'exact' under FSDP: double backprop needs the gathered weights twice, and FSDP frees them "
         "after one backward; got exact(): use estimator='finite_difference', or DDP",

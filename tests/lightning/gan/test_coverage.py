@@ -21,7 +21,7 @@ SAMPLES = torch.tensor(
 )
 
 
-def by_hand(samples, modes, std, at_least=1, radius=3.0):
+def counted(samples, modes, std, at_least=1, radius=3.0):
     """Count in plain Python."""
     counts, good = [0] * len(modes), 0
     for sample in samples.tolist():
@@ -46,7 +46,7 @@ def test_random_samples_are_counted_as_in_plain_python(at_least):
     generator = torch.Generator().manual_seed(0)
     modes = torch.randn(12, 3, generator=generator, dtype=torch.float64)
     samples = torch.randn(200, 3, generator=generator, dtype=torch.float64)
-    expected = by_hand(samples, modes, 0.2, at_least, 2.0)
+    expected = counted(samples, modes, 0.2, at_least, 2.0)
     assert 0 < expected[0] < 12
     assert 0 < expected[1] < 1
     assert modes_covered(samples, modes, 0.2, at_least=at_least, radius=2.0) == expected

@@ -1,28 +1,14 @@
 """compile=True: the penalised loss as one graph equals the eager one."""
 
 import copy
-import shutil
 
 import pytest
 import torch
+from compiling import losses_and_gradients, needs_compiler
 from torch import nn
 
 import gpkit
 from gpkit.models import MLP
-
-needs_compiler = pytest.mark.skipif(
-    not shutil.which("g++"), reason="torch.compile needs a compiler"
-)
-
-
-def losses_and_gradients(module, batches):
-    results = []
-    for batch in batches:
-        module.zero_grad()
-        loss = module.penalized_loss(batch)
-        loss.backward()
-        results.append([loss.detach(), *(p.grad.clone() for p in module.parameters())])
-    return results
 
 
 @needs_compiler
@@ -72,7 +58,7 @@ def test_projections_are_drawn_anew_and_unbiased():
 
 
 def test_refuses_points_whose_forward_would_leave_traces():
-    with pytest.raises(ValueError, match="'wgan_gp' is at interpolate"):
+    with pytest.raises(ValueError, match="'wgan_gp', which is at interpolate"):
         gpkit.PenalizedModule(nn.Linear(2, 1), nn.MSELoss(), gpkit.wgan_gp(), compile=True)
 
 

@@ -2,10 +2,12 @@
 
 import by_hand
 import matrix
+import nets
 import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from modules import QUIET, SGD
 from pytorch_lightning.plugins import MixedPrecision
 from torch import nn
 
@@ -29,7 +31,7 @@ TINY = 1e-6  # of the loss: its gradients round to zero in float16, unless they 
 
 
 def fit(penalty, loss):
-    module = gpkit.PenalizedModule(matrix.net(), loss, penalty, optimizer=matrix.SGD)
+    module = gpkit.PenalizedModule(nets.net(torch.float32), loss, penalty, optimizer=SGD)
     module.log = lambda *args, **kwargs: None
     scaler = torch.amp.GradScaler("cpu")
     trainer = pl.Trainer(
@@ -38,7 +40,7 @@ def fit(penalty, loss):
         logger=False,
         plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)],
         log_every_n_steps=10**6,
-        **matrix.QUIET,
+        **QUIET,
     )
     trainer.fit(module, matrix.Shares())
     return list(module.parameters())
@@ -50,8 +52,8 @@ def test_trains_as_the_recipe_of_mixed_precision(estimator):
     rows = [slice(i * matrix.B, (i + 1) * matrix.B) for i in range(matrix.BATCHES)]
     total = by_hand.TOTALS["weight", estimator]
     windows = [1] * matrix.BATCHES
-    args = [[(x[r], y[r])] for r in rows], total, 0.3, matrix.SGD
-    true = by_hand.train(matrix.net(), *args, precision="16", windows=windows)
+    args = [[(x[r], y[r])] for r in rows], total, 0.3, SGD
+    true = by_hand.train(nets.net(torch.float32), *args, precision="16", windows=windows)
     step = gpkit.finite_difference(by_hand.STEP) if estimator == "difference" else "exact"
     mine = fit(gpkit.weight_grad_norm(0.3, estimator=step), F.cross_entropy)
     assert matrix.difference(mine, list(true.parameters())) < 1e-6
@@ -71,7 +73,7 @@ def test_a_small_gradient_does_not_round_to_zero(penalty):
     penalty.weight = Watching(seen)
     fit(penalty, lambda output, y: TINY * F.cross_entropy(output, y, reduction="none"))
     x, y = matrix.data()
-    net = matrix.net()
+    net = nets.net(torch.float32)
     x = x[: matrix.B].requires_grad_()
     losses = TINY * F.cross_entropy(net(x), y[: matrix.B], reduction="none")
     if "weights" in repr(penalty.wrt):

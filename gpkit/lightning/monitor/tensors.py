@@ -1,4 +1,4 @@
-"""The inputs and activations that a step of a LightningModule shows, under the names of a log."""
+"""The inputs and activations whose gradient norms are logged."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from gpkit.lightning.watch.probe import Capture, Probe, ProbeSpec, runs_compiled
 
 
 @dataclass(frozen=True)
-class View:
-    """One input or activation.
+class WatchedTensor:
+    """The input or the output of a submodule in one step.
 
     Args:
-        label: its name in the log.
-        title: what it is, for a finding.
-        key: its name in what was seen; the input's is "".
-        capture: what the hooks captured, complete when the step has run.
+        label: its name in the log, such as "input" or "activation/head".
+        title: how error messages call the submodule, such as "the submodule 'head'".
+        key: its name in the capture: "" for the input, the submodule's name for an activation.
+        capture: what the hooks captured. It is complete when the step has run.
     """
 
     label: str
@@ -28,18 +28,18 @@ class View:
 
     @property
     def tensor(self) -> Tensor | None:
-        """What was seen; None if it was not there."""
+        """The tensor; None if the step did not call the submodule."""
         return self.capture.activations.get(self.key) if self.key else self.capture.x
 
     def findings(self, step: str, *, once: bool) -> Iterator[str]:
-        """Yield what keeps it from having a norm for each sample.
+        """Yield the reasons why it has no gradient norm for each sample.
 
         Args:
-            step: the name of the method that was run.
-            once: whether it must not have been there several times.
+            step: the name of the method that was run, such as "training_step".
+            once: whether the step must call the submodule only once.
 
         Yields:
-            A line for each finding.
+            One line for each finding.
         """
         yield from self.capture.problems
         calls = self.capture.calls.get(self.key, 0)
@@ -48,24 +48,28 @@ class View:
         elif calls > 1 and once:
             yield f"{step} calls {self.title} {calls} times: name one that is called once"
         elif self.tensor is not None and not self.tensor.ndim:
-            yield f"{self.title} has a single number, and must have samples, [B, ...]: name another"
+            end = "output" if self.key else "input"
+            yield (
+                f"the {end} of {self.title} must have samples, [B, ...]; got a single number: "
+                "name another submodule"
+            )
 
 
-class Views:
-    """Watches submodules of a module in its steps: a context, to be entered for each of them.
+class WatchedTensors:
+    """A context that captures the inputs and outputs of submodules; it is entered for each step.
 
-    Compiled ones run uncompiled for that: they have no hooks.
+    Within the context compiled modules run uncompiled, because they have no hooks.
 
     Args:
         module: the module.
-        inputs: names of the submodules whose inputs are meant; "" is the module itself.
-        activations: names of those whose outputs are.
+        inputs: names of the submodules whose inputs are captured; "" is the module itself.
+        activations: names of the submodules whose outputs are captured.
     """
 
     def __init__(
         self, module: nn.Module, inputs: Sequence[str], activations: Sequence[str]
     ) -> None:
-        self._probes: list[tuple[str, str, str, Probe]] = []
+        self._probes: list[tuple[str, str, str, Probe]] = []  # label, title, key, probe
         compiled = runs_compiled(module)
         for name in inputs:
             title = f"the submodule {name!r}" if name else f"the {type(module).__name__} itself"
@@ -76,20 +80,23 @@ class Views:
             label, title = f"activation/{name}", f"the submodule {name!r}"
             probe = Probe(module, title, ProbeSpec(activations=(name,)), eager=compiled)
             self._probes.append((label, title, name, probe))
-        if not compiled:  # else it would be compiled anew with the hooks
+        if not compiled:  # hooks that stay would make torch.compile compile the module again
             for *_, probe in self._probes:
                 probe.register_hooks()
 
-    def __enter__(self) -> list[View]:
-        """Return the views, complete when the block ends."""
-        return [View(a, title, key, probe.__enter__()) for a, title, key, probe in self._probes]
+    def __enter__(self) -> list[WatchedTensor]:
+        """Return the tensors. They are complete when the block ends."""
+        return [
+            WatchedTensor(label, title, key, probe.__enter__())
+            for label, title, key, probe in self._probes
+        ]
 
     def __exit__(self, *exception: object) -> None:
-        """See no more."""
+        """Stop capturing."""
         for *_, probe in reversed(self._probes):
             probe.__exit__(*exception)
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for *_, probe in self._probes:
             probe.remove()
