@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+collect_ignore = ["typing"]  # programs for the type checker, which nothing runs
 torch.set_num_threads(1)
 for name in ("pytorch_lightning", "lightning.pytorch"):  # "GPU available: False" and so on
     logging.getLogger(name).setLevel(logging.ERROR)

@@ -32,7 +32,7 @@ def freed():
     return loss
 
 
-NOTHING = "depends on no parameter that is trained: "
+NOTHING = "does not depend on any trained parameter: "
 
 REFUSALS = {
     "scalar loss": (
@@ -78,7 +78,7 @@ REFUSALS = {
     "requires_grad after the forward": (
         lambda: gpkit.input_grad_norm()(NET(X), X.clone().requires_grad_()),
         RuntimeError,
-        NOTHING + r".* on the inputs: x.requires_grad_\(\) must come before the forward",
+        NOTHING + r".* on the inputs: call x.requires_grad_\(\) before the forward",
     ),
     "weights of another net": (
         lambda: gpkit.weight_grad_norm()(NET(X).mean(), LINEAR),
@@ -93,12 +93,12 @@ REFUSALS = {
     "linear at order 2": (
         lambda: gpkit.curvature()(LINEAR, X),
         RuntimeError,
-        NOTHING + "the derivative of order 2 is constant in them. Is the function linear",
+        NOTHING + "the derivative of order 2 does not depend on them. Is the function linear",
     ),
     "linear in its weights": (
         lambda: gpkit.weight_grad_norm()(LINEAR(X).mean(), LINEAR),
         RuntimeError,
-        NOTHING + "the derivative of order 1 is constant in them",
+        NOTHING + "the derivative of order 1 does not depend on them",
     ),
     "frozen parameters": (
         lambda: gpkit.weight_grad_norm()(lambda: FROZEN(X).mean(), FROZEN),
@@ -108,7 +108,7 @@ REFUSALS = {
     "list of outputs": (
         lambda: gpkit.r1()(lambda x: [NET(x)], real=X),
         TypeError,
-        r"gave a list, and a tensor was expected; choose one with `of=lambda output: output\[0\]`",
+        r"must return a tensor; got a list: select one with `of=lambda output: output\[0\]`",
     ),
     "integers": (
         lambda: gpkit.r1()(NET, real=torch.ones(B, 3).long()),
@@ -118,12 +118,12 @@ REFUSALS = {
     "tensor, but other points": (
         lambda: gpkit.wgan_gp()(NET(Z), real=Z, fake=Z),
         ValueError,
-        r"`at=interpolate\(\)` needs the function itself",
+        r"`at=interpolate\(\)` needs a callable",
     ),
     "samples twice": (
         lambda: gpkit.r1()(NET, X, real=X),
         TypeError,
-        "give the samples once",
+        "pass the samples once",
     ),
     "no samples": (lambda: gpkit.r1()(NET), TypeError, r"needs samples: .* got none"),
     "samples in a row": (
@@ -150,12 +150,12 @@ REFUSALS = {
     "parameters that are none": (
         lambda: gpkit.weight_grad_norm()(NET(X).mean(), ["0.weight"]),
         TypeError,
-        "number 0 of them is a str",
+        "number 0 is a str",
     ),
     "pattern without names": (
         lambda: gpkit.weight_grad_norm(match="0.*")(NET(X).mean(), NET.parameters()),
         TypeError,
-        r"`weights\('0.\*'\)` chooses by name: give it the module",
+        r"`weights\('0.\*'\)` selects by name: pass the module",
     ),
     "pattern that matches nothing": (
         lambda: gpkit.weight_grad_norm(match="0.wieght")(NET(X).mean(), NET),
@@ -224,5 +224,5 @@ def test_refuses_what_stops_to_act():
     # not at the first call only
     penalty, net = gpkit.weight_grad_norm(), mlp()
     penalty(net(X).square().mean(), net)
-    with pytest.raises(RuntimeError, match="depends on no parameter"):
+    with pytest.raises(RuntimeError, match="does not depend on any trained parameter"):
         penalty(LINEAR(X).mean(), LINEAR)

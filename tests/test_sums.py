@@ -95,7 +95,7 @@ def test_none_adds_nothing():
         ({}, ValueError, "needs at least one penalty; got none"),
         (["r3"], ValueError, r"must be one of 'none', .* got 'r3' \(did you mean 'r2'\?\)"),
         ({"mine": {"weight": 1.0}}, ValueError, "must be one of .* got 'mine'"),
-        ({"r1": 10.0}, TypeError, r"mappings of their arguments; got 10\.0 for 'r1'"),
+        ({"r1": 10.0}, TypeError, r"dicts of their arguments; got 10\.0 for 'r1'"),
         ({"r1": {"wieght": 1.0}}, TypeError, "unexpected keyword argument 'wieght'"),
         ({"r1": {"weight": -1.0}}, ValueError, "must be a number >= 0; got -1.0"),
     ],

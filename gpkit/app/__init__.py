@@ -1,5 +1,6 @@
-"""The application: ``python train.py`` and ``gpkit-train``. Hydra is used here and nowhere else.
+"""The application: ``python train.py`` and ``gpkit-train``. Only this package imports Hydra.
 
-``cli`` runs a command, ``overrides`` reads and explains what was typed, ``build`` makes the module,
-the nets and the callbacks of a config, ``train`` runs a job and writes its results.
+``cli`` runs a command and reports an error in one line. ``overrides`` checks what a user typed and
+explains errors. ``build`` makes the module, the nets and the callbacks of a config. ``train`` runs
+one job and writes its results.
 """

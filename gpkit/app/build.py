@@ -1,4 +1,4 @@
-"""From a config to the module that is trained, its nets made for the data, and to callbacks."""
+"""Build the module, its nets, and the callbacks from a config."""
 
 from __future__ import annotations
 
@@ -17,18 +17,15 @@ PAIR = ("generator", "critic")
 
 
 def build_module(cfg: DictConfig, data: Any, chosen: set[str]) -> pl.LightningModule:
-    """Return the module of the config with its nets, made for the data, penalty and optimiser.
+    """Return the module to train, with its nets, penalty and optimiser.
 
     Args:
         cfg: the composed config.
-        data: a data module that is set up.
-        chosen: the keys that the user set.
-
-    Returns:
-        The module to train.
+        data: a data module that is set up; the nets get its shapes.
+        chosen: the keys that the user set, such as ``{"model.width"}``.
 
     Raises:
-        ValueError: if the module and the rest of the config do not go together.
+        ValueError: if the module does not fit the rest of the config.
     """
     _check_nets(cfg)
     make = instantiate(cfg.module, _convert_="all", _partial_=True)
@@ -51,25 +48,22 @@ def build_module(cfg: DictConfig, data: Any, chosen: set[str]) -> pl.LightningMo
 
 
 def trains_pair(cfg: DictConfig) -> bool:
-    """Whether the module of the config takes a generator and a critic, as `GANModule` does."""
+    """Whether the module takes a generator and a critic, as `GANModule` does."""
     return all(net in _parameters(get_object(cfg.module._target_)) for net in PAIR)
 
 
 def build_pair(cfg: DictConfig, data: Any, chosen: set[str]) -> dict[str, nn.Module]:
-    """Return a generator and a critic, given what they take of the following.
+    """Return a generator and a critic, by name.
 
-    The generator makes samples of ``output_shape``, which is the data's, of ``latent_dim`` numbers;
-    a net for any data, called with ``input_shape`` and ``num_outputs``, does where samples are
-    flat. The critic takes samples of ``input_shape`` and gives ``num_outputs`` = 1. A conditional
-    pair takes labels of ``num_classes``.
+    Each gets those of the following arguments that it takes. The generator: ``latent_dim`` and
+    ``output_shape``, the shape of a sample; or ``input_shape`` and ``num_outputs``, so that any net
+    can generate flat samples. The critic: ``input_shape`` and ``num_outputs``, which is 1. With
+    ``module.conditional`` both: ``num_classes``.
 
     Args:
         cfg: the composed config.
         data: a data module that is set up.
-        chosen: the options of the model that the user set: ``{"critic.width"}``.
-
-    Returns:
-        The nets by name.
+        chosen: the options of the model that the user set, such as ``{"critic.width"}``.
     """
     shape, latents = tuple(data.input_shape), cfg.module.latent_dim
     labelled = cfg.module.conditional and data.task == "classification"
@@ -99,17 +93,14 @@ def build_net(key: str, cfg: DictConfig, given: Mapping[str, Any], chosen: set[s
     """Return a net.
 
     Args:
-        key: where the config has it, for the message.
+        key: its place in the config, for the message.
         cfg: its ``_target_`` and options.
-        given: options that are for it if it takes them, and has none of its own of that name.
-        chosen: the options that the user set. Others, which the config has for its own target, are
-            left out where a target of the user's own does not take them.
-
-    Returns:
-        The net.
+        given: more arguments. The net gets those that it takes and that ``cfg`` does not set.
+        chosen: the options that the user set, which the net always gets. The other options of
+            ``cfg`` are defaults of its file: a net that does not take one does not get it.
 
     Raises:
-        TypeError: if the target gives something else than a module.
+        TypeError: if the target does not return a `torch.nn.Module`.
     """
     known = _parameters(get_object(cfg._target_))
     any_name = any(p.kind is p.VAR_KEYWORD for p in known.values())
@@ -119,7 +110,7 @@ def build_net(key: str, cfg: DictConfig, given: Mapping[str, Any], chosen: set[s
         for k, v in cfg.items()
         if str(k).startswith("_") or any_name or k in known or k in chosen
     }
-    # Given to the call itself: Hydra would make a list of a tuple.
+    # These go directly into the call: Hydra would turn a tuple into a list.
     net = instantiate(OmegaConf.create(options), _convert_="all", _partial_=True)(**given)
     if not isinstance(net, nn.Module):
         raise TypeError(
@@ -132,13 +123,10 @@ def build_callbacks(cfg: DictConfig) -> list[Callback]:
     """Return the callbacks of the config.
 
     Args:
-        cfg: by name a ``_target_`` with options, or null for none.
-
-    Returns:
-        The callbacks.
+        cfg: for each name a ``_target_`` with options, or null for no callback.
 
     Raises:
-        TypeError: if a target gives something else.
+        TypeError: if a target does not return a callback.
     """
     made = {
         str(name): instantiate(each, _convert_="all") if isinstance(each, DictConfig) else each
@@ -155,7 +143,7 @@ def build_callbacks(cfg: DictConfig) -> list[Callback]:
 
 
 def _parameters(target: Any) -> Mapping[str, inspect.Parameter]:
-    """Return the parameters of a target; none if it does not show them."""
+    """Return the parameters of a target; none if it has no signature."""
     try:
         return inspect.signature(target).parameters
     except ValueError:
@@ -163,7 +151,7 @@ def _parameters(target: Any) -> Mapping[str, inspect.Parameter]:
 
 
 def _check_nets(cfg: DictConfig) -> None:
-    """Refuse one net where there must be two, and two where there must be one."""
+    """Refuse one net for a module that takes two, and two nets for a module that takes one."""
     found = [net for net in PAIR if net in cfg.model]
     if trains_pair(cfg) and len(found) < len(PAIR):
         raise ValueError(
@@ -178,11 +166,11 @@ def _check_nets(cfg: DictConfig) -> None:
 
 
 def _check_gan(cfg: DictConfig) -> None:
-    """Refuse options that are for one net with one optimiser."""
+    """Refuse options that only a module of one net has."""
     if cfg.loss._target_ is not None:
         raise ValueError(
-            f"loss._target_={cfg.loss._target_} is the loss of a net that is given targets; a "
-            "generator and a critic have module.loss=wasserstein, non_saturating, ..."
+            f"loss._target_={cfg.loss._target_} is a loss of outputs and targets; for a "
+            "generator and a critic use module.loss=wasserstein, non_saturating, ..."
         )
     if cfg.trainer.accumulate_grad_batches != 1:
         raise ValueError(

@@ -1,6 +1,6 @@
 """The command line: ``python train.py`` and ``gpkit-train``.
 
-Nothing here imports torch before a job runs, so that ``--help`` answers at once.
+torch is imported only when a job runs, so that ``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -16,35 +16,34 @@ from omegaconf import DictConfig
 
 from gpkit.app.overrides import CONFIG_DIR, check_types, explain
 
-# Hydra shows a traceback when this is set. We set it to see errors, and say them in a line.
+# Without this variable Hydra prints an error and exits. It is set here, so that Hydra raises the
+# error and gpkit can report it in one line.
 FULL_ERROR = "HYDRA_FULL_ERROR"
-
-
 ONE_LINE = "GPKIT_ONE_LINE_ERRORS"
 
 
 def main() -> None:
-    """Run the application on ``sys.argv``; a mistake ends it with one line and exit code 1."""
-    sys.path.insert(0, os.getcwd())  # model._target_=my_package.MyNet of the current directory
-    # Hydra's parser loses overrides that stand before an option: options first.
+    """Run the application on ``sys.argv``. An error prints one line and exits with code 1."""
+    sys.path.insert(0, os.getcwd())  # for model._target_=my_package.MyNet
+    # Hydra's parser loses overrides that come before an option, so options go first.
     words = sys.argv[1:]
     sys.argv[1:] = sorted(words, key=lambda w: not w.startswith("-") and ("=" in w or w[:1] == "~"))
     if os.environ.get(FULL_ERROR, "0") == "0":
-        os.environ[ONE_LINE] = os.environ[FULL_ERROR] = "1"  # processes of ddp inherit both
+        os.environ[ONE_LINE] = os.environ[FULL_ERROR] = "1"  # the processes of ddp inherit both
     if ONE_LINE not in os.environ:
         _job()
         return
     try:
         _job()
     except Exception as error:
-        if not getattr(error, "said", False):
-            _say(explain_composed(error))
+        if not getattr(error, "reported", False):
+            _report(explain_composed(error))
         sys.exit(1)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
 def _job(cfg: DictConfig) -> float | None:
-    """Run one job; what it returns goes to the sweeper."""
+    """Run one job and return its metric to the sweeper."""
     overrides = list(HydraConfig.get().overrides.task)
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
@@ -57,20 +56,22 @@ def _job(cfg: DictConfig) -> float | None:
         if ONE_LINE not in os.environ:
             raise
         line = explain(error, overrides)
-        if sweep:  # the other jobs run; the exit code tells at the end
-            _say(f"{' '.join(overrides)}: {line}")
-            error.said = True  # type: ignore[attr-defined]
+        if sweep:  # the other jobs still run; the exit code at the end is 1
+            _report(f"{' '.join(overrides)}: {line}")
+            error.reported = True  # type: ignore[attr-defined]
             raise
-        _say(line)
+        _report(line)
         sys.exit(1)
 
 
 def explain_composed(error: Exception) -> str:
-    """Return the line for an error from outside of a job, where Hydra is no longer initialised."""
+    """Return the line for an error outside of a job, when Hydra is no longer initialised."""
     from hydra import initialize_config_dir
     from hydra._internal.utils import get_args_parser
     from hydra.core.global_hydra import GlobalHydra
 
+    # hydra.main reads the command line itself, and hands none of it out once composing has failed;
+    # its parser of options is private. tests/app/test_cli.py fails where it is gone.
     typed = get_args_parser().parse_args(sys.argv[1:])
     overrides = list(typed.overrides)
     if typed.config_dir:
@@ -80,5 +81,5 @@ def explain_composed(error: Exception) -> str:
         return explain(error, overrides)
 
 
-def _say(line: str) -> None:
+def _report(line: str) -> None:
     print(f"error: {line} ({FULL_ERROR}=1 shows the traceback)", file=sys.stderr)

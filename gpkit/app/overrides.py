@@ -1,4 +1,4 @@
-"""What a user typed on the command line: the keys it sets, and what is wrong with it, in words."""
+"""Check the overrides that a user typed, and explain an error in one line."""
 
 from __future__ import annotations
 
@@ -16,13 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 from gpkit.checks import nearest
 
 HERE = Path(__file__).resolve().parents[1]
-
-
-# An installed wheel holds the configs in the package; a checkout has them beside it.
+# An installed wheel has the configs inside of the package, a checkout beside it.
 CONFIG_DIR = HERE / "configs" if (HERE / "configs").is_dir() else HERE.parent / "configs"
 
-
-# Values whose type the default does not tell.
+# Values that may have another type than their default.
 ANY_TYPE = re.compile(r"device\.devices|trainer\.(limit_\w+|precision|val_check_interval)")
 
 
@@ -35,24 +32,24 @@ TYPES: dict[type, tuple[str, tuple[type, ...]]] = {
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
-    """Return overrides as Hydra reads them."""
+    """Return overrides as Hydra parses them."""
     return list(OverridesParser.create().parse_overrides(list(overrides)))
 
 
 def set_keys(overrides: Sequence[str]) -> set[str]:
-    """Return the dotted keys that overrides set: ``{"model.width"}``."""
+    """Return the dotted keys that overrides set, such as ``{"model.width"}``."""
     return {o.key_or_group for o in parse(overrides) if "." in o.key_or_group}
 
 
 def check_types(cfg: DictConfig, overrides: Sequence[str]) -> None:
-    """Refuse a value whose type is not that of the default it replaces.
+    """Refuse a value that has another type than its default.
 
     Args:
         cfg: the composed config.
-        overrides: what it was composed of.
+        overrides: the overrides that it was composed with.
 
     Raises:
-        TypeError: at the first such value; it says what was expected.
+        TypeError: for the first such value.
     """
     typed = parse(overrides)
     for o in typed:
@@ -65,14 +62,14 @@ def check_types(cfg: DictConfig, overrides: Sequence[str]) -> None:
         if ANY_TYPE.fullmatch(key) or old is None or new is None:
             continue
         if isinstance(new, DictConfig) or isinstance(old, DictConfig) or OmegaConf.is_list(old):
-            continue  # an object instead of a value, as a schedule for a weight
+            continue  # an object for a value, such as a schedule for a weight
         words, fits = TYPES.get(type(old), ("", (object,)))
         if not isinstance(new, fits) or (isinstance(new, bool) and not isinstance(old, bool)):
-            raise TypeError(f"{key} must be {words}, as its default {old}; got {new!r}")
+            raise TypeError(f"{key} must be {words}, like its default {old}; got {new!r}")
 
 
 def _is_sweep_or_value(text: str) -> bool:
-    """Whether an override without a dot sets a value (``seed=1``) and chooses no group."""
+    """Whether an override without a dot sets a value (``seed=1``), not a group."""
     return not _is_group(text.lstrip("+~").split("=")[0].split("@")[0])
 
 
@@ -81,7 +78,7 @@ def _is_group(key: str) -> bool:
 
 
 def _one_name(override: Override) -> str:
-    """Return what to say of a group that was given something else than one of its names."""
+    """Return the message for a group whose value is not one of its names."""
     group, value = override.key_or_group, override.get_value_string()
     line = f"{group} must be one of {', '.join(_names(group))}; got {value}"
     if group == "penalty" and isinstance(override.value(), list):
@@ -94,11 +91,11 @@ def _names(group: str) -> list[str]:
 
 
 def explain(error: BaseException, overrides: Sequence[str]) -> str:
-    """Return what is wrong, in one line, with the nearest valid name.
+    """Return an error as one line that names the nearest valid option.
 
     Args:
-        error: what was raised while a config was composed or a job ran.
-        overrides: what the user typed.
+        error: from composing a config or from running a job.
+        overrides: the overrides that the user typed.
 
     Returns:
         One line.
@@ -121,11 +118,11 @@ def explain(error: BaseException, overrides: Sequence[str]) -> str:
         wrong = [o for o in parse(overrides) if _is_group(o.key_or_group)]
         return _one_name(next(o for o in wrong if not isinstance(o.value(), str)))
     if found := re.search(r"Key '(\w+)' is not in struct", text):
-        return f"the config has no {found[1]!r}, which a run needs: leave out ~{found[1]}"
+        return f"the config has no {found[1]!r}, but a run needs it: leave out ~{found[1]}"
     if found := re.search(r"Missing mandatory value: (\S+)", text):
         return f"{found[1]} must be given: {found[1]}=..."
     if type(error).__name__ == "OverrideParseException" or "LexerNoViableAlt" in text:
-        return f"cannot read an override: {_flat(text)}; it is written key=value, strings quoted"
+        return f"cannot read an override: {_flat(text)}; write key=value, and quote strings"
     if type(error).__name__ == "InstantiationException" and error.__cause__ is not None:
         return explain(error.__cause__, overrides)
     if found := re.search(r"unexpected keyword argument '(\w+)'", text):
@@ -136,13 +133,13 @@ def explain(error: BaseException, overrides: Sequence[str]) -> str:
 
 
 def _unknown_key(key: str, overrides: Sequence[str]) -> str:
-    """Return what to say of a key that the config does not have."""
+    """Return the message for a key that the config does not have."""
     others = [
         text for text, o in zip(overrides, parse(overrides), strict=True) if o.key_or_group != key
     ]
     try:
         config = compose("train", others)
-    except Exception:  # another override is wrong as well: names of the plain config must do
+    except Exception:  # another override is wrong too: take the names of the default config
         config = compose("train", [])
     parent, _, name = key.rpartition(".")
     for group in (path.name for path in CONFIG_DIR.iterdir() if path.is_dir()):
@@ -161,12 +158,12 @@ def _unknown_key(key: str, overrides: Sequence[str]) -> str:
 
 
 def _unknown_target(path: str) -> str:
-    """Return what to say of a ``_target_`` that cannot be imported."""
+    """Return the message for a ``_target_`` that cannot be imported."""
     module_name, _, name = path.rpartition(".")
     try:
         module = importlib.import_module(module_name)
     except (ImportError, ValueError) as missing:
-        return f"_target_={path}: cannot be imported ({missing}); it is the path of what to call"
+        return f"_target_={path}: cannot be imported ({missing}); use module.name of what to call"
     return f"_target_={path}: {module_name} has no {name!r}{nearest(name, dir(module))}"
 
 

@@ -1,4 +1,4 @@
-"""A training run: from a config to metrics."""
+"""Run one job: from a config to metrics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from pytorch_lightning.utilities import rank_zero_only
 
 from gpkit import checks
 from gpkit.app.build import build_callbacks, build_module, trains_pair
@@ -30,15 +30,15 @@ def train(overrides: Sequence[str] = (), output_dir: str | Path | None = None) -
     """Train from Python, as ``python train.py`` does from a shell.
 
     Args:
-        overrides: what would stand on the command line: ``["model=mlp", "penalty.weight=0.1"]``.
-        output_dir: the run's folder; None makes one of today under ``outputs/``.
+        overrides: the arguments of the command line: ``["model=mlp", "penalty.weight=0.1"]``.
+        output_dir: the run's folder; None makes a new one in ``outputs/``.
 
     Returns:
-        The final metrics by name, such as ``test/acc``: those of ``metrics.json``.
+        The final metrics by name, such as ``test/acc``; ``metrics.json`` has the same.
 
     Raises:
         TypeError: if a value has another type than its default.
-        Exception: whatever Hydra says of an override that does not fit.
+        Exception: Hydra's own, for an override that does not fit the config.
     """
     if output_dir is None:
         output_dir = Path("outputs", datetime.now().strftime("%Y-%m-%d/%H-%M-%S-%f"))
@@ -58,10 +58,10 @@ def run(
 
     Args:
         cfg: the composed config.
-        output_dir: gets the events, ``checkpoints/`` and ``metrics.json``.
-        overrides: the options that the user set: a target of the user's own must take those, and
-            need not take the others.
-        sweep: whether other jobs follow in this process.
+        output_dir: the folder for the events, ``checkpoints/`` and ``metrics.json``.
+        overrides: the options that the user set. A net of the user's own must take these, but need
+            not take the others.
+        sweep: whether more jobs follow in this process.
 
     Returns:
         The final metrics by name.
@@ -78,7 +78,7 @@ def run(
     data.prepare_data()
     data.setup("fit")
     module = build_module(cfg, data, set_keys(overrides))
-    has_best = bool(data.val_dataloader()) and not trains_pair(cfg)  # which has no val/loss
+    has_best = bool(data.val_dataloader()) and not trains_pair(cfg)  # a pair has no val/loss
     trainer = build_trainer(cfg, folder, has_best=has_best, sweep=sweep)
     trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path)
     metrics: dict[str, Any] = dict(trainer.callback_metrics)
@@ -95,7 +95,7 @@ def run(
     if trainer.is_global_zero:
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                # A GAN's are curves already: without the step they would get a last point at 0.
+                # A GAN logs some of these as curves: without a step they would get a point at 0.
                 last = trainer.fit_loop.total_batch_idx
                 logger.log_hyperparams(hyperparameters(cfg), results(final), step=last)
                 logger.finalize("success")
@@ -105,33 +105,30 @@ def run(
 
 
 class Checkpoints(ModelCheckpoint):
-    """Checkpoints that go on, in the folder of a new run, from the best of the run before."""
+    """Checkpoints that keep the best score of a resumed run, though the folder is a new one."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state, though its folder is another, if its best checkpoint is there."""
+        """Restore a state from another folder, if its best checkpoint still exists."""
         if Path(state_dict["best_model_path"]).is_file():
             state_dict = {**state_dict, "dirpath": self.dirpath}
         super().load_state_dict(state_dict)
 
 
 def build_trainer(cfg: DictConfig, folder: Path, *, has_best: bool, sweep: bool) -> pl.Trainer:
-    """Return the trainer, writing into the run's folder.
+    """Return the trainer, which writes into the run's folder.
 
     Args:
         cfg: the composed config.
         folder: the run's folder.
-        has_best: whether there is a val/loss to tell the best checkpoint by.
-        sweep: whether other jobs follow: then ddp, which runs the command again, gives way to
-            ddp_spawn.
-
-    Returns:
-        The trainer.
+        has_best: whether there is a val/loss, which defines the best checkpoint.
+        sweep: whether more jobs follow. Then ddp becomes ddp_spawn, since ddp runs the command
+            again in each process.
     """
     device = {str(k): v for k, v in cfg.device.items()}
     if sweep and device["strategy"] == "ddp":
         device["strategy"] = "ddp_spawn"
-    # A callback for each file: Lightning's save_last skips the epochs that do not improve. A run
-    # into the same folder replaces the files of the one before.
+    # One callback for each file: Lightning's save_last skips epochs that do not improve. A second
+    # run in the same folder replaces the files.
     best = Checkpoints(
         folder / "checkpoints", "best", monitor="val/loss", enable_version_counter=False
     )
@@ -151,7 +148,7 @@ def build_trainer(cfg: DictConfig, folder: Path, *, has_best: bool, sweep: bool)
 
 
 def hyperparameters(cfg: DictConfig) -> dict[str, Any]:
-    """Return the config as plain values, without what does not describe the model."""
+    """Return the config as plain values, without the parts that do not describe the model."""
     with open_dict(cfg):
         plain = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(plain, dict)
@@ -159,7 +156,7 @@ def hyperparameters(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _check_values(cfg: DictConfig) -> None:
-    """Refuse values that nothing else would refuse before the first step."""
+    """Refuse values that nothing else checks before the first step."""
     if checks.integer("seed", cfg.seed, 0) >= 2**32:
         raise ValueError(f"`seed` must be an integer in [0, 2**32); got {cfg.seed}")
     checks.choice("test_checkpoint", cfg.test_checkpoint, ("best", "last"))
@@ -179,7 +176,7 @@ def _check_values(cfg: DictConfig) -> None:
 
 
 def _quiet() -> None:
-    """Leave out what Lightning says that a user can do nothing about."""
+    """Hide messages of Lightning that a user cannot act on."""
     for name in ("pytorch_lightning.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
@@ -188,29 +185,29 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", ".*have no `val_dataloader`.*")
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
-    warnings.filterwarnings("ignore", ".*'modes/.*sync_dist=True.*")  # rank zero draws and counts
-    warnings.filterwarnings("ignore", "The dirpath has changed from .*")  # as Checkpoints wants it
+    warnings.filterwarnings("ignore", ".*'modes/.*sync_dist=True.*")  # rank zero alone counts them
+    warnings.filterwarnings("ignore", "The dirpath has changed from .*")  # Checkpoints handles it
 
 
 def _write(folder: Path, metrics: dict[str, float]) -> None:
-    """Write metrics.json: NaN and infinities, which JSON lacks, become null."""
+    """Write metrics.json. NaN and infinities, which JSON does not have, become null."""
     plain = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
     (folder / "metrics.json").write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n")
 
 
 def results(metrics: dict[str, float]) -> dict[str, float]:
-    """Return the metrics that tell how a run ended: those of the test, and of a GAN."""
-    told = ("test/", "modes/", "wasserstein/", "critic_optimality", "dirac/distance")
-    return {k: v for k, v in metrics.items() if k.startswith(told) or k == "slope/interpolates"}
+    """Return the metrics that sum up a run: of the test, and of a GAN."""
+    shown = ("test/", "modes/", "wasserstein/", "critic_optimality", "dirac/distance")
+    return {k: v for k, v in metrics.items() if k.startswith(shown) or k == "slope/interpolates"}
 
 
 @rank_zero_only
 def _report(folder: Path, metrics: dict[str, float]) -> None:
-    """Print how the run ended, and where everything lies."""
-    told = results(metrics)
-    width = max(24, *map(len, told)) if told else 0
+    """Print the results of the run, and where its files are."""
+    shown = results(metrics)
+    width = max(24, *map(len, shown)) if shown else 0
     print()
-    for name, value in told.items():
+    for name, value in shown.items():
         vanishes = 0 < abs(value) < 1e-3
         print(f"  {name:<{width}} {value:{'.3g' if vanishes else '.4f'}}")
     print()

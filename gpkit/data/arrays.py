@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -14,33 +15,35 @@ from gpkit.data.splits import Size, split, split_sizes
 Pair = tuple[Tensor, Tensor]
 
 
-class ArrayDataModule(DataModule):
-    """Tensors for train, validation and test, from the hook `arrays`.
+class SplitOptions(TypedDict, total=False):
+    """Keyword arguments of `ArrayDataModule` except ``batch_size``, for classes that forward them.
 
-    A subclass sets `task` and `num_outputs`, which are known beforehand, and gives `arrays`. The
-    sizes are counts (int) or fractions (float, rounded down) and serve `cut`.
+    Each is described there.
+    """
+
+    train_size: Size | None
+    val_size: Size
+    test_size: Size
+    num_workers: int
+    seed: int
+
+
+class ArrayDataModule(DataModule):
+    """Tensors for train, validation and test. A subclass has one method, `arrays`.
+
+    It also sets ``task`` and ``num_outputs``, as class attributes or in its constructor.
 
     Args:
-        batch_size: The samples of a batch.
-        train_size: The training part; None takes all that the others leave.
-        val_size: The validation part; 0 for none.
-        test_size: The test part; 0 for none.
-        num_workers: The processes that load data.
-        seed: Seeds the split and the order.
+        batch_size: the number of samples of a batch.
+        train_size: the size of the training part: a count (int), or a fraction of all samples
+            (float, rounded down). None takes all that the other parts leave.
+        val_size: the size of the validation part; 0 for none.
+        test_size: the size of the test part; 0 for none.
+        num_workers: the number of processes that load data; 0 loads in the main process.
+        seed: of all randomness: the split, the order of the batches, and whatever the data draws.
 
     Raises:
-        ValueError: If an option is out of range.
-
-    Examples:
-        >>> class Line(ArrayDataModule):
-        ...     task, num_outputs = "regression", 1
-        ...     def arrays(self, generator):
-        ...         x = torch.linspace(0, 1, 20)[:, None]
-        ...         return self.cut(x, 2 * x, generator)
-        >>> data = Line(batch_size=14)
-        >>> data.setup("fit")
-        >>> [tuple(t.shape) for t in next(iter(data.train_dataloader()))]
-        [(14, 1), (14, 1)]
+        ValueError: if an option is out of its range; and in ``setup``, if the sizes do not fit.
     """
 
     train_set: TensorDataset
@@ -57,29 +60,28 @@ class ArrayDataModule(DataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        """Keep the options."""
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         self.train_size = train_size
         self.val_size = val_size
         self.test_size = test_size
 
     def arrays(self, generator: torch.Generator) -> Sequence[Pair]:
-        """Return (x, y) for train, validation and test; all randomness is from `generator`."""
-        raise NotImplementedError
+        """Return (x, y) for train, validation and test, with all randomness from ``generator``."""
+        raise NotImplementedError(f"{type(self).__name__} must define arrays(generator)")
 
     def cut(self, x: Tensor, y: Tensor, generator: torch.Generator) -> list[Pair]:
-        """Split by the sizes of the constructor, stratified when the task is a classification.
+        """Split samples by the sizes of the constructor; classes keep their proportions.
 
         Args:
-            x: All inputs, [N, ...].
-            y: All targets, [N] or [N, K].
-            generator: The source of randomness.
+            x: all inputs, ``[N, *S]``.
+            y: all targets, ``[N]`` or ``[N, K]``.
+            generator: the source of randomness.
 
         Returns:
             (x, y) for train, validation and test.
 
         Raises:
-            ValueError: If the sizes do not fit the number of samples.
+            ValueError: if the sizes do not fit the number of samples.
         """
         counts = split_sizes(
             type(self).__name__, len(x), self.train_size, self.val_size, self.test_size
@@ -88,7 +90,7 @@ class ArrayDataModule(DataModule):
         return [(x[i], y[i]) for i in split(strata, counts, generator)]
 
     def datasets(self) -> tuple[Dataset, Dataset, Dataset]:
-        """Wrap the arrays."""
+        """Return the arrays as data sets, in the dtypes of a batch."""
         generator = torch.Generator().manual_seed(self.seed)
         target = torch.int64 if self.task == "classification" else torch.float32
         self.train_set, self.val_set, self.test_set = (
@@ -99,11 +101,11 @@ class ArrayDataModule(DataModule):
 
 
 def standardise(parts: Sequence[Tensor]) -> list[Tensor]:
-    """Shift and scale every part by the mean and the standard deviation of the first.
+    """Shift and scale all parts by the mean and the standard deviation of the first.
 
     Args:
-        parts: The train, validation and test values, each [N, D]. A column that is constant in the
-            training part is only shifted.
+        parts: the values for train, validation and test, ``[N, D]`` each. A column that is constant
+            in the training part is only shifted.
 
     Returns:
         The standardised parts.

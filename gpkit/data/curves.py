@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from sklearn.datasets import make_moons
 
 from gpkit import checks
-from gpkit.data.arrays import ArrayDataModule, Pair
-from gpkit.data.splits import Size
+from gpkit.data.arrays import ArrayDataModule, Pair, SplitOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class SwissRoll(ArrayDataModule):
-    r"""A spiral with Gaussian noise, the toy problem of Gulrajani et al. (2017).
+    r"""A spiral with Gaussian noise, a toy problem of Gulrajani et al. (2017).
 
     .. math:: x = \big((t \cos t, t \sin t) + \text{noise} \cdot \varepsilon\big) / 7.5, \quad
               t \sim U[1.5 \pi, 4.5 \pi], \quad \varepsilon \sim N(0, I)
@@ -24,23 +27,18 @@ class SwissRoll(ArrayDataModule):
     roll, (t - 1.5 π) / 3 π, in [0, 1].
 
     Args:
-        n: The number of points, train, validation and test together.
-        noise: The standard deviation of the noise before the division.
-        batch_size: The samples of a batch.
-        train_size: The training part; None takes all that the others leave.
-        val_size: The validation part; 0 for none.
-        test_size: The test part; 0 for none.
-        num_workers: The processes that load data.
-        seed: Seeds the points, the split and the order.
+        n: the number of points, all three parts together.
+        noise: the standard deviation of the noise before the division.
+        batch_size: the number of samples of a batch.
+        **options: of `ArrayDataModule`.
 
     Raises:
-        ValueError: If an option is out of range.
+        ValueError: if an option is out of its range.
 
-    Examples:
-        >>> data = SwissRoll()
-        >>> data.setup("fit")
-        >>> data.input_shape, data.num_outputs
-        ((2,), 1)
+    >>> data = SwissRoll()
+    >>> data.setup("fit")
+    >>> data.input_shape, data.num_outputs
+    ((2,), 1)
     """
 
     task = "regression"
@@ -52,21 +50,9 @@ class SwissRoll(ArrayDataModule):
         noise: float = 0.25,
         *,
         batch_size: int = 256,
-        train_size: Size | None = None,
-        val_size: Size = 0.15,
-        test_size: Size = 0.15,
-        num_workers: int = 0,
-        seed: int = 0,
+        **options: Unpack[SplitOptions],
     ) -> None:
-        """Keep the options."""
-        super().__init__(
-            batch_size=batch_size,
-            train_size=train_size,
-            val_size=val_size,
-            test_size=test_size,
-            num_workers=num_workers,
-            seed=seed,
-        )
+        super().__init__(batch_size=batch_size, **options)
         self.n = checks.integer("SwissRoll(n=...)", n, 2)
         self.noise = checks.number("SwissRoll(noise=...)", noise, 0)
 
@@ -83,23 +69,18 @@ class TwoMoons(ArrayDataModule):
     """Two interleaving half circles in the plane, one class each, with Gaussian noise.
 
     Args:
-        n: The number of points, train, validation and test together.
-        noise: The standard deviation of the noise.
-        batch_size: The samples of a batch.
-        train_size: The training part; None takes all that the others leave.
-        val_size: The validation part; 0 for none.
-        test_size: The test part; 0 for none.
-        num_workers: The processes that load data.
-        seed: Seeds the points, the split and the order.
+        n: the number of points, all three parts together.
+        noise: the standard deviation of the noise.
+        batch_size: the number of samples of a batch.
+        **options: of `ArrayDataModule`.
 
     Raises:
-        ValueError: If an option is out of range.
+        ValueError: if an option is out of its range.
 
-    Examples:
-        >>> data = TwoMoons(n=200)
-        >>> data.setup("fit")
-        >>> data.input_shape, data.num_outputs
-        ((2,), 2)
+    >>> data = TwoMoons(n=200)
+    >>> data.setup("fit")
+    >>> data.input_shape, data.num_outputs
+    ((2,), 2)
     """
 
     task = "classification"
@@ -111,21 +92,9 @@ class TwoMoons(ArrayDataModule):
         noise: float = 0.1,
         *,
         batch_size: int = 64,
-        train_size: Size | None = None,
-        val_size: Size = 0.15,
-        test_size: Size = 0.15,
-        num_workers: int = 0,
-        seed: int = 0,
+        **options: Unpack[SplitOptions],
     ) -> None:
-        """Keep the options."""
-        super().__init__(
-            batch_size=batch_size,
-            train_size=train_size,
-            val_size=val_size,
-            test_size=test_size,
-            num_workers=num_workers,
-            seed=seed,
-        )
+        super().__init__(batch_size=batch_size, **options)
         self.n = checks.integer("TwoMoons(n=...)", n, 2)
         self.noise = checks.number("TwoMoons(noise=...)", noise, 0)
 

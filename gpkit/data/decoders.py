@@ -1,4 +1,4 @@
-"""How the columns of a data set become tensors: pictures, numbers and classes."""
+"""Decode the columns of a data set to tensors: pictures, numbers and classes."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ Decoder = Callable[[Batch], Tensor]
 
 
 class Rows(Dataset):
-    """A table whose rows are decoded when they are asked for.
+    """A table whose rows are decoded when they are used.
 
     Args:
-        table: Anything with a length that gives a `Batch` for a list of row numbers.
-        inputs: Decodes the x of a batch.
-        targets: Decodes the y of a batch.
+        table: anything with a length that gives a ``Batch`` for a list of row numbers.
+        inputs: decodes the x of a batch.
+        targets: decodes the y of a batch.
     """
 
     def __init__(self, table: Any, inputs: Decoder, targets: Decoder) -> None:
-        """Keep the table as it is."""
         self.table = table
         self.inputs = inputs
         self.targets = targets
@@ -41,7 +40,7 @@ class Rows(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
-        """Decode the rows of a batch; a data loader calls this when it is there."""
+        """Decode the rows of a batch. A data loader calls this if a data set has it."""
         batch = self.table[indices]
         return list(zip(self.inputs(batch), self.targets(batch), strict=True))
 
@@ -51,11 +50,11 @@ class Pictures:
     """Decode PIL images.
 
     Attributes:
-        key: The column.
+        key: the column.
         mode: "L" for one channel, "RGB" for three.
-        size: Height and width.
-        resize: Whether other sizes are resized; if not, they are an error.
-        centre: Whether values lie in [-1, 1] in place of [0, 1].
+        size: height and width.
+        resize: whether pictures of another size are resized; if not, they are an error.
+        centre: whether values lie in [-1, 1] instead of [0, 1].
     """
 
     key: str
@@ -75,10 +74,10 @@ class Pictures:
         """Decode one picture.
 
         Returns:
-            Its pixels, uint8 [H, W] or [H, W, 3].
+            Its pixels, ``[H, W]`` or ``[H, W, 3]``, uint8.
 
         Raises:
-            ValueError: If it has another size, or values that have no natural range.
+            ValueError: if it has another size, or values without a known range.
         """
         from PIL import Image
 
@@ -86,16 +85,16 @@ class Pictures:
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode in ("I", "F"):
             raise ValueError(
-                f"`HuggingFace(input_key={self.key!r})` must hold pictures of 8 or 16 bits, but "
-                f"one has the PIL mode {image.mode!r}; convert them first"
+                f"`HuggingFace(input_key={self.key!r})` must be pictures of 8 or 16 bits; got "
+                f"the PIL mode {image.mode!r}: convert them first"
             )
         height, width = self.size
         if image.size != (width, height):
             if not self.resize:
                 raise ValueError(
-                    "`HuggingFace(image_size=None)` must have pictures of one size, but found "
-                    f"{image.size[1]} x {image.size[0]} beside {height} x {width}; "
-                    f"set image_size=[{height}, {width}], for instance"
+                    "`HuggingFace(image_size=None)` needs pictures of one size; got "
+                    f"{image.size[1]} x {image.size[0]} and {height} x {width}: "
+                    f"set image_size=[{height}, {width}], for example"
                 )
             image = image.resize((width, height), Image.Resampling.BILINEAR)
         return np.asarray(image.convert(self.mode))
@@ -103,12 +102,12 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Numbers:
-    """Decode columns of numbers; several are put side by side.
+    """Decode columns of numbers: (value - mean) / scale. Several columns are concatenated.
 
     Attributes:
-        keys: The columns.
-        mean: What is subtracted.
-        scale: What the difference is divided by.
+        keys: the columns.
+        mean: one number for each value, or one for all.
+        scale: one number for each value, or one for all.
     """
 
     keys: tuple[str, ...]
@@ -121,28 +120,31 @@ class Numbers:
         return torch.from_numpy(standard.astype(np.float32))
 
     def raw(self, batch: Batch) -> np.ndarray:
-        """Return the numbers as they are, in float64.
+        """Return the numbers as the table has them, in float64.
 
         Raises:
-            ValueError: If one is missing.
+            ValueError: if one is missing.
         """
         columns = [np.asarray(batch[key], dtype=np.float64) for key in self.keys]
         for key, column in zip(self.keys, columns, strict=True):
             if np.isnan(column).any():
                 raise ValueError(
-                    f"`HuggingFace` must have a number in every row, but column {key!r} has a "
-                    "missing one; fill it in, or choose other columns by input_key"
+                    f"`HuggingFace` needs a number in every row; column {key!r} has a missing one: "
+                    "fill it in, or choose other columns with input_key"
                 )
         if len(columns) == 1 and columns[0].ndim > 1:
             return columns[0]
         return np.concatenate([column.reshape(len(column), -1) for column in columns], axis=1)
 
     def standardised(self, batches: Callable[[], Iterable[Batch]], count: int) -> Numbers:
-        """Return a decoder that standardises by the statistics of these rows, in two passes.
+        """Return a decoder that standardises with the statistics of these rows.
 
         Args:
-            batches: Starts a pass over the rows.
-            count: The number of rows.
+            batches: starts a pass over the rows; there are two passes.
+            count: the number of rows.
+
+        Returns:
+            The decoder.
         """
         mean = sum(self.raw(batch).sum(0) for batch in batches()) / count
         variance = sum(np.square(self.raw(batch) - mean).sum(0) for batch in batches()) / count
@@ -151,11 +153,11 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Classes:
-    """Decode labels into the numbers 0 .. K - 1.
+    """Decode labels to the numbers 0 .. K - 1.
 
     Attributes:
-        key: The column.
-        values: The K labels, in order.
+        key: the column.
+        values: the K labels, in order.
     """
 
     key: str

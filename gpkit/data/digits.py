@@ -14,36 +14,36 @@ from gpkit.data.splits import Size
 
 
 class Digits(ArrayDataModule):
-    """The 1797 handwritten digits that come with scikit-learn: [1, 8, 8] in [0, 1], ten classes.
+    """The 1797 handwritten digits of scikit-learn: ``[1, 8, 8]`` in [0, 1], ten classes.
 
-    `label_noise` makes memorising visible: a share p of the training labels is drawn anew,
-    uniformly from the ten classes, so about 9/10 of these are wrong. The noisy labels at a lower p
-    are among those at a higher one, and the split does not depend on p.
+    ``label_noise`` makes memorising visible: a share p of the training labels is replaced by random
+    ones, uniform over the ten classes, so about 9/10 of these are wrong. The samples that have
+    noisy labels at a lower p also have them at a higher one. The split does not depend on p.
 
-    About half of the pixels are exactly 0, so a generator of them ends in a sigmoid rather than a
-    tanh: `ImageGenerator(output="sigmoid")`.
+    About half of the pixels are exactly 0, so a generator of them should end in a sigmoid, not in a
+    tanh: ``ImageGenerator(output="sigmoid")``.
 
     Args:
-        batch_size: The samples of a batch.
-        val_size: The validation part, a count or a fraction; 0 for none.
-        test_size: The test part, a count or a fraction.
-        train_size: The training part; None takes all that the others leave.
-        label_noise: The share of the training labels that is drawn anew, in [0, 1].
-        flatten: Whether x is [64] in place of [1, 8, 8].
-        num_workers: The processes that load data.
-        seed: Seeds the split, the noise and the order.
+        batch_size: the number of samples of a batch.
+        val_size: as in `ArrayDataModule`.
+        test_size: as in `ArrayDataModule`.
+        train_size: as in `ArrayDataModule`.
+        label_noise: p, the share of the training labels that is replaced, in [0, 1].
+        flatten: whether x is ``[64]`` instead of ``[1, 8, 8]``.
+        num_workers: as in `ArrayDataModule`.
+        seed: of the split, the noise and the order.
 
     Attributes:
-        relabelled: The training indices whose labels were drawn anew, [round(p * n_train)].
+        relabelled: the indices of the training samples with replaced labels,
+            ``[round(p * n_train)]``.
 
     Raises:
-        ValueError: If an option is out of range.
+        ValueError: if an option is out of its range.
 
-    Examples:
-        >>> data = Digits(train_size=1000, val_size=0, test_size=797, label_noise=0.2)
-        >>> data.setup("fit")
-        >>> data.input_shape, data.num_outputs, len(data.train_set), len(data.relabelled)
-        ((1, 8, 8), 10, 1000, 200)
+    >>> data = Digits(train_size=1000, val_size=0, test_size=797, label_noise=0.2)
+    >>> data.setup("fit")
+    >>> data.input_shape, data.num_outputs, len(data.train_set), len(data.relabelled)
+    ((1, 8, 8), 10, 1000, 200)
     """
 
     task = "classification"
@@ -62,7 +62,6 @@ class Digits(ArrayDataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        """Keep the options."""
         super().__init__(
             batch_size=batch_size,
             train_size=train_size,
@@ -74,13 +73,13 @@ class Digits(ArrayDataModule):
         if checks.number("Digits(label_noise=...)", label_noise, 0) > 1:
             raise ValueError(
                 f"`Digits(label_noise={label_noise!r})` must lie in [0, 1]; "
-                "use 0.2 to draw a fifth of the training labels anew"
+                "use 0.2 to replace a fifth of the training labels"
             )
         self.label_noise = label_noise
         self.flatten = flatten
 
     def arrays(self, generator: torch.Generator) -> Sequence[Pair]:
-        """Return the three parts, the first with noisy labels."""
+        """Return the three parts; the training labels have the noise."""
         images, labels = load_digits(return_X_y=True)
         x = torch.from_numpy(images / 16).reshape(-1, *((64,) if self.flatten else (1, 8, 8)))
         (x_train, y_train), *rest = self.cut(x, torch.from_numpy(labels), generator)

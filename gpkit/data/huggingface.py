@@ -21,40 +21,43 @@ ALIASES = {"train": ("train",), "val": ("validation", "valid", "val", "dev"), "t
 
 
 class HuggingFace(DataModule):
-    """A data set of images or of numeric columns, with classes or numbers to predict.
+    """A data set of images or of numeric columns, with classes or values to predict.
 
-    Rows are read and decoded when a batch needs them; only the labels are read as a whole. Images
-    become float32 [C, H, W]; columns of numbers are put side by side. Labels that are no
-    `ClassLabel` (strings, integers) are mapped to classes in sorted order, over all parts.
+    A row is read and decoded when a batch needs it; only the labels are read all at once. Images
+    become ``[C, H, W]``, float32; columns of numbers are concatenated. Labels that are not a
+    `ClassLabel` (strings, integers) become classes in sorted order, over all parts.
 
     Args:
-        path: A name on the hub, or a format of local files: parquet, csv, json, imagefolder.
-        name: The configuration of a data set that has several.
-        data_files: Local files, or a dict from the name of a part to its files.
-        data_dir: A local folder.
-        train_split: The name of the training part.
-        val_split: The name of the validation part; None takes the one that is there, and cuts it
-            from the training part (stratified) when there is none.
-        test_split: The name of the test part; None likewise.
-        val_size: How much a cut for validation takes, a count or a fraction of the training part.
-        test_size: How much a cut for the test takes.
-        input_key: The column of x, or several; None takes the image, or all numeric columns.
-        target_key: The column of y; None takes the `ClassLabel`, or label, labels, target or y.
-        image_size: The side, or height and width, to which images are resized; None keeps theirs.
-        grayscale: Whether images have one channel; None goes by the first image.
-        normalise: Whether images lie in [-1, 1] in place of [0, 1], and whether numeric columns and
-            regression targets are standardised by the statistics of the training part.
-        task: "classification" or "regression"; None takes the latter for floats alone.
-        batch_size: The samples of a batch.
-        num_workers: The processes that load data.
-        seed: Seeds the cut and the order.
+        path: a name on the hub, or a format of local files: parquet, csv, json, imagefolder.
+        name: the configuration, for a data set that has several.
+        data_files: local files, or a dict from the name of a part to its files.
+        data_dir: a local folder.
+        train_split: the name of the training part.
+        val_split: the name of the validation part. None takes the one that exists; if there is
+            none, it is cut from the training part (stratified).
+        test_split: the name of the test part; None as for ``val_split``.
+        val_size: the size of a validation part that is cut from the training part: a count, or a
+            fraction of it.
+        test_size: the size of a test part that is cut from the training part.
+        input_key: the column of x, or several columns; None takes the image, or all numeric
+            columns.
+        target_key: the column of y; None takes the `ClassLabel`, or label, labels, target or y.
+        image_size: the side, or the height and width, that images are resized to; None keeps
+            theirs.
+        grayscale: whether images have one channel; None takes the channels of the first image.
+        normalise: whether images lie in [-1, 1] instead of [0, 1], and whether numeric columns and
+            regression targets are standardised with the statistics of the training part.
+        task: "classification" or "regression"; None is a regression for floats only.
+        batch_size: the number of samples of a batch.
+        num_workers: the number of processes that load data; 0 loads in the main process.
+        seed: of the cut and the order.
 
     Attributes:
-        class_names: The names of the classes, in order; empty for a regression.
+        class_names: the names of the classes, in order; empty for a regression.
 
     Raises:
-        ModuleNotFoundError: If `datasets` is not installed.
-        ValueError: If an option is out of range, or (from `setup`) does not fit the data set.
+        ModuleNotFoundError: if `datasets` is not installed.
+        ValueError: if an option is out of its range, or (from ``setup``) does not fit the data.
     """
 
     class_names: list[str]
@@ -81,7 +84,6 @@ class HuggingFace(DataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        """Keep the options; nothing is downloaded yet."""
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         if task is not None:
             checks.choice("HuggingFace(task=...)", task, ("classification", "regression"))
@@ -102,17 +104,17 @@ class HuggingFace(DataModule):
         self.given_task = task
 
     def prepare_data(self) -> None:
-        """Fill the cache, on one process of a node: download, or convert local files."""
+        """Download the data, or convert local files, once on each node."""
         _library().load_dataset(**self.source)
 
     def datasets(self) -> tuple[Dataset, Dataset, Dataset]:
-        """Choose the parts, the columns and how they are decoded.
+        """Choose the parts, the columns, and their decoders.
 
         Returns:
             The train, validation and test sets.
 
         Raises:
-            ValueError: If an option does not fit the data set.
+            ValueError: if an option does not fit the data set.
         """
         parts = self._parts(_library().load_dataset(**self.source))
         features = parts["train"].features
@@ -142,7 +144,7 @@ class HuggingFace(DataModule):
         return train, val, test
 
     def _parts(self, tables: Any) -> dict[str, Any]:
-        """Find the parts that are there; None stands for one that is to be cut."""
+        """Find the parts that exist; None is one that will be cut."""
         names = {"train": self.train_split, "val": self.val_split, "test": self.test_split}
         for part, name in names.items():
             if name is None:
@@ -171,15 +173,15 @@ class HuggingFace(DataModule):
         if len(labels) == 1 or named:
             return labels[0] if len(labels) == 1 else named[0]
         raise ValueError(
-            "`HuggingFace(target_key=None)` must find one ClassLabel or a column called "
-            f"{', '.join(TARGET_KEYS)}; name one of the columns {', '.join(features)}"
+            "`HuggingFace(target_key=None)` found neither one ClassLabel nor a column called "
+            f"{', '.join(TARGET_KEYS)}: set target_key to one of {', '.join(features)}"
         )
 
     def _inputs(self, features: Any, target: str) -> list[str]:
         """Find the columns of x: one image, or columns of numbers."""
         keys = [self.input_key] if isinstance(self.input_key, str) else list(self.input_key or ())
         if keys:
-            others = [key for key in features if key != target]  # y as an input would be a leak
+            others = [key for key in features if key != target]  # the target must not be an input
             keys = [checks.choice("HuggingFace(input_key=...)", key, others) for key in keys]
         else:
             images = [key for key, feature in features.items() if _kind(feature) == "Image"]
@@ -193,7 +195,7 @@ class HuggingFace(DataModule):
             )
             raise ValueError(
                 f"`HuggingFace(input_key={self.input_key!r})` must be one image column, or columns "
-                f"of numbers; choose among {found}"
+                f"of numbers; choose from {found}"
             )
         return keys
 
@@ -206,33 +208,33 @@ class HuggingFace(DataModule):
         if not fitting or self.given_task not in (None, *fitting):
             raise ValueError(
                 f"`HuggingFace(target_key={target!r}, task={self.given_task!r})` must be a column "
-                f"that fits the task, but is {feature}; choose another column"
+                f"that fits the task; got {feature}: choose another column"
                 + (f" or task={fitting[0]!r}" if fitting else "")
             )
         return self.given_task or fitting[0]
 
     def _classes(self, parts: dict[str, Any], target: str) -> Classes:
-        """Number the classes: as a ClassLabel says, else in sorted order."""
+        """Number the classes: as a ClassLabel does, or in sorted order."""
         tables = [table for table in parts.values() if table is not None]
         found = set().union(*(table.unique(target) for table in tables))
         feature = parts["train"].features[target]
         named = _kind(feature) == "ClassLabel"
         if None in found or (named and not found <= set(range(feature.num_classes))):
             raise ValueError(
-                f"`HuggingFace(target_key={target!r})` must have a label in every row, but some "
-                "have none; choose labelled parts by train_split, val_split and test_split"
+                f"`HuggingFace(target_key={target!r})` needs a label in every row, but some have "
+                "none: choose parts with labels by train_split, val_split and test_split"
             )
         if not named and self.given_task is None and 2 * len(found) > len(parts["train"]):
             raise ValueError(
-                f"`HuggingFace(target_key={target!r}, task=None)` must have few values, but has "
-                f"{len(found)} in {len(parts['train'])} rows; set task, or another target_key"
+                f"`HuggingFace(target_key={target!r}, task=None)` needs a column of few values; "
+                f"got {len(found)} in {len(parts['train'])} rows: set task, or another target_key"
             )
         values = range(feature.num_classes) if named else sorted(found)
         self.class_names = list(feature.names) if named else [str(value) for value in values]
         return Classes(target, tuple(values))
 
     def _numbers(self, table: Any, keys: Sequence[str]) -> Numbers:
-        """Decode numbers, standardised by the statistics of this table if that is wanted."""
+        """Return a decoder of numbers; with ``normalise`` by the statistics of this table."""
         raw = Numbers(tuple(keys))
         if not self.normalise:
             return raw
@@ -240,7 +242,7 @@ class HuggingFace(DataModule):
         return raw.standardised(lambda: columns.iter(batch_size=1024), len(columns))
 
     def _pictures(self, table: Any, keys: Sequence[str]) -> Pictures:
-        """Decode images; where the options are silent, the first image decides."""
+        """Return a decoder of images; the first image decides what the options leave open."""
         (key,) = keys
         first = table[0][key]
         gray = first.mode in ("1", "L", "LA") or first.mode.startswith("I;16")
@@ -267,7 +269,7 @@ def _kind(feature: Any) -> str:
 
 
 def _numeric(feature: Any) -> bool:
-    while hasattr(feature, "feature"):  # a list of what?
+    while hasattr(feature, "feature"):  # the elements of a list
         feature = feature.feature
     return str(getattr(feature, "dtype", "")).startswith(("int", "uint", "float", "bool"))
 
@@ -278,7 +280,7 @@ def _height_width(size: int | Sequence[int] | None) -> tuple[int, int] | None:
     sides = [size, size] if isinstance(size, int) else list(size)
     if len(sides) != 2 or min(sides) < 1:
         raise ValueError(
-            f"`HuggingFace(image_size={size!r})` must be a side >= 1 or a height and a width; "
-            "use 32 or [32, 32]"
+            f"`HuggingFace(image_size={size!r})` must be a side >= 1 or a height and a width, as "
+            "32 or [32, 32]"
         )
     return sides[0], sides[1]

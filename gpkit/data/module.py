@@ -1,4 +1,4 @@
-"""The base of every data module: it owns the data loaders."""
+"""The base class of every data module: it makes the data loaders."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from gpkit import checks
 class DataModule(pl.LightningDataModule):
     """Data loaders over three map-style data sets of pairs (x, y).
 
-    A subclass gives `datasets`, which returns the three and sets the attributes below. Batches are
-    x float32 [B, *input_shape] and y int64 [B] (classification) or float32 [B, num_outputs]
-    (regression). The order of the training batches comes from a generator that `setup("fit")` seeds
-    with `seed` and that checkpoints keep, so that a run that goes on sees the same batches as one
-    that was never stopped.
-
-    Attributes:
-        input_shape: The shape of one x.
-        num_outputs: The number of classes, or of regression targets.
-        task: "classification" or "regression".
+    A subclass has one method, `datasets`, which returns the three data sets and sets the attributes
+    below. A batch is x ``[B, *input_shape]``, float32, and y: classes ``[B]``, int64, or values
+    ``[B, num_outputs]``, float32. The order of the training batches comes from a generator of its
+    own: ``setup("fit")`` seeds it, and checkpoints keep its state, so a run that resumes sees the
+    same batches as one that was never stopped.
 
     Args:
-        batch_size: The samples of a batch; the last one of an epoch may be smaller.
-        num_workers: The processes that load data; 0 loads in the main process.
-        seed: Seeds the split, the noise and the order.
+        batch_size: the number of samples of a batch; the last batch of an epoch may be smaller.
+        num_workers: the number of processes that load data; 0 loads in the main process.
+        seed: of the split, the noise and the order.
+
+    Attributes:
+        input_shape: the shape of one x.
+        num_outputs: the number of classes, or of values to predict.
+        task: "classification" or "regression".
 
     Raises:
-        ValueError: If an option is out of range.
+        ValueError: if an option is out of its range.
     """
 
     input_shape: tuple[int, ...]
@@ -41,7 +41,6 @@ class DataModule(pl.LightningDataModule):
     task: str
 
     def __init__(self, *, batch_size: int = 64, num_workers: int = 0, seed: int = 0) -> None:
-        """Keep the options; the data is loaded by `setup`."""
         super().__init__()
         owner = type(self).__name__
         self.batch_size = checks.integer(f"{owner}(batch_size=...)", batch_size, 1)
@@ -51,8 +50,8 @@ class DataModule(pl.LightningDataModule):
         self._sets: tuple[Dataset, Dataset, Dataset] | None = None
 
     def datasets(self) -> tuple[Dataset, Dataset, Dataset]:
-        """Return the train, validation and test sets; an empty one means that there is none."""
-        raise NotImplementedError
+        """Return the train, validation and test sets; the last two may be empty."""
+        raise NotImplementedError(f"{type(self).__name__} must define datasets()")
 
     def setup(self, stage: str | None = None) -> None:
         """Load the data, once."""
@@ -62,38 +61,38 @@ class DataModule(pl.LightningDataModule):
             self.order.manual_seed(self.seed)
 
     def train_dataloader(self) -> DataLoader:
-        """Return the loader of the training set, which shuffles."""
+        """Return the loader of the training set; it shuffles."""
         return self._loader(self._loaded()[0], shuffle=True, generator=self.order)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        """Return the loader of the validation set, or [] when there is none."""
+        """Return the loader of the validation set, or [] if the set is empty."""
         return self._loader_unless_empty(self._loaded()[1])
 
     def test_dataloader(self) -> DataLoader | list[DataLoader]:
-        """Return the loader of the test set, or [] when there is none."""
+        """Return the loader of the test set, or [] if the set is empty."""
         return self._loader_unless_empty(self._loaded()[2])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the state of the order, for a checkpoint."""
+        """Return the state of the generator of the order, for a checkpoint."""
         return {"order": self.order.get_state()}
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Go on with the order of a checkpoint."""
+        """Restore the state of the generator of the order."""
         self.order.set_state(state_dict["order"].cpu())
 
     def __getstate__(self) -> dict[str, Any]:
-        """Give the order as an array: a spawned process cannot unpickle a generator."""
+        """Store the generator as an array: a spawned process cannot load a generator."""
         return {**self.__dict__, "order": self.order.get_state().numpy()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Make the generator anew."""
+        """Make a generator with the stored state."""
         self.__dict__.update(state, order=torch.Generator())
         self.order.set_state(torch.from_numpy(state["order"]))
 
     def _loaded(self) -> tuple[Dataset, Dataset, Dataset]:
         if self._sets is None:
             raise RuntimeError(
-                f"`{type(self).__name__}` must be set up before its loaders are asked for; "
+                f"`{type(self).__name__}` must be set up before its loaders are used; "
                 'call `setup("fit")` first'
             )
         return self._sets

@@ -1,4 +1,4 @@
-"""How a data set is cut into a training, a validation and a test part."""
+"""Split a data set into a training, a validation and a test part."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ def split_sizes(
     """Turn counts (int) and fractions of the whole (float, rounded down) into three counts.
 
     Args:
-        owner: The class whose options these are, for the messages.
-        total: The number of samples.
-        train_size: The training part; None takes all that the others leave.
-        val_size: The validation part.
-        test_size: The test part.
+        owner: the class that has these options, for the messages.
+        total: the number of samples.
+        train_size: the size of the training part; None takes all that the other parts leave.
+        val_size: the size of the validation part.
+        test_size: the size of the test part.
 
     Returns:
-        The counts; together they are at most `total`.
+        The counts; their sum is at most ``total``.
 
     Raises:
-        ValueError: If a size is out of range, or if the parts do not fit into the samples.
+        ValueError: if a size is out of its range, or if the sum of the parts exceeds the samples.
 
-    Examples:
-        >>> split_sizes("Digits", 1797, None, 0.15, 0.15)
-        (1259, 269, 269)
+    >>> split_sizes("Digits", 1797, None, 0.15, 0.15)
+    (1259, 269, 269)
     """
     val = _count(owner, "val_size", val_size, total)
     test = _count(owner, "test_size", test_size, total)
@@ -39,8 +38,8 @@ def split_sizes(
     if not 1 <= train <= rest:
         raise ValueError(
             f"`{owner}(train_size={train_size}, val_size={val_size}, test_size={test_size})` must "
-            f"fit into the {total} samples there are, with one or more to train on, but asks for "
-            f"{max(train, 0)} + {val} + {test}; change the sizes"
+            f"fit into the {total} samples there are, with one or more to train on; got "
+            f"{max(train, 0)} + {val} + {test}: change the sizes"
         )
     return train, val, test
 
@@ -51,23 +50,22 @@ def _count(owner: str, name: str, size: Size, total: int) -> int:
     if isinstance(size, int) and size >= 0:
         return size
     raise ValueError(
-        f"`{owner}({name}={size!r})` must be a count, as 100, or a fraction in [0, 1], as 0.15; "
-        "use one of the two"
+        f"`{owner}({name}={size!r})` must be a count, as 100, or a fraction in [0, 1], as 0.15"
     )
 
 
 def stratified_order(y: Tensor, generator: torch.Generator) -> Tensor:
-    """Shuffle so that every stretch of the order holds the classes in their true proportions.
+    """Return a random order in which every stretch has the classes in their true proportions.
 
-    The j-th of the n samples of a class, in random order, is placed at (j + 1/2) / n; any stretch
-    then has about one sample of a class more or less than its share, at most.
+    The n samples of a class get random positions: the j-th of them is at (j + 1/2) / n. So a
+    stretch has at most about one sample of a class more, or less, than its share.
 
     Args:
-        y: The classes, [N]; all equal for a plain shuffle.
-        generator: The source of randomness.
+        y: the classes, ``[N]``; all equal for a plain shuffle.
+        generator: the source of randomness.
 
     Returns:
-        A permutation of 0 .. N - 1, [N].
+        A permutation of 0 .. N - 1, ``[N]``.
     """
     shuffled = torch.randperm(len(y), generator=generator)
     place = torch.empty(len(y), dtype=torch.float64)
@@ -81,9 +79,9 @@ def split(y: Tensor, counts: tuple[int, int, int], generator: torch.Generator) -
     """Draw three disjoint, stratified sets of indices.
 
     Args:
-        y: The classes, [N]; all equal for a plain split.
-        counts: How many to draw for each set, at most N together.
-        generator: The source of randomness.
+        y: the classes, ``[N]``; all equal for a plain split.
+        counts: the sizes of the three sets; their sum is at most N.
+        generator: the source of randomness.
 
     Returns:
         The train, validation and test indices.

@@ -1,4 +1,4 @@
-"""Tables that scikit-learn brings."""
+"""Tables that come with scikit-learn."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from gpkit.data.arrays import ArrayDataModule, Pair, standardise
 
 
 class BreastCancer(ArrayDataModule):
-    """569 tumours that come with scikit-learn: 30 measurements, malignant (0) or benign (1).
+    """569 tumours: 30 measurements each, malignant (0) or benign (1).
 
-    The measurements are standardised by the statistics of the training part alone. The options are
-    those of `ArrayDataModule`.
+    The measurements are standardised with the mean and the standard deviation of the training part.
+    The options are those of `ArrayDataModule`.
 
-    Examples:
-        >>> data = BreastCancer()
-        >>> data.setup("fit")
-        >>> data.input_shape, data.num_outputs
-        ((30,), 2)
+    >>> data = BreastCancer()
+    >>> data.setup("fit")
+    >>> data.input_shape, data.num_outputs
+    ((30,), 2)
     """
 
     task = "classification"
@@ -35,17 +34,16 @@ class BreastCancer(ArrayDataModule):
 
 
 class Diabetes(ArrayDataModule):
-    """442 patients that come with scikit-learn: 10 measurements, the disease a year later.
+    """442 patients: 10 measurements each, and how far the disease is a year later.
 
-    Measurements and target are standardised by the statistics of the training part alone, so a
-    squared error of 1 is that of a constant prediction. The options are those of
+    Measurements and target are standardised with the mean and the standard deviation of the
+    training part, so a constant prediction has a squared error of 1. The options are those of
     `ArrayDataModule`.
 
-    Examples:
-        >>> data = Diabetes()
-        >>> data.setup("fit")
-        >>> data.input_shape, data.num_outputs
-        ((10,), 1)
+    >>> data = Diabetes()
+    >>> data.setup("fit")
+    >>> data.input_shape, data.num_outputs
+    ((10,), 1)
     """
 
     task = "regression"

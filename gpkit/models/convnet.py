@@ -11,29 +11,28 @@ from gpkit.models import options
 
 
 class ConvNet(nn.Module):
-    """A convolutional net of `depth` blocks: (3x3 convolution, group norm, activation) each.
+    """A convolutional net of ``depth`` blocks: (3x3 convolution, group norm, activation) each.
 
-    From one block to the next the image side halves and the channels double. Group norm, unlike
-    batch norm, keeps the samples independent of one another, which per-sample penalties need. The
-    default activation is smooth on purpose: the second derivative of ReLU is zero, so a penalty of
-    order >= 2 vanishes on a ReLU net, but for the little curvature of the norms.
+    Each block after the first halves the sides of the image and doubles the channels. Group norm,
+    unlike batch norm, keeps the samples independent, as per-sample penalties need them. The default
+    activation is smooth: the second derivative of ReLU is zero, so a penalty of order >= 2 is
+    almost zero on a ReLU net, where only the norms have curvature.
 
     Args:
-        input_shape: The shape of one sample, (C, H, W).
-        num_outputs: The number of outputs; with 1 they stay [B, 1].
-        width: The channels of the first block; a multiple of `groups`.
-        depth: The number of blocks.
-        groups: The groups of every group norm; 0 for no norms.
-        pool: "mean" averages over the last image (any size fits), "flatten" keeps every pixel.
+        input_shape: the shape of one sample, (C, H, W).
+        num_outputs: the number of outputs; for one the result is ``[B, 1]``.
+        width: the number of channels of the first block; a multiple of ``groups``.
+        depth: the number of blocks.
+        groups: the number of groups of every group norm; 0 for no norms.
+        pool: "mean" averages over the last image (of any size), "flatten" keeps every pixel.
         activation: gelu, silu, softplus, tanh or relu.
 
     Raises:
-        ValueError: If the input is no image or an option is out of range.
+        ValueError: if the input is no image, or an option is out of its range.
 
-    Examples:
-        >>> import torch
-        >>> ConvNet((1, 8, 8), 10)(torch.zeros(5, 1, 8, 8)).shape
-        torch.Size([5, 10])
+    >>> import torch
+    >>> ConvNet((1, 8, 8), 10)(torch.zeros(5, 1, 8, 8)).shape
+    torch.Size([5, 10])
     """
 
     def __init__(
@@ -47,7 +46,6 @@ class ConvNet(nn.Module):
         pool: str = "mean",
         activation: str = "gelu",
     ) -> None:
-        """Build the layers."""
         super().__init__()
         options.positive("ConvNet", num_outputs=num_outputs, width=width, depth=depth)
         options.groups("ConvNet", width, groups)
@@ -69,5 +67,5 @@ class ConvNet(nn.Module):
         return self.head(self.embed(x))
 
     def embed(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, head.in_features]
-        """Return what the last linear layer is given."""
+        """Return the features: the input of the last linear layer."""
         return self.pool(self.features(x)).flatten(1)

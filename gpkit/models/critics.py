@@ -1,4 +1,4 @@
-"""Critics, of points and of images, with labels or without."""
+"""Critics of points and of images, with or without labels."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ from gpkit.models.mlp import MLP
 
 
 class Critic(nn.Module):
-    r"""The score of a net that has one output, with a direction of its own for each label.
+    r"""A net with one output, the score, and with a learned vector e_y for each label.
 
     .. math:: D(x, y) = w^\top \phi(x) + b + e_y^\top \phi(x)
 
-    φ are the features that the last linear layer is given. Without labels there is no e.
+    φ is the input of the last linear layer, which has w and b. Without labels there is no e.
 
     Args:
-        net: Gives φ by `embed`, and has w and b in its `head`.
-        num_classes: The number of labels; 0 for none.
+        net: its ``embed`` gives φ, its ``head`` has w and b.
+        num_classes: the number of labels; 0 for none.
 
     Raises:
-        ValueError: If `num_classes` is no number of labels.
+        ValueError: if ``num_classes`` is out of its range.
 
-    Source: the projection discriminator of Miyato & Koyama (2018), arXiv:1802.05637.
+    Source: the projection discriminator of Miyato and Koyama (2018), arXiv:1802.05637.
     """
 
     def __init__(self, net: MLP | ConvNet, num_classes: int = 0) -> None:
-        """Add the directions."""
         super().__init__()
         size = net.head.in_features
         self.net = net
@@ -48,24 +47,23 @@ class PointCritic(Critic):
     """A critic of points: an `MLP`.
 
     The default is ReLU, as in the literature: smooth nets of this size learn the 25 Gaussians more
-    slowly. A penalty of order >= 2 wants a smooth one all the same.
+    slowly. A penalty of order >= 2 needs a smooth one.
 
     Args:
-        input_shape: The shape of one sample; it is flattened.
-        width: The units of each hidden layer.
-        depth: The number of hidden layers.
+        input_shape: the shape of one sample; it is flattened.
+        width: the number of units of each hidden layer.
+        depth: the number of hidden layers.
         activation: relu, gelu, silu, softplus or tanh.
-        num_classes: The number of labels; 0 for critic(x), K for critic(x, y).
+        num_classes: the number of labels: 0 for ``critic(x)``, K for ``critic(x, y)``.
 
     Raises:
-        ValueError: If an option is out of range.
+        ValueError: if an option is out of its range.
 
-    Examples:
-        >>> import torch
-        >>> PointCritic((2,))(torch.zeros(5, 2)).shape
-        torch.Size([5, 1])
-        >>> PointCritic((2,), num_classes=8)(torch.zeros(5, 2), torch.arange(5)).shape
-        torch.Size([5, 1])
+    >>> import torch
+    >>> PointCritic((2,))(torch.zeros(5, 2)).shape
+    torch.Size([5, 1])
+    >>> PointCritic((2,), num_classes=8)(torch.zeros(5, 2), torch.arange(5)).shape
+    torch.Size([5, 1])
     """
 
     def __init__(
@@ -77,31 +75,29 @@ class PointCritic(Critic):
         activation: str = "relu",
         num_classes: int = 0,
     ) -> None:
-        """Build the layers."""
         net = MLP(input_shape, 1, width=width, depth=depth, activation=activation)
         super().__init__(net, num_classes)
 
 
 class ImageCritic(Critic):
-    """A critic of images: a `ConvNet` that halves even sides down to at least 4, and keeps them.
+    """A critic of images: a `ConvNet` that halves the sides while they are even, down to 4 or more.
 
-    It has no batch norm, which would couple the samples and with them their slopes; group norm is
-    there for the asking.
+    The last image is flattened, so every pixel counts. There is no batch norm, since it couples the
+    samples and so their slopes; group norm is an option.
 
     Args:
-        input_shape: The shape of one sample, (C, H, W).
-        width: The channels at full size; each halving doubles them.
-        groups: The groups of every group norm; 0 for no norms.
+        input_shape: the shape of one sample, (C, H, W).
+        width: the number of channels at full size; each halving doubles it.
+        groups: the number of groups of every group norm; 0 for no norms.
         activation: gelu, silu, softplus, tanh or relu.
-        num_classes: The number of labels; 0 for critic(x), K for critic(x, y).
+        num_classes: the number of labels: 0 for ``critic(x)``, K for ``critic(x, y)``.
 
     Raises:
-        ValueError: If the input is no image or an option is out of range.
+        ValueError: if the input is no image, or an option is out of its range.
 
-    Examples:
-        >>> import torch
-        >>> ImageCritic((1, 8, 8))(torch.zeros(5, 1, 8, 8)).shape
-        torch.Size([5, 1])
+    >>> import torch
+    >>> ImageCritic((1, 8, 8))(torch.zeros(5, 1, 8, 8)).shape
+    torch.Size([5, 1])
     """
 
     def __init__(
@@ -113,7 +109,6 @@ class ImageCritic(Critic):
         activation: str = "gelu",
         num_classes: int = 0,
     ) -> None:
-        """Build the layers."""
         _, *sides = options.image_shape("ImageCritic", input_shape, flat="PointCritic")
         net = ConvNet(
             input_shape,

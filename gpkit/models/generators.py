@@ -1,4 +1,4 @@
-"""Generators, of points and of images, with labels or without."""
+"""Generators of points and of images, with or without labels."""
 
 from __future__ import annotations
 
@@ -21,21 +21,20 @@ OUTPUTS: dict[str, Callable[[], nn.Module]] = {
 
 
 class Generator(nn.Module):
-    """A net of the latents and, beside them, of a vector for the label.
+    """A net whose input is the latents, and a learned vector of the label if there are labels.
 
     Args:
         latent_dim: D, the size of the latents.
-        num_classes: The number of labels; 0 for none.
+        num_classes: the number of labels; 0 for none.
 
     Attributes:
-        size: Of what the net is given: 2 D with labels, D without.
+        size: the size of the net's input: 2 D with labels, D without.
 
     Raises:
-        ValueError: If an option is out of range.
+        ValueError: if an option is out of its range.
     """
 
     def __init__(self, latent_dim: int, num_classes: int) -> None:
-        """Draw the vectors."""
         super().__init__()
         owner = type(self).__name__
         self.latent_dim = checks.integer(f"{owner}(latent_dim=...)", latent_dim, 1)
@@ -43,16 +42,15 @@ class Generator(nn.Module):
         self.size = 2 * latent_dim if num_classes else latent_dim
 
     def given(self, z: Tensor, y: Tensor | None) -> Tensor:  # [B, D], [B] -> [B, size]
-        """Return the latents and the vectors of the labels, side by side.
+        """Return the input of the net: the latents, and the vectors of the labels.
 
         Raises:
-            ValueError: If the latents have another shape.
+            ValueError: if the latents have another shape.
         """
         if z.dim() != 2 or z.shape[1] != self.latent_dim:
             raise ValueError(
-                f"`{type(self).__name__}(latent_dim={self.latent_dim})` must be called with "
-                f"latents [B, {self.latent_dim}], but got {list(z.shape)}; "
-                "give both the same latent_dim"
+                f"`{type(self).__name__}(latent_dim={self.latent_dim})` takes latents "
+                f"[B, {self.latent_dim}]; got {list(z.shape)}: use one latent_dim for both"
             )
         vectors = self.labels(y)
         return z if vectors is None else torch.cat([z, vectors], dim=1)
@@ -63,20 +61,19 @@ class PointGenerator(Generator):
 
     Args:
         latent_dim: D, the size of the latents.
-        output_shape: The shape of one sample.
-        width: The units of each hidden layer.
-        depth: The number of hidden layers.
+        output_shape: the shape of one sample.
+        width: the number of units of each hidden layer.
+        depth: the number of hidden layers.
         activation: relu, gelu, silu, softplus or tanh.
-        num_classes: The number of labels; 0 for generator(z), K for generator(z, y).
+        num_classes: the number of labels: 0 for ``generator(z)``, K for ``generator(z, y)``.
 
     Raises:
-        ValueError: If an option is out of range.
+        ValueError: if an option is out of its range.
 
-    Examples:
-        >>> PointGenerator(4, (2,))(torch.zeros(5, 4)).shape
-        torch.Size([5, 2])
-        >>> PointGenerator(4, (2,), num_classes=8)(torch.zeros(5, 4), torch.arange(5)).shape
-        torch.Size([5, 2])
+    >>> PointGenerator(4, (2,))(torch.zeros(5, 4)).shape
+    torch.Size([5, 2])
+    >>> PointGenerator(4, (2,), num_classes=8)(torch.zeros(5, 4), torch.arange(5)).shape
+    torch.Size([5, 2])
     """
 
     def __init__(
@@ -89,7 +86,6 @@ class PointGenerator(Generator):
         activation: str = "relu",
         num_classes: int = 0,
     ) -> None:
-        """Build the layers."""
         super().__init__(latent_dim, num_classes)
         outputs = math.prod(output_shape)
         self.net = MLP((self.size,), outputs, width=width, depth=depth, activation=activation)
@@ -101,28 +97,27 @@ class PointGenerator(Generator):
 
 
 class ImageGenerator(Generator):
-    """A generator of images, of any size: a linear layer, then blocks that double the sides.
+    """A generator of images of any size: a linear layer, then blocks that double the sides.
 
-    It begins where `ImageCritic` ends, at the sides that are left when even ones are halved down to
-    at least 4, with the channels that are there. A block is (nearest neighbours, 3x3 convolution,
-    group norm, activation) and halves the channels; a last convolution makes the image.
+    It is `ImageCritic` in reverse: it begins with the sides and the channels that the critic ends
+    with. A block is (nearest-neighbour upsampling, 3x3 convolution, group norm, activation) and
+    halves the channels; a last convolution makes the image.
 
     Args:
         latent_dim: D, the size of the latents.
-        output_shape: The shape of one sample, (C, H, W).
-        width: The channels at full size; a multiple of `groups`.
-        groups: The groups of every group norm; 0 for no norms.
+        output_shape: the shape of one sample, (C, H, W).
+        width: the number of channels at full size; a multiple of ``groups``.
+        groups: the number of groups of every group norm; 0 for no norms.
         activation: gelu, silu, softplus, tanh or relu.
-        output: "sigmoid" for pixels in [0, 1], as those of `Digits` are; "tanh" for [-1, 1], as
-            `HuggingFace` normalises them; "linear" for any.
-        num_classes: The number of labels; 0 for generator(z), K for generator(z, y).
+        output: "sigmoid" for pixels in [0, 1], as `Digits` has them; "tanh" for [-1, 1], as
+            `HuggingFace` normalises them; "linear" for any values.
+        num_classes: the number of labels: 0 for ``generator(z)``, K for ``generator(z, y)``.
 
     Raises:
-        ValueError: If the output is no image or an option is out of range.
+        ValueError: if the output is no image, or an option is out of its range.
 
-    Examples:
-        >>> ImageGenerator(16, (1, 8, 8))(torch.zeros(5, 16)).shape
-        torch.Size([5, 1, 8, 8])
+    >>> ImageGenerator(16, (1, 8, 8))(torch.zeros(5, 16)).shape
+    torch.Size([5, 1, 8, 8])
     """
 
     def __init__(
@@ -136,7 +131,6 @@ class ImageGenerator(Generator):
         output: str = "sigmoid",
         num_classes: int = 0,
     ) -> None:
-        """Build the layers."""
         super().__init__(latent_dim, num_classes)
         owner = "ImageGenerator"
         options.positive(owner, width=width)

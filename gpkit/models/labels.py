@@ -1,4 +1,4 @@
-"""How the nets of a GAN look up their labels."""
+"""The labels of the nets of a GAN."""
 
 from __future__ import annotations
 
@@ -8,30 +8,28 @@ from gpkit import checks
 
 
 class Labels(nn.Module):
-    """A vector for each of the labels of a net that may have none.
+    """A learned vector for each label; None for a net without labels.
 
     Args:
-        owner: The net, for the messages.
-        call: How the net is called without labels, for the messages.
-        num_classes: The number of labels; 0 for none.
-        size: That of a vector.
-        std: The standard deviation of its entries at first.
+        owner: the net, for the messages.
+        call: how the net is called without labels, for the messages.
+        num_classes: the number of labels; 0 for none.
+        size: the size of a vector.
+        std: the standard deviation of the initial vectors.
 
     Raises:
-        ValueError: If `num_classes` is no number of labels.
+        ValueError: if ``num_classes`` is out of its range.
 
-    Examples:
-        >>> import torch
-        >>> Labels("Critic", "critic(x)", num_classes=5, size=3)(torch.tensor([0, 4])).shape
-        torch.Size([2, 3])
-        >>> Labels("Critic", "critic(x)", num_classes=0, size=3)(None) is None
-        True
+    >>> import torch
+    >>> Labels("Critic", "critic(x)", num_classes=5, size=3)(torch.tensor([0, 4])).shape
+    torch.Size([2, 3])
+    >>> Labels("Critic", "critic(x)", num_classes=0, size=3)(None) is None
+    True
     """
 
     def __init__(
         self, owner: str, call: str, *, num_classes: int, size: int, std: float = 1.0
     ) -> None:
-        """Draw the vectors."""
         super().__init__()
         self.owner = owner
         self.call = call
@@ -44,7 +42,7 @@ class Labels(nn.Module):
         """Return the vectors, or None for a net without labels.
 
         Raises:
-            ValueError: If labels are missing, or if there are labels that are not expected.
+            ValueError: if labels are missing, or not expected.
         """
         if y is None and self.num_classes:
             raise ValueError(

@@ -12,26 +12,25 @@ from gpkit.models import options
 
 
 class MLP(nn.Module):
-    """A perceptron with `depth` hidden layers of `width` units: (linear, activation, dropout) each.
+    """A multilayer perceptron of ``depth`` hidden layers: (linear, activation, dropout) each.
 
-    The default activation is smooth on purpose: the second derivative of a ReLU net with respect to
-    its inputs is zero almost everywhere, so a penalty of order >= 2 would train nothing.
+    The default activation is smooth: the second derivative of a ReLU net in its inputs is zero
+    almost everywhere, so a penalty of order >= 2 would train nothing.
 
     Args:
-        input_shape: The shape of one sample; it is flattened.
-        num_outputs: The number of outputs; with 1 they stay [B, 1].
-        width: The units of each hidden layer.
-        depth: The number of hidden layers; 0 is a linear model.
+        input_shape: the shape of one sample; it is flattened.
+        num_outputs: the number of outputs; for one the result is ``[B, 1]``.
+        width: the number of units of each hidden layer.
+        depth: the number of hidden layers; 0 is a linear model.
         activation: gelu, silu, softplus, tanh or relu.
-        dropout: The probability of dropping a hidden unit.
+        dropout: the probability that a hidden unit is dropped.
 
     Raises:
-        ValueError: If an option is out of range.
+        ValueError: if an option is out of its range.
 
-    Examples:
-        >>> import torch
-        >>> MLP((1, 8, 8), 10)(torch.zeros(5, 1, 8, 8)).shape
-        torch.Size([5, 10])
+    >>> import torch
+    >>> MLP((1, 8, 8), 10)(torch.zeros(5, 1, 8, 8)).shape
+    torch.Size([5, 10])
     """
 
     def __init__(
@@ -44,7 +43,6 @@ class MLP(nn.Module):
         activation: str = "gelu",
         dropout: float = 0.0,
     ) -> None:
-        """Build the layers."""
         super().__init__()
         options.positive("MLP", num_outputs=num_outputs, width=width)
         checks.integer("MLP(depth=...)", depth, 0)
@@ -62,5 +60,5 @@ class MLP(nn.Module):
         return self.head(self.embed(x))
 
     def embed(self, x: Tensor) -> Tensor:  # [B, *input_shape] -> [B, head.in_features]
-        """Return what the last linear layer is given."""
+        """Return the features: the input of the last linear layer."""
         return self.features(x.flatten(1))

@@ -1,4 +1,4 @@
-"""What the options of the nets share: the activations by name, and the checks of a value."""
+"""Options that several nets have: the activations by name, and checks of values."""
 
 from __future__ import annotations
 
@@ -19,39 +19,34 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 def activation(owner: str, name: str) -> nn.Module:
-    """Build the activation called `name`.
+    """Return a new module of the activation with this name.
 
     Args:
-        owner: The class whose option this is, for the message.
-        name: One of gelu, silu, softplus, tanh (smooth) and relu, whose second derivative is zero.
-
-    Returns:
-        A new module.
+        owner: the class that has the option, for the message.
+        name: gelu, silu, softplus or tanh, which are smooth; or relu, whose second derivative is
+            zero.
 
     Raises:
-        ValueError: If there is no such activation.
+        ValueError: if there is no such activation.
     """
     return ACTIVATIONS[checks.choice(f"{owner}(activation=...)", name, ACTIVATIONS)]()
 
 
 def positive(owner: str, **values: int) -> None:
-    """Check that every value is a whole number of at least one.
+    """Check that every value is an integer >= 1.
 
     Raises:
-        ValueError: If one is not.
+        ValueError: if one is not.
     """
     for name, value in values.items():
         checks.integer(f"{owner}({name}=...)", value, 1)
 
 
 def dropout(owner: str, value: float) -> float:
-    """Check that `value` is a probability of dropping a unit, in [0, 1).
-
-    Returns:
-        The value.
+    """Return ``value`` if it is the probability of a dropout, in [0, 1).
 
     Raises:
-        ValueError: If it is not.
+        ValueError: if it is not.
     """
     if checks.number(f"{owner}(dropout=...)", value, 0) >= 1:
         raise ValueError(f"`{owner}(dropout={value!r})` must lie in [0, 1); use 0.0 for none")
@@ -59,10 +54,10 @@ def dropout(owner: str, value: float) -> float:
 
 
 def groups(owner: str, width: int, value: int) -> None:
-    """Check that `width` channels can be normalised in `value` groups; 0 is for no norms.
+    """Check that ``width`` channels can be normalised in ``value`` groups; 0 is for no norms.
 
     Raises:
-        ValueError: If the channels are no multiple of the groups.
+        ValueError: if the channels are no multiple of the groups.
     """
     if checks.integer(f"{owner}(groups=...)", value, 0) and width % value:
         raise ValueError(
@@ -74,19 +69,16 @@ def groups(owner: str, width: int, value: int) -> None:
 def image_shape(
     owner: str, shape: tuple[int, ...], name: str = "input_shape", flat: str = "MLP"
 ) -> tuple[int, int, int]:
-    """Check that one sample is an image.
+    """Return channels, height and width, if one sample is an image.
 
     Args:
-        owner: The class whose option this is, for the message.
-        shape: The shape of one sample.
-        name: The option.
-        flat: The class that takes flat samples.
-
-    Returns:
-        Its channels, height and width.
+        owner: the class that has the option, for the message.
+        shape: the shape of one sample.
+        name: the name of the option.
+        flat: the class that takes flat samples, for the message.
 
     Raises:
-        ValueError: If the shape is not (C, H, W).
+        ValueError: if the shape is not (C, H, W).
     """
     if len(shape) != 3:
         raise ValueError(
@@ -98,11 +90,10 @@ def image_shape(
 
 
 def halvings(height: int, width: int) -> int:
-    """Return how often both sides of an image can be halved, while they are even, down to 4.
+    """Return how often both sides of an image can be halved: while they are even, down to 4.
 
-    Examples:
-        >>> halvings(8, 8), halvings(28, 28), halvings(64, 32), halvings(7, 8)
-        (1, 2, 3, 0)
+    >>> halvings(8, 8), halvings(28, 28), halvings(64, 32), halvings(7, 8)
+    (1, 2, 3, 0)
     """
     times = 0
     while all((side >> times) % 2 == 0 and side >> times + 1 >= 4 for side in (height, width)):

@@ -11,32 +11,10 @@ from torch import Tensor, nn
 from gpkit.models import options
 
 
-class LayerNorm(nn.Module):
-    """Layer norm over the last dimension, written in elementary operations.
-
-    The same function as `torch.nn.LayerNorm`, whose fused kernel has a wrong third derivative; this
-    one is right at every order.
-    """
-
-    def __init__(self, dim: int, eps: float = 1e-5) -> None:
-        """Start at scale one and shift zero."""
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim))
-
-    def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
-        """Return the normalised tokens."""
-        centred = x - x.mean(-1, keepdim=True)
-        variance = centred.square().mean(-1, keepdim=True)
-        return centred * torch.rsqrt(variance + self.eps) * self.weight + self.bias
-
-
 class Attention(nn.Module):
     """Multi-head self-attention."""
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
-        """Build the projections."""
         super().__init__()
         self.heads = heads
         self.dropout = dropout
@@ -44,7 +22,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, N, D] -> [B, N, D]
-        """Let every token look at all tokens of its sample."""
+        """Return, for every token, a mixture of all tokens of its sample."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)  # [B, heads, N, D/heads]
@@ -52,16 +30,15 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: attention, then a perceptron, each added to the residual."""
+    """A pre-norm transformer block: x + attention(norm(x)), then x + perceptron(norm(x))."""
 
     def __init__(
         self, dim: int, heads: int, mlp_ratio: int, activation: str, dropout: float
     ) -> None:
-        """Build both branches."""
         super().__init__()
-        self.norm1 = LayerNorm(dim)
+        self.norm1 = nn.LayerNorm(dim)
         self.attention = Attention(dim, heads, dropout)
-        self.norm2 = LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(
             nn.Linear(dim, mlp_ratio * dim),
             options.activation("ViT", activation),
@@ -78,29 +55,35 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """A vision transformer: patches, a learned position embedding, blocks, the mean over tokens.
 
-    Its derivatives are right at every order, on one condition that lies with the caller: torch's
-    fused attention kernels have no double backward, so a penalty needs a forward pass under
-    `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`. The default activation is smooth on purpose:
-    the second derivative of ReLU is zero, so a penalty of order >= 2 vanishes on a ReLU net, but
-    for the curvature of the attention and the norms.
+    torch's fused attention has no double backward, and its fused layer norm a wrong third
+    derivative. A penalty that is called with the net as a function, ``penalty(net, x)``, avoids
+    both by itself. For a graph of your own, ``penalty(net(x), x)``, run the forward under
+    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``, and with ``order`` >= 2 under
+    ``gpkit.elementary()`` too; otherwise the penalty refuses the graph.
+
+    The default activation is smooth: the second derivative of ReLU is zero, so with ReLU only the
+    attention and the norms have curvature for a penalty of order >= 2.
 
     Args:
-        input_shape: The shape of one sample, (C, H, W).
-        num_outputs: The number of outputs; with 1 they stay [B, 1].
-        patch_size: The side of a square patch; it must divide both image sides.
-        dim: The width of a token; a multiple of `heads`.
-        depth: The number of blocks.
-        heads: The attention heads.
-        mlp_ratio: The hidden width of a block's perceptron, in units of `dim`.
+        input_shape: the shape of one sample, (C, H, W).
+        num_outputs: the number of outputs; for one the result is ``[B, 1]``.
+        patch_size: the side of a square patch; it must divide both sides of the image.
+        dim: the size of a token; a multiple of ``heads``.
+        depth: the number of blocks.
+        heads: the number of attention heads.
+        mlp_ratio: the hidden size of a block's perceptron, over ``dim``.
         activation: gelu, silu, softplus, tanh or relu.
-        dropout: The probability of dropping an attention weight or a unit of a branch.
+        dropout: the probability that an attention weight, or a unit of a branch, is dropped.
 
     Raises:
-        ValueError: If the input is no image or an option is out of range.
+        ValueError: if the input is no image, or an option is out of its range.
 
-    Examples:
-        >>> ViT((1, 8, 8), 10)(torch.zeros(5, 1, 8, 8)).shape
-        torch.Size([5, 10])
+    >>> import gpkit
+    >>> net, x = ViT((1, 8, 8), 10), torch.zeros(5, 1, 8, 8)
+    >>> net(x).shape
+    torch.Size([5, 10])
+    >>> gpkit.jacobian()(net, x).requires_grad  # no context needed
+    True
     """
 
     def __init__(
@@ -116,7 +99,6 @@ class ViT(nn.Module):
         activation: str = "gelu",
         dropout: float = 0.0,
     ) -> None:
-        """Build the layers."""
         super().__init__()
         options.positive("ViT", num_outputs=num_outputs, patch_size=patch_size, dim=dim)
         options.positive("ViT", depth=depth, heads=heads, mlp_ratio=mlp_ratio)
@@ -135,7 +117,7 @@ class ViT(nn.Module):
         self.blocks = nn.Sequential(
             *(Block(dim, heads, mlp_ratio, activation, dropout) for _ in range(depth))
         )
-        self.norm = LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_outputs)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, num_outputs]

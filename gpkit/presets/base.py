@@ -1,4 +1,4 @@
-"""What every preset does: choose axes, unless the caller has chosen."""
+"""What every preset does: merge its own choices with those of the caller."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from gpkit.gradient_penalty import Axes, GradientPenalty
 
 
 def preset(name: str, weight: float | Schedule, chosen: Axes, axes: Axes) -> GradientPenalty:
-    """Return the penalty of the axes that a preset chose, where the caller chose no other."""
+    """Return the penalty of a preset.
+
+    Args:
+        name: of the preset, which the penalty has in logs unless ``axes`` has another.
+        weight: λ.
+        chosen: the choices of the preset.
+        axes: the choices of the caller, which replace them.
+    """
     merged: Axes = {"name": name, **chosen, **axes}
     return GradientPenalty(weight=weight, **merged)

@@ -1,11 +1,12 @@
-"""Penalties of critics D: x is real, y is fake."""
+"""Penalties of a critic D: x is a real sample, y a fake one."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gpkit.axes.at import fake, interpolate, mixture, perturb, real
+from gpkit.axes.at import fake, interpolate, perturb, real
 from gpkit.axes.form import one_sided, power, squared, two_sided
+from gpkit.axes.mixtures import mixture
 from gpkit.axes.weight import Schedule
 from gpkit.gradient_penalty import Axes, GradientPenalty
 from gpkit.presets.base import preset
@@ -17,32 +18,30 @@ if TYPE_CHECKING:
 def wgan_gp(
     weight: float | Schedule = 10.0, center: float = 1.0, **axes: Unpack[Axes]
 ) -> GradientPenalty:
-    r"""Draw a critic's slope to one on lines between real and fake samples.
+    r"""Pull a critic's slope to one on lines between real and fake samples.
 
     .. math:: \lambda \, \text{mean}_i \, (\|\nabla D(\hat x_i)\| - 1)^2,
               \quad \hat x_i = \alpha_i x_i + (1 - \alpha_i) y_i, \quad \alpha_i \sim U[0, 1]
 
-    One α for each sample; the norm is over all entries of a sample, channels and pixels included.
-    Called ``penalty(critic, real=x, fake=y)``, ``[B, *S]`` both; the samples are detached. A critic
-    of several scores (patches) has the Frobenius norm of its Jacobian, a backward pass for each
-    score: for the gradient of the mean score use ``of=lambda scores: scores.flatten(1).mean(1)``.
+    Each sample has one α and one norm, over all of its entries (channels and pixels). Call
+    ``penalty(critic, real=x, fake=y)`` with samples ``[B, *S]`` of the same number; they are
+    detached. For a critic with several scores (patches) the norm is the Frobenius norm of the
+    Jacobian, at one backward pass for each score. For the gradient of the mean score set
+    ``of=lambda scores: scores.flatten(1).mean(1)``.
 
     Args:
-        weight: λ.
-        center: the slope wanted, 1.
-        **axes: of `GradientPenalty`.
+        weight: λ, the paper's λ.
+        center: the slope that costs nothing, 1 in the formula.
+        **axes: see `gpkit.presets`.
 
     Returns:
         The penalty.
-
-    Raises:
-        ValueError: if an argument is out of its range.
 
     Source: Gulrajani et al. (2017), arXiv:1704.00028.
 
     >>> import torch
     >>> critic = lambda x: x.flatten(1) @ torch.tensor([3.0, 4.0])  # slope 5 everywhere
-    >>> wgan_gp()(critic, real=torch.ones(8, 2), fake=torch.zeros(8, 2)).item()
+    >>> wgan_gp()(critic, real=torch.ones(8, 2), fake=torch.zeros(8, 2)).item()  # 10 (5 - 1)²
     160.0
     """
     return preset(
@@ -53,22 +52,19 @@ def wgan_gp(
 def wgan_lp(
     weight: float | Schedule = 10.0, center: float = 1.0, **axes: Unpack[Axes]
 ) -> GradientPenalty:
-    r"""Keep a critic's slope under one on lines between real and fake samples.
+    r"""Keep a critic's slope at one or below on lines between real and fake samples.
 
     .. math:: \lambda \, \text{mean}_i \, \max(0, \|\nabla D(\hat x_i)\| - 1)^2
 
-    The interpolates, the call and the norm are those of `wgan_gp`; smaller slopes cost nothing.
+    The points x̂, the call and the norm are the same as in `wgan_gp`. Smaller slopes cost nothing.
 
     Args:
-        weight: λ.
-        center: the largest slope that is free, 1.
-        **axes: of `GradientPenalty`.
+        weight: λ, the paper's λ.
+        center: the largest slope that costs nothing, 1 in the formula.
+        **axes: see `gpkit.presets`.
 
     Returns:
         The penalty.
-
-    Raises:
-        ValueError: if an argument is out of its range.
 
     Source: Petzka, Fischer and Lukovnikov (2018), arXiv:1709.08894.
 
@@ -87,19 +83,15 @@ def r1(weight: float | Schedule = 10.0, **axes: Unpack[Axes]) -> GradientPenalty
 
     .. math:: \frac\gamma2 \, \text{mean}_i \, \|\nabla D(x_i)\|^2
 
-    The ½ is inside: ``weight`` is γ. Called ``penalty(critic, real=x)``, or ``penalty(scores, x)``
-    with scores ``[B]`` or ``[B, 1]`` of an ``x`` that requires grad. Lazily, as in StyleGAN2, with
-    ``every=16``.
+    Call ``penalty(critic, real=x)`` with samples ``[B, *S]``, or ``penalty(scores, x)`` with scores
+    ``[B]`` or ``[B, 1]`` of an ``x`` that requires grad. StyleGAN2 uses it lazily: ``every=16``.
 
     Args:
-        weight: γ.
-        **axes: of `GradientPenalty`.
+        weight: γ, the paper's γ: the ½ is inside.
+        **axes: see `gpkit.presets`.
 
     Returns:
         The penalty.
-
-    Raises:
-        ValueError: if an argument is out of its range.
 
     Source: Mescheder, Geiger and Nowozin (2018), arXiv:1801.04406.
 
@@ -115,18 +107,16 @@ def r2(weight: float | Schedule = 10.0, **axes: Unpack[Axes]) -> GradientPenalty
 
     .. math:: \frac\gamma2 \, \text{mean}_i \, \|\nabla D(y_i)\|^2
 
-    The ½ is inside: ``weight`` is γ. Called ``penalty(critic, fake=y)``, or ``penalty(scores, y)``;
-    the samples are detached, so the generator is not trained by it.
+    Call ``penalty(critic, fake=y)`` with samples ``[B, *S]``, which are detached, so that the
+    penalty does not train the generator; or ``penalty(scores, y)`` with scores ``[B]`` or
+    ``[B, 1]`` of a ``y`` that requires grad.
 
     Args:
-        weight: γ.
-        **axes: of `GradientPenalty`.
+        weight: γ, the paper's γ: the ½ is inside.
+        **axes: see `gpkit.presets`.
 
     Returns:
         The penalty.
-
-    Raises:
-        ValueError: if an argument is out of its range.
 
     Source: Mescheder, Geiger and Nowozin (2018), arXiv:1801.04406.
 
@@ -143,19 +133,16 @@ def r1_r2(weight: float | Schedule = 1.0, **axes: Unpack[Axes]) -> GradientPenal
     .. math:: \frac\gamma2 \, \text{mean}_i \, \|\nabla D(x_i)\|^2
               + \frac\gamma2 \, \text{mean}_i \, \|\nabla D(y_i)\|^2
 
-    The ½ is inside: ``weight`` is γ. Called ``penalty(critic, real=x, fake=y)``, as many of both;
-    the critic is evaluated once, on all of them, and its 2B norms are those of x, then of y. For
-    two weights use ``gpkit.sum({"r1": {"weight": 1}, "r2": {"weight": 2}})``.
+    Call ``penalty(critic, real=x, fake=y)`` with samples ``[B, *S]`` of the same number. The critic
+    is evaluated once, on all 2B samples; the norms of x come first. For two different weights use
+    ``gpkit.sum({"r1": {"weight": 1}, "r2": {"weight": 2}})``.
 
     Args:
-        weight: γ.
-        **axes: of `GradientPenalty`.
+        weight: γ, the paper's γ: the ½ is inside.
+        **axes: see `gpkit.presets`.
 
     Returns:
         The penalty.
-
-    Raises:
-        ValueError: if an argument is out of its range.
 
     Source: Huang et al. (2024), R3GAN, arXiv:2501.05441.
 
@@ -175,32 +162,30 @@ def dragan(
     scale: float = 0.5,
     **axes: Unpack[Axes],
 ) -> GradientPenalty:
-    r"""Draw a critic's slope to one around the real samples.
+    r"""Pull a critic's slope to one around the real samples.
 
     .. math:: \lambda \, \text{mean}_i \, (\|\nabla D(x_i + \alpha_i \delta_i)\| - 1)^2, \quad
               \delta_i = \tfrac12 \, \text{std}(x) \, u_i, \quad
               u_i \sim U[-1, 1]^d, \quad \alpha_i \sim U[0, 1]
 
-    The standard deviation is one number: over all entries of the batch, on all ranks. One α for
-    each sample. Called ``penalty(critic, real=x)`` or ``penalty(critic, x)``, ``[B, *S]``.
+    std(x) is one number: the standard deviation over all entries of the batch, on all ranks. Each
+    sample has one α. Call ``penalty(critic, real=x)`` or ``penalty(critic, x)`` with samples
+    ``[B, *S]``. The authors' notebook draws u from U[0, 1).
 
     Args:
-        weight: λ.
-        center: the slope wanted, 1.
+        weight: λ, the paper's λ.
+        center: the slope that costs nothing, 1 in the formula.
         scale: the ½ in δ.
-        **axes: of `GradientPenalty`.
+        **axes: see `gpkit.presets`.
 
     Returns:
         The penalty.
-
-    Raises:
-        ValueError: if an argument is out of its range.
 
     Source: Kodali et al. (2017), arXiv:1705.07215.
 
     >>> import torch
     >>> critic = lambda x: x.flatten(1) @ torch.tensor([3.0, 4.0])  # slope 5 everywhere
-    >>> dragan()(critic, real=torch.ones(8, 2)).item()
+    >>> dragan()(critic, real=torch.ones(8, 2)).item()  # 10 (5 - 1)²
     160.0
     """
     at = perturb(scale, noise="uniform", relative=True, along=True)
@@ -208,21 +193,18 @@ def dragan(
 
 
 def zero_gp(weight: float | Schedule = 100.0, **axes: Unpack[Axes]) -> GradientPenalty:
-    r"""Draw a critic's slope to zero on lines between real and fake samples.
+    r"""Pull a critic's slope to zero on lines between real and fake samples.
 
     .. math:: \lambda \, \text{mean}_i \, \|\nabla D(\hat x_i)\|^2
 
-    The interpolates, the call and the norm are those of `wgan_gp`.
+    The points x̂, the call and the norm are the same as in `wgan_gp`.
 
     Args:
-        weight: λ.
-        **axes: of `GradientPenalty`.
+        weight: λ, the paper's λ: there is no ½ inside.
+        **axes: see `gpkit.presets`.
 
     Returns:
         The penalty.
-
-    Raises:
-        ValueError: if an argument is out of its range.
 
     Source: Thanh-Tung, Tran and Venkatesh (2019), arXiv:1902.03984.
 
@@ -236,23 +218,20 @@ def zero_gp(weight: float | Schedule = 100.0, **axes: Unpack[Axes]) -> GradientP
 def wgan_div(
     weight: float | Schedule = 2.0, p: float = 6.0, **axes: Unpack[Axes]
 ) -> GradientPenalty:
-    r"""Penalise a high power of a critic's slope between real and fake samples.
+    r"""Penalise a high power of a critic's slope on lines between real and fake samples.
 
     .. math:: k \, \text{mean}_i \, \|\nabla D(\hat x_i)\|^p
 
-    The interpolates, the call and the norm are those of `wgan_gp`. It bounds no slope: it makes the
-    critic's optimum a divergence, the Wasserstein divergence.
+    The points x̂, the call and the norm are the same as in `wgan_gp`. It does not bound the slope:
+    with it the critic's optimum is a divergence, the Wasserstein divergence.
 
     Args:
-        weight: k.
-        p: the power, 6.
-        **axes: of `GradientPenalty`.
+        weight: k, the paper's k.
+        p: the power.
+        **axes: see `gpkit.presets`.
 
     Returns:
         The penalty.
-
-    Raises:
-        ValueError: if an argument is out of its range.
 
     Source: Wu et al. (2018), arXiv:1712.01026.
 
@@ -264,22 +243,19 @@ def wgan_div(
 
 
 def max_gp(weight: float | Schedule = 1.0, **axes: Unpack[Axes]) -> GradientPenalty:
-    r"""Penalise a critic's largest slope between real and fake samples.
+    r"""Penalise a critic's largest slope on lines between real and fake samples.
 
     .. math:: \lambda \, \max_i \, \|\nabla D(\hat x_i)\|^2
 
-    The interpolates, the call and the norm are those of `wgan_gp`. The maximum is over the
-    micro-batch of one rank; samples that tie share its gradient.
+    The points x̂, the call and the norm are the same as in `wgan_gp`. The maximum is over the
+    micro-batch of one rank; if samples tie, they share its gradient.
 
     Args:
-        weight: λ.
-        **axes: of `GradientPenalty`.
+        weight: λ, a factor of the whole square: there is no ½ inside.
+        **axes: see `gpkit.presets`.
 
     Returns:
         The penalty.
-
-    Raises:
-        ValueError: if an argument is out of its range.
 
     Source: Zhou et al. (2019), Lipschitz GANs, arXiv:1902.05687.
 

@@ -1,4 +1,4 @@
-"""Penalties on how the environments of a batch differ."""
+"""Penalties of how the environments of a batch differ."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
 
 IRM_WEIGHT = switch(1.0, 100.0, at=500)
-
-
 FISHR_WEIGHT = switch(0.0, 1000.0, at=1500)
 
 
@@ -26,23 +24,22 @@ def irm(
     .. math:: \lambda \sum_e \Big(\frac{\partial}{\partial w} R_e(w \cdot f)
               \Big|_{w = 1}\Big)^2, \quad R_e = \text{mean}_{i \in e} \, \ell_i
 
-    Called ``penalty(logits, y, env)`` with ``[B, C]`` (or ``[B, 1]``), ``[B]`` and integers
-    ``[B]``; or ``penalty([(logits_1, y_1), (logits_2, y_2)])``, one pair for each environment. The
-    values of its terms are E times the squares, since their mean is the sum. The paper's annealing
-    divides the whole loss by the weight: ``weight=gpkit.rescaled(gpkit.switch(1.0, 1e4, at=190))``.
+    Call ``penalty(logits, y, env)`` with logits ``[B, C]`` or ``[B, 1]``, targets ``[B]`` and the
+    environment of each sample, integers ``[B]``; or ``penalty([(logits_1, y_1), (logits_2, y_2)])``
+    with one pair for each environment. The values of its terms are E times the squares, so that
+    their mean is the sum.
 
     Args:
-        weight: λ; 1 for 500 steps and then 100 if not given.
-        halves: take the product over two halves of each environment (its samples in turn) for the
-            square: without bias, but it may be negative.
+        weight: λ: 1 for the first 500 steps, then 100. The paper adds the penalty to the sum of the
+            R_e; the authors' code takes the mean over e of both. It also divides the whole loss by
+            the weight: ``weight=gpkit.rescaled(gpkit.switch(1.0, 1e4, at=190))``.
+        halves: multiply the derivatives of two halves of each environment (its samples in turn)
+            instead of squaring the derivative of all. It has no bias, but it may be negative.
         **options: ``loss``, ``(logits, y) -> [B]``; ``every``, ``seed`` and ``name`` as in
             `GradientPenalty`.
 
     Returns:
         The penalty.
-
-    Raises:
-        ValueError: if an argument is out of its range.
 
     Source: Arjovsky, Bottou, Gulrajani and Lopez-Paz (2019), arXiv:1907.02893.
 
@@ -61,28 +58,26 @@ def irm(
 def fishr(
     weight: float | Schedule = FISHR_WEIGHT, **options: Unpack[Options]
 ) -> EnvironmentPenalty:
-    r"""Draw the variances of the environments' gradients in the classifier to one another.
+    r"""Pull the variances of the environments' gradients in the classifier to their mean.
 
     .. math:: \lambda \, \text{mean}_e \, \Big\| v_e - \text{mean}_{e'} v_{e'} \Big\|^2,
               \quad v_e = \text{Var}_{i \in e} \, \nabla_\omega \ell_i
 
-    ω is the last linear layer, with a bias; the variance is of each of its entries, over the n_e
-    samples (divided by n_e). The authors' code averages over the entries of ω where the norm here
-    sums, and keeps moving averages of v_e. Called ``penalty((logits, a), y, env)`` with logits
-    ``[B, C]`` and the layer's inputs a ``[B, d]``, as ``gpkit.features(net, x)`` gives them, or
-    ``penalty(lambda: gpkit.features(net, x), y, env)``; or with one pair ``((logits, a), y)`` for
-    each environment. No gradient of a single sample is formed.
+    ω is the last linear layer, which must have a bias. Each entry of ω has a variance over the n_e
+    samples of an environment (the sum of squares over n_e). Call ``penalty((logits, a), y, env)``
+    with logits ``[B, C]``, the layer's inputs a ``[B, d]``, targets ``[B]`` and environments
+    ``[B]``, or ``penalty(lambda: gpkit.features(net, x), y, env)``; `features` gives logits and a.
+    Or give one pair ``((logits, a), y)`` for each environment. The gradient of a single sample is
+    never formed.
 
     Args:
-        weight: λ; 0 for 1500 steps and then 1000 if not given.
+        weight: λ: 0 for the first 1500 steps, then 1000. The authors' code has 1000 too, but takes
+            the mean over the entries of ω where the norm here is a sum, and moving averages of v_e.
         **options: ``loss``, ``(logits, y) -> [B]``; ``every``, ``seed`` and ``name`` as in
             `GradientPenalty`.
 
     Returns:
         The penalty.
-
-    Raises:
-        ValueError: if an argument is out of its range.
 
     Source: Rame, Dancette and Cord (2022), arXiv:2109.02934.
 

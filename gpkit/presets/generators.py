@@ -1,4 +1,4 @@
-"""Penalties of a generator, in its latents."""
+"""Penalties of a generator's output in its latents."""
 
 from __future__ import annotations
 
@@ -18,28 +18,26 @@ if TYPE_CHECKING:
 def path_length(
     weight: float | Schedule = 2.0, decay: float = 0.99, **axes: Unpack[Axes]
 ) -> GradientPenalty:
-    r"""Draw the path lengths of a generator g to their running average a, as StyleGAN2 does.
+    r"""Pull the path lengths of a generator g to their running average a, as StyleGAN2 does.
 
     .. math:: \lambda \, \text{mean}_i \, (n_i - a)^2, \quad
               n_i = \Big\|\frac{\partial g(w_i)}{\partial w_i}^\top y_i\Big\|, \quad
               y_i \sim N(0, I) / \sqrt{H W}
 
-    Called ``penalty(generator, w)`` with latents ``w`` ``[B, D]``, or ``[B, L, D]`` for L layers,
-    where n² is the mean over L of the squared lengths. The images are ``[B, C, *S]``, H·W being the
-    product of S: ``[B, C]`` has one pixel. First a ← decay·a + (1 - decay)·mean n, over all ranks
-    and from a = 0, and then that a, a constant, is the centre. Given the function, w is detached:
-    to train what made w as well, call ``penalty(generator(w), w)``.
+    Call ``penalty(generator, w)`` with latents w ``[B, D]``, or ``[B, L, D]`` for L layers: n² is
+    then the mean of the squared lengths over L. The images are ``[B, C, *S]`` and H·W is the
+    product of S; an output ``[B, C]`` has one pixel. At each call a is updated first,
+    a ← decay·a + (1 - decay)·mean n, over all ranks and from 0 on; the new a is the centre. It is a
+    constant, where StyleGAN2's code also differentiates through it. w is detached. To train what
+    made w too, call ``penalty(generator(w), w)``.
 
     Args:
-        weight: λ.
-        decay: of the average a, which is part of the penalty's ``state_dict()``.
-        **axes: of `GradientPenalty`; ``every`` is 4, with four times the weight on those steps.
+        weight: λ, StyleGAN2's ``pl_weight``; as there, it acts on every 4th step, times 4.
+        decay: of the average a, which is in the penalty's ``state_dict()``.
+        **axes: see `gpkit.presets`; ``every`` is 4 by default.
 
     Returns:
         The penalty.
-
-    Raises:
-        ValueError: if an argument is out of its range.
 
     Source: Karras et al. (2020), arXiv:1912.04958.
 

@@ -1,11 +1,12 @@
-"""Penalties of a scalar's gradient in the inputs: a loss, a field, a sum of outputs."""
+"""Penalties of one number's gradient in the inputs: a loss, a field, a sum of outputs."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gpkit.axes.at import At, Bound, data, mixture, uniform
+from gpkit.axes.at import At, data
 from gpkit.axes.form import squared, two_sided
+from gpkit.axes.mixtures import Bound, mixture, uniform
 from gpkit.axes.of import class_sum
 from gpkit.axes.weight import Schedule
 from gpkit.estimators.curvature_difference import curvature_difference
@@ -23,20 +24,17 @@ def input_grad_norm(
 
     .. math:: \lambda \, \text{mean}_i \, \|\nabla_{x_i} \ell_i\|^2
 
-    Called ``penalty(losses, x)`` with per-sample losses ``[B]`` or ``[B, 1]`` of an ``x``
-    ``[B, *S]`` that requires grad, or ``penalty(f, x)``. A scalar loss is refused: its mean hides
+    Call ``penalty(losses, x)`` with one loss for each sample, ``[B]`` or ``[B, 1]``, and an ``x``
+    ``[B, *S]`` that requires grad; or ``penalty(f, x)``. A scalar loss is an error: its mean hides
     a factor 1/B in every gradient.
 
     Args:
-        weight: λ.
-        norm: "l2", or the duals of an adversary's L-inf and L1 balls: "l1", "linf".
-        **axes: of `GradientPenalty`.
+        weight: λ, a factor of the whole square: there is no ½ inside.
+        norm: "l2"; "l1" or "linf", the dual norms for an adversary in an L-inf or an L1 ball.
+        **axes: see `gpkit.presets`.
 
     Returns:
         The penalty.
-
-    Raises:
-        ValueError: if an argument is out of its range.
 
     Source: Drucker and LeCun (1992), doi:10.1109/72.165600; Ross and Doshi-Velez (2018),
     arXiv:1711.09404.
@@ -59,25 +57,25 @@ def eikonal(
     high: Bound | None = None,
     **axes: Unpack[Axes],
 ) -> GradientPenalty:
-    r"""Draw the slope of a field to one, as that of a signed distance.
+    r"""Pull the slope of a field to one, as a signed distance has it.
 
     .. math:: \lambda \, \text{mean}_i \, (\|\nabla_{x_i} f(x_i)\| - 1)^2
 
-    Called ``penalty(f, x)`` with the points ``[B, d]`` of your choice. With a box, the mean is over
-    x and as many uniform points in the box, as in the paper.
+    Call ``penalty(f, x)`` with points ``[B, d]`` of your choice. With a box, the mean is over x and
+    B uniform points in the box, as in the paper.
 
     Args:
-        weight: λ.
-        center: the slope wanted, 1.
-        low: the box's lower end, a number or one for each dimension; None for no box.
-        high: its upper end, likewise.
-        **axes: of `GradientPenalty`.
+        weight: λ, the paper's λ.
+        center: the slope that costs nothing, 1 in the formula.
+        low: the lower end of the box, a number, or one for each dimension; None for no box.
+        high: the upper end of the box, likewise.
+        **axes: see `gpkit.presets`.
 
     Returns:
         The penalty.
 
     Raises:
-        ValueError: if an argument is out of its range.
+        ValueError: if only one end of the box is given.
 
     Source: Gropp et al. (2020), arXiv:2002.10099.
 
@@ -97,23 +95,21 @@ def eikonal(
 def duq(
     weight: float | Schedule = 0.5, center: float = 1.0, **axes: Unpack[Axes]
 ) -> GradientPenalty:
-    r"""Draw the slope of the sum over classes to one: sensitive to the input, and not too much.
+    r"""Pull the slope of the sum over classes to one: sensitive to the input, but not too much.
 
     .. math:: \lambda \, \text{mean}_i \, \Big(\Big\|\nabla_{x_i} \sum_c f_c(x_i)\Big\| - 1\Big)^2
 
-    Called ``penalty(outputs, x)`` with ``[B, C]``, or ``penalty(net, x)``. In the paper f are the
-    kernel values of the classes. The softmax of logits has a constant sum: give it the logits.
+    Call ``penalty(net, x)``, or ``penalty(outputs, x)`` with outputs ``[B, C]`` of an ``x``
+    ``[B, *S]`` that requires grad. In the paper f are kernel values, one for each class. For a
+    classifier give the logits: the sum of a softmax is constant.
 
     Args:
-        weight: λ.
-        center: the slope wanted, 1.
-        **axes: of `GradientPenalty`.
+        weight: λ, a factor of the whole square: there is no ½ inside.
+        center: the slope that costs nothing, 1 in the formula.
+        **axes: see `gpkit.presets`.
 
     Returns:
         The penalty.
-
-    Raises:
-        ValueError: if an argument is out of its range.
 
     Source: van Amersfoort et al. (2020), arXiv:2003.02037.
 
@@ -131,19 +127,16 @@ def cure(weight: float | Schedule = 4.0, h: float = 1.5, **axes: Unpack[Axes]) -
     .. math:: \lambda \, \text{mean}_i \, \|\nabla \ell_i(x_i + h z_i) - \nabla \ell_i(x_i)\|^2,
               \quad z_i = \mathrm{sign} \nabla \ell_i \, / \, \|\mathrm{sign} \nabla \ell_i\|
 
-    There is no factor 1/h². Called ``penalty(f, x)`` with a function that gives losses ``[B]``; a
-    graph alone is refused, as it is evaluated at two points.
+    Call ``penalty(f, x)`` with a function that gives losses ``[B]`` for ``x`` ``[B, *S]``. It is
+    evaluated at two points, so a tensor of losses is an error.
 
     Args:
-        weight: λ.
+        weight: λ, the paper's γ: there is no factor 1/h² inside.
         h: the length of the step.
-        **axes: of `GradientPenalty`.
+        **axes: see `gpkit.presets`.
 
     Returns:
         The penalty.
-
-    Raises:
-        ValueError: if an argument is out of its range.
 
     Source: Moosavi-Dezfooli et al. (2019), arXiv:1811.09716.
 

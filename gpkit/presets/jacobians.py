@@ -1,12 +1,12 @@
-"""Penalties of the Jacobian, or the curvature, of outputs in the inputs."""
+"""Penalties of the derivatives of outputs, or of a hidden layer, in the inputs."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from gpkit.axes.activation import activation as named
 from gpkit.axes.form import squared
 from gpkit.axes.weight import Schedule
-from gpkit.axes.wrt import activation as named
 from gpkit.estimators.power_iteration import power_iteration
 from gpkit.estimators.projection import projection
 from gpkit.gradient_penalty import Axes, GradientPenalty
@@ -22,18 +22,16 @@ def jacobian(weight: float | Schedule = 0.01, **axes: Unpack[Axes]) -> GradientP
     .. math:: \frac\lambda2 \, \text{mean}_i \,
               \Big\|\frac{\partial f(x_i)}{\partial x_i}\Big\|_F^2
 
-    The ½ is inside. Called ``penalty(logits, x)`` with ``[B, C]``, or ``penalty(net, x)``.
+    Call ``penalty(net, x)``, or ``penalty(logits, x)`` with logits ``[B, C]`` of an ``x``
+    ``[B, *S]`` that requires grad.
 
     Args:
-        weight: λ.
-        **axes: of `GradientPenalty`; ``estimator`` is ``projection(1)``, one backward pass;
-            "exact" takes C of them.
+        weight: λ, the paper's λ: the ½ is inside.
+        **axes: see `gpkit.presets`; ``estimator`` is ``projection(1)``, one backward pass, by
+            default; "exact" takes C backward passes.
 
     Returns:
         The penalty.
-
-    Raises:
-        ValueError: if an argument is out of its range.
 
     Source: Hoffman, Roberts and Yaida (2019), arXiv:1908.02729.
 
@@ -56,19 +54,18 @@ def curvature(weight: float | Schedule = 0.01, **axes: Unpack[Axes]) -> Gradient
 
     .. math:: \lambda \, \text{mean}_i \, \|\nabla^k_{x_i} f(x_i)\|_F^2
 
-    The norm is over all outputs and all n^k entries, mixed ones as often as they occur. A large
-    weight leaves polynomials of degree k - 1. Called ``penalty(f, x)`` or ``penalty(y, x)``.
+    The norm is over all outputs and all n^k entries of each; mixed derivatives count as often as
+    they occur. With a large weight, what remains are polynomials of degree k - 1. Call
+    ``penalty(f, x)``, or ``penalty(y, x)`` with outputs ``[B]`` or ``[B, C]`` of an ``x``
+    ``[B, *S]`` that requires grad.
 
     Args:
-        weight: λ.
-        **axes: of `GradientPenalty`; ``order`` is k, 2 if not given; ``estimator="projection"``
-            takes k backward passes, "exact" 1 + n + ... + n^(k-1) of them for each output.
+        weight: λ, a factor of the whole square: there is no ½ inside.
+        **axes: see `gpkit.presets`; ``order`` is k, 2 by default. ``estimator="projection"`` takes
+            k backward passes, "exact", the default, 1 + n + ... + n^(k-1) for each output.
 
     Returns:
         The penalty.
-
-    Raises:
-        ValueError: if an argument is out of its range.
 
     Source: the order 2 in one dimension is the cubic smoothing spline's, Reinsch (1967),
     doi:10.1007/BF02162161.
@@ -88,19 +85,16 @@ def spectral_jacobian(weight: float | Schedule = 0.01, **axes: Unpack[Axes]) -> 
     .. math:: \lambda \, \text{mean}_i \,
               \sigma_{\max}\Big(\frac{\partial f(x_i)}{\partial x_i}\Big)^2
 
-    There is no ½ inside. Called ``penalty(logits, x)`` with ``[B, C]``, or ``penalty(net, x)``,
-    with ``x`` ``[B, *S]``; every sample has a singular value of its own.
+    Call ``penalty(net, x)``, or ``penalty(logits, x)`` with logits ``[B, C]`` of an ``x``
+    ``[B, *S]`` that requires grad. Every sample has its own largest singular value.
 
     Args:
-        weight: λ.
-        **axes: of `GradientPenalty`; ``estimator`` is ``power_iteration(10)``, 22 backward passes.
-            "exact" and "projection" are the Frobenius norm instead.
+        weight: λ, a factor of the square: there is no ½ inside.
+        **axes: see `gpkit.presets`; ``estimator`` is ``power_iteration(10)``, 22 backward passes,
+            by default. "exact" and "projection" give the Frobenius norm instead.
 
     Returns:
         The penalty.
-
-    Raises:
-        ValueError: if an argument is out of its range.
 
     Source: Johansson et al. (2022), arXiv:2206.13581.
 
@@ -125,22 +119,19 @@ def contractive(
 
     .. math:: \lambda \, \text{mean}_i \, \Big\|\frac{\partial h(x_i)}{\partial x_i}\Big\|_F^2
 
-    There is no ½ inside. Called ``penalty(net, x)`` with ``x`` ``[B, *S]`` and the net that has the
-    layer, or ``penalty(h, x)`` with an ``h`` ``[B, *H]`` of an ``x`` that requires grad. A sigmoid
-    layer of weights W has :math:`\sum_j (h_j (1 - h_j))^2 \|W_j\|^2`.
+    Call ``penalty(net, x)`` with the net that has the layer and ``x`` ``[B, *S]``, or
+    ``penalty(h, x)`` with an ``h`` ``[B, *H]`` of an ``x`` that requires grad. For a sigmoid layer
+    with weights W the square is :math:`\sum_j (h_j (1 - h_j))^2 \|W_j\|^2`.
 
     Args:
-        weight: λ.
-        activation: the name of the layer, as in ``net.named_modules()``; "features" is all but the
-            head of gpkit's own ``mlp`` and ``convnet``.
-        **axes: of `GradientPenalty`; ``estimator`` is ``projection(1)``, one backward pass;
-            "exact" takes one for each entry of h.
+        weight: λ, the paper's λ, with the mean over samples: there is no ½ inside.
+        activation: the name of the layer in ``net.named_modules()``. "features" is everything
+            before the head in gpkit's own `MLP` and `ConvNet`.
+        **axes: see `gpkit.presets`; ``estimator`` is ``projection(1)``, one backward pass, by
+            default; "exact" takes one for each entry of h.
 
     Returns:
         The penalty.
-
-    Raises:
-        ValueError: if an argument is out of its range.
 
     Source: Rifai et al. (2011), https://icml.cc/2011/papers/455_icmlpaper.pdf.
 

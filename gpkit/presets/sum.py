@@ -1,4 +1,4 @@
-"""Several penalties as one: penalties, presets by name, or both."""
+"""Several penalties as one: penalties, names of presets, or both."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ Parts = Mapping[str, Part] | Iterable[str | Penalty | PenaltySum]
 
 
 def sum(parts: Parts) -> PenaltySum:
-    """Combine penalties by name.
+    """Combine several penalties into one.
 
     Args:
-        parts: penalties by name, or a list of them, which go by their own names; or presets by name
-            with their arguments (``{"r1": {"weight": 1}}`` or, under a name of your own,
-            ``{"mine": {"preset": "r1"}}``); or names of presets. A sum among them stands for its
-            parts.
+        parts: a dict or a list. The values of a dict are penalties, or arguments of presets:
+            ``{"r1": {"weight": 1}}``, or with a name of your own ``{"mine": {"preset": "r1"}}``.
+            The elements of a list are penalties, which keep their names, or names of presets. A sum
+            among the parts is replaced by its own parts.
 
     Returns:
-        Their sum, called as each of them is.
+        The sum. Call it as you call each part.
 
     Raises:
-        ValueError: if a name is no preset's, two parts have one name, or there are no parts.
-        TypeError: if a part is neither a penalty nor the arguments of one.
+        ValueError: if there is no preset of a name, if two parts have the same name, or if there
+            are no parts.
+        TypeError: if a part is neither a penalty nor the arguments of a preset.
 
     >>> import torch
     >>> both = sum({"r1": {"weight": 1.0}, "r2": {"weight": 1.0}})
@@ -51,7 +52,7 @@ def _build(name: str, part: Part) -> Any:
         return part
     if part is not None and not isinstance(part, Mapping):
         raise TypeError(
-            f"`sum(parts=...)` takes penalties, or mappings of their arguments; got {part!r}"
+            f"`sum(parts=...)` takes penalties, or dicts of their arguments; got {part!r}"
             + (f" for {name!r}" if name else "")
         )
     arguments = dict(part or {})

@@ -1,4 +1,4 @@
-"""Penalties in the weights. L is the loss of the batch."""
+"""Penalties of the loss's gradient in the weights. L is the mean loss of the batch."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def none(weight: float | Schedule = 0.0, **axes: Unpack[Axes]) -> GradientPenalty:
-    """No penalty: 0, the baseline of every comparison. Nothing is evaluated.
+    """No penalty: always 0, the baseline of every comparison. Nothing is evaluated.
 
     Args:
-        weight: accepted, so that a sweep over penalties can set it, and without effect.
-        **axes: of `GradientPenalty`; likewise.
+        weight: has no effect; a sweep over penalties can set it.
+        **axes: see `gpkit.presets`; they have no effect either.
 
     Returns:
-        A penalty that is zero whatever it is called with.
+        A penalty that is zero for every call.
 
     >>> import torch
     >>> none()(torch.tensor(3.0), [])
@@ -41,23 +41,20 @@ def weight_grad_norm(
 
     .. math:: \lambda \, \|\nabla_\theta L\|^2, \quad L = \text{mean}_i \, \ell_i
 
-    Called ``penalty(loss, net.parameters())`` with a loss ``[]`` (or losses ``[B]``, whose mean is
-    taken), or ``penalty(closure, net)``. The norm is that of the micro-batch's mean gradient, over
-    all parameters together. Strength: Barrett and Dherin write the implicit penalty of a step lr as
-    (lr/4) ‖∇L‖²; here λ is the whole factor.
+    Call ``penalty(loss, net.parameters())`` with a loss ``[]`` or losses ``[B]``, whose mean is
+    taken, or ``penalty(closure, net)``. The gradient is that of the micro-batch's mean loss, and
+    its norm is over all parameters together.
 
     Args:
-        weight: λ.
-        match: the names of the parameters that take part, a shell pattern as "head.*"; other than
-            "*" it needs the call with the module.
-        **axes: of `GradientPenalty`. With ``order=k`` >= 2 the norm is that of the k-th derivative,
-            estimated by projections unless ``estimator`` says otherwise.
+        weight: λ, a factor of the whole square. Gradient descent with step lr has an implicit
+            penalty of (lr/4) ‖∇L‖² (Barrett and Dherin): λ = lr/4 adds as much again.
+        match: a shell pattern for the names of the parameters, such as "head.*". With a pattern
+            other than "*" call the penalty with the module.
+        **axes: see `gpkit.presets`. With ``order=k`` >= 2 it is the norm of the k-th derivative,
+            estimated by projections unless ``estimator`` is set.
 
     Returns:
         The penalty.
-
-    Raises:
-        ValueError: if an argument is out of its range.
 
     Source: Barrett and Dherin (2021), arXiv:2009.11162; Smith et al. (2021), arXiv:2101.12176.
 
@@ -77,21 +74,18 @@ def per_sample_grad_norm(
 
     .. math:: \lambda \, \text{mean}_i \, \|\nabla_\theta \ell_i\|^2
 
-    It is λ times the trace of the empirical Fisher matrix, and exceeds `weight_grad_norm` by the
-    variance of the samples' gradients. Called ``penalty(losses, net.parameters())`` with losses
-    ``[B]``, or ``penalty(closure, net)``; a scalar loss is refused. It takes B backward passes.
+    This is λ times the trace of the empirical Fisher matrix. It exceeds `weight_grad_norm` by λ
+    times the variance of the samples' gradients. Call ``penalty(losses, net.parameters())`` with
+    losses ``[B]``, or ``penalty(closure, net)``; a scalar loss is an error. It takes B backward
+    passes.
 
     Args:
-        weight: λ.
-        match: the names of the parameters that take part, a shell pattern as "head.*"; other than
-            "*" it needs the call with the module.
-        **axes: of `GradientPenalty`.
+        weight: λ, a factor of the whole square.
+        match: as in `weight_grad_norm`.
+        **axes: see `gpkit.presets`.
 
     Returns:
         The penalty.
-
-    Raises:
-        ValueError: if an argument is out of its range.
 
     Source: for the empirical Fisher matrix Kunstner, Balles and Hennig (2019), arXiv:1905.12558.
 
@@ -113,22 +107,19 @@ def fisher(
     .. math:: \lambda \, \| \text{mean}_i \, \nabla_\theta \ell(x_i, \hat y_i) \|^2,
               \quad \hat y_i \sim \mathrm{softmax}(f(x_i))
 
-    The labels are drawn anew at every call from the penalty's own generator; ℓ is the
-    cross-entropy. In expectation over them it is tr F / B, the trace of the batch's Fisher matrix
-    over its size. Called ``penalty(logits, net)`` with ``[B, C]``, whose graph is reused, or
+    ℓ is the cross-entropy. Each call draws new labels from the penalty's own generator. Over these
+    labels the expectation of the square is tr F / B, the trace of the batch's Fisher matrix over
+    the batch size. Call ``penalty(logits, net)`` with logits ``[B, C]``, whose graph is reused, or
     ``penalty(lambda: net(x), net)``.
 
     Args:
-        weight: λ.
-        match: the names of the parameters that take part, a shell pattern as "head.*".
-        **axes: of `GradientPenalty`; ``scope="sample"`` takes the norm of each sample's gradient,
-            whose expectation is tr F whatever the batch size.
+        weight: λ, a factor of the whole square.
+        match: as in `weight_grad_norm`.
+        **axes: see `gpkit.presets`. With ``scope="sample"`` it is the mean squared norm of the
+            samples' own gradients, whose expectation is tr F for any batch size.
 
     Returns:
         The penalty.
-
-    Raises:
-        ValueError: if an argument is out of its range.
 
     Source: Jastrzebski et al. (2021), arXiv:2012.14193.
 
@@ -147,21 +138,18 @@ def hessian(
 
     .. math:: \lambda \, \|\nabla^2_\theta L\|_F^2, \quad L = \text{mean}_i \, \ell_i
 
-    Estimated without bias as λ ‖∇²L v‖², v of ±1, in two backward passes for each projection.
-    Called as `weight_grad_norm`: ``penalty(loss, net.parameters())``, or ``penalty(closure, net)``.
+    The estimate λ ‖∇²L v‖², with v of random signs, has no bias. It takes two backward passes for
+    each projection. Call ``penalty(loss, net.parameters())`` with a loss ``[]`` or losses ``[B]``,
+    or ``penalty(closure, net)``.
 
     Args:
-        weight: λ.
-        match: the names of the parameters that take part, a shell pattern as "head.*"; other than
-            "*" it needs the call with the module.
-        **axes: of `GradientPenalty`; ``estimator`` is ``projection(1)``; "exact" takes a backward
-            pass for every parameter.
+        weight: λ, a factor of the whole square.
+        match: as in `weight_grad_norm`.
+        **axes: see `gpkit.presets`; ``estimator`` is ``projection(1)`` by default. "exact" takes
+            one backward pass for every parameter.
 
     Returns:
         The penalty.
-
-    Raises:
-        ValueError: if an argument is out of its range.
 
     Source: the estimate is Hutchinson's (1989), doi:10.1080/03610918908812806.
 
@@ -184,26 +172,23 @@ def gnp(
 
     .. math:: \lambda \, \|\nabla_\theta L\|, \quad \lambda = \alpha r
 
-    trained by a finite difference of length r, so that the gradient of the loss and penalty is
+    Its gradient is a finite difference of length r, so the gradient of loss and penalty is
 
     .. math:: (1 - \alpha) \nabla L(\theta)
               + \alpha \nabla L(\theta + r \, \nabla L / \|\nabla L\|).
 
-    α = 1 is exactly SAM. Called ``penalty.with_loss(closure, net)``, which gives loss and penalty
-    for two forward and backward passes in all, or ``penalty(closure, net)`` to add to a loss of
-    your own, for one more.
+    α = 1 is exactly SAM. Call ``penalty.with_loss(closure, net)`` for loss and penalty as one
+    number, at two forward and backward passes in all. Or add ``penalty(closure, net)`` to a loss of
+    your own, at one pass more. The closure gives a loss ``[]`` or losses ``[B]``.
 
     Args:
-        weight: λ, or a schedule of it; None is α·r.
-        r: the length of the step, SAM's ρ.
-        alpha: α, the part of the gradient that is taken at the other point.
-        **axes: of `GradientPenalty`.
+        weight: λ, the paper's λ, or a schedule of it; None is α·r.
+        r: the length of the step; SAM's ρ.
+        alpha: α, the share of the gradient that is taken at the other point.
+        **axes: see `gpkit.presets`.
 
     Returns:
         The penalty.
-
-    Raises:
-        ValueError: if an argument is out of its range.
 
     Source: Zhao, Zhang and Hu (2022), arXiv:2202.03599; SAM: Foret et al. (2021),
     arXiv:2010.01412.

@@ -137,7 +137,7 @@ def test_a_config_of_your_own(place, command, configs):
             "model.tild=3",
             "no option 'tild' of model (did you mean 'tilt'?); there are _target_, wid",
         ),
-        ("model.width=a", "model.width must be an integer, as its default 5; got 'a'"),
+        ("model.width=a", "model.width must be an integer, like its default 5; got 'a'"),
     ],
 )
 def test_mistakes_beside_a_config_of_your_own(word, told, command, configs):

@@ -69,6 +69,22 @@ def test_there_are_commands():
     assert len(COMMANDS) > 15
 
 
+def test_what_files_share_is_no_choice():
+    # catches a shared file that lies in a group, where --help and every message would offer it
+    assert {path.name for path in CONFIG_DIR.glob("_*.yaml")} == {
+        f"_{name}.yaml" for name in ("data", "gaussians", "penalty")
+    }
+    assert not [*CONFIG_DIR.glob("*/_*")]
+
+
+@pytest.mark.parametrize("preset", sorted({*PRESETS} - {"cure", "fishr", "gnp", "irm"}))
+def test_every_penalty_takes_the_shared_options(preset):
+    # catches a file without its line `defaults`
+    shared = ["penalty.order=3", "penalty.every=4", "penalty.estimator=taylor"]
+    config = compose("train", [f"penalty={preset}", *shared]).penalty
+    assert (config.order, config.every, config.estimator) == (3, 4, "taylor")
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_defaults_of_a_penalty_are_those_of_its_function(preset):
     config = compose("train", [f"penalty={preset}"]).penalty

@@ -267,7 +267,7 @@ def test_compiled():
     torch.testing.assert_close(eager.state_dict(), compiled.state_dict())
 
 
-REFUSED = "is wrong: give the penalty a callable, for which gpkit computes them in elementary"
+REFUSED = r"is wrong: give the penalty a callable \(gpkit then computes them in elementary"
 
 
 @pytest.mark.parametrize("name", ["LayerNorm", "BatchNorm1d", "InstanceNorm2d"])

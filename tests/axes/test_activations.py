@@ -212,8 +212,8 @@ def test_refusals_of_names(net, x, y, name, error, said, axis, wrapped):
     ("change", "error", "said"),
     [
         (lambda x: x * 2, ValueError, "the forward calls that submodule several times"),
-        (lambda x: (x, x), TypeError, "the Twice gives a tuple: name a submodule within it"),
-        (lambda x: x.argmax(1), TypeError, "the Twice gives torch.int64"),
+        (lambda x: (x, x), TypeError, "the Twice returns a tuple: name a submodule inside it"),
+        (lambda x: x.argmax(1), TypeError, "the Twice returns torch.int64"),
         (lambda x: x.sum(0), ValueError, r"a row for each of 5 samples; got \[3\]"),
     ],
 )
@@ -239,7 +239,7 @@ def test_refusals_of_what_a_submodule_gives(change, error, said):
 
 
 def test_refusals(net, x):
-    with pytest.raises(TypeError, match=r"needs the module that has it: penalty\(net, x\)"):
+    with pytest.raises(TypeError, match=r"needs the module that contains it: penalty\(net, x\)"):
         gpkit.GradientPenalty(of=gpkit.activation("encoder.1"))(lambda x: net(x), x)
     with pytest.raises(ValueError, match=r"must be the name of a submodule, .*; got 3"):
         gpkit.activation(3)
@@ -248,7 +248,7 @@ def test_refusals(net, x):
     with pytest.raises(RuntimeError, match="not depend on the activation: is the submodule's out"):
         gpkit.GradientPenalty(wrt=gpkit.activation("0"))(Sidestep(), torch.ones(B, 2))
     penalty = gpkit.GradientPenalty(of=gpkit.activation("encoder.1"))
-    with pytest.raises(ValueError, match="`compile=True` takes no named activation; 'penalty' has"):
+    with pytest.raises(ValueError, match="'penalty', which names an activation"):
         gpkit.PenalizedModule(net, nn.CrossEntropyLoss(), penalty, compile=True)
 
 

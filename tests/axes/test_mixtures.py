@@ -184,7 +184,7 @@ def test_outputs_need_no_labels(preset):
 def test_labels_that_do_not_fit_the_points():
     penalty = gpkit.input_grad_norm(at=lambda real, fake: real[:2])
     module = gpkit.PenalizedModule(mlp(), nn.MSELoss(), penalty)
-    said = r'`of="loss"` needs a target for each point, and 2 points are no multiple of .* 5'
+    said = "a target for each point; got 2 points, which is no multiple of the 5 samples"
     with pytest.raises(ValueError, match=said):
         module.penalized_loss((samples(3)[0], torch.zeros(B, 1).double()))
 
@@ -212,17 +212,17 @@ def f(x):
         (
             lambda: gpkit.GradientPenalty(at=gpkit.uniform([0, 0], 1))(f, X),
             ValueError,
-            r"has ends of shape \[2\], and a sample has \[3\]",
+            r"has bounds of shape \[2\], which does not broadcast to a sample \[3\]",
         ),
         (
             lambda: gpkit.GradientPenalty(at=gpkit.uniform([[0, 0, 0]] * B, 1))(f, X),
             ValueError,
-            r"has ends of shape \[5, 3\], and a sample has \[3\]",  # would broadcast
+            r"bounds of shape \[5, 3\], which does not broadcast",  # would broadcast with the batch
         ),
         (
             lambda: gpkit.GradientPenalty(at=gpkit.uniform())(f, X.long()),
             TypeError,
-            "got torch.int64: penalise what is",
+            "got torch.int64: use their embedding",
         ),
         (
             lambda: gpkit.GradientPenalty(at=gpkit.uniform())(f, fake=X),
@@ -237,7 +237,7 @@ def f(x):
                 f, real=X, fake=X[:, :2]
             ),
             ValueError,
-            r"samples of one shape from every part; got \[3\] and \[2\]",
+            r"samples of the same shape from each part; got \[3\] and \[2\]",
         ),
         (
             lambda: gpkit.GradientPenalty(at=gpkit.mixture("real", "fake"))(f, real=X),
@@ -247,12 +247,12 @@ def f(x):
         (
             lambda: gpkit.r1_r2()(f, real=X, fake=X[:2]),
             ValueError,
-            r"needs as many points from every part; got 5 and 2",
+            r"needs the same number of points from each part; got 5 and 2",
         ),
         (
             lambda: gpkit.r1_r2()(f(X), real=X, fake=X),
             ValueError,
-            r"`at=mixture\(\)` needs the function itself",
+            r"`at=mixture\(\)` needs a callable",
         ),
         (
             lambda: gpkit.eikonal(low=0.0),

@@ -6,8 +6,7 @@ from scenes import B
 from torch import nn
 
 import gpkit
-from gpkit.axes.at import POINTS, computed, data, fake, real
-from gpkit.axes.samples import as_points
+from gpkit.axes.at import POINTS, as_points, computed, data, fake, real
 
 SHAPES = pytest.mark.parametrize("shape", [(), (7,), (2, 3, 4)], ids=str)
 MANY = 4096
@@ -161,7 +160,7 @@ def test_only_their_own_generator_is_drawn_from():
             ValueError,
             r"same shape; got \[5, 3\] and \[5, 1\]",  # would broadcast
         ),
-        (lambda p, x: p("data")(f, x.long()), TypeError, r"got torch.int64: penalise what is"),
+        (lambda p, x: p("data")(f, x.long()), TypeError, r"got torch.int64: use their embed"),
         (lambda p, x: p("data")(f, x.to(torch.cfloat)), TypeError, "got torch.complex64"),
         (lambda p, x: p("interpolated")(f, x), ValueError, "did you mean 'interpolate'"),
         (lambda p, x: p(gpkit.perturb(-1.0))(f, x), ValueError, r"`perturb\(scale=...\)`.* >= 0"),
@@ -186,7 +185,7 @@ def f(x):
 @pytest.mark.parametrize(
     ("x", "error", "said"),
     [
-        (torch.zeros(()), ValueError, r"must have a batch dimension, .* got \[\[\]\]"),
+        (torch.zeros(()), ValueError, r"must be \[B, ...\], with the same batch .* got \[\[\]\]"),
         ((torch.zeros(3, 1), torch.zeros(4, 1)), ValueError, r"got \[\[3, 1\], \[4, 1\]\]"),
         ((), ValueError, r"got \[\]"),
         ({"x": 1}, TypeError, r"a tensor \[B, ...\] or a tuple of them; got dict"),

@@ -3,16 +3,18 @@
 import inspect
 import operator
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets_read import parts, ready
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
+from gpkit.app.overrides import CONFIG_DIR
 from gpkit.data import (
+    ArrayDataModule,
     BreastCancer,
     Diabetes,
     Digits,
@@ -23,8 +25,6 @@ from gpkit.data import (
     TwentyFiveGaussians,
     TwoMoons,
 )
-
-CONFIGS = Path(__file__).parents[2] / "configs"
 
 MODULES = {
     Digits: ((1, 8, 8), 10, "classification", 1797),
@@ -210,11 +210,13 @@ def test_loaders_before_setup_are_refused():
 )
 def test_config_spells_out_the_defaults(name, module):
     # catches a default that is changed in one of the two places, and an option without a line
-    config = OmegaConf.to_container(OmegaConf.load(CONFIGS / "data" / f"{name}.yaml"))
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        config = OmegaConf.to_container(compose("train", [f"data={name}"]).data)
     assert config.pop("_target_") == f"gpkit.data.{module.__name__}"
     assert config.pop("seed") == "${seed}"
     config.pop("_convert_", None)
-    options = {p.name: p.default for p in inspect.signature(module).parameters.values()}
+    own = {p.name: p.default for p in inspect.signature(module).parameters.values()}
+    options = {**ArrayDataModule.__init__.__kwdefaults__, **own} if own.pop("options", 0) else own
     assert options.pop("seed") == 0
     if module is HuggingFace:
         assert config.pop("path") == "???"

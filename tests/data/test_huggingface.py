@@ -169,7 +169,7 @@ def test_images_of_two_sizes_are_refused(library, tmp_path):
     write_images(folder)
     Image.new("RGB", (9, 9)).save(folder / "train" / "cat" / "odd.png")
     data = ready(HuggingFace, "imagefolder", data_dir=str(folder), val_size=0, batch_size=50)
-    with pytest.raises(ValueError, match=r"one size, but found .* set image_size=\["):
+    with pytest.raises(ValueError, match=r"needs pictures of one size; got .*: set image_size=\["):
         next(iter(data.train_dataloader()))
     resized = ready(HuggingFace, **data.source, image_size=6)
     assert len(loaded(resized)[0][0]) == 18
@@ -184,8 +184,8 @@ def test_images_of_two_sizes_are_refused(library, tmp_path):
         ({"input_key": "name"}, r"`HuggingFace\(input_key='name'\)` must be one image column"),
         ({"train_split": "trian"}, r"train_split=.*did you mean 'train'"),
         ({"val_split": "tset"}, r"`HuggingFace\(val_split=.*got 'tset'"),
-        ({"task": "regression"}, r"that fits the task, but is .*or task='classification'"),
-        ({"target_key": "a"}, r"must have few values, but has 60 in 60 rows; set task"),
+        ({"task": "regression"}, r"that fits the task; got .*or task='classification'"),
+        ({"target_key": "a"}, r"needs a column of few values; got 60 in 60 rows: set task"),
         ({"val_size": 60}, r"`HuggingFace\(.*val_size=60.*the 60 samples there are"),
     ],
 )
@@ -201,11 +201,11 @@ def test_columns_that_cannot_be_guessed_are_refused(library, tmp_path):
     # catches a guess where there is no ground for one
     (tmp_path / "t.csv").write_text("a,b\n1,x\n2,y\n3,x\n4,y\n5,x\n6,y\n7,x\n8,y\n")
     path = str(tmp_path / "t.csv")
-    with pytest.raises(ValueError, match=r"target_key=None.* must find .*name one of .*a, b"):
+    with pytest.raises(ValueError, match=r"target_key=None.* found neither .*set .*one of a, b"):
         ready(HuggingFace, "csv", data_files=path)
     (tmp_path / "s.csv").write_text("a,y\nu,1\nv,0\nw,1\nz,0\n")
     with pytest.raises(
-        ValueError, match=r"input_key=None.* must be .*choose among a: .*string, y: int64"
+        ValueError, match=r"input_key=None.* must be .*choose from a: .*string, y: int64"
     ):
         ready(HuggingFace, "csv", data_files=str(tmp_path / "s.csv"))
 
@@ -214,7 +214,7 @@ def test_missing_values_are_refused(library, tmp_path):
     # catches inputs that are not numbers, and rows without a label taken for a class
     (tmp_path / "x.csv").write_text("a,b,label\n1,1,u\n2,,v\n" + "3,3,u\n4,4,v\n" * 5)
     options = {"val_size": 0, "test_size": 0}
-    with pytest.raises(ValueError, match="number in every row, but column 'b' has a missing"):
+    with pytest.raises(ValueError, match="number in every row; column 'b' has a missing"):
         ready(HuggingFace, "csv", data_files=str(tmp_path / "x.csv"), **options)
     (tmp_path / "y.csv").write_text("a,label\n1,u\n2,\n" + "3,u\n4,v\n" * 5)
     with pytest.raises(ValueError, match="label in every row, but some have none"):

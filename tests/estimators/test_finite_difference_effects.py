@@ -155,7 +155,7 @@ def call(**axes):
         ),
         (
             lambda: gpkit.GradientPenalty(estimator=fd())(lambda x: x * 2, data()),
-            "takes one output a group; got 3: use estimator='projection' or 'exact'",
+            "takes one output per group; got 3: use estimator='projection' or 'exact'",
         ),
     ],
 )
@@ -167,19 +167,19 @@ def test_refuses(act, said):
 def test_refuses_a_graph_without_the_function():
     net, x = mlp(), data().requires_grad_()
     y = net(x)
-    with pytest.raises(ValueError, match=r"got a tensor: give it the function, penalty\(f, x\)"):
+    with pytest.raises(ValueError, match=r"needs a callable.* got a tensor: use penalty\(f, x\)"):
         gpkit.input_grad_norm(estimator=fd())(y, x)
-    with pytest.raises(ValueError, match=r"penalty\(closure, net\), or use estimator='exact'"):
+    with pytest.raises(ValueError, match=r"penalty\(closure, net\), or estimator='exact'"):
         gpkit.gnp()(y.mean(), net)
     loss = y.mean()
-    with pytest.raises(RuntimeError, match="the closure gave the same tensor twice"):
+    with pytest.raises(RuntimeError, match="the closure returned the same tensor twice"):
         gpkit.gnp()(lambda: loss, net)
-    with pytest.raises(TypeError, match="takes a penalty in the weights"):
+    with pytest.raises(TypeError, match="is for weight penalties"):
         gpkit.input_grad_norm().with_loss(lambda: loss, net)
-    with pytest.raises(TypeError, match="takes a function that gives the loss; got a Tensor"):
+    with pytest.raises(TypeError, match="takes a function that returns the loss; got a Tensor"):
         gpkit.gnp().with_loss(loss, net)
     moved = [p * 1 for p in net.parameters()]
-    with pytest.raises(ValueError, match="give the penalty the leaf parameters themselves"):
+    with pytest.raises(ValueError, match="one of them is not a leaf tensor: give"):
         gpkit.gnp()(lambda: moved[0].square().sum(), moved)
 
 

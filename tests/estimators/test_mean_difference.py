@@ -6,7 +6,7 @@ from torch import nn
 
 import gpkit
 from gpkit.autodiff.random import random_state
-from gpkit.estimators.computed import Computed
+from gpkit.estimators.base import Recomputable
 
 B, SLOPES = 5, torch.tensor([0.1, 0.5, 1.0, 2.0, 4.0], dtype=torch.float64)  # unequal
 FORMS = {
@@ -55,7 +55,7 @@ def difference(form, norm, step, side, reduce="mean", factor=1.0):
     def again(z):
         return mean_loss(net, z)
 
-    given = Computed(again(x), again, random_state(x.device), mean=True)
+    given = Recomputable(again(x), again, random_state(x.device), mean=True)
     value = penalty(given, x)
     grads = torch.autograd.grad(factor * value, [*net.parameters()][:3])
     return value, torch.cat([g.flatten() for g in grads])
@@ -91,7 +91,7 @@ def test_a_sample_without_a_slope_is_zero_and_finite():
     def again(z):
         return (torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0]).double() * net(z).squeeze(1)).mean()
 
-    given = Computed(again(x), again, random_state(x.device), mean=True)
+    given = Recomputable(again(x), again, random_state(x.device), mean=True)
     penalty = gpkit.input_grad_norm(form="norm", estimator="finite_difference")
     terms = penalty.terms(given, x)
     grads = torch.autograd.grad(terms.penalty, [*net.parameters()][:3])

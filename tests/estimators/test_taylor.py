@@ -229,9 +229,9 @@ REFUSED = {
     "'amax' is piecewise": lambda x: x.amax(1),
     "'clamp_min' is piecewise": lambda x: x.clamp_min(0),
     "no rule for the operation 'atan'": torch.atan,
-    "'add_', in place, on a view": view_of_what_is_written_to,
-    "'mul_', in place, .* or a constant": lambda x: torch.ones_like(x).mul_(x),
-    "'copy_', in place": lambda x: torch.zeros_like(x).index_fill(0, torch.tensor([0]), 1).copy_(x),
+    "in-place operation 'add_' on a view": view_of_what_is_written_to,
+    "in-place operation 'mul_' .* or a constant": lambda x: torch.ones_like(x).mul_(x),
+    "operation 'copy_'": lambda x: torch.zeros_like(x).index_fill(0, torch.tensor([0]), 1).copy_(x),
 }
 
 
@@ -251,11 +251,11 @@ def test_piecewise_linear_functions_at_order_1(f):
 
 def test_refuses_arguments():
     x = torch.randn(B, 4)
-    with pytest.raises(ValueError, match="needs a v of the shape of x; got x"):
+    with pytest.raises(ValueError, match="needs v in the shape of x; got x"):
         directional_derivative(torch.sin, x, x[:1])
     with pytest.raises(ValueError, match="must be an integer >= 1; got 0"):
         directional_derivative(torch.sin, x, x, 0)
-    with pytest.raises(TypeError, match="gave a tuple, and a tensor was expected"):
+    with pytest.raises(TypeError, match="must return a tensor; got a tuple"):
         directional_derivative(lambda x: (x, x), x, x)
 
 

@@ -7,7 +7,7 @@ from torch.func import functional_call, grad
 
 import gpkit
 from gpkit.autodiff.random import random_state
-from gpkit.estimators.computed import Computed
+from gpkit.estimators.base import Recomputable
 from gpkit.estimators.window import Window, summarised
 
 A = 3
@@ -60,7 +60,7 @@ def windowed(norm, match, estimator, scale=1.0):
     penalty = gpkit.weight_grad_norm(
         1.0, match, form=gpkit.squared(norm=norm), scope="accumulated", estimator=estimator
     )
-    value = penalty(Computed(last(), last, state, window=window), net, scale=scale)
+    value = penalty(Recomputable(last(), last, state, window=window), net, scale=scale)
     named = dict(net.named_parameters())
     grads = torch.autograd.grad(value / A, list(named.values()), allow_unused=True)
     return value, dict(zip(named, grads, strict=True))
@@ -104,7 +104,7 @@ def test_the_weights_and_their_gradients_are_left_alone(estimator):
     window = Window(2)
     summarised(loss_of(net, *micro[0]), windows=[(window, lambda: loss_of(net, *micro[0]))])
     value = gpkit.weight_grad_norm(1.0, scope="accumulated", estimator=estimator)(
-        Computed(
+        Recomputable(
             loss_of(net, *micro[1]),
             lambda: loss_of(net, *micro[1]),
             random_state(torch.device("cpu")),

@@ -271,7 +271,7 @@ def test_an_image_critic_tells_digits_with_wrong_labels():
         (lambda: ImageCritic((1, 8, 8), width=12, groups=8), r"width=12, groups=8.*use groups=4"),
         (
             lambda: PointGenerator(3, (2,))(torch.zeros(5, 4)),
-            r"`PointGenerator\(latent_dim=3\)` must be called with latents \[B, 3\], .*\[5, 4\]",
+            r"`PointGenerator\(latent_dim=3\)` takes latents \[B, 3\]; got \[5, 4\]",
         ),
     ],
 )

@@ -89,7 +89,7 @@ def test_a_tuple_of_outputs():
     assert relative_error(chosen, gpkit.r1()(critic, real=x)) < 1e-12
     z = x.clone().requires_grad_()
     assert relative_error(gpkit.r1(of=lambda out: out[0])(outputs(z), z), chosen) < 1e-12
-    with pytest.raises(TypeError, match=r"gave a tuple, .* `of=lambda output: output\[0\]`"):
+    with pytest.raises(TypeError, match=r"got a tuple: .* `of=lambda output: output\[0\]`"):
         gpkit.r1()(outputs, real=x)
 
 

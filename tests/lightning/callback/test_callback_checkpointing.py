@@ -102,8 +102,8 @@ def shifted(real, fake):
     return real + 0.3
 
 
-MOVES = "runs under checkpointing, and a penalty moves what it computes with"
-AGAIN = "checkpointing ran a forward again otherwise than before"
+MOVES = "runs under checkpointing, which reruns its forward in the backward pass"
+AGAIN = "checkpointing recomputed a different forward pass"
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_a_step_that_writes_to_its_batch_and_is_made_once():
 def test_a_step_that_writes_to_its_batch_and_is_made_again(made):
     """On the same batch, which would be another one by then."""
     line = refusal(Plain(Scales(net(), True)), gpkit.GradientPenaltyCallback(made()))
-    assert "the training step writes to its batch in place, and a penalty runs it again" in line
+    assert "the training step writes to its batch in place, and a penalty reruns it" in line
 
 
 def test_a_batch_may_hold_what_was_made_in_inference_mode():

@@ -24,15 +24,15 @@ def test_a_penalty_whose_derivative_is_constant():
     module.net.head.bias.requires_grad_(True)
     cb = gpkit.GradientPenaltyCallback(gpkit.jacobian(), "net")
     line = refusal(module, cb)
-    assert "penalty 'jacobian': the penalty depends on no parameter that is trained" in line
+    assert "penalty 'jacobian': the penalty does not depend on any trained parameter" in line
 
 
 def test_penalties_that_do_not_act_at_once():
     relu = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)).double()
     parts = {"acts": penalty(), "bends": gpkit.curvature(), "too": gpkit.curvature(order=3)}
     line = refused(parts, "net", Plain(relu))
-    assert "penalty 'bends': the penalty depends on no parameter that is trained" in line
-    assert "penalty 'too': the penalty depends on no parameter that is trained" in line
+    assert "penalty 'bends': the penalty does not depend on any trained parameter" in line
+    assert "penalty 'too': the penalty does not depend on any trained parameter" in line
     assert "'acts'" not in line
 
 

@@ -191,6 +191,6 @@ def test_a_refusal_comes_before_any_step_of_any_optimiser():
     before = copy.deepcopy(gan.state_dict())
     cb = gpkit.GradientPenaltyCallback(penalty("weight", "difference"), manual_backward=1)
     trainer = pl.Trainer(accelerator="cpu", max_epochs=1, callbacks=[cb], logger=False, **QUIET)
-    with pytest.raises(ValueError, match="under manual optimisation would step the optimisers"):
+    with pytest.raises(ValueError, match="would step the optimisers again under manual"):
         trainer.fit(gan, loader(batches()))
     assert all(torch.equal(v, before[k]) for k, v in gan.state_dict().items())

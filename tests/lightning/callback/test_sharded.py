@@ -27,7 +27,7 @@ from sharding import (
 from torch import nn
 
 from gpkit.autodiff.random import random_state
-from gpkit.estimators.computed import Computed
+from gpkit.estimators.base import Recomputable
 from gpkit.lightning.callback.sharded import ShardedWeights
 
 
@@ -103,7 +103,7 @@ def train(name, rank):
 
         before = random_state(batch[0].device)
         old = [p.grad if p.grad is None else p.grad.to_local().clone() for p in net.parameters()]
-        total, terms = shards.terms(penalties, Computed(value := loss(), loss, before), step)
+        total, terms = shards.terms(penalties, Recomputable(value := loss(), loss, before), step)
         new = [p.grad if p.grad is None else p.grad.to_local() for p in net.parameters()]
         untouched.append(total is value or any(terms.values()))
         untouched.append(all((a is b is None) or a.equal(b) for a, b in zip(old, new, strict=True)))

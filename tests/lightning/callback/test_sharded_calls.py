@@ -11,8 +11,8 @@ from torch.distributed.fsdp import fully_shard
 
 import gpkit
 from gpkit.autodiff.random import random_state
-from gpkit.estimators.computed import Computed
-from gpkit.lightning.callback.sharded import ShardedWeights, is_sharded, refusals
+from gpkit.estimators.base import Recomputable
+from gpkit.lightning.callback.sharded import ShardedWeights, findings_of_sharding, is_sharded
 
 
 def fail(rank):
@@ -31,7 +31,7 @@ def fail(rank):
 
     state = random_state(x.device)
     try:
-        shards.terms(penalties, Computed(loss(), partial(loss, fail=True), state))
+        shards.terms(penalties, Recomputable(loss(), partial(loss, fail=True), state))
     except RuntimeError as error:
         said["failed"] = str(error)
     said["given back"] = all(before[n].equal(v) for n, v in whole(net).items())
@@ -39,12 +39,12 @@ def fail(rank):
     said["grads"] = {n: p.grad.full_tensor() for n, p in net.named_parameters()}
     net.zero_grad()
     try:
-        shards.terms(penalties, Computed(loss().detach(), loss, state))
+        shards.terms(penalties, Recomputable(loss().detach(), loss, state))
     except RuntimeError as error:
         said["detached"] = str(error)
     net.set_requires_gradient_sync(False)
     try:
-        shards.terms(penalties, Computed(loss(), loss, state))
+        shards.terms(penalties, Recomputable(loss(), loss, state))
     except RuntimeError as error:
         said["not synchronised"] = str(error)
     return said
@@ -59,7 +59,7 @@ def both(rank):
     def loss():
         return F.mse_loss(net(x), y)
 
-    total, terms = shards.terms({"p": pair()[0]}, Computed(loss(), loss, state))
+    total, terms = shards.terms({"p": pair()[0]}, Recomputable(loss(), loss, state))
     total = total + terms["p"].penalty
     total = total + in_inputs(lambda z: (net(z) - y).square().squeeze(1), x)
     total.backward()
@@ -89,10 +89,10 @@ def refused():
     half_sharded = smooth()
     fully_shard(half_sharded[0])
     return {
-        "refused": refusals(sharded(smooth()), REFUSED),
-        "taken": refusals(sharded(smooth()), TAKEN),
-        "frozen": refusals(sharded(frozen()), TAKEN),
-        "half": refusals(half_sharded, TAKEN),
+        "refused": findings_of_sharding(sharded(smooth()), REFUSED),
+        "taken": findings_of_sharding(sharded(smooth()), TAKEN),
+        "frozen": findings_of_sharding(sharded(frozen()), TAKEN),
+        "half": findings_of_sharding(half_sharded, TAKEN),
         "is_sharded": [is_sharded(smooth()), is_sharded(half_sharded)],
     }
 
@@ -119,7 +119,7 @@ def test_gives_the_weights_back_after_an_error_and_goes_on(called):
 
 def test_refuses_a_loss_without_gradients(called):
     for known in called:
-        assert "what it was given has no graph" in known["errors"]["detached"]
+        assert "the tensor has no graph" in known["errors"]["detached"]
         assert "set_requires_gradient_sync(True)" in known["errors"]["not synchronised"]
 
 
@@ -152,9 +152,9 @@ def test_says_what_cannot_be_and_what_to_use(called):
         "'exact' under FSDP: double backprop needs the gathered weights twice, and FSDP frees them "
         "after one backward; got exact(): use estimator='finite_difference', or DDP",
         "got projection(): use estimator='finite_difference', or DDP",
-        "of='loss' was expected; got of='sampled_loss': use DDP",
+        "of='loss' is needed; got of='sampled_loss': use DDP",
         "averaged over the processes; got scope='sample': use scope='global', or DDP",
-        "a weight that measures gradients, gradient_share(), needs DDP",
+        "the weight gradient_share() measures gradients, which needs DDP",
     ]
     assert len(said["refused"]) == len(ends)
     for line, end in zip(said["refused"], ends, strict=True):

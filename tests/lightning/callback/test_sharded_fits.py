@@ -138,4 +138,4 @@ def test_a_fit_is_refused_with_what_to_use(fitted):
         weight, inputs = known["refused"]
         assert "double backprop needs the gathered weights twice" in weight
         assert "got scope='batch': use scope='global'" in weight
-        assert "under ModelParallelStrategy penalties are in the weights" in inputs
+        assert "ModelParallelStrategy supports only penalties in the weights" in inputs

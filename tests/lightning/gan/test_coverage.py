@@ -87,7 +87,7 @@ def test_samples_that_are_not_numbers_cover_nothing():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: modes_covered(SAMPLES[:0], MODES, 1.0), r"at least one; got \[0, 2\]"),
+        (lambda: modes_covered(SAMPLES[:0], MODES, 1.0), r"at least one sample; got \[0, 2\]"),
         (lambda: modes_covered(torch.zeros(4, 3), MODES, 1.0), r"modes, \[2\], .* got \[4, 3\]"),
         (lambda: modes_covered(SAMPLES, MODES, -1.0), r"std=\.\.\.\)` must be a number >= 0"),
         (lambda: modes_covered(SAMPLES, MODES, 1.0, at_least=0), r"at_least=.* >= 1; got 0"),

@@ -85,7 +85,7 @@ WRONG = [
     ({"loss": "wassertein"}, ValueError, r"`loss=...` must be.*did you mean 'wasserstein'"),
     ({"loss": F.mse_loss}, TypeError, r"`loss=...` must be a name or a GANLoss; got <function"),
     ({"penalty": "r1"}, TypeError, r"a list or dict of them; got 'r1'"),
-    ({"penalty": gpkit.irm()}, TypeError, r"'irm' is on environments.*use PenalizedModule"),
+    ({"penalty": gpkit.irm()}, TypeError, r"'irm' compares environments.*use PenalizedModule"),
     (
         {"penalty": gpkit.r1(), "generator_penalty": {"r1": gpkit.jacobian()}},
         ValueError,
@@ -103,7 +103,7 @@ WRONG = [
     ({"clip": 0}, ValueError, r"`clip=...` must be a number > 0; got 0"),
     ({"gradient_clip": 0}, ValueError, r"`gradient_clip=...` must be a number > 0; got 0"),
     ({"seed": -1}, ValueError, r"`seed=...` must be an integer >= 0; got -1"),
-    ({"simultaneous": True, "penalty_steps": True}, ValueError, r"not simultaneous"),
+    ({"simultaneous": True, "penalty_steps": True}, ValueError, r"leave one of them out"),
     ({"histogram_every_n_epochs": -1}, ValueError, r"must be an integer >= 0; got -1"),
 ]
 

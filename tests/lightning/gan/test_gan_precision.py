@@ -101,5 +101,5 @@ def test_steps_that_a_scaler_skips_move_neither_parameters_nor_schedules():
 def test_a_trainer_under_which_gradients_would_be_wrong():
     made = module(generator(), critic(), simultaneous=True)
     runner = trainer(plugins=[ScaledOnly(2.0)])
-    with pytest.raises(RuntimeError, match="`simultaneous=True` has one scale for two steps"):
+    with pytest.raises(RuntimeError, match="`simultaneous=True` needs one gradient scale"):
         runner.fit(made, DataLoader(data(), B))

@@ -58,7 +58,7 @@ def test_projections_are_drawn_anew_and_unbiased():
 
 
 def test_refuses_points_whose_forward_would_leave_traces():
-    with pytest.raises(ValueError, match="'wgan_gp' is at interpolate"):
+    with pytest.raises(ValueError, match="'wgan_gp', which is at interpolate"):
         gpkit.PenalizedModule(nn.Linear(2, 1), nn.MSELoss(), gpkit.wgan_gp(), compile=True)
 
 

@@ -10,7 +10,7 @@ from monitored import Manual, approx, fit, seen_by_hand, size
 from torch import nn
 
 import gpkit
-from gpkit.lightning.monitor.findings import of_strategy
+from gpkit.lightning.monitor.findings import findings_of_strategy
 
 REFUSED = {
     "there is no submodule 'net.bakbone' \\(did you mean 'net.backbone'\\?\\); there are 'net'": {
@@ -27,12 +27,10 @@ REFUSED = {
     "calls the submodule 'net.again' 2 times: name one that is called once": {
         "inputs": "net.again"
     },
-    "the submodule 'net.embed' is given torch.int64, which has no gradient": {
+    "the input of the submodule 'net.embed' is torch.int64, which has no gradient": {
         "inputs": "net.embed"
     },
-    "the submodule 'net.single' has a single number, and must have samples": {
-        "activations": "net.single"
-    },
+    "the output of the submodule 'net.single' must have samples": {"activations": "net.single"},
     "`manual_backward=...` is for manual optimisation; leave it out": {"manual_backward": 0},
 }
 
@@ -61,9 +59,9 @@ def test_refusals_before_the_first_step(said):
 @pytest.mark.parametrize("kind", ["DeepSpeedStrategy", "FSDPStrategy"])
 def test_strategies_whose_gradients_are_not_the_parameters(kind):
     strategy = type(kind, (), {})()
-    (said,) = of_strategy(strategy, reads=True, differentiates=False)
-    assert f"a {kind} keeps pieces of gradients" in said
-    assert not list(of_strategy(strategy, reads=False, differentiates=False))
+    (said,) = findings_of_strategy(strategy, reads=True, differentiates=False)
+    assert f"{kind} keeps pieces of gradients" in said
+    assert not list(findings_of_strategy(strategy, reads=False, differentiates=False))
 
 
 def test_manual_optimisation_must_say_which_backward(net):
@@ -92,7 +90,7 @@ def test_a_penalized_module_logs_its_own(net):
         (
             partial(gpkit.GradientNormMonitor, inputs=[nn.Linear(1, 1)]),
             TypeError,
-            "`inputs=...` must be names of submodules, as 'backbone'; got Linear",
+            "`inputs=...` must be names of submodules, such as 'backbone'; got Linear",
         ),
         (
             partial(gpkit.GradientNormMonitor, histogram_every_n_epochs=-1),

@@ -1,4 +1,4 @@
-"""The norms of a step: read from the parameters, or of a loss that is differentiated."""
+"""Gradient norms of one step, read from the parameters or taken of the loss, and their log."""
 
 from __future__ import annotations
 
@@ -8,77 +8,80 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpkit.autodiff.compat import unscales_in_its_step
 from gpkit.autodiff.numerics import widened
-from gpkit.lightning.compat import scale_of, scaler_of, unscales_in_its_step
+from gpkit.lightning.compat import scale_of, scaler_of
 from gpkit.lightning.monitor.groups import by_group, by_layer
-from gpkit.lightning.monitor.views import View
-from gpkit.lightning.norms import entries, lengths, sample_norms, together
+from gpkit.lightning.monitor.tensors import WatchedTensor
+from gpkit.lightning.norms import flat_entries, gradient_norms, sample_norms, total_norm
 from gpkit.lightning.recording import Histograms
 
 
 class StepNorms:
-    """Norms of gradients, and their way into the log.
+    """Computes gradient norms and logs them.
 
     Args:
-        weights: "total", "group", "layer", or None for no norms of weights.
-        histograms: collects norms, and writes entries of gradients.
+        weights: which norms of the weights to log: "total", "group", "layer", or None.
+        histograms: writes histograms of the norms, and of the entries of gradients.
     """
 
     def __init__(self, weights: str | None, histograms: Histograms) -> None:
         self.weights = weights
         self.histograms = histograms
-        self._read: dict[Tensor, Tensor] = {}  # of the parameters' gradients, in this step
-        self._drawn: set[int] = set()  # optimisers whose gradients have histograms in this epoch
+        self._norms: dict[Tensor, Tensor] = {}  # by parameter, in this step
+        self._written: set[int] = set()  # ids of optimisers with histograms in this epoch
 
-    def read(self, trainer: Any, module: Any, optimizer: Any) -> None:
-        """Read the gradients of an optimiser's parameters."""
+    def read_gradients(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        """Take the norms of ``.grad`` of an optimiser's parameters, unscaled."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         grads = {p: p.grad for p in parameters if p.requires_grad}
         scale = _scale(trainer, module.device) if unscales_in_its_step(optimizer) else 1.0
-        self._read.update(lengths(grads, scale))
-        first = id(optimizer) not in self._drawn  # in this epoch
+        self._norms.update(gradient_norms(grads, scale))
+        first = id(optimizer) not in self._written  # in this epoch
         if self.weights == "layer" and first and self.histograms.due(trainer):
-            self._drawn.add(id(optimizer))
+            self._written.add(id(optimizer))
             for name, own in by_layer(module):
-                parts = [entries(g) / scale for g in map(grads.get, own) if g is not None]
+                parts = [flat_entries(g) / scale for g in map(grads.get, own) if g is not None]
                 if parts:
                     label = f"grad/weight/{name}/histogram"
                     self.histograms.write(trainer, label, torch.cat(parts))
 
-    def log_read(self, trainer: Any, module: Any) -> None:
-        """Log, and forget, the norms of the gradients that were read."""
-        if self._read:
-            self._log_weights(trainer, module, self._read, "grad_norm")
-            self._read.clear()
+    def log_gradients(self, trainer: Any, module: Any) -> None:
+        """Log the norms that `read_gradients` has taken since the last call."""
+        if self._norms:
+            self._log_weights(trainer, module, self._norms, "grad_norm")
+            self._norms.clear()
 
     def end_epoch(self, trainer: Any) -> None:
         """Write the histograms of a training epoch."""
-        self._drawn.clear()
+        self._written.clear()
         self.histograms.write_collected(trainer, "grad_norm/")
 
-    def of_loss(
+    def log_loss(
         self,
         trainer: Any,
         module: Any,
         loss: Tensor,
-        views: Sequence[View],
+        watched: Sequence[WatchedTensor],
         prefix: str,
         *,
         validating: bool,
         log: bool,
     ) -> None:
-        """Differentiate a loss in inputs and activations, at validation in the weights as well.
+        """Differentiate a loss in inputs and activations, and log the norms.
+
+        At validation it is differentiated in the weights as well, and its graph is freed.
 
         Args:
-            trainer: of the run.
+            trainer: the trainer of the run.
             module: the LightningModule.
             loss: one number.
-            views: the inputs and activations.
-            prefix: of the names in the log.
-            validating: whether it is the loss of a validation, whose graph is not needed again.
-            log: whether the norms are logged.
+            watched: the inputs and activations.
+            prefix: prefix of the names in the log.
+            validating: whether this is the loss of a validation step.
+            log: whether to log; if not, the loss is only differentiated, as a check.
         """
-        xs = [view.tensor for view in views if view.tensor is not None]
+        xs = [item.tensor for item in watched if item.tensor is not None]
         wanted = validating and self.weights is not None
         weights = [p for p in module.parameters() if p.requires_grad] if wanted else []
         scale = _scale(trainer, loss.device)
@@ -91,31 +94,31 @@ class StepNorms:
             )
         if not log:
             return
-        for view, x, grad in zip(views, xs, grads[: len(xs)], strict=True):
+        for item, x, grad in zip(watched, xs, grads[: len(xs)], strict=True):
             norms = sample_norms(grad, x) / scale
-            name = f"{prefix}/{view.label}"
+            name = f"{prefix}/{item.label}"
             module.log(name, norms.mean(), sync_dist=True, batch_size=len(x))
             self.histograms.collect(trainer, name, norms)
         found = dict(zip(weights, grads[len(xs) :], strict=True))
-        self._log_weights(trainer, module, lengths(found, scale), prefix, sync_dist=True)
+        self._log_weights(trainer, module, gradient_norms(found, scale), prefix, sync_dist=True)
 
     def _log_weights(
         self, trainer: Any, module: Any, norms: Mapping[Tensor, Tensor], prefix: str, **options: Any
     ) -> None:
-        """Log the norm of all, and of each group or layer."""
+        """Log the norm over all parameters, and over each group or layer."""
         named = [("", list(norms))]
         if self.weights == "group":
             named += by_group(trainer.optimizers)
         elif self.weights == "layer":
             named += by_layer(module)
-        for name, members in named:
-            parts = [norms[p] for p in members if p in norms]
+        for name, parameters in named:
+            parts = [norms[p] for p in parameters if p in norms]
             if parts:
                 label = f"{prefix}/weight/{name}".rstrip("/")
-                module.log(label, together(parts), batch_size=1, **options)
+                module.log(label, total_norm(parts), batch_size=1, **options)
 
 
 def _scale(trainer: Any, device: torch.device) -> Tensor | float:
-    """Return the scale of the gradient scaler, without waiting for the device."""
+    """Return the scale of the gradient scaler; 1 without one."""
     scale = scale_of(scaler_of(trainer), device)
     return 1.0 if scale is None else scale
