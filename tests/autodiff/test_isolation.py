@@ -19,15 +19,17 @@ def helper(x):
 
 
 class Owner(nn.Module):
-    """Keeps a count of its own, outside of any child."""
+    """Writes to a buffer of its own, outside of any child, and replaces another."""
 
     def __init__(self):
         super().__init__()
         self.net = NET
         self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(()))
 
     def score(self, x):
         self.calls += 1
+        self.last = x.detach().mean()
         return self.net(x)
 
 

@@ -129,11 +129,13 @@ class Reads(pl.LightningModule):
     def __init__(self, net):
         super().__init__()
         self.net, self.mean, self.all = net, MeanMetric(), CatMetric()
+        self.register_buffer("steps", torch.zeros(()))
         self.read = []
 
     def training_step(self, batch, batch_idx):
         x, y = batch
         loss = F.cross_entropy(self.net(x), y)
+        self.steps = self.steps + 1  # another tensor, where batch norm writes to its own
         self.mean(loss.detach())
         self.all.update(loss.detach())
         self.mean.compute(), self.all.compute()  # which a metric keeps until its next update
@@ -141,7 +143,7 @@ class Reads(pl.LightningModule):
         return loss
 
     def on_train_batch_end(self, *_):
-        counts = self.mean.update_count, self.all.update_count
+        counts = self.steps.item(), self.mean.update_count, self.all.update_count
         self.read.append(
             (*counts, self.mean.compute().item(), self.all.compute().reshape(-1).tolist())
         )
@@ -151,8 +153,8 @@ class Reads(pl.LightningModule):
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "exact"])
-def test_metrics_that_are_read_in_the_step_are_those_of_the_step(kind):
-    """Their counts and what they keep, a step's value, a mean, a list, are of no rerun."""
+def test_metrics_and_buffers_that_are_read_are_those_of_the_step(kind):
+    """Counts, and what a metric keeps, a step's value, a mean, a list, are of no rerun."""
     cb, options = traced(kind, weight=1e-300)  # too small to change the losses
     size, losses, record = options.get("accumulate_grad_batches", 1), [], Record()
 
@@ -164,8 +166,8 @@ def test_metrics_that_are_read_in_the_step_are_those_of_the_step(kind):
     by_hand.train(net(), one_rank(batches()), total, None, SGD, windows=windows)
     losses = [loss.item() for loss in losses]
     made = fit(Reads(net()), cb, batches(), logger=record, **options)
-    for i, (of_mean, of_list, mean, values) in enumerate(made.read, 1):
-        assert of_mean == of_list == i
+    for i, (steps, of_mean, of_list, mean, values) in enumerate(made.read, 1):
+        assert steps == of_mean == of_list == i
         assert values == pytest.approx(losses[:i], rel=1e-5)
         assert mean == pytest.approx(sum(losses[:i]) / i, rel=1e-5)
     assert record.columns("now") == [pytest.approx(losses[size - 1 :: size], rel=1e-5)]
