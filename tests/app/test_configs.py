@@ -58,7 +58,11 @@ def test_the_commands_in_the_files(path, line, tmp_path):
     overrides = shlex.split(line)
     config = compose("train", overrides)
     check_types(config, overrides)
-    if path.parent.name in ("penalty", "model", "module", "experiment"):
+    alone = line in (
+        f"penalty={path.stem}",
+        f"experiment={path.stem}",
+    )  # test_training.py runs them
+    if path.parent.name in ("penalty", "model", "module", "experiment") and not alone:
         GlobalHydra.instance().clear()
         metrics = gpkit.train([*overrides, *FAST, "trainer.max_epochs=1"], tmp_path)
         assert metrics.keys() & {"train/loss", "train/critic_loss"}

@@ -1,11 +1,11 @@
 """Every data module: batches, seeds, order, loaders, options, configs."""
 
 import inspect
-import operator
 import pickle
 
 import numpy as np
 import pytest
+import ranks
 import torch
 from datasets_read import parts, ready
 from hydra import compose, initialize_config_dir
@@ -102,13 +102,19 @@ def test_a_checkpoint_goes_on_with_the_order():
     assert torch.equal(torch.cat([x for x, _ in resumed.train_dataloader()]), second)
 
 
+def in_order(rank, data):
+    return torch.cat([x for x, _ in data.train_dataloader()])
+
+
 def test_it_survives_pickling_and_a_spawned_process():
     # catches a generator among the attributes, which strategy=ddp_spawn cannot send
     data = ready(TwoMoons, n=100)
     twin = pickle.loads(pickle.dumps(data))
-    orders = [torch.cat([x for x, _ in d.train_dataloader()]) for d in (data, twin)]
+    orders = [in_order(None, d) for d in (data, twin)]
     assert torch.equal(*orders)
-    torch.multiprocessing.start_processes(operator.is_, (data,), nprocs=1, start_method="spawn")
+    for order in ranks.run(in_order, twin):
+        assert not torch.equal(order, orders[0])  # the second epoch
+        assert torch.equal(order.sort(0).values, orders[0].sort(0).values)
 
 
 def test_loaders_are_plain_so_that_lightning_can_distribute_them():

@@ -76,7 +76,7 @@ NETS = {
 }
 
 
-@pytest.mark.parametrize("order", [1, 2, 3, 6])
+@pytest.mark.parametrize("order", [1, 2, 3, 5])
 @pytest.mark.parametrize("name", NETS)
 def test_nets(name, order):
     net, true, shape = NETS[name]
@@ -153,7 +153,7 @@ def test_functions(name):
             return x * z.sin() + x
     else:
         f_true = f
-    for order in (1, 2, 5):
+    for order in (1, 2, 4):
         true = oracles.along(f_true, order, x, v)
         found = directional_derivative(f, x, v, order)
         assert found.shape == true.shape

@@ -42,14 +42,19 @@ AXES = (WHERE, ESTIMATORS, PRECISIONS, ACCUMULATE, ("one", *DDP), RETURNS)
 CELLS = [Cell(*choice) for choice in itertools.product(*AXES)]
 
 
-def pairwise(cells):
-    """Of all cells, so many that every pair of choices on two axes is in one of them."""
-    chosen, missing = [], {p for cell in cells for p in pairs(cell)}
-    while missing:
-        best = max(cells, key=lambda cell: len(pairs(cell) & missing))
-        chosen.append(best)
-        missing -= pairs(best)
-    return chosen
+def is_slow(cell):
+    """Whether a cell runs only when asked for: two processes run the others as well as all.
+
+    Dicts differ from tensors in nothing there. DDP by itself runs at every precision; its options,
+    which say how gradients travel, each at one for every other choice, in turn.
+    """
+    if cell.strategy == "one":
+        return False
+    where, estimator, precision, accumulate, strategy, returns = (
+        axis.index(choice) for axis, choice in zip(AXES, astuple(cell), strict=True)
+    )
+    turn = (where + estimator + accumulate + strategy) % len(PRECISIONS)
+    return returns > 0 or (cell.strategy != "ddp" and precision != turn)
 
 
 def pairs(cell):

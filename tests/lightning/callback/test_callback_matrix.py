@@ -21,12 +21,15 @@ ASSERTION = "INTERNAL ASSERT FAILED"
 
 
 def marked(cells):
-    """Those of dicts on two processes, which differ from tensors in nothing, when asked for."""
-    slow = [pytest.mark.slow]
-    return [
-        pytest.param(c, id=str(c), marks=slow if (c in DDP and c.returns == "dict") else [])
-        for c in cells
-    ]
+    return [pytest.param(c, id=str(c), marks=[pytest.mark.slow] * matrix.is_slow(c)) for c in cells]
+
+
+def test_every_pair_of_choices_runs_by_default():
+    def pairs(cells):
+        return set().union(*map(matrix.pairs, cells))
+
+    tensors = [c for c in DDP if c.returns == "tensor"]
+    assert pairs(c for c in tensors if not matrix.is_slow(c)) == pairs(tensors)
 
 
 def of_rank(rank, cells):
