@@ -91,9 +91,9 @@ class GANModule(pl.LightningModule):
         critic_optimizer: parameters -> optimiser; None is Adam(lr=1e-4, betas=(0, 0.9)). For lazy
             penalties with ``penalty_steps=True`` use
             ``partial(Adam, **gpkit.lazy_adam(lr, betas, every))``.
-        generator_optimizer: likewise.
+        generator_optimizer: the same for the generator.
         critic_scheduler: optimiser -> learning-rate scheduler, stepped after each optimiser step.
-        generator_scheduler: likewise.
+        generator_scheduler: the same for the generator.
         critic_steps: steps of the critic for each step of the generator.
         conditional: whether the nets take labels: ``generator(z, y)`` and ``critic(x, y)``. If not,
             labels in a batch are ignored.
@@ -112,6 +112,10 @@ class GANModule(pl.LightningModule):
     Raises:
         TypeError: if an argument has the wrong type.
         ValueError: if an argument is out of range, or two arguments exclude each other.
+
+    Sources: Gulrajani et al. (2017), arXiv:1704.00028 (critic steps and optimisers); Arjovsky et
+    al. (2017), arXiv:1701.07875 (``clip``); Karras et al. (2020), arXiv:1912.04958
+    (``penalty_steps``).
 
     >>> import gpkit
     >>> module = GANModule(nn.Linear(2, 3), nn.Linear(3, 1), latent_dim=2, penalty=gpkit.wgan_gp())
@@ -255,7 +259,7 @@ class GANModule(pl.LightningModule):
             checkpoint[key] = penalties.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Load them. A penalty that is not in the checkpoint keeps its own state."""
+        """Load the same. A penalty that is not in the checkpoint keeps its own state."""
         counts = dict(checkpoint["gpkit_gan"])
         self.seed = counts.pop("seed")
         self.counts = counts
