@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from gpkit.autodiff import activations
-from gpkit.axes.scope import POOLED
 from gpkit.axes.wrt import inputs
 from gpkit.environment_penalty import EnvironmentPenalty
 from gpkit.estimators.exact import exact
 from gpkit.estimators.taylor import taylor
+from gpkit.estimators.window import POOLED
 from gpkit.gradient_penalty import GradientPenalty
 from gpkit.penalty import Penalty
 

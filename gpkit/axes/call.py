@@ -13,9 +13,8 @@ from gpkit.autodiff.isolation import isolated
 from gpkit.autodiff.random import RandomState, Source
 from gpkit.axes.at import Points
 from gpkit.axes.of import Of, sampled_losses
-from gpkit.axes.scope import POOLED
 from gpkit.estimators.base import Estimator, Recomputable
-from gpkit.estimators.window import Window
+from gpkit.estimators.window import POOLED, Window
 
 
 class Axes(Protocol):

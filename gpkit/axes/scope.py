@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from gpkit.estimators.base import Estimator
-
-POOLED = ("accumulated", "global")
+from gpkit.estimators.window import POOLED
 
 
 def check(scope: str, order: int, estimator: Estimator) -> None:

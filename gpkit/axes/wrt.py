@@ -15,9 +15,9 @@ from gpkit import checks
 from gpkit.axes.at import Points, as_points, require_floating
 from gpkit.axes.call import Axes, Call
 from gpkit.axes.of import Of
-from gpkit.axes.scope import POOLED, require_images
+from gpkit.axes.scope import require_images
 from gpkit.estimators.base import Recomputable, Target
-from gpkit.estimators.window import Window
+from gpkit.estimators.window import POOLED, Window
 
 
 class Variables:

@@ -12,6 +12,8 @@ from gpkit.autodiff.derivatives import as_rows, first_gradients, gradients
 from gpkit.autodiff.known_gradient import known_gradient
 from gpkit.autodiff.numerics import reduce_rows, root, steepest, wide, zeros_for_none
 
+POOLED = ("accumulated", "global")  # scopes whose gradients are averaged over a window
+
 
 class Window:
     r"""Micro-batches whose gradients are averaged before the norm n is taken.

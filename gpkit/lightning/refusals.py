@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+CALLBACK_REFUSAL = "GradientPenaltyCallback cannot add its penalties"
+
+MONITOR_REFUSAL = "GradientNormMonitor cannot log its norms"
+
 
 class RefusalError(ValueError):
     """A fit cannot start, or cannot go on after its first step, for all the reasons in ``found``.

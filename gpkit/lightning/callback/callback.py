@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 
 from gpkit import checks
-from gpkit.lightning.callback.findings import REFUSAL_TITLE, findings_before_fit, may_shard
+from gpkit.lightning.callback.findings import findings_before_fit, may_shard
 from gpkit.lightning.callback.step import PenalizedStep
 from gpkit.lightning.compat import Callback, state_key
-from gpkit.lightning.refusals import refuse
+from gpkit.lightning.refusals import CALLBACK_REFUSAL, refuse
 from gpkit.lightning.watch.wrapping import wrap
 from gpkit.sums import Penalties, as_sum
 
@@ -126,7 +126,7 @@ class GradientPenaltyCallback(Callback):
         if may_shard(trainer.strategy) or not pl_module.automatic_optimization:
             # No training step first: sharded weights may fail in it, and manual optimisation
             # would step the optimisers. In other cases the first step adds its own findings.
-            refuse(REFUSAL_TITLE, found)
+            refuse(CALLBACK_REFUSAL, found)
         step = PenalizedStep(trainer, pl_module, self.penalties, self.module, found)
         if pl_module.automatic_optimization:
             self._unwrap = [step.remove, wrap(pl_module, "training_step", step)]

@@ -12,10 +12,9 @@ from gpkit.autodiff.numerics import wide
 from gpkit.estimators.base import Recomputable, Target
 from gpkit.estimators.window import Window, summarised
 from gpkit.formula import Terms
-from gpkit.lightning.callback.findings import REFUSAL_TITLE, holds_fsdp2_shards
 from gpkit.lightning.callback.plan import PenalizedNet, Plan, differentiated
-from gpkit.lightning.compat import scale_of, scaler_of
-from gpkit.lightning.refusals import refuse
+from gpkit.lightning.compat import holds_fsdp2_shards, scale_of, scaler_of
+from gpkit.lightning.refusals import CALLBACK_REFUSAL, refuse
 from gpkit.lightning.watch.probe import Capture
 from gpkit.lightning.watch.replay import StepCall, per_sample_losses
 from gpkit.needs import Needs
@@ -117,7 +116,7 @@ class Evaluator:
                     raise
                 found, cause = [*found, f"penalty {name!r}: {error}"], error
         if found:
-            refuse(REFUSAL_TITLE, found, cause)
+            refuse(CALLBACK_REFUSAL, found, cause)
         return base, terms
 
     def _act_sharded(

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from torch import Tensor, nn
 
 from gpkit import checks
@@ -18,12 +17,11 @@ from gpkit.axes.at import At, fake, interpolate
 from gpkit.axes.mixtures import mixture
 from gpkit.axes.wrt import weights
 from gpkit.gradient_penalty import GradientPenalty
-from gpkit.lightning.compat import is_a
+from gpkit.lightning.compat import holds_fsdp2_shards, is_a
 from gpkit.lightning.watch.probe import Capture, ProbeSpec
 from gpkit.needs import needs_of
 from gpkit.penalty import Penalty
 
-REFUSAL_TITLE = "GradientPenaltyCallback cannot add its penalties"
 MODULES_WITH_PENALTIES = ("PenalizedModule", "GANModule")
 
 BATCH_WRITTEN_IN_PLACE = (
@@ -173,16 +171,6 @@ def _findings_of_penalty(
 def may_shard(strategy: Any) -> bool:
     """Whether a strategy may shard the parameters."""
     return is_a(strategy, "FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
-
-
-def holds_fsdp2_shards(module: nn.Module) -> bool:
-    """Whether FSDP2's ``fully_shard`` was applied to the module or a submodule."""
-    # The module below can only be imported where torch.distributed is available.
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return False
-    from gpkit.lightning.callback.sharded import is_sharded
-
-    return is_sharded(module)
 
 
 def _mixture_parts(at: At) -> list[At]:

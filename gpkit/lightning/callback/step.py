@@ -12,14 +12,13 @@ from gpkit.autodiff.random import random_state
 from gpkit.lightning.callback.evaluation import Evaluator
 from gpkit.lightning.callback.findings import (
     BATCH_WRITTEN_IN_PLACE,
-    REFUSAL_TITLE,
     findings_of_loss,
     findings_of_net,
 )
 from gpkit.lightning.callback.plan import PenalizedNet, Plan, probe_spec
 from gpkit.lightning.compat import last_of_step, logs_now
 from gpkit.lightning.recording import penalty_scalars
-from gpkit.lightning.refusals import RefusalError, refuse
+from gpkit.lightning.refusals import CALLBACK_REFUSAL, RefusalError, refuse
 from gpkit.lightning.watch.probe import Capture, runs_compiled
 from gpkit.lightning.watch.replay import Silencer, StepCall, TrainingStep, loss_of, replace_loss
 from gpkit.needs import needs_of
@@ -88,9 +87,9 @@ class PenalizedStep:
                 output = training_step(*args, **kwargs)
         except RefusalError as error:  # from the wrapper of another callback, inside this one
             net = findings_of_net(self.module, self.watched.title, capture, plan.probe.spec)
-            refuse(REFUSAL_TITLE, [*self.findings, *net, *error.found], error)
+            refuse(CALLBACK_REFUSAL, [*self.findings, *net, *error.found], error)
         except Exception as error:
-            refuse(REFUSAL_TITLE, self.findings, error)  # they may be the cause of the error
+            refuse(CALLBACK_REFUSAL, self.findings, error)  # they may be the cause of the error
             raise
         if versions and versions != call.tensor_versions():
             capture.problems.append(BATCH_WRITTEN_IN_PLACE)
@@ -183,7 +182,7 @@ class PenalizedStep:
             net = findings_of_net(self.module, self.watched.title, capture, plan.probe.spec)
             found = [*self.findings, *net, *findings_of_loss(loss)]
             if found:
-                refuse(REFUSAL_TITLE, found)
+                refuse(CALLBACK_REFUSAL, found)
             self._not_acted_yet -= first
         last = last_of_step(self.trainer)
         loss, terms = self.evaluator.act(

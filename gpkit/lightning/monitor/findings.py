@@ -8,7 +8,6 @@ from typing import Any
 from gpkit import checks
 from gpkit.lightning.compat import is_a
 
-REFUSAL_TITLE = "GradientNormMonitor cannot log its norms"
 SHARDING_STRATEGIES = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
 

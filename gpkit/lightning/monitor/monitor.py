@@ -12,7 +12,6 @@ from gpkit import checks
 from gpkit.autodiff.compat import tree_map_only
 from gpkit.lightning.compat import Callback, last_of_step, logs_now
 from gpkit.lightning.monitor.findings import (
-    REFUSAL_TITLE,
     findings_of_manual_backward,
     findings_of_module,
     findings_of_names,
@@ -22,7 +21,7 @@ from gpkit.lightning.monitor.step_norms import StepNorms
 from gpkit.lightning.monitor.tensors import WatchedTensor, WatchedTensors
 from gpkit.lightning.monitor.validation import gradients_on, validation_loss
 from gpkit.lightning.recording import Histograms
-from gpkit.lightning.refusals import refuse
+from gpkit.lightning.refusals import MONITOR_REFUSAL, refuse
 from gpkit.lightning.watch.replay import loss_of
 from gpkit.lightning.watch.wrapping import wrap
 
@@ -148,7 +147,7 @@ class GradientNormMonitor(Callback):
         found += findings_of_manual_backward(
             pl_module, self.manual_backward, differentiates=self._watches
         )
-        refuse(REFUSAL_TITLE, found)
+        refuse(MONITOR_REFUSAL, found)
         if not self._watches:
             return
         if pl_module.automatic_optimization:
@@ -186,7 +185,7 @@ class GradientNormMonitor(Callback):
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Wrap the validation step if ``validation=True``."""
         if self.validation and (self._watches or self.weights):
-            refuse(REFUSAL_TITLE, self._findings(trainer, pl_module, differentiates=True))
+            refuse(MONITOR_REFUSAL, self._findings(trainer, pl_module, differentiates=True))
             self._wrap_step(trainer, pl_module, "validation_step", self._validation_step, False)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
@@ -258,7 +257,7 @@ class GradientNormMonitor(Callback):
         validating = prefix != "grad_norm"
         step = "validation_step" if validating else "training_step"
         once = validating or module.automatic_optimization
-        refuse(REFUSAL_TITLE, (f for item in watched for f in item.findings(step, once=once)))
+        refuse(MONITOR_REFUSAL, (f for item in watched for f in item.findings(step, once=once)))
         log = validating or _logs_batch(trainer)
         self._norms.log_loss(trainer, module, loss, watched, prefix, validating=validating, log=log)
         self._unchecked = self._unchecked and validating

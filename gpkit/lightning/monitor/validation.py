@@ -12,8 +12,7 @@ from torchmetrics import Metric
 
 from gpkit.autodiff.compat import buffers_of, tree_map_only
 from gpkit.lightning.compat import metric_state
-from gpkit.lightning.monitor.findings import REFUSAL_TITLE
-from gpkit.lightning.refusals import refuse
+from gpkit.lightning.refusals import MONITOR_REFUSAL, refuse
 from gpkit.lightning.watch.replay import loss_of
 
 
@@ -64,6 +63,6 @@ def validation_loss(output: Any) -> Tensor:
             f"the loss that validation_step returns {found}: return it, as a tensor or as the "
             "'loss' of a dict, or leave out validation=True"
         )
-        refuse(REFUSAL_TITLE, [line])
+        refuse(MONITOR_REFUSAL, [line])
     assert loss is not None
     return loss

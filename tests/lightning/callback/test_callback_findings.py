@@ -14,8 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gpkit
-from gpkit.lightning.callback.findings import REFUSAL_TITLE
-from gpkit.lightning.refusals import RefusalError
+from gpkit.lightning.refusals import CALLBACK_REFUSAL, RefusalError
 
 
 def test_two_callbacks():
@@ -279,7 +278,7 @@ def test_of_names_and_of_the_step_at_once():
 
 
 def test_a_refusal_goes_to_another_process():
-    error = pickle.loads(pickle.dumps(RefusalError(REFUSAL_TITLE, ["one", "two"])))
+    error = pickle.loads(pickle.dumps(RefusalError(CALLBACK_REFUSAL, ["one", "two"])))
     assert str(error) == "GradientPenaltyCallback cannot add its penalties: one; two"
     assert error.found == ["one", "two"]
 
