@@ -40,14 +40,19 @@ from gpkit.sums import Penalties, PenaltySum, as_sum
 
 
 class GANModule(pl.LightningModule):
-    """Trains a critic D and a generator G against each other, with batches ``x`` or ``(x, y)``.
+    r"""Trains a critic D and a generator G against each other, with batches ``x`` or ``(x, y)``.
 
-    Every batch is one step of the critic, and every ``critic_steps``-th batch also one step of the
-    generator, each with its own latents z ~ N(0, I). A net is trained on
+    Each net is trained on its loss L and its penalties P_p,
 
-        (its loss + Σ its penalties) / s,  with s = 1, or max(1, λ(t)) with a `rescaled` weight.
+    .. math:: L_\text{total} = \frac1s \Big(L + \sum_p P_p\Big).
 
-    A penalty counts the steps of its own net. ``trainer.global_step``, and so ``max_steps``, counts
+    The losses are in `gpkit.lightning.gan.losses.gan_loss`. P_p is a penalty with its weight
+    λ_p(t), see `gpkit.GradientPenalty`. s is 1, or max(1, λ_p(t)) with a `rescaled` weight (of
+    several, the greatest).
+
+    Every batch is one step of the critic (with ``accumulate``, every few batches are), and every
+    ``critic_steps``-th step also one of the generator, each with its own latents z ~ N(0, I). A
+    penalty counts the steps of its own net. ``trainer.global_step``, and so ``max_steps``, counts
     the steps of all optimisers.
 
     On the steps that the trainer logs, and on the last batch of an epoch, it logs the latest value
@@ -112,6 +117,7 @@ class GANModule(pl.LightningModule):
     Raises:
         TypeError: if an argument has the wrong type.
         ValueError: if an argument is out of range, or two arguments exclude each other.
+        RuntimeError: at the start of a fit, if strategy or precision of the trainer do not work.
 
     Sources: Gulrajani et al. (2017), arXiv:1704.00028 (critic steps and optimisers); Arjovsky et
     al. (2017), arXiv:1701.07875 (``clip``); Karras et al. (2020), arXiv:1912.04958
