@@ -50,7 +50,7 @@ class GANModule(pl.LightningModule):
     λ_p(t), see `gpkit.GradientPenalty`. s is 1, or max(1, λ_p(t)) with a `rescaled` weight (of
     several, the greatest).
 
-    Every batch is one step of the critic (with ``accumulate``, every few batches are), and every
+    Every batch is one step of the critic (with ``accumulate``, several batches are), and every
     ``critic_steps``-th step also one of the generator, each with its own latents z ~ N(0, I). A
     penalty counts the steps of its own net. ``trainer.global_step``, and so ``max_steps``, counts
     the steps of all optimisers.
