@@ -90,19 +90,18 @@ def test_gradient_share_measures_the_ratio():
         return torch.cat([g.flatten() for g in grads.values()]).norm().item()
 
     unit = norm(lambda p: oracles.weight_norm(risk, p).square().sum()) / norm(risk)  # at λ = 1
-    expected = 2.0
+    expected, factor = 2.0, 1.0
     for step in range(9):
-        loss = F.cross_entropy(net(x), y)
+        loss = factor * F.cross_entropy(net(x), y)
         term = penalty(loss, net.parameters(), step=step)
         weight.measure(loss, term, net.parameters(), step=step)
         weight.measure(loss, term, net.parameters(), step=step)  # a second micro-batch
         assert weight(step) == pytest.approx(expected, rel=1e-12)
         if step == 0:
             expected = 0.3 / unit  # the first correction is whole
-            weight._value *= 8  # and then we are off by a factor of 8
-            expected *= 8
+            factor = 8.0  # of the loss, and with ‖∇L‖² over ‖∇L‖ of the ratio
         elif step % 4 == 0:
-            expected *= math.sqrt(0.3 / (unit * expected))
+            expected *= math.sqrt(0.3 / (factor * unit * expected))
         assert weight(step + 1) == pytest.approx(expected, rel=1e-12)
     assert all(p.grad is None for p in net.parameters())
     (loss + term).backward()  # the graphs are still there

@@ -1,13 +1,11 @@
 """Small GANs in float64, and how they are trained."""
 
-from contextlib import nullcontext
 from functools import partial
 
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from gan_by_hand import SGD, slope
-from pytorch_lightning.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -66,17 +64,6 @@ R1, R2 = partial(gpkit.r1, 3.0), partial(gpkit.r2, 1.0)
 def assert_same(found, true):
     """Compare parameters and buffers."""
     torch.testing.assert_close(found.state_dict(), true.state_dict(), rtol=1e-9, atol=1e-12)
-
-
-class ScaledOnly(MixedPrecision):
-    """A gradient scaler, without autocast: its powers of two leave every gradient as it is."""
-
-    def __init__(self, scale):
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
-        super().__init__("16-mixed", "cpu", scaler)
-
-    def forward_context(self):
-        return nullcontext()
 
 
 def norms(C, x):

@@ -1,10 +1,12 @@
 """LightningModules that know nothing of gpkit, and how they are trained."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.plugins import MixedPrecision
 from torchmetrics import MeanMetric, MetricCollection, SumMetric
 
 SGD = partial(torch.optim.SGD, lr=0.2, momentum=0.5)
@@ -38,6 +40,17 @@ class Plain(pl.LightningModule):
 
     def configure_optimizers(self):
         return self.optimizer(self.parameters())
+
+
+class ScaledOnly(MixedPrecision):
+    """A gradient scaler, without autocast: its powers of two leave every gradient as it is."""
+
+    def __init__(self, scale):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
+        super().__init__("16-mixed", "cpu", scaler)
+
+    def forward_context(self):
+        return nullcontext()
 
 
 class Traced(pl.LightningModule):

@@ -5,7 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from gans import R1, B, ScaledOnly, assert_same, critic, data, generator, module, trainer
+from gans import R1, B, assert_same, critic, data, generator, module, trainer
+from modules import ScaledOnly
 from pytorch_lightning.plugins import MixedPrecision
 from torch.utils.data import DataLoader, TensorDataset
 
