@@ -1,7 +1,7 @@
 """Every named penalty: error against the float64 oracle, and cost in plain training steps.
 
-The errors are those of the table of test cases (tests/cases.py, tests/oracles.py). The cost is the
-time of a training step with the penalty over that of one without, each penalty as its YAML in
+The errors are those of the table of test cases (tests/support: cases.py, oracles.py). The cost is
+the time of a training step with the penalty over that of one without, each penalty as its YAML in
 configs/penalty has it: MLP 64-512-512-10, with one output for critics and fields, GELU, batch 128,
 float32, runs interleaved in one process, the median of the ratios.
 
@@ -27,10 +27,10 @@ from gpkit.models import MLP
 from gpkit.presets import PRESETS
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "tests"))
+sys.path.insert(0, str(HERE.parent / "tests" / "support"))
 
-from cases import ROWS, gradients, relative_error  # noqa: E402
-from test_presets import evaluated, expected  # noqa: E402
+from cases import ROWS, evaluated, expected  # noqa: E402
+from compare import gradients, relative_error  # noqa: E402
 
 ROUNDS = 30
 CRITICS = {

@@ -1,16 +1,15 @@
 """gpkit: train neural networks with gradient penalties.
 
-Importing gpkit loads nothing else. Each name below loads its module when it is first used, and
-torch, Lightning or Hydra with it only where that module needs them.
+Importing gpkit loads nothing else. Each name below loads its module on first use; torch, Lightning
+and Hydra are loaded only if that module needs them.
 
-- A penalty: GradientPenalty.
-- Presets: penalties in the weights: weight_grad_norm, per_sample_grad_norm, fisher, hessian,
-  gnp, none.
-- Presets: in the inputs: input_grad_norm, eikonal, duq, cure, jacobian, curvature, contractive,
+- The penalty: GradientPenalty.
+- Presets for weights: weight_grad_norm, per_sample_grad_norm, fisher, hessian, gnp, none.
+- Presets for inputs: input_grad_norm, eikonal, duq, cure, jacobian, curvature, contractive,
   spectral_jacobian.
-- Presets: of critics and generators: wgan_gp, wgan_lp, r1, r2, r1_r2, dragan, zero_gp,
-  wgan_div, max_gp, path_length.
-- Presets: on environments: irm, fishr.
+- Presets for critics and generators: wgan_gp, wgan_lp, r1, r2, r1_r2, dragan, zero_gp, wgan_div,
+  max_gp, path_length.
+- Presets for environments: irm, fishr.
 - Several penalties: sum.
 - Variables (`wrt`): weights, activation, Variables.
 - Forms (`form`): squared, norm, two_sided, one_sided, power, running_average, Form.
@@ -23,7 +22,7 @@ torch, Lightning or Hydra with it only where that module needs them.
 - Lightning: GradientPenaltyCallback, GradientNormMonitor, PenalizedModule, GANModule.
 - The application: train.
 
-``from gpkit import *`` leaves out `sum`, which would replace Python's own.
+``from gpkit import *`` does not import `sum`, which would shadow the builtin.
 """
 
 from typing import TYPE_CHECKING
@@ -99,19 +98,18 @@ __all__ = [
     "zero_gp",
 ]
 
-if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says the same
+if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` has the same names at run time
     from gpkit.app.train import train as train
     from gpkit.autodiff.activations import features as features
     from gpkit.autodiff.derivatives import derivative as derivative
     from gpkit.autodiff.norm_layers import elementary as elementary
     from gpkit.autodiff.taylor.directional import directional_derivative as directional_derivative
+    from gpkit.axes.activation import activation as activation
     from gpkit.axes.adaptive import gradient_share as gradient_share
     from gpkit.axes.adaptive import target_norm as target_norm
     from gpkit.axes.at import At as At
     from gpkit.axes.at import interpolate as interpolate
-    from gpkit.axes.at import mixture as mixture
     from gpkit.axes.at import perturb as perturb
-    from gpkit.axes.at import uniform as uniform
     from gpkit.axes.environments import Statistic as Statistic
     from gpkit.axes.form import Form as Form
     from gpkit.axes.form import norm as norm
@@ -120,6 +118,8 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says th
     from gpkit.axes.form import running_average as running_average
     from gpkit.axes.form import squared as squared
     from gpkit.axes.form import two_sided as two_sided
+    from gpkit.axes.mixtures import mixture as mixture
+    from gpkit.axes.mixtures import uniform as uniform
     from gpkit.axes.weight import Weight as Weight
     from gpkit.axes.weight import cosine as cosine
     from gpkit.axes.weight import lazy_adam as lazy_adam
@@ -127,7 +127,6 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `_HOMES` says th
     from gpkit.axes.weight import switch as switch
     from gpkit.axes.weight import warmup as warmup
     from gpkit.axes.wrt import Variables as Variables
-    from gpkit.axes.wrt import activation as activation
     from gpkit.axes.wrt import weights as weights
     from gpkit.estimators.base import Estimator as Estimator
     from gpkit.estimators.exact import exact as exact
@@ -177,11 +176,13 @@ else:
         "gpkit.autodiff.norm_layers": "elementary",
         "gpkit.autodiff.taylor.directional": "directional_derivative",
         "gpkit.axes.adaptive": "gradient_share target_norm",
-        "gpkit.axes.at": "At interpolate mixture perturb uniform",
+        "gpkit.axes.at": "At interpolate perturb",
+        "gpkit.axes.mixtures": "mixture uniform",
         "gpkit.axes.environments": "Statistic",
         "gpkit.axes.form": "Form norm one_sided power running_average squared two_sided",
         "gpkit.axes.weight": "Weight cosine lazy_adam rescaled switch warmup",
-        "gpkit.axes.wrt": "Variables activation weights",
+        "gpkit.axes.activation": "activation",
+        "gpkit.axes.wrt": "Variables weights",
         "gpkit.estimators.base": "Estimator",
         "gpkit.estimators.exact": "exact",
         "gpkit.estimators.finite_difference": "finite_difference",

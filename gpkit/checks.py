@@ -1,4 +1,4 @@
-"""The words of a refusal: what was expected, what was found, what to do."""
+"""Argument checks with uniform messages: what was expected, what was found, what to do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def nearest(word: str, options: Iterable[str]) -> str:
-    """Return `` (did you mean 'x'?)`` for the option closest to ``word``, or nothing.
+    """Return `` (did you mean 'x'?)`` for the option closest to ``word``, or an empty string.
 
     >>> nearest("projektion", ["exact", "projection"])
     " (did you mean 'projection'?)"
@@ -22,7 +22,7 @@ def choice(where: str, value: Any, options: Iterable[str]) -> str:
     """Return ``value`` if it is one of ``options``.
 
     Raises:
-        ValueError: if it is not; the message lists the options and names the nearest one.
+        ValueError: if it is not; the message lists the options and suggests the closest one.
     """
     options = list(options)
     if value not in options:
@@ -58,11 +58,11 @@ def integer(where: str, value: Any, low: int) -> int:
 
 
 def piece(where: str, value: Any, kinds: Mapping[str, Callable[[], Any]], kind: Any) -> Any:
-    """Return ``value`` if it is a ``kind``, or build the one that the string ``value`` names.
+    """Return ``value`` if it is a ``kind``, or call ``kinds[value]`` if it is a string.
 
     Raises:
-        ValueError: for a string that names none of ``kinds``.
-        TypeError: for anything else.
+        ValueError: if the string is not a key of ``kinds``.
+        TypeError: if ``value`` is anything else.
     """
     if isinstance(value, kind):
         return value

@@ -1,4 +1,4 @@
-"""EnvironmentPenalty: a statistic of how the environments of a batch differ."""
+"""EnvironmentPenalty: a penalty on a statistic of the environments in a batch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from gpkit.autodiff import graph
 from gpkit.autodiff.derivatives import gradients
 from gpkit.autodiff.isolation import isolated
 from gpkit.autodiff.numerics import wide
+from gpkit.autodiff.random import device_of
 from gpkit.axes.environments import Samples, Statistic
-from gpkit.axes.samples import device_of
 from gpkit.axes.weight import Schedule
 from gpkit.formula import Terms, reduced
 from gpkit.penalty import Penalty
@@ -23,7 +23,7 @@ Losses = Callable[[Tensor, Tensor], Tensor]
 
 
 class Options(TypedDict, total=False):
-    """What an environment penalty takes beside its statistic and its weight."""
+    """Keyword arguments of `EnvironmentPenalty` except ``statistic`` and ``weight``."""
 
     loss: Losses | None
     every: int
@@ -32,26 +32,41 @@ class Options(TypedDict, total=False):
 
 
 class EnvironmentPenalty(Penalty):
-    r"""A penalty on a statistic of the gradients of a batch's environments.
+    r"""A penalty on a statistic of the gradients in each environment of a batch.
 
     .. math:: \lambda(t) \; \frac1E \sum_e \mathrm{statistic}_e
 
-    Called ``penalty(logits, y, env)``: logits ``[B, C]`` and classes ``[B]``, or logits ``[B]`` or
-    ``[B, 1]`` and targets in {0, 1} of their number; env ``[B]``, integers that name each sample's
-    environment. Or ``penalty([(logits_1, y_1), (logits_2, y_2), ...])``, one pair for each. A
-    callable instead of the logits is called for them. A statistic of the last linear layer takes
-    ``(logits, features)`` for logits: `features` gives both.
+    Call it as ``penalty(logits, y, env)``, where
+
+    - logits are ``[B, C]`` and y classes ``[B]``, or logits ``[B]`` or ``[B, 1]`` and y in {0, 1};
+    - env is ``[B]``, integers: the environment of each sample.
+
+    Or call it as ``penalty([(logits_1, y_1), (logits_2, y_2), ...])``, with one pair for each
+    environment. The logits may be a callable that returns them. A statistic of the last linear
+    layer needs the pair ``(logits, features)`` in place of the logits; `features` returns it.
 
     Args:
-        statistic: of the environments.
-        loss: ``(logits, y) -> [B]``; None is the cross-entropy, the logistic one for one logit.
-        weight: λ >= 0, or a schedule.
-        every: act on every k-th step, with the weight multiplied by k.
-        seed: of the random numbers of a callable's forward.
-        name: what it is called in logs.
+        statistic: computes one value for each environment.
+        loss: ``(logits, y) -> [B]``. None is the cross-entropy, or the binary cross-entropy with
+            logits if there is one logit per sample.
+        weight: λ >= 0, or a schedule: a function of the optimiser step.
+        every: act on every k-th step, with the weight multiplied by k (lazy regularisation).
+        seed: the seed of a callable's forward pass; None uses torch's initial seed.
+        name: the name in logs.
 
     Raises:
-        ValueError: if an argument is out of its range.
+        ValueError: if an argument is out of range.
+
+    >>> import gpkit, torch
+    >>> class mean_slope(gpkit.Statistic):  # the squared mean of δ in each environment
+    ...     def __call__(self, samples):
+    ...         values = (samples.members @ samples.deltas).square().sum(1)
+    ...         return values, values
+    >>> penalty = EnvironmentPenalty(mean_slope(), loss=lambda f, y: (f - y) ** 2 / 2)
+    >>> logits = torch.zeros(4, requires_grad=True)  # δ = -y
+    >>> y, env = torch.tensor([1.0, 3.0, 5.0, 5.0]), torch.tensor([0, 0, 1, 1])
+    >>> penalty(logits, y, env).item()  # (2² + 5²) / 2
+    14.5
     """
 
     def __init__(
@@ -79,6 +94,7 @@ class EnvironmentPenalty(Penalty):
         real: Any,
         fake: Any,
         weight: float,
+        seed: int,
         scale: Tensor | float | None = None,
         *,
         acts: bool = False,
@@ -86,22 +102,23 @@ class EnvironmentPenalty(Penalty):
         """Return the terms for a weight.
 
         Args:
-            f: logits, a callable that gives them, or pairs of them and targets.
-            args: y and env, or nothing.
+            f: the logits, a callable that returns them, or a list of pairs of logits and targets.
+            args: y and env, or empty for pairs.
             real: must be None.
             fake: must be None.
             weight: the factor of the mean over environments.
-            scale: is not needed: δ is taken of the logits alone, in float32.
+            seed: the seed of a callable's forward pass.
+            scale: ignored: δ = ∂ℓ/∂logits, in float32 or better, does not underflow.
             acts: whether the terms are trained on.
 
         Returns:
-            The terms, one for each environment.
+            The terms; G = E, the number of environments.
 
         Raises:
             RuntimeError: if the logits have no graph.
-            TypeError: if the arguments are of other kinds.
+            TypeError: if an argument has the wrong type.
         """
-        train, seed = torch.is_grad_enabled(), self.next_seed()
+        train = torch.is_grad_enabled()
         if real is not None or fake is not None:
             raise TypeError(f"{self.name} takes no real= or fake=: {USAGE}")
         with torch.inference_mode(False), torch.enable_grad():
@@ -112,14 +129,14 @@ class EnvironmentPenalty(Penalty):
                 raise RuntimeError(CUT)
             n2, values = self.statistic(self._samples(logits, a, y, env))
             terms = Terms(n2, values, weight, reduced(values))
-        if acts and train and not self.seen_to_act:
+        if acts and train and not self.effect_confirmed:
             if not graph.leaves(terms.reduced):
                 raise RuntimeError(CUT)
-            self.seen_to_act = True
+            self.effect_confirmed = True
         return terms if train else terms.detached()
 
     def _read(self, f: Any, args: tuple[Any, ...]) -> tuple[Any, Tensor, Tensor]:
-        """Return outputs, targets and environments of a call, whichever way it was written."""
+        """Return the outputs, targets and environments of a call, in either calling form."""
         if len(args) == 2:
             y, env = args
             f = f() if callable(f) else f
@@ -144,13 +161,13 @@ class EnvironmentPenalty(Penalty):
         return f, y, env
 
     def _split(self, output: Any) -> tuple[Tensor, Tensor | None]:
-        """Return logits ``[B, C]`` or ``[B]``, and features ``[B, d]`` where they are needed."""
+        """Return logits ``[B, C]`` or ``[B]``, and features ``[B, d]`` if they are needed."""
         if not self.statistic.features:
             output = (output, None)
         if not isinstance(output, (list, tuple)) or len(output) != 2:
             raise TypeError(
-                f"{self.name} takes (logits, features), which gpkit.features(net, x) gives; got a "
-                f"{type(output).__name__}"
+                f"{self.name} takes (logits, features), which gpkit.features(net, x) returns; got "
+                f"a {type(output).__name__}"
             )
         logits, a = output
         if not isinstance(logits, Tensor) or logits.ndim not in (1, 2):
@@ -169,12 +186,12 @@ class EnvironmentPenalty(Penalty):
                 f"{len(logits)}, {len(y)} and {len(env)}"
             )
         if not logits.requires_grad:
-            logits = logits.detach().clone().requires_grad_()  # without grad mode, for δ alone
+            logits = logits.detach().clone().requires_grad_()  # under no_grad, only δ needs a graph
         with torch.autocast(logits.device.type, enabled=False):
             losses = self.loss(logits, y)
             if losses.shape != logits.shape[:1]:
                 raise ValueError(
-                    f"`loss=...` must give one loss per sample, [{len(logits)}]; got "
+                    f"`loss=...` must return one loss per sample, [{len(logits)}]; got "
                     f'{list(losses.shape)}: use reduction="none"'
                 )
             if not losses.requires_grad:
@@ -193,17 +210,17 @@ USAGE = "use penalty(logits, y, env), or penalty([(logits_1, y_1), (logits_2, y_
 
 
 CUT = (
-    "the penalty depends on no parameter that is trained: were the logits detached, computed under "
-    "no_grad, or does `loss=...` not depend on them?"
+    "the penalty does not depend on any trained parameter: were the logits detached, computed "
+    "under no_grad, or does `loss=...` not depend on them?"
 )
 
 
 def cross_entropies(logits: Tensor, y: Tensor) -> Tensor:
-    """Return each sample's cross-entropy ``[B]``, the logistic one where it has one logit."""
+    """Return the cross-entropy ``[B]`` of each sample, the binary one if it has one logit."""
     if logits.ndim == 1 or logits.shape[1] == 1:
         if y.numel() != len(y):
             raise ValueError(
-                f"one logit a sample needs targets [B] in {{0, 1}}; got {list(y.shape)}"
+                f"one logit per sample needs targets [B] in {{0, 1}}; got {list(y.shape)}"
             )
         targets = y.reshape(-1).to(logits.dtype)
         return F.binary_cross_entropy_with_logits(logits.reshape(-1), targets, reduction="none")

@@ -1,8 +1,8 @@
-r"""The formula: derivatives become squared norms, squared norms values, and values one number.
+r"""The formula: from derivatives to squared norms, from these to values, and to one number.
 
 .. math:: \lambda \; \frac1G \sum_g \mathrm{form}(n_g), \quad n_g = \|D^k y_g\|
 
-Every way in evaluates it here: a call, a compiled loss, sharded weights, environments.
+Direct calls, compiled losses and sharded weights all evaluate it here.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gpkit.autodiff import graph
 from gpkit.autodiff.numerics import root
 from gpkit.autodiff.random import Source
 from gpkit.axes.form import Form
 from gpkit.estimators.base import Estimator, Target
 
-# amax shares its gradient among groups that tie; the mean of ranks is DDP's own.
+# amax splits its gradient among tied groups. The mean over ranks is taken by DDP.
 REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"mean": Tensor.mean, "max": Tensor.amax}
 
 
 class Axes(Protocol):
-    """The choices that the formula depends on: those of a `GradientPenalty`."""
+    """The axes of a `GradientPenalty` that the formula uses."""
 
     order: int
     form: Form
@@ -35,14 +36,13 @@ class Axes(Protocol):
 
 @dataclass(eq=False)
 class Terms:
-    """What a penalty is made of, for G groups (samples, or one batch).
+    """The parts of a penalty, for G groups: G samples, or one batch.
 
     Args:
-        squared_norms: ``[G]``: n², n being the norm of each group's derivative.
-        values: ``[G]``: form(n), unreduced and unweighted.
+        squared_norms: n² ``[G]``, where n is the norm of each group's derivative.
+        values: form(n) ``[G]``, before the reduction and the weight.
         weight: the factor of ``reduced`` at this step.
-        reduced: the mean of the values, one number; or their maximum, where the penalty has
-            ``reduce="max"``.
+        reduced: the mean of the values, a scalar; or their maximum, with ``reduce="max"``.
     """
 
     squared_norms: Tensor
@@ -57,7 +57,7 @@ class Terms:
 
     @property
     def penalty(self) -> Tensor:
-        """Return the scalar that enters the loss, ``weight * reduced``."""
+        """Return the scalar to add to the loss, ``weight * reduced``."""
         return self.weight * self.reduced
 
     def added_to(self, loss: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class Terms:
         return torch.add(loss, self.reduced, alpha=self.weight)
 
     def detached(self) -> Terms:
-        """Return the same without graphs."""
+        """Return the same terms without graphs."""
         parts = (self.squared_norms, self.values, self.reduced)
         n2, values, reduced = (t.detach() for t in parts)
         return Terms(n2, values, self.weight, reduced)
@@ -77,13 +77,14 @@ def squared_norms(
     """Return n² ``[G]``: the squared norm of each group's derivative.
 
     Args:
-        axes: order, estimator, and which norm.
-        targets: what is differentiated.
-        rng: for an estimator that draws.
-        scale: of a gradient scaler: derivatives are taken of ``scale·y``, and divided by it.
+        axes: supply the order, the estimator, and the norm of the form.
+        targets: the outputs to differentiate, with their variables.
+        rng: the random numbers of the estimator.
+        scale: the factor of a gradient scaler: ``scale·y`` is differentiated, and n² is divided by
+            ``scale²``.
 
     Returns:
-        n², differentiable.
+        n² ``[G]``, differentiable.
     """
     if scale is not None:
         targets = [target.scaled(scale) for target in targets]
@@ -96,13 +97,13 @@ def squared_norms(
 
 
 def terms(axes: Axes, n2: Tensor, weight: float, *, observe: bool = False) -> Terms:
-    """Return the terms of squared norms.
+    """Return the terms for given squared norms.
 
     Args:
-        axes: form and reduction.
+        axes: supply the form and the reduction.
         n2: n², ``[G]``.
         weight: the factor of the reduced value.
-        observe: whether a form with a state, such as a running average, takes the norms in.
+        observe: whether to update the state of the form, such as a running average.
 
     Returns:
         The terms.
@@ -114,11 +115,55 @@ def terms(axes: Axes, n2: Tensor, weight: float, *, observe: bool = False) -> Te
 
 
 def reduced(values: Tensor, how: str = "mean") -> Tensor:
-    """Return one number for the values ``[G]``: their mean or maximum."""
+    """Return the mean of the values ``[G]``, or their maximum: a scalar."""
     return values.reshape(()) if values.shape[0] == 1 else REDUCTIONS[how](values)
 
 
 def _share(axes: Axes, n2: Tensor) -> Tensor:
-    """Return the derivative of the reduced value in n² ``[G]``, without a graph."""
+    """Return the derivative of the reduced value with respect to n², ``[G]``, without a graph."""
     n2 = n2.detach().requires_grad_()
     return torch.autograd.grad(reduced(axes.form(n2), axes.reduce), n2)[0]
+
+
+def trains(terms: Terms, targets: Sequence[Target], order: int, unused: str) -> bool:
+    """Return whether a penalty depends on a trained parameter.
+
+    Args:
+        terms: the terms of an evaluation, with their graph.
+        targets: the differentiated outputs.
+        order: k, the order of the derivative.
+        unused: the variables and a hint, for the error if no output depends on them.
+
+    Returns:
+        True if it does; False if the outputs do not depend on any trained parameter either: then
+        the caller only wants the value.
+
+    Raises:
+        RuntimeError: if the outputs depend on trained parameters and the penalty does not.
+    """
+    given = [x for t in targets for x in t.xs if t.batched]
+
+    def trained(tensor: Tensor) -> bool:
+        return any(not any(p is x for x in given) for p in graph.leaves(tensor))
+
+    kink = None
+    if order > 1 and not terms.norms.any():
+        kink = next(filter(None, (graph.piecewise_linear(t.y) for t in targets)), None)
+    if trained(terms.reduced) and not kink:
+        return True
+    if not any(trained(t.y) for t in targets):
+        return False  # no trained parameters: the caller only wants the value
+    if not any(graph.depends(t.y, x) for t in targets for x in t.xs):
+        cause = f"the differentiated output does not depend on the {unused}"
+    elif kink:
+        cause = (
+            f"order {order} of a piecewise-linear net ({kink}) is zero everywhere: use a smooth "
+            "activation (GELU, SiLU, softplus, tanh), or order=1"
+        )
+    else:
+        cause = (
+            f"the derivative of order {order} does not depend on them. Is the function linear or a "
+            "polynomial of that degree, or does it use a gradient taken without "
+            "create_graph=True, a detached tensor, or reentrant checkpointing?"
+        )
+    raise RuntimeError(f"the penalty does not depend on any trained parameter: {cause}")

@@ -1,4 +1,4 @@
-"""GradientPenalty: a choice on every axis, evaluated as the formula reads."""
+"""GradientPenalty: one choice on each axis, evaluated by the formula."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from gpkit import checks, effect, formula
+from gpkit import checks, formula
 from gpkit.autodiff import graph
-from gpkit.autodiff.random import Source, random_state
+from gpkit.autodiff.activations import names
+from gpkit.autodiff.random import Source, device_of, random_state
 from gpkit.axes import scope as scopes
 from gpkit.axes.at import At, as_at
 from gpkit.axes.call import Call
 from gpkit.axes.form import FORMS, Form
 from gpkit.axes.of import Of
-from gpkit.axes.samples import device_of
 from gpkit.axes.weight import Schedule
 from gpkit.axes.wrt import VARIABLES, Variables
 from gpkit.estimators import ESTIMATORS
-from gpkit.estimators.base import Estimator, Target
-from gpkit.estimators.computed import Computed
+from gpkit.estimators.base import Estimator, Recomputable, Target
 from gpkit.estimators.exact import exact
 from gpkit.estimators.projection import projection
 from gpkit.estimators.window import summarised
@@ -31,8 +30,8 @@ from gpkit.penalty import Penalty
 
 AXES = ("of", "wrt", "scope", "order", "form", "at", "estimator", "reduce", "weight", "every")
 NO_GRAPH = (
-    "the penalty has nothing to differentiate: what it was given has no graph. Was it computed "
-    "under no_grad, detached, or made by a gradient without create_graph=True?"
+    "the penalty has nothing to differentiate: the tensor has no graph. Was it computed under "
+    "no_grad, detached, or is it a gradient taken without create_graph=True?"
 )
 
 
@@ -59,44 +58,49 @@ class GradientPenalty(Penalty):
               D^k_{\mathrm{wrt}} \, \mathrm{mean}_{i \in g} \, \mathrm{of}(z_i) \big\|\Big),
               \quad z_i \text{ taken at } \texttt{at}
 
-    Call it with a tensor whose graph is there (no second forward), or with a callable, which is
-    evaluated where ``at`` says. A call never touches ``.grad``, the buffers of the modules that it
-    runs (batch-norm statistics), the global random numbers, or the requires_grad of your tensors.
-    A forward of its own draws dropout masks of its own.
+    Call it with a tensor that has a graph (no second forward pass is needed), or with a callable,
+    which is evaluated at the points that ``at`` chooses. A call does not change ``.grad``, the
+    buffers of the modules that it runs (batch norm statistics), the global random state, or the
+    ``requires_grad`` of your tensors. A forward pass that the penalty runs has its own dropout
+    masks.
 
     Args:
-        of: what is differentiated. "output": all that the function gives, so that several outputs
-            have the Frobenius norm of their Jacobian; "loss": the same, but one value per sample is
-            required; "sampled_loss": the cross-entropy of logits ``[B, C]`` with labels drawn from
-            them; a function of what the callable gives, as ``lambda out: out["logits"]``; or
-            ``gpkit.activation("encoder.3")``, the output of a submodule.
-        wrt: with respect to what: "input", "weight", ``gpkit.weights("head.*")``, or
+        of: what is differentiated. "output": the whole output; for several outputs n is the
+            Frobenius norm of the Jacobian. "loss": the same, but the output must have one value per
+            sample, or be the scalar loss of a weight penalty. "sampled_loss": the cross-entropy of
+            logits ``[B, C]`` with labels drawn from their softmax. A function of the output, such
+            as ``lambda out: out["logits"]``. ``gpkit.activation("encoder.3")``: the output of a
+            submodule.
+        wrt: the variables of the derivative: "input", "weight", ``gpkit.weights("head.*")``, or
             ``gpkit.activation("encoder.3")``.
-        scope: the groups: what is averaged before the norm is taken. For inputs "sample", or
-            "pixel": every pixel of ``[B, C, *S]`` has the norm of its C channels, at order 1; for
-            weights "batch", the default, "sample", "accumulated" (all micro-batches of an
-            optimiser step, in `GradientPenaltyCallback`), or "global": of all ranks as well, for
-            data parallelism that averages their gradients, as DDP does. At order 1.
-        order: k >= 1, of the derivative. 1 is the gradient.
-        form: what is done to the norm n: "squared" n², "norm" n, ``gpkit.two_sided(c)`` (n - c)²,
+        scope: the groups. Gradients are averaged within a group, and each group has one norm. For
+            inputs: "sample" (default), or "pixel": each pixel of ``[B, C, *S]`` has a norm, over
+            its C channels. For weights: "batch" (default), "sample", "accumulated": all
+            micro-batches of an optimiser step, in `GradientPenaltyCallback`, or "global": all
+            ranks as well, for data parallelism that averages gradients, such as DDP. "pixel",
+            "accumulated" and "global" need order 1.
+        order: k >= 1, the order of the derivative; 1 is the gradient.
+        form: the function of the norm n: "squared" n², "norm" n, ``gpkit.two_sided(c)`` (n - c)²,
             ``gpkit.one_sided(c)`` max(0, n - c)², ``gpkit.power(p)`` n^p; each takes
             ``norm="l1"`` or ``norm="linf"`` instead of "l2".
-        at: where: "data", "real", "fake", "interpolate", "perturb", an object such as
-            ``gpkit.perturb(0.5)``, ``gpkit.uniform(-1, 1)`` or ``gpkit.mixture("real", "fake")``,
-            or a function ``(real, fake) -> points``.
-        estimator: "exact"; "projection" or ``gpkit.projection(n)``; "finite_difference" or
-            ``gpkit.finite_difference(step)``; "taylor" or ``gpkit.taylor(n)``; or for the largest
-            singular value "power_iteration" or ``gpkit.power_iteration(n)``. None is "exact", but
-            for order >= 2 in the weights, whose full derivative is out of reach, "projection".
-        reduce: "mean" over the groups, or "max": the largest of the micro-batch.
+        at: the points where the derivative is taken: "data", "real", "fake", "interpolate",
+            "perturb", an object such as ``gpkit.perturb(0.5)``, ``gpkit.uniform(-1, 1)`` or
+            ``gpkit.mixture("real", "fake")``, or a function ``(real, fake) -> points``.
+        estimator: how n² is computed: "exact"; "projection" or ``gpkit.projection(n)``;
+            "finite_difference" or ``gpkit.finite_difference(step)``; "taylor" or
+            ``gpkit.taylor(n)``; or, for the largest singular value, "power_iteration" or
+            ``gpkit.power_iteration(n)``. None is "exact", except for order >= 2 in the weights:
+            the full derivative is too large there, and None is "projection".
+        reduce: "mean" over the groups, or "max": the largest value in the micro-batch.
         weight: λ >= 0, or a schedule: a function of the optimiser step.
         every: act on every k-th step, with the weight multiplied by k (lazy regularisation).
-        seed: of the penalty's own random numbers; None takes torch's initial seed. Each rank of
-            a distributed run draws its own.
-        name: what it is called in logs; a preset's own name if it is one.
+        seed: the seed of the penalty's random numbers; None uses torch's initial seed. Each rank
+            of a distributed run draws its own numbers.
+        name: the name in logs.
 
     Raises:
-        ValueError: if an axis has a value that it cannot have.
+        ValueError: if an axis has an invalid value, or two axes do not fit each other.
+        TypeError: if an axis has an object of the wrong type.
 
     >>> import gpkit, torch
     >>> critic = lambda x: 3 * x[:, 0] + 4 * x[:, 1]
@@ -134,6 +138,7 @@ class GradientPenalty(Penalty):
         self.estimator: Estimator = checks.piece("estimator=...", estimator, ESTIMATORS, Estimator)
         self.estimator.check(self.order, self.form.norm, self.wrt.batched)
         scopes.check(self.scope, self.order, self.estimator)
+        self.named = tuple(names(self.of, self.wrt))  # activations
         self.reduce = checks.choice("reduce=...", reduce, formula.REDUCTIONS)
         super().__init__(weight=weight, every=every, seed=seed, name=name)
 
@@ -144,42 +149,46 @@ class GradientPenalty(Penalty):
         real: Any,
         fake: Any,
         weight: float,
+        seed: int,
         scale: Tensor | float | None = None,
         *,
         acts: bool = False,
     ) -> Terms:
-        """Return the terms for a weight: the formula, from right to left.
+        """Return the terms for a weight: the formula, evaluated from right to left.
 
         Args:
-            f: the first argument of the call; or a `Target` that is ready to be differentiated.
+            f: the first argument of the call; or a `Target`, whose graph exists.
             args: the other positional arguments.
-            real: real samples, if given by keyword.
-            fake: fake samples, if given by keyword.
+            real: real samples, if passed by keyword.
+            fake: fake samples, if passed by keyword.
             weight: the factor of the reduced value.
-            scale: of a gradient scaler.
+            seed: the seed of this evaluation's random numbers.
+            scale: the factor of a gradient scaler.
             acts: whether the terms are trained on.
 
         Returns:
             The terms.
 
         Raises:
-            RuntimeError: if there is no graph to differentiate, or one that torch cannot.
+            RuntimeError: if there is no graph to differentiate, if torch has no correct derivative
+                through it, or if ``acts`` and the penalty depends on no trained parameter.
         """
-        train, seed = torch.is_grad_enabled(), self.next_seed()
+        train = torch.is_grad_enabled()
         with _graphs(train):
             rng = torch.Generator(device_of(f, args, real, fake)).manual_seed(seed)
             targets = self._targets(f, args, real, fake, rng, seed)
             self._require_derivatives(targets[0], trains=acts and train)
             n2 = formula.squared_norms(self, targets, rng, scale)
             terms = formula.terms(self, n2, weight, observe=acts)
-        if acts and train and not (self.seen_to_act and terms.reduced.requires_grad):
-            self.seen_to_act |= effect.trains(terms, targets, self.order, self.wrt)
+        if acts and train and not (self.effect_confirmed and terms.reduced.requires_grad):
+            unused = f"{type(self.wrt).__name__}: {self.wrt.missing}"
+            self.effect_confirmed |= formula.trains(terms, targets, self.order, unused)
         return terms if train else terms.detached()
 
     def _targets(
         self, f: Any, args: tuple[Any, ...], real: Any, fake: Any, rng: Source, seed: int
     ) -> list[Target]:
-        """Return y and x, at the points that ``at`` says."""
+        """Return y and x, at the points that ``at`` chooses."""
         if isinstance(f, Target):
             return [f]
         args = tuple(list(a) if isinstance(a, Iterator) else a for a in args)  # net.parameters()
@@ -189,17 +198,18 @@ class GradientPenalty(Penalty):
         return targets
 
     def _require_derivatives(self, target: Target, *, trains: bool) -> None:
-        """Refuse a graph without a right derivative of order k, or k + 1 where it is trained."""
-        if not (self.seen_to_act or self.estimator.first_order):
+        """Refuse a graph whose derivative of order k (k + 1 in training) is missing or wrong."""
+        if not (self.effect_confirmed or self.estimator.first_order):
             graph.require_derivatives(target.y, target.xs, self.order + trains)
 
     def with_loss(self, closure: Callable[[], Any], net: Any, *, step: int | None = None) -> Tensor:
-        """Return the loss and the penalty in the weights as one scalar, and count a step.
+        """Return the loss and the weight penalty as one scalar, and count a step.
 
-        The forward that gives the loss is the training forward, which moves batch-norm statistics
-        and random numbers, and the penalty makes use of it: by finite differences, a step takes
-        two forward and backward passes in all, which have been made when this returns; its
-        backward only hands the gradient out, and a graph behind the closure is used up.
+        The closure runs the training forward pass, which updates batch norm statistics and draws
+        random numbers as usual, and the penalty reuses it. With finite differences a step takes
+        two forward and backward passes in total. They have run when this returns: the backward
+        pass of the result only hands the computed gradient to the parameters, and the graph of the
+        closure's loss has been freed.
 
         >>> import gpkit, torch
         >>> w = torch.tensor([3.0, 4.0], dtype=torch.float64, requires_grad=True)
@@ -208,16 +218,17 @@ class GradientPenalty(Penalty):
         15.0
 
         Args:
-            closure: gives the loss ``[]``, or losses ``[B]``, whose mean is trained on.
+            closure: returns the loss ``[]``, or losses ``[B]``, whose mean is trained on.
             net: the module, or its parameters.
-            step: as in a call.
+            step: the optimiser step; None counts the calls.
 
         Returns:
-            A scalar.
+            The scalar loss + penalty.
 
         Raises:
-            TypeError: if the penalty is not in the weights.
-            RuntimeError: as a call does.
+            TypeError: if this is not a weight penalty, or the closure does not return a tensor.
+            RuntimeError: if the penalty depends on no trained parameter, or torch has no correct
+                derivative through the net.
         """
         return with_loss([self], closure, net, step)
 
@@ -229,29 +240,29 @@ class GradientPenalty(Penalty):
 def with_loss(
     penalties: Sequence[Penalty], closure: Callable[[], Any], net: Any, step: int | None
 ) -> Tensor:
-    """Return the loss and penalties in the weights as one scalar, from one training forward.
+    """Return the loss and weight penalties as one scalar, from one training forward pass.
 
     Args:
-        penalties: in the weights.
-        closure: gives the loss.
+        penalties: weight penalties.
+        closure: returns the loss.
         net: the module, or its parameters.
         step: the optimiser step; None counts the calls.
 
     Returns:
-        A scalar.
+        The scalar loss + Σ penalties.
 
     Raises:
-        TypeError: if a penalty is not in the weights, or the closure is no function.
+        TypeError: if a penalty is not a weight penalty, or the closure is not callable.
     """
     in_weights = [p for p in penalties if isinstance(p, GradientPenalty) and not p.wrt.batched]
     if len(in_weights) < len(penalties):
         raise TypeError(
-            "`with_loss(closure, net)` takes a penalty in the weights; add one in the inputs to "
-            "the loss: loss + penalty(f, x)"
+            "`with_loss(closure, net)` is for weight penalties; add an input penalty to the loss: "
+            "loss + penalty(f, x)"
         )
     if not callable(closure):
         raise TypeError(
-            f"`with_loss(closure, net)` takes a function that gives the loss; got a "
+            f"`with_loss(closure, net)` takes a function that returns the loss; got a "
             f"{type(closure).__name__}"
         )
     net = list(net) if isinstance(net, Iterator) else net
@@ -269,22 +280,22 @@ def with_loss(
         given = y
     total = y.mean()
     for penalty in in_weights:
-        again = given if penalty.estimator.reuses_graph else Computed(given, closure, state)
-        terms = penalty.act(again, net, step=step)
+        f = given if penalty.estimator.reuses_graph else Recomputable(given, closure, state)
+        terms = penalty.act(f, net, step=step)
         total = total if terms is None else terms.added_to(total)
     return total
 
 
 def _loss(penalty: GradientPenalty, given: Any) -> Tensor:
-    """Return the loss or losses, of what the closure gave."""
+    """Return the loss or losses, selected from the closure's result by ``of``."""
     y = penalty.of(given) if callable(penalty.of) else given
     if not isinstance(y, Tensor):
-        raise TypeError(f"the closure gave a {type(y).__name__}, and a loss was expected")
+        raise TypeError(f"the closure must return a loss; got a {type(y).__name__}")
     return y
 
 
 def _graphs(train: bool) -> AbstractContextManager[Any]:
-    """Return a context in which graphs are made, whatever mode is on."""
+    """Return a context in which autograd records graphs, also under no_grad or inference mode."""
     if train and not torch.is_inference_mode_enabled():
         return nullcontext()
     modes = ExitStack()

@@ -1,19 +1,20 @@
-"""What a penalty needs of whoever makes the forward pass.
+"""What a penalty needs from the code that runs the forward pass.
 
-`PenalizedModule`, `GANModule` and `GradientPenaltyCallback` make a forward pass of their own, and
-give each penalty what it needs of it. This is where the axes are read for that, and nowhere else.
+`PenalizedModule`, `GANModule` and `GradientPenaltyCallback` run the forward pass, and pass each
+penalty what it needs. Only this file reads the axes for that purpose.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from gpkit.autodiff import activations
-from gpkit.axes.scope import POOLED
 from gpkit.axes.wrt import inputs
 from gpkit.environment_penalty import EnvironmentPenalty
 from gpkit.estimators.exact import exact
 from gpkit.estimators.taylor import taylor
+from gpkit.estimators.window import POOLED
 from gpkit.gradient_penalty import GradientPenalty
 from gpkit.penalty import Penalty
 
@@ -24,17 +25,17 @@ class Needs:
 
     Args:
         differentiates: "loss", "output", "activation", or "environments".
-        in_weights: whether it is with respect to the parameters.
-        in_activation: the name of the activation that it is with respect to; "" for none.
-        activations: the activations that it names, on either axis.
-        order: the order of its kernels' derivatives; 0 if each graph is differentiated once.
-        moves: whether its points are others than the samples as they are.
-        reuses_graph: whether the graph of a forward pass at its points is enough.
-        on_jets: whether the function is run on Taylor series.
-        per_sample: whether each sample, or pixel, has a norm.
-        pooled: whether gradients are averaged over micro-batches or ranks before the norm is taken.
-        plain: whether it is the exact first gradient of the loss, in all weights or in the input.
-        features: whether it takes what the last linear layer is given.
+        in_weights: whether the variables are the parameters.
+        in_activation: the name of the activation that is the variable; "" if it is not one.
+        activations: the names of the activations used by ``of`` and ``wrt``.
+        order: k if kernels need a double backward, else 0.
+        moves: whether the points differ from the samples.
+        reuses_graph: whether the graph of a forward pass at the points is enough.
+        on_jets: whether the function runs on Taylor series.
+        per_sample: whether each sample or pixel has a norm.
+        pooled: whether gradients are averaged over micro-batches or ranks before the norm.
+        plain: whether it is the exact gradient of the loss, in all weights or in the input.
+        features: whether it needs the input of the last linear layer.
         measures: whether its weight measures the gradients of loss and penalty.
     """
 
@@ -52,74 +53,74 @@ class Needs:
     features: bool = False
     measures: bool = False
 
-    @property
+    @cached_property
     def of_loss(self) -> bool:
         """Whether it differentiates the loss."""
         return self.differentiates == "loss"
 
-    @property
+    @cached_property
     def environments(self) -> bool:
         """Whether it compares the environments of a batch."""
         return self.differentiates == "environments"
 
-    @property
+    @cached_property
     def at_data(self) -> bool:
-        """Whether it is in the inputs, or an activation, of a forward pass at the data itself."""
+        """Whether the variables are the input or an activation, in a forward pass at the data."""
         return not (self.in_weights or self.environments or self.moves)
 
-    @property
+    @cached_property
     def input_graph(self) -> bool:
-        """Whether a forward pass at the data, whose input requires grad, is all that it needs."""
+        """Whether it only needs a forward pass at the data with an input that requires grad."""
         return self.at_data and self.reuses_graph
 
-    @property
+    @cached_property
     def sample_losses(self) -> bool:
         """Whether it differentiates the loss of each sample."""
         return self.of_loss and self.per_sample
 
-    @property
+    @cached_property
     def each_gradient(self) -> bool:
-        """Whether it takes the gradient of each sample's loss in the weights."""
+        """Whether it differentiates the loss of each sample with respect to the weights."""
         return self.in_weights and self.sample_losses
 
-    @property
+    @cached_property
     def loss_at_two_points(self) -> bool:
-        """Whether it takes first gradients of the loss alone: finite differences in the weights."""
+        """Whether it takes finite differences of the loss in the weights, not per sample."""
         once = self.in_weights and self.of_loss and not self.per_sample
         return once and self.order == 0 and not self.reuses_graph
 
-    @property
+    @cached_property
     def calls_net(self) -> bool:
-        """Whether it calls the net itself, at points of its own, without the loss."""
+        """Whether it calls the net itself, at its own points, without the loss."""
         elsewhere = self.moves or self.on_jets
         return not (self.of_loss or self.in_weights or self.environments) and elsewhere
 
-    @property
+    @cached_property
     def runs_again(self) -> bool:
-        """Whether what gave the loss is run again: at other points or weights, or per sample."""
-        again = self.moves or self.pooled or self.each_gradient or not self.reuses_graph
-        return again and not self.calls_net
+        """Whether it reruns the loss computation: at other points or weights, or per sample."""
+        reruns = self.moves or self.pooled or self.each_gradient or not self.reuses_graph
+        return reruns and not self.calls_net
 
-    @property
+    @cached_property
     def reads_input(self) -> bool:
-        """Whether it needs the net's input: to differentiate in it, or to take points from it."""
+        """Whether it needs the net's input, as the variable or to compute its points."""
         inside = self.in_weights or self.environments or (self.in_activation and not self.moves)
         return not inside
 
-    @property
+    @cached_property
     def reads_output(self) -> bool:
-        """Whether it differentiates what the net gives in the training forward."""
+        """Whether it differentiates the net's output in the training forward pass."""
         return self.differentiates == "output" and not self.calls_net
 
 
 def needs_of(penalty: Penalty) -> Needs:
-    """Return what a penalty needs.
+    """Return what a penalty needs from the code that runs the forward pass.
 
     Args:
         penalty: a `GradientPenalty` or an `EnvironmentPenalty`.
 
     Returns:
-        Its needs.
+        The needs.
     """
     if isinstance(penalty, EnvironmentPenalty):
         features = penalty.statistic.features
@@ -136,7 +137,7 @@ def needs_of(penalty: Penalty) -> Needs:
         "activation" if isinstance(of, activations.Named) else "loss" if loss else "output",
         in_weights=in_weights,
         in_activation=wrt.name if isinstance(wrt, activations.Named) else "",
-        activations=tuple(activations.names(of, wrt)),
+        activations=penalty.named,
         order=0 if estimator.first_order else penalty.order,
         moves=penalty.at.moves and not in_weights,
         reuses_graph=estimator.reuses_graph,

@@ -1,4 +1,4 @@
-"""Penalty: what every penalty has, whatever it is made of: a weight, a clock, a seed, a state."""
+"""Penalty: the base class, with the weight, the step count, the seed and the state."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gpkit import checks
-from gpkit.autodiff.distributed import rank
-from gpkit.autodiff.random import derived_seed
-from gpkit.axes.samples import device_of
+from gpkit.autodiff.random import derived_seed, device_of, rank
 from gpkit.axes.weight import Schedule, as_weight
 from gpkit.formula import Terms
 
@@ -19,17 +17,26 @@ from gpkit.formula import Terms
 class Penalty:
     """A term to add to a loss: λ(t) times a value.
 
-    A subclass has one method, `evaluate`.
+    A subclass defines one method, `evaluate`.
 
     Args:
         weight: λ >= 0, or a schedule: a function of the optimiser step.
         every: act on every k-th step, with the weight multiplied by k (lazy regularisation).
-        seed: of the penalty's own random numbers; None takes torch's initial seed. Each rank of
-            a distributed run draws its own.
-        name: what it is called in logs.
+        seed: the seed of the penalty's random numbers; None uses torch's initial seed. Each rank
+            of a distributed run draws its own numbers.
+        name: the name in logs.
 
     Raises:
-        ValueError: if an argument is out of its range.
+        ValueError: if an argument is out of range.
+
+    >>> import torch
+    >>> from gpkit.formula import Terms
+    >>> class weight_decay(Penalty):
+    ...     def evaluate(self, f, args, real, fake, weight, seed, scale=None, *, acts=False):
+    ...         n2 = f.square().sum().reshape(1)
+    ...         return Terms(n2, n2, weight, n2.mean())
+    >>> weight_decay(weight=0.1)(torch.tensor([3.0, 4.0])).item()  # 0.1·25
+    2.5
     """
 
     def __init__(
@@ -46,17 +53,17 @@ class Penalty:
         self.name = name
         self.step = 0
         self.draws = 0
-        self.seen_to_act = False
+        self.effect_confirmed = False
 
     @property
     def weight(self) -> float | Schedule:
-        """λ, as it was given: a number or a schedule."""
+        """λ, as it was passed: a number or a schedule."""
         return self._given
 
     @weight.setter
     def weight(self, weight: float | Schedule) -> None:
-        self._weight = as_weight("weight=...", weight)
-        self._given = weight if callable(weight) else float(weight)
+        self._given = weight if callable(weight) else checks.number("weight=...", weight, 0)
+        self._schedule = as_weight(weight) if callable(weight) else None
 
     def __call__(
         self,
@@ -70,27 +77,27 @@ class Penalty:
         """Return the penalty, a scalar to add to the loss, and count a step.
 
         Args:
-            f: a tensor, whose graph is reused, or a callable. For an input penalty values per
-                sample: ``[B]``, ``[B, 1]`` or outputs ``[B, *O]``; for a weight penalty a loss,
-                or a closure that returns it.
-            *args: the samples ``[B, *S]`` (a tuple of them for several inputs); for a weight
-                penalty the module or its parameters.
+            f: a tensor, whose graph is reused, or a callable. Input penalty: it is, or returns,
+                one value per sample, ``[B]`` or ``[B, 1]``, or outputs ``[B, *O]``. Weight
+                penalty: a loss, or a closure that returns it.
+            *args: input penalty: the samples ``[B, *S]``, a tuple of them for several inputs.
+                Weight penalty: the module or its parameters.
             real: real samples, ``[B, *S]``.
             fake: fake samples, ``[B, *S]``.
             step: the optimiser step, for the schedule and ``every``; None counts the calls.
-            scale: of a gradient scaler, under float16: the gradient inside of the penalty is taken
-                of ``scale·f`` and divided by ``scale``, so that it does not round to zero. The
-                penalty's value does not depend on it.
+            scale: the factor of a gradient scaler, for float16: the penalty differentiates
+                ``scale·f`` and divides by ``scale``, so that the gradient does not underflow. It
+                does not change the value of the penalty.
 
         Returns:
-            A scalar. It is zero, and nothing is evaluated, where the weight is zero or
-            ``every`` skips the step. Outside of grad mode it has no graph.
+            A scalar. If the weight is zero or ``every`` skips the step, it is zero and nothing is
+            evaluated. Under no_grad it has no graph.
 
         Raises:
-            RuntimeError: if it would train nothing: it does not depend on any trained parameter;
-                or if torch has no derivative, or a wrong one, through an operation of the net.
-            TypeError: if the arguments are not of these kinds.
-            ValueError: if their shapes do not fit.
+            RuntimeError: if the penalty depends on no trained parameter, or if torch has no
+                derivative, or a wrong one, through an operation of the net.
+            TypeError: if an argument has the wrong type.
+            ValueError: if the shapes do not fit.
         """
         terms = self.act(f, *args, real=real, fake=fake, step=step, scale=scale)
         if terms is None:
@@ -106,28 +113,28 @@ class Penalty:
         step: int | None = None,
         scale: Tensor | float | None = None,
     ) -> Terms | None:
-        """Return the terms of the penalty, and count a step. It takes the arguments of a call.
+        """Return the terms of the penalty, and count a step. Takes the arguments of a call.
 
-        For trainers: the terms hold what is logged as well as what is added to the loss.
+        For trainers: the terms hold the values to log and the penalty to add to the loss.
 
         Returns:
-            The terms, or None where the weight is zero or ``every`` skips the step.
+            The terms, or None if the weight is zero or ``every`` skips the step.
         """
 
         def evaluate(weight: float) -> Terms:
-            return self.evaluate(f, args, real, fake, weight, scale, acts=True)
+            return self.evaluate(f, args, real, fake, weight, self.next_seed(), scale, acts=True)
 
-        return self.act_by(evaluate, step)
+        return self.act_with(evaluate, step)
 
-    def act_by(self, evaluate: Callable[[float], Terms], step: int | None = None) -> Terms | None:
-        """Return the terms that a function gives for the weight of a step, and count the step.
+    def act_with(self, evaluate: Callable[[float], Terms], step: int | None = None) -> Terms | None:
+        """Return the terms that ``evaluate`` returns for the weight of a step, and count the step.
 
         Args:
-            evaluate: weight -> terms. It is not called where the weight is zero.
+            evaluate: weight -> terms. It is not called if the weight is zero.
             step: the optimiser step; None counts the calls.
 
         Returns:
-            The terms, or None where the penalty does not act.
+            The terms, or None if the penalty does not act on this step.
         """
         self.step = self.step if step is None else step
         weight = self.weight_at(self.step)
@@ -135,21 +142,22 @@ class Penalty:
         if weight == 0:
             return None
         terms = evaluate(weight)
-        if torch.is_grad_enabled():
-            self._weight.observe(terms.norms, self.step - 1)
+        if self._schedule is not None and torch.is_grad_enabled():
+            self._schedule.observe(terms.norms, self.step - 1)
         return terms
 
     def terms(
         self, f: Any, *args: Any, real: Any = None, fake: Any = None, step: int | None = None
     ) -> Terms:
-        """Return the norms and values behind the penalty. It takes the arguments of a call.
+        """Return the norms and values of the penalty. Takes the arguments of a call.
 
-        It acts on every step, whatever ``every`` says, counts none, and does not ask whether the
-        penalty trains anything; a running average stays as it is. ``weight`` is that of the last
-        step, up to this one, on which a call acts.
+        It evaluates on any step, also if ``every`` skips it, and counts no step. It does not
+        update a running average, and does not check that the penalty trains anything. ``weight``
+        is the weight of the latest step, up to this one, that ``every`` does not skip.
         """
         step = self.step if step is None else step
-        return self.evaluate(f, args, real, fake, self.weight_at(step - step % self.every))
+        weight = self.weight_at(step - step % self.every)
+        return self.evaluate(f, args, real, fake, weight, self.next_seed())
 
     def evaluate(
         self,
@@ -158,6 +166,7 @@ class Penalty:
         real: Any,
         fake: Any,
         weight: float,
+        seed: int,
         scale: Tensor | float | None = None,
         *,
         acts: bool = False,
@@ -167,12 +176,13 @@ class Penalty:
         Args:
             f: the first argument of the call.
             args: the other positional arguments.
-            real: real samples, if given by keyword.
-            fake: fake samples, if given by keyword.
+            real: real samples, if passed by keyword.
+            fake: fake samples, if passed by keyword.
             weight: the factor of the reduced value.
-            scale: of a gradient scaler.
-            acts: whether the terms are trained on: then states take the norms in, and a penalty
-                that trains nothing is refused.
+            seed: the seed of this evaluation's random numbers.
+            scale: the factor of a gradient scaler.
+            acts: whether the terms are trained on: then running averages are updated, and a
+                penalty that depends on no trained parameter is an error.
 
         Returns:
             The terms.
@@ -191,41 +201,46 @@ class Penalty:
         self.step = (self.step if step is None else step) + 1
 
     def weight_at(self, step: int) -> float:
-        """Return the factor of the reduced value at an optimiser step: zero where it is skipped."""
-        return 0.0 if step % self.every else float(self._weight(step)) * self.every
+        """Return the factor of the reduced value at an optimiser step: zero if it is skipped."""
+        if step % self.every:
+            return 0.0
+        weight = self._given if self._schedule is None else self._schedule(step)
+        return float(weight) * self.every  # type: ignore[arg-type]
 
     def acts_at(self, step: int | None = None) -> bool:
-        """Whether the penalty acts at an optimiser step; None is the next one that it counts."""
+        """Whether the penalty acts at an optimiser step; None is the next step."""
         return self.weight_at(self.step if step is None else step) != 0
 
     def loss_scale(self, step: int | None = None) -> float:
-        """Return what the whole loss is divided by: 1 but for a `rescaled` weight.
+        """Return the number that divides the total loss: 1, except for a `rescaled` weight.
 
         Args:
-            step: the optimiser step; None is that of the last call.
+            step: the optimiser step; None is the step of the last call.
         """
-        return self._weight.loss_scale(max(self.step - 1, 0) if step is None else step)
+        step = max(self.step - 1, 0) if step is None else step
+        return 1.0 if self._schedule is None else self._schedule.loss_scale(step)
 
     @property
     def measures(self) -> bool:
-        """Whether the weight is steered by gradients of loss and penalty, see `measure`."""
-        return self._weight.measures
+        """Whether the weight adapts to the gradients of loss and penalty, see `measure`."""
+        return self._schedule is not None and self._schedule.measures
 
     def measure(self, loss: Tensor, terms: Terms, parameters: Iterable[Tensor]) -> None:
-        """Show the gradients of loss and penalty to a weight that adapts to them.
+        """Let a weight that adapts to gradients measure those of the loss and the penalty.
 
         Args:
-            loss: without penalties, one number.
-            terms: of the penalty, of the last step.
-            parameters: those that are trained.
+            loss: the scalar loss without penalties.
+            terms: the penalty's terms at the last step.
+            parameters: the trained parameters.
         """
-        if self.measures and torch.is_grad_enabled():
-            self._weight.measure(loss, terms.penalty, parameters, self.step - 1)
+        if self._schedule is not None and torch.is_grad_enabled():
+            self._schedule.measure(loss, terms.penalty, parameters, self.step - 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state: plain numbers. The seed and the count of draws are the generator.
+        """Return the state as plain numbers.
 
-        An axis that has a state of its own, as a running average, is under its name in "axes".
+        The seed and ``draws``, the number of evaluations, determine the random numbers. The state
+        of an axis, such as a running average, is under the axis's name in "axes".
         """
         state = {"step": self.step, "draws": self.draws, "seed": self.seed}
         axes = {name: axis.state_dict() for name, axis in self._with_state().items()}
@@ -233,7 +248,7 @@ class Penalty:
         return {**state, "axes": axes} if axes else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state. An axis that it does not have begins at its beginning."""
+        """Restore a state. An axis without an entry in it is left as it is."""
         self.step, self.draws, self.seed = state["step"], state["draws"], state["seed"]
         for name, axis in self._with_state().items():
             if name in state.get("axes", {}):
@@ -244,7 +259,7 @@ class Penalty:
         return {"weight": self.weight, "every": self.every}
 
     def _with_state(self) -> dict[str, Any]:
-        """Return the axes that may have a state. A module's is its owner's to save."""
+        """Return the axes with a state, except modules, whose state their owner saves."""
         kept = {n: a for n, a in self.axes().items() if not isinstance(a, nn.Module)}
         return {n: a for n, a in kept.items() if hasattr(a, "state_dict")}
 
@@ -253,7 +268,7 @@ class Penalty:
         return f"{type(self).__name__}({axes})"
 
     def next_seed(self) -> int:
-        """Return the seed of the next evaluation: a function of the state and the rank alone."""
+        """Return the seed of the next evaluation, a function of the state and the rank only."""
         if self.seed is None:
             self.seed = torch.initial_seed() % 2**63
         self.draws += 1

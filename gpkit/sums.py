@@ -1,4 +1,4 @@
-"""Several penalties as one: each keeps its own name, weight and state."""
+"""PenaltySum: several penalties, each with its own name, weight and state."""
 
 from __future__ import annotations
 
@@ -15,12 +15,19 @@ Penalties = Penalty | Mapping[str, Penalty] | Iterable[Penalty]
 
 
 class PenaltySum(Mapping[str, Penalty]):
-    """Penalties by name, and their sum. It is called as each of them is.
+    r"""The sum of several penalties, and a mapping from names to them.
 
-    A LightningModule logs the parts one by one.
+    .. math:: \sum_p P_p
+
+    Call it as you call each part. Lightning modules and callbacks log each part under its name.
 
     Args:
         parts: penalties by name.
+
+    >>> import gpkit, torch
+    >>> penalty = PenaltySum({"r1": gpkit.r1(weight=2.0), "slope": gpkit.input_grad_norm(3.0)})
+    >>> penalty(lambda x: 2 * x[:, 0], torch.zeros(4, 2)).item()  # (2/2)·4 + 3·4
+    16.0
     """
 
     def __init__(self, parts: Mapping[str, Penalty]) -> None:
@@ -37,21 +44,21 @@ class PenaltySum(Mapping[str, Penalty]):
 
     @property
     def name(self) -> str:
-        """What the sum is called: the names of its parts."""
+        """The names of the parts, joined by "+"."""
         return "+".join(self.parts)
 
     @property
     def step(self) -> int:
-        """The steps that were counted."""
+        """The number of steps counted so far: the largest of the parts."""
         return max((part.step for part in self.parts.values()), default=0)
 
     def __call__(self, f: Any, *args: Any, **options: Any) -> Tensor:
         """Return the sum of the penalties, and count a step.
 
         Args:
-            f: the first argument of the call of each, see `gpkit.GradientPenalty`.
-            *args: its other positional arguments.
-            **options: its keyword arguments.
+            f: the first argument for each part, see `gpkit.GradientPenalty`.
+            *args: the other positional arguments.
+            **options: the keyword arguments.
 
         Returns:
             A scalar to add to the loss.
@@ -63,28 +70,30 @@ class PenaltySum(Mapping[str, Penalty]):
         return first
 
     def act(self, f: Any, *args: Any, **options: Any) -> dict[str, Terms | None]:
-        """Return the terms of each part, by name, and count a step; None for one that is skipped.
+        """Return the terms of each part by name, and count a step; None for a skipped part.
 
-        It takes the arguments of a call.
+        Takes the arguments of a call.
         """
         args = shared(args)
         return {name: part.act(f, *args, **options) for name, part in self.parts.items()}
 
     def terms(self, f: Any, *args: Any, **options: Any) -> dict[str, Terms]:
-        """Return the terms of each part, by name, and count no step."""
+        """Return the terms of each part by name, without counting a step."""
         args = shared(args)
         return {name: part.terms(f, *args, **options) for name, part in self.parts.items()}
 
     def with_loss(self, closure: Callable[[], Any], net: Any, *, step: int | None = None) -> Tensor:
-        """Return the loss and the penalties in the weights as one scalar, and count a step.
+        """Return the loss and the weight penalties as one scalar, and count a step.
+
+        See `gpkit.GradientPenalty.with_loss`.
 
         Args:
-            closure: gives the loss ``[]``, or losses ``[B]``, whose mean is trained on.
+            closure: returns the loss ``[]``, or losses ``[B]``, whose mean is trained on.
             net: the module, or its parameters.
             step: the optimiser step; None counts the calls.
 
         Returns:
-            A scalar; see `gpkit.GradientPenalty`.
+            The scalar loss + Σ penalties.
         """
         return with_loss(list(self.parts.values()), closure, net, step)
 
@@ -94,17 +103,17 @@ class PenaltySum(Mapping[str, Penalty]):
         terms: Mapping[str, Terms | None],
         parameters: Callable[[], Iterable[Tensor]],
     ) -> Tensor | None:
-        """Return the number that is trained on: (L + Σ penalties) / loss scale.
+        """Return the total loss, (L + Σ penalties) / loss scale.
 
-        Weights that adapt to gradients measure those of the loss and of their penalty.
+        Weights that adapt to gradients measure those of the loss and of their penalty here.
 
         Args:
-            loss: L, without penalties; None where they have a step of their own.
-            terms: of this step, by name; None for a penalty that is skipped.
-            parameters: gives those that are trained.
+            loss: L, without penalties; None if the penalties have an optimiser step of their own.
+            terms: the terms of this step by name; None for a skipped penalty.
+            parameters: returns the trained parameters.
 
         Returns:
-            One number; None if there is nothing to add up.
+            A scalar; None if there is no loss and no penalty.
         """
         total = loss
         for name, term in terms.items():
@@ -117,19 +126,19 @@ class PenaltySum(Mapping[str, Penalty]):
         return total if total is None or scale == 1 else total / scale
 
     def loss_scale(self, step: int | None = None) -> float:
-        """Return what the whole loss is divided by: the greatest that a `rescaled` weight asks for.
+        """Return the number that divides the total loss: the largest of the parts.
 
         Args:
-            step: the optimiser step; None is that of the last call.
+            step: the optimiser step; None is the step of the last call.
         """
         return max((part.loss_scale(step) for part in self.parts.values()), default=1.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of the parts, by name: plain numbers."""
+        """Return the states of the parts by name, as plain numbers."""
         return {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; a penalty that it does not have begins at its beginning."""
+        """Restore a state. A penalty without an entry in it is left as it is."""
         for name, part in self.parts.items():
             if name in state:
                 part.load_state_dict(state[name])
@@ -139,23 +148,23 @@ class PenaltySum(Mapping[str, Penalty]):
 
 
 def shared(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return positional arguments that several penalties can read: an iterator becomes a list."""
+    """Return the arguments with each iterator as a list, so that several penalties can read it."""
     return tuple(list(a) if isinstance(a, Iterator) else a for a in args)
 
 
 def as_sum(penalty: Penalties | None) -> PenaltySum:
-    """Return penalties by name.
+    """Return one or several penalties as a `PenaltySum`.
 
     Args:
-        penalty: one, which goes by its own name; a list of them; several by name; a sum; or None.
-            A sum among them stands for its parts.
+        penalty: a penalty, a list of penalties, a dict of them by name, a sum, or None. In a list
+            each penalty goes by its own name. A sum in a list or dict is replaced by its parts.
 
     Returns:
-        Their sum; of None, the empty one.
+        The sum; an empty one for None.
 
     Raises:
-        TypeError: if there is anything else.
-        ValueError: if two in a list have the same name.
+        TypeError: if it is anything else.
+        ValueError: if two penalties have the same name.
     """
     if penalty is None:
         return PenaltySum({})
@@ -184,7 +193,7 @@ def as_sum(penalty: Penalties | None) -> PenaltySum:
     parts = dict(named)
     if len(parts) < len(named):
         raise ValueError(
-            "`penalty=[...]` has two penalties of one name; name them in a dict, {'a': ...}, "
-            f"or with name=...; got {', '.join(name for name, _ in named)}"
+            "`penalty=[...]` has two penalties with the same name; use a dict, {'a': ...}, "
+            f"or name=...; got {', '.join(name for name, _ in named)}"
         )
     return PenaltySum(parts)

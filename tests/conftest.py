@@ -1,19 +1,29 @@
-"""What every test shares: one thread, for nets so small that threads would only wait."""
+"""What every test shares: a seed, and one thread; nets so small would only wait for more."""
 
 import logging
+import sys
 
-import matrix
+import pytest
 import torch
 
+collect_ignore = ["typing"]  # programs for the type checker, which nothing runs
 torch.set_num_threads(1)
 for name in ("pytorch_lightning", "lightning.pytorch"):  # "GPU available: False" and so on
     logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
 
 
 def pytest_terminal_summary(terminalreporter):
     """Print the table of the cells that ran: the properties of their reports."""
     reports = [r for group in terminalreporter.stats.values() for r in group]
     found = [p for r in reports for p in getattr(r, "user_properties", ())]
+    matrix = sys.modules.get("matrix")  # imported by its tests alone: it loads Lightning
+    if matrix is None:
+        return
     lines = matrix.table({cell: value for name, (cell, value) in found if name == "cell"})
     if lines:
         terminalreporter.section("callback and by hand: largest parameter difference")

@@ -4,7 +4,8 @@ import copy
 import pickle
 
 import pytest
-from cases import gradients, images, relative_error
+from compare import gradients, relative_error
+from scenes import images
 
 import gpkit
 

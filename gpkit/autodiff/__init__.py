@@ -1,12 +1,17 @@
-"""What torch's autograd lacks for penalties. Nothing here knows what a penalty is.
+"""Extensions of torch's autograd that penalties need. Nothing here depends on penalties.
 
-``derivatives`` takes derivatives of any order, ``graph`` reads autograd graphs, ``isolation`` runs
-a forward without side effects, ``kernels`` chooses kernels that have a double backward,
-``norm_layers`` writes out layers whose third derivative is wrong in torch, ``activations`` catches
-outputs of submodules, ``known_gradient`` makes values with a gradient that is already known,
-``random`` draws from a penalty's own generator, ``distributed`` is what ranks share, ``numerics``
-is arithmetic on rows ``[G, n]``, and ``taylor`` propagates truncated Taylor series.
+- ``derivatives``: derivatives of any order.
+- ``graph``: reads autograd graphs.
+- ``isolation``: runs a forward pass without side effects, on kernels that have a double backward.
+- ``norm_layers``: computes norm layers whose third derivative is wrong in torch.
+- ``activations``: captures the outputs of submodules.
+- ``known_gradient``: creates a value with a gradient that is already known.
+- ``random``: random numbers from a penalty's own seed.
+- ``distributed``: statistics over the ranks of a distributed run.
+- ``numerics``: norms and arithmetic of rows ``[G, n]``.
+- ``taylor``: propagates truncated Taylor series.
+- ``compat``: all private API of torch that gpkit uses.
 
-To add a rule of Taylor mode for an operation: decorate it with ``@rule("name")`` in
-``taylor/rules.py``, and add a function that uses it to the tests of Taylor mode.
+To add a Taylor-mode rule for an operation: decorate a function with ``@rule("name")`` in
+``taylor/rules.py``, and add a function that uses the operation to the tests of Taylor mode.
 """

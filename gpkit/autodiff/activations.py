@@ -1,4 +1,4 @@
-"""What the submodules of a net give, caught by name while it runs."""
+"""Outputs of submodules, captured by name during a forward pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ class Named:
     """The output of a submodule, named as in ``module.named_modules()``.
 
     Args:
-        name: as "encoder.3".
+        name: such as "encoder.3".
+
+    Raises:
+        ValueError: if the name is not a string, or is empty.
     """
 
     name: str
@@ -26,18 +29,18 @@ class Named:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(
-                f"`activation(name=...)` must be the name of a submodule, as 'encoder.3'; "
+                f"`activation(name=...)` must be the name of a submodule, such as 'encoder.3'; "
                 f"got {self.name!r}"
             )
 
 
 def names(*axes: Any) -> list[str]:
-    """Return the names of the activations among the choices on some axes, each once."""
+    """Return the names of the activations among ``axes``, without duplicates."""
     return list(dict.fromkeys(axis.name for axis in axes if isinstance(axis, Named)))
 
 
 def module_of(name: str, f: Any, args: Iterable[Any]) -> nn.Module:
-    """Return the module whose activation is meant: one that was given, or that ``f`` is made of.
+    """Return the module with the activation: one in ``args``, or ``f``, or one that ``f`` wraps.
 
     Raises:
         TypeError: if there is none.
@@ -47,28 +50,28 @@ def module_of(name: str, f: Any, args: Iterable[Any]) -> nn.Module:
         if isinstance(owner, nn.Module):
             return owner
     raise TypeError(
-        f"`activation({name!r})` needs the module that has it: penalty(net, x), or "
-        f"penalty(f, x, net) for a function that runs it; got a {type(f).__name__} alone"
+        f"`activation({name!r})` needs the module that contains it: penalty(net, x), or "
+        f"penalty(f, x, net) for a function f that calls the net; got only a {type(f).__name__}"
     )
 
 
 @contextmanager
 def captured(module: nn.Module | None, wanted: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Catch the outputs of submodules during one forward; no hook is left behind.
+    """Capture the outputs of submodules during one forward pass; the hooks are removed after it.
 
-    What follows a submodule gets a copy of its output, so that an operation in place does not
-    change what was caught. An output without a graph is caught as a leaf that requires grad.
+    The net continues with a copy of the output, so that an in-place operation does not change the
+    captured tensor. An output without a graph is captured as a leaf that requires grad.
 
     Args:
-        module: the net; it may be None where nothing is wanted.
+        module: the net; None if ``wanted`` is empty.
         wanted: names, as in ``module.named_modules()``.
 
     Yields:
         The outputs by name: complete when the block ends.
 
     Raises:
-        ValueError: if a name is no submodule's, or it was not run, or more than once.
-        TypeError: if a submodule gives no floating-point tensor.
+        ValueError: if there is no such submodule, or it does not run exactly once.
+        TypeError: if its output is not a floating-point tensor.
     """
     caught: dict[str, Tensor] = {}
     with ExitStack() as stack:
@@ -86,10 +89,10 @@ def captured(module: nn.Module | None, wanted: Iterable[str]) -> Iterator[dict[s
 
 
 def submodule(module: nn.Module, name: str) -> nn.Module:
-    """Return the submodule of a name, or refuse with the nearest one.
+    """Return the submodule with a name.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none; the message suggests the closest name.
     """
     modules = dict(module.named_modules())
     if name not in modules:
@@ -112,7 +115,7 @@ def _catch(name: str, caught: dict[str, Tensor], module: nn.Module, _: Any, outp
         given = output.dtype if isinstance(output, Tensor) else f"a {type(output).__name__}"
         raise TypeError(
             f"`activation({name!r})` must be a floating-point tensor; the {type(module).__name__} "
-            f"gives {given}: name a submodule within it"
+            f"returns {given}: name a submodule inside it"
         )
     caught[name] = output if output.requires_grad else output.detach().requires_grad_()
     return caught[name].clone()
@@ -120,13 +123,13 @@ def _catch(name: str, caught: dict[str, Tensor], module: nn.Module, _: Any, outp
 
 @contextmanager
 def classifier_inputs(net: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect what the last linear layer of a net is given, at every forward.
+    """Collect the inputs of the last linear layer of a net, in each forward pass.
 
     Args:
-        net: a module; its last ``nn.Linear`` is taken to be the classifier.
+        net: a module; its last ``nn.Linear`` is taken as the classifier.
 
     Yields:
-        The list that grows: ``[B, d]`` for each forward.
+        A list to which each forward pass appends ``[B, d]``.
 
     Raises:
         ValueError: if the net has no linear layer.
@@ -134,7 +137,7 @@ def classifier_inputs(net: nn.Module) -> Iterator[list[Tensor]]:
     linear = [module for module in net.modules() if isinstance(module, nn.Linear)]
     if not linear:
         raise ValueError(
-            "the classifier is the net's last nn.Linear; it has none: give the penalty "
+            "the net has no nn.Linear, whose last one would be the classifier: give the penalty "
             "(logits, features) yourself"
         )
     found: list[Tensor] = []
@@ -146,17 +149,17 @@ def classifier_inputs(net: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def features(net: nn.Module, x: Any) -> tuple[Tensor, Tensor]:
-    """Return what a net gives, and what its last linear layer was given to give it.
+    """Return the output of a net and the input of its last linear layer, in one forward pass.
 
     Args:
-        net: a module whose output is that of its last ``nn.Linear``.
+        net: a module that ends with its last ``nn.Linear``.
         x: its input.
 
     Returns:
         Logits ``[B, C]`` and features ``[B, d]``.
 
     Raises:
-        ValueError: if the net has no linear layer, or it did not run exactly once.
+        ValueError: if the net has no ``nn.Linear``, or the last one does not run exactly once.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -166,5 +169,5 @@ def features(net: nn.Module, x: Any) -> tuple[Tensor, Tensor]:
     with classifier_inputs(net) as found:
         logits = net(x)
     if len(found) != 1:
-        raise ValueError(f"the net's last nn.Linear must run once in a forward; ran {len(found)}")
+        raise ValueError(f"the net's last nn.Linear must run once; it ran {len(found)} times")
     return logits, found[0]

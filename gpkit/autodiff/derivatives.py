@@ -1,4 +1,4 @@
-"""Derivatives of a graph that is there: of any order, differentiable or not."""
+"""Derivatives of an existing graph: of any order, differentiable or not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gpkit import checks
 from gpkit.autodiff import graph
-from gpkit.autodiff.numerics import as_rows, wide
+from gpkit.autodiff.numerics import wide
 
 MAX_PASSES = 10_000
 
@@ -20,23 +20,24 @@ def derivative(y: Tensor, x: Tensor, order: int = 1) -> Tensor:
     .. math:: (D^k y)_{b, s_1 \dots s_k} =
               \partial^k y_b \, / \, \partial x_{b s_1} \dots \partial x_{b s_k}
 
-    Sample b of ``y`` must depend on sample b of ``x`` alone (batch normalisation in training mode
-    breaks that). A derivative that vanishes, such as that of a constant, of a variable that is not
-    used, or of a polynomial past its degree, is zero and not an error. The full tensor takes
-    1 + n + ... + n^(k-1) backward passes, n being the number of entries of one sample of ``x``.
+    Sample b of ``y`` must depend on sample b of ``x`` only; batch norm in training mode violates
+    this. A zero derivative is returned as zeros, without an error: of a constant, of an unused
+    variable, or of a polynomial above its degree. The full tensor takes 1 + n + ... + n^(k-1)
+    backward passes, where n is the number of entries of one sample of ``x``.
 
     Args:
-        y: what is differentiated: ``[B]`` or ``[B, 1]``; or one number, ``[]``.
-        x: with respect to what: ``[B, *S]``; or ``[*S]`` if ``y`` is one number. It must have
-            required grad when ``y`` was computed.
+        y: the output to differentiate: ``[B]`` or ``[B, 1]``; or one number, ``[]``.
+        x: the variable: ``[B, *S]``; or ``[*S]`` if ``y`` is one number. It must require grad
+            before ``y`` is computed from it.
         order: k >= 1.
 
     Returns:
         ``[B, *S, ..., *S]`` with ``S`` k times (without ``B`` if ``y`` is one number).
 
     Raises:
-        ValueError: if the shapes do not fit, ``x`` does not require grad, or ``order`` < 1.
-        RuntimeError: if torch has no derivative of that order for an operation of the graph.
+        ValueError: if the shapes do not fit, ``x`` does not require grad, ``order`` < 1, or more
+            than ten thousand backward passes would be needed.
+        RuntimeError: if torch has no derivative of that order through the graph, or a wrong one.
 
     >>> import torch
     >>> x = torch.tensor(-2.0, requires_grad=True)
@@ -66,7 +67,7 @@ def derivative(y: Tensor, x: Tensor, order: int = 1) -> Tensor:
     sample = x.shape[1:] if batched else x.shape
     column = y.reshape(-1, 1)  # [G, 1]
     rows = [entries for (entries,) in derivative_rows(column, (x,), order, batched=batched)]
-    # Each row holds the last index; the rows run over the first k - 1 indices in order.
+    # The columns of a row run over the last index, and the rows over the first k - 1 indices.
     full = torch.stack(rows, dim=1)  # [G, n^(k-1), n]
     return full.reshape(x.shape[: x.ndim - len(sample)] + sample * order)
 
@@ -74,16 +75,16 @@ def derivative(y: Tensor, x: Tensor, order: int = 1) -> Tensor:
 def derivative_rows(
     y: Tensor, xs: tuple[Tensor, ...], order: int, *, batched: bool
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the k-th derivative of ``y``, row by row: all entries are in all rows, once.
+    """Yield the k-th derivative of ``y``, row by row; each entry is in one row.
 
     Args:
         y: ``[G, m]``, for G groups.
         xs: the variables: ``[G, *S]`` each if ``batched``, else any shapes and G = 1.
         order: k >= 1.
-        batched: whether group g of ``y`` depends on ``x[g]`` alone.
+        batched: whether group g of ``y`` depends on ``x[g]`` only.
 
     Yields:
-        The gradient of one entry of the derivative before: ``[G, n]`` for each variable.
+        The gradient of one entry of the derivative of order k - 1: ``[G, n]`` for each variable.
 
     Raises:
         ValueError: if more than ten thousand backward passes would be needed.
@@ -105,24 +106,31 @@ def derivative_rows(
             yield from derivative_rows(torch.cat(rows, 1), xs, order - 1, batched=batched)
 
 
+def as_rows(x: Tensor, batched: bool) -> Tensor:
+    """Return ``x`` as ``[G, n]``: one row per sample, or a single row if not ``batched``."""
+    if batched and x.ndim == 2:
+        return x
+    return x.flatten(1) if batched and x.ndim > 1 else x.reshape(len(x) if batched else 1, -1)
+
+
 def gradients(y: Tensor, xs: tuple[Tensor, ...], times: Tensor | None = None) -> tuple[Tensor, ...]:
     """Return dy/dx for each x, differentiable; zeros where y does not depend on x.
 
     Args:
         y: one number.
         xs: the variables.
-        times: what they are multiplied by, a constant of the shape of y; None is one.
+        times: a constant factor of the gradients, in the shape of y; None is 1.
 
     Returns:
-        A tensor of the shape of each x.
+        A tensor in the shape of each x.
 
     Raises:
-        RuntimeError: if an operation has no derivative of this order; it says what to do.
+        RuntimeError: if an operation has no derivative of this order; the message says what to do.
     """
     if not y.requires_grad:
         return tuple(torch.zeros_like(x) for x in xs)
     kind = y.device.type
-    if torch.is_autocast_enabled(kind):  # in which a backward would be rounded once more
+    if torch.is_autocast_enabled(kind):  # autocast would round the backward pass once more
         with torch.autocast(kind, enabled=False):
             return gradients(y, xs, times)
     try:
@@ -135,18 +143,18 @@ def gradients(y: Tensor, xs: tuple[Tensor, ...], times: Tensor | None = None) ->
 def first_gradients(
     y: Tensor, xs: tuple[Tensor, ...], *, retain: bool = True
 ) -> tuple[Tensor | None, ...]:
-    """Return dy/dx for each x, without a graph of its own; None where there is none.
+    """Return dy/dx for each x, not differentiable; None where y does not depend on x.
 
     Args:
-        y: what is summed and differentiated.
+        y: the output; its sum is differentiated.
         xs: the variables.
-        retain: whether the graph behind y stays. A compiled one may refuse to.
+        retain: whether to keep the graph of y. A compiled graph may not allow it.
 
     Returns:
         The gradients.
 
     Raises:
-        RuntimeError: if an operation has none; it says what to do.
+        RuntimeError: if an operation has no derivative; the message says what to do.
     """
     if not y.requires_grad:
         return (None,) * len(xs)
@@ -160,7 +168,7 @@ def first_gradients(
 def products(
     outputs: Sequence[Tensor], xs: tuple[Tensor, ...], vectors: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Return d<outputs, vectors>/dx for each x, without a graph; zeros where there is no path."""
+    """Return d⟨outputs, vectors⟩/dx for each x, not differentiable; zeros if independent of x."""
     pairs = [(y, v) for y, v in zip(outputs, vectors, strict=True) if y.requires_grad]
     grads: Sequence[Tensor | None] = [None] * len(xs)
     if pairs:
@@ -174,7 +182,7 @@ def products(
 
 
 def gradient_norm(value: Tensor, parameters: list[Tensor]) -> Tensor:
-    """Return the norm of the gradient in all parameters together, without a graph."""
+    """Return the norm of the gradient in all parameters together, not differentiable."""
     grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
     squares = [g.detach().to(wide(g)).square().sum() for g in grads if g is not None]
     return torch.stack(squares).sum().sqrt() if squares else value.new_zeros(())

@@ -1,4 +1,4 @@
-"""What the ranks of a distributed run have together."""
+"""Statistics over the ranks of a distributed run."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from torch import Tensor, distributed
 
 
 def batch_std(x: Tensor) -> Tensor:
-    r"""Return the standard deviation over all entries of the batch, a scalar of the dtype of ``x``.
+    r"""Return the standard deviation over all entries of the batch, a scalar in the dtype of ``x``.
 
     .. math:: \sqrt{\tfrac1N \sum x^2 - \big(\tfrac1N \sum x\big)^2}
 
-    In a distributed run N, Σx and Σx² are those of the joint batch, so every rank must call it. The
-    result has no graph.
+    In a distributed run N, Σx and Σx² are sums over the batches of all ranks, so each rank must
+    call it. The result has no graph.
 
     Args:
-        x: ``[B, *S]``; B may differ from rank to rank.
+        x: ``[B, *S]``; B may differ between ranks.
 
     Returns:
-        The standard deviation, without a correction.
+        The standard deviation, without Bessel's correction.
 
     >>> batch_std(torch.tensor([[1.0], [3.0]]))
     tensor(1.)
@@ -26,21 +26,15 @@ def batch_std(x: Tensor) -> Tensor:
     x = x.detach()
     if not (distributed.is_available() and distributed.is_initialized()):
         return x.std(correction=0)
-    wide = x.double()  # a difference of squares needs the digits
+    wide = x.double()  # a difference of squares loses digits
     moments = torch.stack([wide.new_tensor(x.numel()), wide.sum(), wide.square().sum()])
     distributed.all_reduce(moments)
     count, total, squares = moments.unbind()
     return (squares / count - (total / count).square()).clamp(min=0).sqrt().to(x.dtype)
 
 
-def rank() -> int:
-    """Return the number of this process in a distributed run, else 0."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_rank() if distributed else 0
-
-
 def mean_of_ranks(measured: Tensor | float) -> float:
-    """Return one number, averaged over the ranks of a distributed run."""
+    """Return the mean of a scalar over the ranks of a distributed run."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed and isinstance(measured, Tensor):
         measured = measured.clone()

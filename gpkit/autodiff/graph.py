@@ -1,4 +1,4 @@
-"""What an autograd graph holds: its leaves, its operations, and why it cannot be differentiated."""
+"""Read autograd graphs: leaves, operations, and why a graph cannot be differentiated again."""
 
 from __future__ import annotations
 
@@ -6,24 +6,21 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-# What @once_differentiable makes of any backward: all have the same code.
-ONCE: Any = once_differentiable(lambda ctx, *grads: None)
+from gpkit.autodiff import compat
 
-
-# Operations whose second derivative is zero: through them alone, an order >= 2 penalty is nothing.
-PIECEWISE_LINEAR = ("Relu", "LeakyRelu", "Hardtanh", "Threshold", "Prelu", "Abs")
+# Operations with a zero second derivative: if a net has no others, an order >= 2 penalty is zero.
+PIECEWISE_LINEAR = ("Relu", "LeakyRelu", "Hardtanh", "Threshold", "PreluKernel", "Abs")
 
 
-# What torch says (or calls a node) when there is no further derivative, and what helps.
+# Words of torch's error messages, or names of nodes, and the hint for each.
 HINTS = {
     "scaled_dot_product": "fused attention has no double backward: run the forward under "
-    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or give the penalty a callable, "
-    "for which gpkit does so by itself",
+    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or give the penalty a callable: gpkit then "
+    "does this itself",
     "cudnn_rnn": "cuDNN's recurrent nets have no double backward: run the forward under "
     "torch.backends.cudnn.flags(enabled=False), or give the penalty a callable",
-    "use_reentrant=True": "reentrant checkpointing has no torch.autograd.grad: "
+    "use_reentrant=True": "reentrant checkpointing does not support torch.autograd.grad: "
     "use checkpoint(..., use_reentrant=False)",
     "once_differentiable": "a custom autograd Function is marked @once_differentiable: "
     "write its backward in differentiable operations",
@@ -32,22 +29,21 @@ HINTS = {
     "leaky_relu": "a piecewise-linear activation has no derivative of this order: "
     "use a smooth one (GELU, SiLU, softplus, tanh)",
     "NativeLayerNorm": "torch's third derivative of layer norm, and of batch norm in training "
-    "mode, is wrong: give the penalty a callable, for which gpkit computes them in elementary "
-    "operations, or run the forward under gpkit.elementary(), or use group norm or "
-    "order=1",
-    "donated buffers": "a compiled net gives its buffers up after one backward: set "
+    "mode, is wrong: give the penalty a callable (gpkit then computes them in elementary "
+    "operations), run the forward under gpkit.elementary(), use group norm, or use order=1",
+    "donated buffers": "a compiled net frees its buffers after one backward: set "
     "torch._functorch.config.donated_buffer = False before it is compiled",
-    "freed": "the graph of the loss is gone: call the penalty before loss.backward()",
-    "Inference tensors": "a tensor made under inference_mode is in the graph: clone it outside",
-    "torch.utils.checkpoint": "checkpointing ran a forward again otherwise than before: if it has "
+    "freed": "the graph of the loss has been freed: call the penalty before loss.backward()",
+    "Inference tensors": "the graph has a tensor made under inference_mode: clone it outside",
+    "torch.utils.checkpoint": "checkpointing recomputed a different forward pass: if it has "
     "attention, run the whole training under torch.nn.attention.sdpa_kernel(SDPBackend.MATH); if a "
-    "penalty moves what it computes with, use estimator='exact' at the data",
-    "modified by an inplace operation": "a tensor of the graph was changed in place",
+    "penalty moves its inputs or weights, use estimator='exact' at the data",
+    "modified by an inplace operation": "a tensor that the graph needs was modified in place",
 }
 
 
 def nodes(tensor: Tensor) -> Iterator[Any]:
-    """Yield every node of the graph of ``tensor``, once."""
+    """Yield each node of the graph of ``tensor`` once."""
     stack, seen = [tensor.grad_fn], set()
     while stack:
         node = stack.pop()
@@ -59,10 +55,11 @@ def nodes(tensor: Tensor) -> Iterator[Any]:
 
 
 def leaves(tensor: Tensor) -> list[Tensor]:
-    """Return the leaf tensors that require grad and on which ``tensor`` depends."""
+    """Return the leaf tensors in the graph of ``tensor``; all of them require grad."""
     if tensor.grad_fn is None:
         return [tensor] if tensor.requires_grad else []
-    return [node.variable for node in nodes(tensor) if hasattr(node, "variable")]
+    found = (getattr(node, compat.LEAF, None) for node in nodes(tensor))
+    return [leaf for leaf in found if leaf is not None]
 
 
 def depends(y: Tensor, x: Tensor) -> bool:
@@ -73,11 +70,12 @@ def depends(y: Tensor, x: Tensor) -> bool:
 
 
 def between(y: Tensor, xs: tuple[Tensor, ...]) -> list[Any]:
-    """Return the nodes on the paths from ``y`` to ``xs``: those that a derivative passes."""
+    """Return the nodes on the paths from ``y`` to ``xs``, which a derivative passes through."""
     users: dict[Any, list[Any]] = {}
     stack = [x.grad_fn for x in xs if x.grad_fn is not None]
     for node in nodes(y):
-        if any(x is getattr(node, "variable", None) for x in xs):
+        leaf = getattr(node, compat.LEAF, None)
+        if any(x is leaf for x in xs):
             stack.append(node)
         for parent, _ in node.next_functions:
             users.setdefault(parent, []).append(node)
@@ -91,43 +89,43 @@ def between(y: Tensor, xs: tuple[Tensor, ...]) -> list[Any]:
 
 
 def require_derivatives(y: Tensor, xs: tuple[Tensor, ...], order: int) -> None:
-    """Refuse a graph through which torch has no derivative of that order, or a wrong one.
+    """Refuse a graph if torch has no derivative of that order through it, or a wrong one.
 
-    A backward marked @once_differentiable is taken for a constant where its argument is one, and
-    torch's layer norm and batch statistics have a wrong third derivative (pytorch#175754): neither
-    is an error there.
+    torch does not always raise an error itself: it treats a backward marked @once_differentiable
+    as a constant if its arguments are constants, and its layer norm and batch norm in training
+    mode have a wrong third derivative (pytorch#175754).
+
+    Args:
+        y: the differentiated output.
+        xs: the variables.
+        order: the number of derivatives.
 
     Raises:
-        RuntimeError: if an operation between ``xs`` and ``y`` is known to have none.
+        RuntimeError: if an operation between ``xs`` and ``y`` is known to have no correct
+            derivative of that order; the message says what to do.
     """
     for node in between(y, xs) if order >= 2 else ():
         name, cause = node.name(), None
-        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
-        if getattr(backward, "__code__", None) is ONCE.__code__:
+        if compat.is_once_differentiable(node):
             cause = HINTS["once_differentiable"]
-        elif name.startswith("ScaledDotProduct"):
+        elif compat.is_fused_attention(name):
             cause = HINTS["scaled_dot_product"]
-        elif order >= (2 if "BackwardBackward" in name else 3) and (
-            name.startswith("NativeLayerNorm") or ("BatchNorm" in name and in_training(node))
+        elif order >= (2 if compat.is_second_derivative(name) else 3) and (
+            compat.is_layer_norm(name) or compat.uses_batch_statistics(node, name)
         ):
             cause = HINTS["NativeLayerNorm"]
         if cause:
             raise RuntimeError(f"there is no derivative of order {order} through {name}: {cause}")
 
 
-def in_training(node: Any) -> bool:
-    """Whether a node of batch norm, or of its derivative, is that of batch statistics."""
-    return getattr(node, "_saved_training", False) or getattr(node, "_saved_train", False)
-
-
 def piecewise_linear(y: Tensor) -> str | None:
-    """Return the name of a piecewise-linear operation in the graph of ``y``, if there is one."""
-    names = {node.name().partition("Backward")[0] for node in nodes(y)}
+    """Return the name of a piecewise-linear operation in the graph of ``y``, or None."""
+    names = set(map(compat.operation_of, nodes(y)))
     return next((name for name in PIECEWISE_LINEAR if name in names), None)
 
 
 def explain(error: RuntimeError) -> str:
-    """Return torch's message in one line, with what to do about it where that is known."""
+    """Return torch's error message in one line, with a hint if one is known."""
     said = str(error).strip().splitlines()[0]
     hint = next((hint for words, hint in HINTS.items() if words in str(error)), None)
     return f"{hint} (torch: {said})" if hint else said

@@ -1,4 +1,4 @@
-"""A forward pass of a penalty's own that leaves no trace in training."""
+"""Run an extra forward pass without side effects, on kernels that have a double backward."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from gpkit.autodiff.kernels import double_backward
+from gpkit.autodiff.compat import COMPILED_CLASS, attention_switch, buffers_of, compiled_call_of
+from gpkit.autodiff.norm_layers import elementary
 from gpkit.autodiff.random import RandomState, seeded
 
 
@@ -25,19 +26,19 @@ def isolated(
     *,
     twice: bool = True,
 ) -> Iterator[None]:
-    """Run a forward whose buffers and random numbers are its own, and that can be differentiated.
+    """A context for a forward pass with its own buffers and random numbers, and a double backward.
 
-    Batch statistics, and whatever else the modules that run keep in buffers, are written to copies;
-    dropout draws from ``seed``, and the streams of ``device`` and of the CPU are given back;
-    attention, recurrent nets and norm layers use kernels that have the derivatives.
+    Modules write batch norm statistics and other buffers to copies. Dropout draws from ``seed``,
+    and the random states of ``device`` and of the CPU are restored at the end. Attention,
+    recurrent nets and norm layers use kernels that have the derivatives.
 
     Args:
-        function: what will be called, or a module that it runs. Modules that it calls are seen as
+        function: the function to be called, or a module that it runs. Other modules are found when
             they are called.
-        seed: for the random numbers of this forward, or the state to draw them from.
-        device: where it runs.
-        order: k, of the penalty.
-        twice: whether it will be differentiated twice. If not, any kernel will do.
+        seed: the seed of this forward pass, or a random state to start from.
+        device: the device of the forward pass.
+        order: k, the order of the penalty.
+        twice: whether the graph will be differentiated twice. If not, any kernel is allowed.
 
     Yields:
         Nothing.
@@ -52,14 +53,16 @@ def isolated(
 
 @contextmanager
 def own_buffers(function: Any) -> Iterator[None]:
-    """Give modules copies of their buffers to write to, and the originals back at the end.
+    """Let modules write to copies of their buffers, and put the originals back at the end.
 
-    The originals are put back as objects and never written to: a copy back would spoil graphs
-    that have saved them. Modules are seen as they are called; but where the function names a
-    compiled one, whose trace would take in what looks on, those are taken that it names.
+    The original tensors are put back, and never written to, because graphs may have saved them.
+    Modules that the function refers to get their copies before it runs, and whatever their forward
+    has put in place is replaced. A global hook finds the others when they are called; torch.compile
+    would trace that hook, so it is left out for a function that refers to a compiled module.
     """
     swapped: list[tuple[nn.Module, str, Tensor, Tensor]] = []
     seen: set[nn.Module] = set()
+    known = 0
 
     def swap(module: nn.Module, _: Any = None) -> None:
         if module in seen:
@@ -68,29 +71,35 @@ def own_buffers(function: Any) -> Iterator[None]:
             if owner in seen:
                 continue
             seen.add(owner)
-            for name, buffer in owner._buffers.items():
+            for name, buffer in buffers_of(owner).items():
                 if buffer is not None:
                     swapped.append((owner, name, buffer, buffer.clone()))
-                    owner._buffers[name] = swapped[-1][-1]
+                    buffers_of(owner)[name] = swapped[-1][-1]
 
     named = named_modules(function)
-    compiled = any(is_compiled(m) for owner in named for m in owner.modules())
+    compiled = any(
+        compiled_call_of(m) is not None or type(m).__name__ == COMPILED_CLASS
+        for owner in named
+        for m in owner.modules()
+    )
     hook = None if compiled else register_module_forward_pre_hook(swap)
     try:
-        for owner in named if compiled else named[:1]:
+        for owner in named:
             swap(owner)
+        known = len(swapped)
         yield
     finally:
         if hook is not None:
             hook.remove()
-        for module, name, original, copy in swapped:
-            # functional_call may have put its own tensor there, and the original back itself.
-            if module._buffers.get(name) is copy:
-                module._buffers[name] = original
+        for i, (module, name, original, copy) in enumerate(swapped):
+            # Of a module that was not known, functional_call may have swapped the buffers first: it
+            # puts the original back itself, and what the hook saw was its own tensor.
+            if i < known or buffers_of(module).get(name) is copy:
+                buffers_of(module)[name] = original
 
 
 def named_modules(function: Any) -> list[nn.Module]:
-    """Return the modules that a function is, is a method of, or names from outside."""
+    """Return the modules that a function is, is a method of, or refers to from its closure."""
     if isinstance(function, functools.partial):
         named = [function.func, *function.args, *function.keywords.values()]
         return [m for part in named for m in named_modules(part)]
@@ -101,6 +110,63 @@ def named_modules(function: Any) -> list[nn.Module]:
     return [m for m in found if isinstance(m, nn.Module)]
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile stands behind a module's call."""
-    return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
+class double_backward:
+    """A context in which kernels have the k + 1 derivatives that a penalty of order k needs.
+
+    Fused attention has no double backward: the math kernel is used instead (entering is eight
+    times cheaper than ``sdpa_kernel(SDPBackend.MATH)``). cuDNN's recurrent nets have none: torch's
+    own are used, from the first call of a recurrent net on. Fused layer norm and batch norm have a
+    wrong third derivative: for order >= 2 they are computed in elementary operations. The context
+    can be entered again after it has been left.
+
+    Args:
+        order: k, the order of the penalty.
+    """
+
+    def __init__(self, order: int = 1) -> None:
+        self.order = order
+        self.others: ExitStack | None = None
+
+    def __enter__(self) -> None:
+        self.fused = [enable for enabled, enable in FUSED if enabled()]
+        for enable in self.fused:
+            enable(False)
+        self.math = MATH_ENABLED()
+        if not self.math:
+            ENABLE_MATH(True)
+        cudnn = torch.backends.cudnn.is_available()
+        if self.order >= 2 or cudnn:
+            self.others = ExitStack()
+            if cudnn:
+                self.others.enter_context(without_cudnn())
+            if self.order >= 2:
+                self.others.enter_context(elementary())
+
+    def __exit__(self, *exception: object) -> None:
+        if self.others is not None:
+            self.others.close()
+        for enable in self.fused:
+            enable(True)
+        if not self.math:
+            ENABLE_MATH(False)
+
+
+FUSED = [attention_switch(kind) for kind in ("flash", "mem_efficient", "cudnn")]
+MATH_ENABLED, ENABLE_MATH = attention_switch("math")
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Disable cuDNN from the first call of a recurrent net on."""
+    cudnn = torch.backends.cudnn.enabled
+
+    def leave(module: nn.Module, _: Any) -> None:
+        if isinstance(module, nn.RNNBase):
+            torch.backends.cudnn.enabled = False
+
+    hook = register_module_forward_pre_hook(leave)
+    try:
+        yield
+    finally:
+        hook.remove()
+        torch.backends.cudnn.enabled = cudnn

@@ -1,4 +1,4 @@
-"""Values whose gradient is known already, and weights moved for a while."""
+"""Values with a known gradient, and weights moved temporarily."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch.autograd.function import once_differentiable
 
 @contextmanager
 def perturbed(tensors: Sequence[Tensor], moves: Sequence[Tensor]) -> Iterator[None]:
-    """Move leaf tensors in place, and give their values back bit for bit at the end.
+    """Move leaf tensors in place, and restore their values bit for bit at the end.
 
-    Graphs that have saved the tensors stay good: autograd is not told, as it need not be when the
-    values come back before any of these graphs is used.
+    Graphs that saved the tensors stay valid: the values are restored before such a graph is used,
+    so autograd's version counters need not change.
 
     Args:
-        tensors: what to move.
-        moves: what to add to each.
+        tensors: the tensors to move.
+        moves: the tensor to add to each.
 
     Yields:
         Nothing.
     """
-    values = [t.data for t in tensors]  # the same memory, out of autograd's sight
+    values = [t.data for t in tensors]  # the same memory, without version counting
     copies = [v.clone() for v in values]
     try:
         for value, move in zip(values, moves, strict=True):
@@ -37,15 +37,15 @@ def perturbed(tensors: Sequence[Tensor], moves: Sequence[Tensor]) -> Iterator[No
 
 
 def require_leaves(tensors: Sequence[Tensor]) -> None:
-    """Refuse weights that were computed: moved in place, they would be computed as before.
+    """Refuse weights that are not leaves: a rerun would recompute them without the move.
 
     Raises:
-        ValueError: if one is not a leaf.
+        ValueError: if a tensor is not a leaf.
     """
     if not all(t.is_leaf for t in tensors):
         raise ValueError(
-            "finite differences move the weights in place, and one of them was computed from "
-            "others: give the penalty the leaf parameters themselves"
+            "finite differences move the weights in place, and one of them is not a leaf tensor: "
+            "give the penalty the leaf parameters"
         )
 
 
@@ -55,14 +55,13 @@ def known_gradient(
     grads: Sequence[Tensor],
     share: Tensor | None = None,
 ) -> Tensor:
-    """Return a value whose gradients in ``leaves`` are ``grads``: backward computes nothing.
+    """Return a value whose gradients in ``leaves`` are ``grads``: its backward computes nothing.
 
     Args:
-        value: one number, of any shape; its own graph is cut. With ``share`` several, ``[G]``.
-        leaves: the tensors that it depends on.
-        grads: the derivative of the number in each, of the leaves' shapes; with ``share`` that of
-            ⟨share, value⟩.
-        share: c, ``[G]``: what comes in at the backward must be a multiple of it.
+        value: one number, of any shape; its own graph is cut. With ``share``, values ``[G]``.
+        leaves: the tensors that the value depends on.
+        grads: the gradient of the value in each leaf; with ``share``, of ⟨share, value⟩.
+        share: c ``[G]``: the incoming gradient of the backward pass must be a multiple of c.
 
     Returns:
         The value, differentiable once.

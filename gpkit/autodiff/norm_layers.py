@@ -1,8 +1,8 @@
 """Layer, batch and instance norm in elementary operations, for derivatives of order 3 and above.
 
-torch's fused layer norm, and its batch norm in training mode (instance norm is made of it), have a
-third derivative that is wrong without a word (pytorch#175754). Written out they have all of them.
-A penalty of order k needs k + 1: its gradient.
+The third derivatives of torch's fused layer norm, and of its batch norm in training mode (instance
+norm uses it), are wrong, without an error (pytorch#175754). Elementary operations have correct
+derivatives of all orders. Training with a penalty of order k needs order k + 1.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from gpkit.autodiff.numerics import wide, widened
+
 
 class elementary(TorchFunctionMode):
-    """Compute norm layers in elementary operations while active: ``with elementary(): net(x)``.
+    """A context that computes norm layers in elementary operations: ``with elementary(): net(x)``.
 
-    The results are torch's own to rounding, running statistics included, in whatever net, and
-    also where the function is called without a layer. What torch would refuse, it still refuses.
+    It applies to layer, RMS, batch and instance norm, as modules and as functions. Outputs and
+    running statistics equal torch's up to rounding. Invalid arguments get torch's own errors.
 
     >>> import gpkit
     >>> net = torch.nn.Sequential(torch.nn.LayerNorm(2, eps=0), torch.nn.Flatten(0)).double()
@@ -39,7 +41,7 @@ class elementary(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Call the written-out function for a norm, and any other function itself."""
+        """Call the elementary version of a norm; call any other function unchanged."""
         kwargs = kwargs or {}
         written = WRITTEN_OUT.get(func)
         found = written(*args, **kwargs) if written else NotImplemented
@@ -73,7 +75,7 @@ def native_layer_norm(
     if not all(suits(p, shape, input) for p in (weight, bias)):
         return NotImplemented
     dims = tuple(range(-len(shape), 0))
-    x = wide(input)
+    x = widened(input)
     mean = x.mean(dims, keepdim=True)
     centred = x - mean
     rstd = (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
@@ -90,7 +92,7 @@ def rms_norm(
     shape = tuple(normalized_shape)
     if not shape or tuple(input.shape[-len(shape) :]) != shape or not suits(weight, shape, input):
         return NotImplemented
-    x = wide(input)
+    x = widened(input)
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     mean_square = x.square().mean(tuple(range(-len(shape), 0)), keepdim=True)
     return affine(x * (mean_square + eps).rsqrt(), weight, None).to(autocast_dtype(input))
@@ -136,8 +138,8 @@ def native_batch_norm(
     momentum: float,
     eps: float,
 ) -> Any:
-    """Return w (x - m) / √(v + ε) + b over batch and space, m, 1/√(v + ε); as torch's own."""
-    # In evaluation m and v are constants, and the fused derivatives are right.
+    """Return w (x - m) / √(v + ε) + b over batch and space, m, and 1/√(v + ε)."""
+    # In eval mode m and v are constants, and the fused derivatives are correct.
     if not training or input.ndim < 2 or input.numel() <= input.shape[1] or eps <= 0:
         return NotImplemented
     channels = (input.shape[1],)
@@ -195,7 +197,7 @@ def normalized(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, dims: tuple[int, ...], eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return ``[B, C, *S]`` normalised over ``dims``, and m, v and 1/√(v + ε)."""
-    x = wide(input)
+    x = widened(input)
     mean = x.mean(dims, keepdim=True)
     centred = x - mean
     var = centred.square().mean(dims, keepdim=True)
@@ -213,25 +215,20 @@ def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def update(running: Tensor | None, found: Tensor, momentum: float) -> None:
-    """Move a running statistic towards a batch's, as torch does: graphs that saved it stay good."""
+    """Update a running statistic as torch does, in place; graphs that saved it stay valid."""
     if running is not None:
         running.data.copy_((1 - momentum) * running + momentum * found.detach())
 
 
-def wide(x: Tensor) -> Tensor:
-    """Return x in the dtype in which torch's kernels compute: float32 for half precision."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of a layer norm: that of x, or float32 under autocast but for a CPU."""
+    """Return the output dtype of a layer norm: x's, or float32 or better under GPU autocast."""
     device = x.device.type
-    return wide(x).dtype if device != "cpu" and torch.is_autocast_enabled(device) else x.dtype
+    return wide(x) if device != "cpu" and torch.is_autocast_enabled(device) else x.dtype
 
 
 def suits(p: Tensor | None, shape: tuple[int, ...], x: Tensor) -> bool:
-    """Whether p is absent, or a parameter that torch would take for x; else torch is to say so."""
-    return p is None or (tuple(p.shape) == shape and p.dtype in (x.dtype, wide(x).dtype))
+    """Whether torch accepts the parameter p (or None) for x. If not, torch raises its own error."""
+    return p is None or (tuple(p.shape) == shape and p.dtype in (x.dtype, wide(x)))
 
 
 WRITTEN_OUT: dict[Any, Callable[..., Any]] = {

@@ -1,4 +1,4 @@
-"""Arithmetic of norms: wide dtypes, rows ``[G, n]``, lengths, roots, dual directions."""
+"""Arithmetic of norms: wider dtypes, rows ``[G, n]``, lengths, roots, dual directions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def wide(x: Tensor) -> torch.dtype:
-    """Return the dtype in which norms are taken: float32 for half precision."""
+    """Return the dtype to compute norms of ``x`` in: float32 for float16 and bfloat16."""
     return torch.float32 if x.dtype in HALF else x.dtype
 
 
@@ -18,7 +18,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def reduce_rows(rows: Iterable[tuple[Tensor, ...]], norm: str) -> Tensor:
-    """Return n² ``[G]`` of a derivative whose entries come in rows, each a tuple of ``[G, n]``."""
+    """Return n² ``[G]`` of a derivative given as rows, each a tuple of tensors ``[G, n]``."""
     total: Tensor | None = None
     for row in rows:
         for part in row:
@@ -37,29 +37,8 @@ def reduce_rows(rows: Iterable[tuple[Tensor, ...]], norm: str) -> Tensor:
     return total if norm == "l2" else total.square()
 
 
-def squared_length(parts: tuple[Tensor, ...]) -> Tensor:
-    """Return the sum of all squares ``[1]``, in float32 or better."""
-    if sum(part.numel() for part in parts) < SMALL:
-        parts = (torch.cat([part.reshape(-1) for part in parts]),)
-    squares = [(p.float() if p.dtype in HALF else p).square().sum() for p in parts]
-    total = squares[0]
-    for square in squares[1:]:
-        total = total + square
-    return total.reshape(1)
-
-
-SMALL = 2**18  # entries: below that a copy costs less than the operations that it saves
-
-
-def as_rows(x: Tensor, batched: bool) -> Tensor:
-    """Return ``x`` as ``[G, n]``: one row a sample, or one row in all."""
-    if batched and x.ndim == 2:
-        return x
-    return x.flatten(1) if batched and x.ndim > 1 else x.reshape(len(x) if batched else 1, -1)
-
-
 def root(squared_norms: Tensor) -> Tensor:
-    """Return the square root, whose derivative at zero is zero instead of infinite.
+    """Return the square root, with the derivative zero at zero instead of infinity.
 
     >>> n2 = torch.tensor([0.0, 4.0], requires_grad=True)
     >>> torch.autograd.grad(root(n2).sum(), n2)
@@ -67,31 +46,31 @@ def root(squared_norms: Tensor) -> Tensor:
     """
     positive = squared_norms > 0
     safe = torch.where(positive, squared_norms, torch.ones_like(squared_norms))
-    # A NaN is not positive and must stay one, hence the product and not a zero.
+    # The product keeps a NaN, which is not positive; a zero would hide it.
     return torch.where(positive, safe.sqrt(), squared_norms * 0)
 
 
-Rows = list[Tensor]  # one [G, n] for every variable
+Rows = list[Tensor]  # one [G, n] for each variable
 
 
-def known(grads: Any, xs: Any) -> list[Tensor]:
-    """Return gradients with zeros where there are none."""
+def zeros_for_none(grads: Any, xs: Any) -> list[Tensor]:
+    """Return gradients, with zeros in the shape of x where a gradient is None."""
     return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, xs, strict=True)]
 
 
-def added(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
-    """Return the sums of tensors, one by one."""
+def pairwise_sums(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
+    """Return the sum of each pair of tensors from two lists of the same length."""
     return [a + b for a, b in zip(first, second, strict=True)]
 
 
-# A function >= 0 of all entries of several tensors together, their sum or maximum.
+# (tensors, entry, reduce) -> the sum or maximum of entry(x) >= 0 over all entries of all tensors.
 Over = Callable[[Sequence[Tensor], Callable[[Tensor], Tensor], str], Tensor]
 
 
 def over_all(
     tensors: Sequence[Tensor], entry: Callable[[Tensor], Tensor], reduce: str = "sum"
 ) -> Tensor:
-    """Return the sum, or the maximum, of a function >= 0 of all entries: one number."""
+    """Return the sum or maximum of ``entry(x)`` >= 0 over all entries: a scalar."""
     together = torch.sum if reduce == "sum" else torch.amax
     return together(torch.stack([together(entry(widened(t)).reshape(-1), 0) for t in tensors]), 0)
 
@@ -99,7 +78,7 @@ def over_all(
 def over_rows(
     rows: Sequence[Tensor], entry: Callable[[Tensor], Tensor], reduce: str = "sum"
 ) -> Tensor:
-    """Return the same for each group of rows ``[G, n]``: ``[G, 1]``."""
+    """Return the sum or maximum of ``entry(x)`` >= 0 over each row of ``[G, n]``: ``[G, 1]``."""
     parts = [entry(widened(row)) for row in rows]
     if reduce == "sum":
         return torch.stack([part.sum(1, keepdim=True) for part in parts]).sum(0)
@@ -109,9 +88,8 @@ def over_rows(
 def dual(grads: Sequence[Tensor], norm: str, over: Over = over_all) -> tuple[Tensor, list[Tensor]]:
     """Return the norm n of a gradient g, and the direction v of steepest ascent, ⟨g, v⟩ = n.
 
-    v is g/‖g‖ for "l2", the signs for "l1", and the sign of the largest entry for "linf": spread
-    over the largest where several tie, as the gradient of a maximum is. Of a zero gradient it is
-    zero.
+    v is g/‖g‖ for "l2", sign(g) for "l1", and the sign of the largest entry for "linf", divided
+    equally among tied entries, like the gradient of a maximum. If g is zero, v is zero.
 
     Args:
         grads: g, one tensor for each variable.
@@ -119,7 +97,7 @@ def dual(grads: Sequence[Tensor], norm: str, over: Over = over_all) -> tuple[Ten
         over: `over_all`, `over_rows`, or a reduction over the shards of several processes.
 
     Returns:
-        n in the shape of ``over``, and v in the shapes of g, in float32 or better.
+        n in the shape that ``over`` returns, and v in the shapes of g, in float32 or better.
 
     >>> n, (v,) = dual([torch.tensor([3.0, -4.0, 4.0])], "linf")
     >>> n.item(), v.tolist()
@@ -138,22 +116,22 @@ def dual(grads: Sequence[Tensor], norm: str, over: Over = over_all) -> tuple[Ten
 
 
 def steepest(rows: Rows, norm: str) -> Rows:
-    """Return v with ⟨g, v⟩ = ‖g‖ for gradients g ``[G, n]``; zeros for a zero gradient."""
+    """Return v with ⟨g, v⟩ = ‖g‖ for each row of gradients g ``[G, n]``; zeros if g is zero."""
     return dual(rows, norm, over_rows)[1]
 
 
 def length_of(rows: Rows) -> Tensor:
-    """Return the Euclidean length of rows ``[G, n]``: ``[G]``."""
+    """Return the Euclidean length ``[G]`` of rows ``[G, n]``."""
     return reduce_rows([tuple(rows)], "l2").sqrt()
 
 
-def moving(size: Tensor) -> Tensor:
-    """Return one where there is a direction to move along, and zero where there is none."""
-    return (size != 0).to(size)
+def nonzero_mask(x: Tensor) -> Tensor:
+    """Return 1 where ``x`` is not zero (NaN included), and 0 elsewhere, in the dtype of ``x``."""
+    return (x != 0).to(x)
 
 
 def spacing(y: Tensor, *xs: Tensor) -> float:
-    """Return the spacing at one of the coarsest numbers that a function is computed in."""
+    """Return the machine epsilon of the coarsest dtype among the tensors and autocast."""
     dtypes = [t.dtype for t in (y, *xs)]
     if torch.is_autocast_enabled(y.device.type):
         dtypes.append(torch.get_autocast_dtype(y.device.type))
@@ -161,9 +139,9 @@ def spacing(y: Tensor, *xs: Tensor) -> float:
 
 
 def normalized(rows: Sequence[Tensor]) -> list[Tensor]:
-    """Return rows ``[G, n]`` divided by the length of all parts of a row; zero stays zero."""
+    """Return rows ``[G, n]`` divided by the length over all parts of a row; zero stays zero."""
     parts = [widened(r) for r in rows]
-    scale = torch.stack([p.abs().amax(1) for p in parts]).amax(0).unsqueeze(1)  # no underflow
+    scale = torch.stack([p.abs().amax(1) for p in parts]).amax(0).unsqueeze(1)  # against underflow
     parts = [p / torch.where(scale > 0, scale, torch.ones_like(scale)) for p in parts]
     length = torch.stack([p.square().sum(1) for p in parts]).sum(0).sqrt().unsqueeze(1)
     return [p / torch.where(length > 0, length, torch.ones_like(length)) for p in parts]
@@ -175,7 +153,7 @@ def widened(x: Tensor) -> Tensor:
 
 
 def per_pixel(row: Tensor, x: Tensor) -> Tensor:
-    """Return the derivative ``[B, C·P]`` in an ``x`` ``[B, C, *S]`` as ``[B·P, C]``, P pixels.
+    """Return a derivative ``[B, C·P]`` in ``x`` ``[B, C, *S]`` as ``[B·P, C]``, for P pixels.
 
     >>> import torch
     >>> x = torch.zeros(1, 3, 2)  # three channels, two pixels

@@ -1,17 +1,18 @@
-"""Random numbers of a penalty's own, and the streams of torch given back."""
+"""A penalty's own random numbers, without changing torch's global random state."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def derived_seed(*parts: object) -> int:
-    """Return a seed in [0, 2**63) that is a function of numbers or words, as a seed and a count.
+    """Return a seed in [0, 2**63), a hash of numbers or strings, such as a seed and a count.
 
     >>> derived_seed(0, 1) == derived_seed(0, 1) != derived_seed(0, 2)
     True
@@ -20,11 +21,32 @@ def derived_seed(*parts: object) -> int:
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
+def rank() -> int:
+    """Return the rank of this process in a distributed run, else 0."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if distributed else 0
+
+
+def device_of(*values: Any) -> torch.device:
+    """Return the device of the first tensor or module among ``values``, else the CPU."""
+    for value in values:
+        device = getattr(value, "device", None)
+        if isinstance(device, torch.device):
+            return device
+        if isinstance(value, nn.Module):
+            value = [next(value.parameters(), None)]
+        if isinstance(value, (list, tuple)):
+            found = device_of(*value)
+            if found.type != "cpu":
+                return found
+    return torch.device("cpu")
+
+
 class SeededDraws:
-    """Random numbers of a seed that is a tensor, so that a compiled graph need not know its value.
+    """Random numbers from a seed in a tensor, so that a compiled graph works for every seed.
 
     Args:
-        seed: one integer.
+        seed: a tensor with one integer.
     """
 
     def __init__(self, seed: Tensor) -> None:
@@ -60,7 +82,7 @@ def _draw(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return the numbers of the ``count``-th draw; torch.compile does not look inside."""
+    """Return the ``count``-th draw. A custom op, because torch.compile cannot trace generators."""
     rng = torch.Generator(device).manual_seed((int(seed) + count) % 2**63)
     return (normal if is_normal else uniform)(rng, tuple(shape), device, dtype)
 
@@ -77,36 +99,48 @@ def _(
     return torch.empty(tuple(shape), device=device, dtype=dtype)
 
 
-RandomState = tuple[Tensor, ...]
+RandomState = tuple[Tensor, ...]  # of the CPU, then of the device if it has its own
 
 
 @contextmanager
 def seeded(seed: int | RandomState, device: torch.device) -> Iterator[None]:
-    """Draw from a seed, and give the streams of ``device`` and of the CPU back at the end.
+    """A context that draws from a seed, and restores the states of ``device`` and the CPU.
 
     Args:
-        seed: for the random numbers, or the state to draw them from.
-        device: where they are drawn.
+        seed: the seed, or a random state to start from.
+        device: the device that draws the random numbers.
 
     Yields:
         Nothing.
     """
-    cuda = [device.index or 0] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        for i, generator in enumerate(generators(device)):
-            if isinstance(seed, int):
-                generator.manual_seed(seed)
-            else:
-                generator.set_state(seed[i])
+    own, before = accelerator(device), random_state(device)
+    try:
+        if not isinstance(seed, int):
+            set_random_state(seed, device)
+        else:
+            torch.default_generator.manual_seed(seed)
+            if own is not None:  # its manual_seed would seed the current device
+                own.set_rng_state(torch.Generator(device).manual_seed(seed).get_state(), device)
         yield
-
-
-def generators(device: torch.device) -> list[torch.Generator]:
-    """Return the generators that a forward on ``device`` draws from: the CPU's and its own."""
-    cuda = [device.index or 0] if device.type == "cuda" else []
-    return [torch.default_generator, *[torch.cuda.default_generators[i] for i in cuda]]
+    finally:
+        set_random_state(before, device)
 
 
 def random_state(device: torch.device) -> RandomState:
-    """Return the state of the random numbers, for `isolated` to draw the same ones again."""
-    return tuple(generator.get_state() for generator in generators(device))
+    """Return the random state, with which `isolated` repeats the same random numbers."""
+    own, cpu = accelerator(device), torch.get_rng_state()
+    return (cpu,) if own is None else (cpu, own.get_rng_state(device))
+
+
+def set_random_state(state: RandomState, device: torch.device) -> None:
+    """Restore a state that `random_state` returned for the same device."""
+    torch.set_rng_state(state[0])
+    own = accelerator(device)
+    if own is not None:
+        own.set_rng_state(state[1], device)
+
+
+def accelerator(device: torch.device) -> Any:
+    """Return torch's module for a device with its own random state, such as torch.cuda, or None."""
+    module = None if device.type == "cpu" else getattr(torch, device.type, None)  # "meta" has none
+    return module if hasattr(module, "get_rng_state") else None

@@ -1,14 +1,19 @@
-"""The axes of `GradientPenalty`: one file for each argument, named as the argument.
+"""The axes of `GradientPenalty`: each file has the name of the argument that it implements.
 
-``of`` what is differentiated, ``wrt`` with respect to what, ``scope`` the groups that have a norm
-each, ``form`` what is done to the norm, ``at`` where the derivative is taken, ``weight`` and
-``adaptive`` the factor at a step; ``environments`` the statistics of environments. ``call`` and
-``samples`` read what a penalty was called with.
+- ``of``: what is differentiated.
+- ``wrt``: the variables of the derivative.
+- ``scope``: the groups; each group has one norm.
+- ``form``: the function of the norm.
+- ``at``: the points where the derivative is taken.
+- ``weight`` and ``adaptive``: the factor at each optimiser step.
+- ``environments``: the statistics of `EnvironmentPenalty`.
 
-To add a form: subclass `Form` in ``form.py`` with one method, ``value``, and name it in ``FORMS``.
-To add a point: subclass `At` in ``at.py`` with one method, ``choose``, and name it in ``POINTS``.
-To add a schedule: subclass `Weight` in ``weight.py`` with one method, ``__call__``.
-Export it in ``gpkit/__init__.py``, and add a row to the table of cases in ``tests/support``.
+``call`` holds the arguments of a call. The estimators are in ``gpkit/estimators``.
+
+To add a form: subclass `Form` in ``form.py``, define ``value``, and add the class to ``FORMS``.
+To add points: subclass `At` in ``at.py``, define ``choose``, and add the class to ``POINTS``.
+To add a schedule: subclass `Weight` in ``weight.py`` and define ``__call__``.
+Then export it in ``gpkit/__init__.py``, and add a row to the table of cases in ``tests/support``.
 
 >>> from dataclasses import dataclass
 >>> import torch

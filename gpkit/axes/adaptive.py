@@ -1,4 +1,4 @@
-"""Weights that adapt to what is measured in training. Their state is checkpointed."""
+"""Weights that adapt to measurements during training. Their state is checkpointed."""
 
 from __future__ import annotations
 
@@ -18,18 +18,21 @@ from gpkit.axes.weight import Weight
 
 @dataclass(kw_only=True)
 class Adaptive(Weight):
-    """A weight that is corrected once an optimiser step by the mean of what was measured in it.
+    """A weight that is corrected once per optimiser step, by the mean measurement of that step.
 
-    All micro-batches of a step see the same weight; what they measure corrects that of the next.
-    A measurement that is not finite, as after an overflow under mixed precision, is left out. In a
-    distributed run the measurement is the mean over the ranks, so that all have the same weight.
-    Each penalty needs one of its own.
+    All micro-batches of a step use the same weight; their measurements correct the weight of the
+    next step. A measurement that is not finite, such as after a float16 overflow, is ignored. In a
+    distributed run measurements are averaged over the ranks, so that all use the same weight. Do
+    not share one object between penalties.
 
     Args:
-        weight: λ at the start, > 0.
-        rate: the part of the error in log λ that one correction takes away, > 0.
-        low: the least weight, > 0.
-        high: the greatest.
+        weight: λ at the start, in [low, high].
+        rate: the gain of one correction of log λ, > 0.
+        low: the smallest weight, > 0.
+        high: the largest weight.
+
+    Raises:
+        ValueError: if an argument is out of range.
     """
 
     weight: float = 1.0
@@ -53,14 +56,14 @@ class Adaptive(Weight):
         self._corrections = 0
 
     def __call__(self, step: int) -> float:
-        """Return the weight at an optimiser step: corrected, if one was measured before it."""
+        """Return the weight at an optimiser step, corrected by measurements of earlier steps."""
         if not self._count or step == self._step:
             return self._value
         factor = math.exp(self.correction(self._total / self._count))
         return min(self.high, max(self.low, self._value * factor))
 
     def record(self, measured: Tensor | float, step: int) -> None:
-        """Take a measurement of an optimiser step, one number, into account."""
+        """Record one measurement, a scalar, of an optimiser step."""
         measured = mean_of_ranks(measured)
         if not math.isfinite(measured):
             return
@@ -72,38 +75,38 @@ class Adaptive(Weight):
         self._count += 1
 
     def correction(self, measured: float) -> float:
-        """Return what is added to log λ."""
+        """Return the number to add to log λ."""
         raise NotImplementedError(f"{type(self).__name__} must define correction(measured)")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state: plain numbers."""
+        """Return the state as plain numbers."""
         return {name: getattr(self, f"_{name}") for name in STATE if hasattr(self, f"_{name}")}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
+        """Restore a state."""
         for name, value in state.items():
             setattr(self, f"_{name}", value)
 
 
 @dataclass
 class target_norm(Adaptive):
-    r"""Steer the mean norm n of a penalty to a target, by integral control of log λ.
+    r"""A weight that steers the mean norm n to a target, by integral control of log λ.
 
     .. math:: \log \lambda \leftarrow \log \lambda + \text{rate} \cdot
               \text{clip}(\log (\text{mean}\, n / \text{target}), -1, 1)
 
-    For forms that draw the norm to zero: a greater weight must mean a smaller norm. A penalty
-    measures its norms itself, wherever it is called with grad mode on.
+    Use it with forms that pull the norm to zero: a larger weight must give a smaller norm. The
+    penalty measures its own norms in each call, unless under no_grad.
 
     Args:
-        target: the mean norm wanted, > 0.
+        target: the desired mean norm, > 0.
         weight: λ at the start.
-        rate: of the correction at each optimiser step on which the penalty acts.
-        low: the least weight.
-        high: the greatest.
+        rate: the gain of the correction at each optimiser step on which the penalty acts.
+        low: the smallest weight.
+        high: the largest weight.
 
     Raises:
-        ValueError: if an argument is out of its range.
+        ValueError: if an argument is out of range.
 
     >>> weight = target_norm(1.0, weight=2.0, rate=0.5)
     >>> weight.observe(torch.tensor([2.0, 2.0]), step=0)  # the norm is twice the target
@@ -118,38 +121,38 @@ class target_norm(Adaptive):
         checks.number("target_norm(target=...)", self.target, 0, strict=True)
 
     def observe(self, norms: Tensor, step: int) -> None:
-        """Take the norms ``[G]`` of an optimiser step into account."""
+        """Record the mean of the norms ``[G]`` of an optimiser step."""
         self.record(norms.detach().mean(), step)
 
     def correction(self, measured: float) -> float:
-        """Return what is added to log λ."""
+        """Return the number to add to log λ."""
         error = math.log(measured / self.target) if measured > 0 else -1.0
         return self.rate * min(1.0, max(-1.0, error))
 
 
 @dataclass
 class gradient_share(Adaptive):
-    r"""Steer a penalty's gradient to a share of the loss's: a λ that need not be guessed.
+    r"""A weight that makes the norm of the penalty's gradient a given share of the loss's.
 
     .. math:: \log \lambda \leftarrow \log \lambda + \text{rate} \cdot
               \log \frac{\text{share}}{r}, \quad
               r = \frac{\|\nabla_\theta (\lambda P)\|}{\|\nabla_\theta L\|}
 
-    The first correction is whole, whatever the rate, since the ratio is proportional to λ. A
-    measurement takes a backward pass of each, on every n-th step. `PenalizedModule` measures by
-    itself; a loop of your own calls `measure`. With a lazy penalty r is that of the steps on which
-    it acts.
+    The first correction has rate 1, because r is proportional to λ. A measurement takes one extra
+    backward pass through the loss and one through the penalty, on every n-th step.
+    `PenalizedModule` measures by itself; in your own loop, call `measure`. With a lazy penalty r
+    is measured on the steps on which it acts.
 
     Args:
-        share: the ratio wanted, > 0: 0.1 is a tenth of the loss's gradient.
-        every: n, the optimiser steps from one measurement to the next.
-        weight: λ up to the first measurement, and the start of the search.
-        rate: of the later corrections.
-        low: the least weight.
-        high: the greatest.
+        share: the desired ratio r, > 0: 0.1 is a tenth of the norm of the loss's gradient.
+        every: n, the number of optimiser steps between measurements.
+        weight: λ until the first measurement.
+        rate: the gain of the later corrections.
+        low: the smallest weight.
+        high: the largest weight.
 
     Raises:
-        ValueError: if an argument is out of its range.
+        ValueError: if an argument is out of range.
 
     >>> import gpkit
     >>> w = torch.tensor([2.0], requires_grad=True)
@@ -175,12 +178,12 @@ class gradient_share(Adaptive):
     def measure(
         self, loss: Tensor, penalty: Tensor, parameters: Iterable[Tensor], step: int | None = None
     ) -> None:
-        """Measure the ratio of the gradients, where it is due. Graphs and ``.grad`` are kept.
+        """Measure r, if a measurement is due. Graphs and ``.grad`` are left unchanged.
 
         Args:
-            loss: L, one number, without penalties.
-            penalty: λP, what the penalty gave on this step. Zero without a graph is passed over.
-            parameters: θ, those that are trained.
+            loss: L, the scalar loss without penalties.
+            penalty: λP, the penalty of this step. Without a graph it is ignored.
+            parameters: θ, the trained parameters.
             step: the optimiser step; None counts the calls.
         """
         if step is None:
@@ -191,11 +194,11 @@ class gradient_share(Adaptive):
             return
         trained = [p for p in parameters if p.requires_grad]
         ratio = gradient_norm(penalty, trained) / gradient_norm(loss, trained)
-        # Without a gradient of the penalty no weight gives the share: nothing to learn from it.
+        # If the penalty's gradient is zero, no weight reaches the share: NaN is ignored.
         self.record(torch.where(ratio > 0, ratio, torch.nan), step)
 
     def correction(self, measured: float) -> float:
-        """Return what is added to log λ."""
+        """Return the number to add to log λ."""
         return (self.rate if self._corrections else 1.0) * math.log(self.share / measured)
 
 

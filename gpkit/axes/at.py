@@ -1,8 +1,8 @@
-"""The axis `at`: where the derivative is taken."""
+"""The axis `at`: the points where the derivative is taken."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,26 +13,42 @@ from gpkit import checks
 from gpkit.autodiff import random
 from gpkit.autodiff.distributed import batch_std
 from gpkit.autodiff.random import Source
-from gpkit.axes.samples import Points, as_points, per_sample, require_floating, unwrap
+
+Points = tuple[Tensor, ...]  # one tensor [B, *S] for each input of the function
 
 
 @dataclass(frozen=True, kw_only=True)
 class At:
-    """Where the derivative is taken.
+    """The points where the derivative is taken. The base class of `at`.
+
+    A subclass defines one method, ``choose``, and sets ``moves = True`` if its points differ from
+    the samples.
 
     Args:
-        detach: cut the points off the graph that made them (a generator's, say). With
-            ``detach=False`` the penalty also trains what made the points.
+        detach: cut the points off the graph that computed them, such as a generator's. With
+            ``detach=False`` the penalty also trains the generator.
+
+    >>> from dataclasses import dataclass
+    >>> import gpkit
+    >>> @dataclass(frozen=True, kw_only=True)
+    ... class midpoints(At):
+    ...     moves = True
+    ...     def choose(self, real, fake, rng):
+    ...         return tuple((x + y) / 2 for x, y in zip(real, fake, strict=True))
+    >>> penalty = gpkit.GradientPenalty(at=midpoints())
+    >>> x, y = torch.ones(8, 1), torch.zeros(8, 1)
+    >>> penalty(lambda x: (x**2).sum(1), real=x, fake=y).item()  # (2·½)²
+    1.0
     """
 
     detach: bool = True
 
-    # Whether the points are the samples as they were given: then a graph that the caller already
-    # has can be reused, and no second forward is needed.
+    # False if the points are the samples themselves: then the penalty reuses the graph that the
+    # caller has, and no second forward pass is needed.
     moves = False
 
     def __call__(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
-        """Return the points, ready to be differentiated at: they require grad."""
+        """Return the points, detached if ``detach``, as tensors that require grad."""
         points = self.choose(real, fake, rng)
         for x in points:
             require_floating(x)
@@ -43,11 +59,11 @@ class At:
         return tuple(x if x.requires_grad else x.detach().requires_grad_() for x in points)
 
     def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
-        """Return the points before they are detached."""
+        """Return the points, before ``detach``: ``[B, *S]`` for each input of the function."""
         raise NotImplementedError(f"{type(self).__name__} must define choose(real, fake, rng)")
 
     def need(self, samples: Points | None, kind: str) -> Points:
-        """Return ``samples``, or refuse because the call had none of this kind."""
+        """Return ``samples``, or raise a ValueError if the call had no samples of this kind."""
         if samples is None:
             raise ValueError(f"`at={type(self).__name__}()` needs {kind}=..., which was not given")
         return samples
@@ -63,7 +79,7 @@ class real(At):
 
 @dataclass(frozen=True, kw_only=True)
 class data(real):
-    """The data that the penalty was called with: x."""
+    """The samples passed to the call: x."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +92,21 @@ class fake(At):
 
 @dataclass(frozen=True, kw_only=True)
 class interpolate(At):
-    """Interpolates α x + (1 - α) y of real x and fake y, one α in U[0, 1] for every sample.
+    r"""Interpolates between real samples x and fake samples y, as in WGAN-GP.
 
-    With several inputs a sample has one α for all of them.
+    .. math:: \hat x_i = \alpha_i x_i + (1 - \alpha_i) y_i, \quad \alpha_i \sim U[0, 1]
+
+    Each sample has one α; with several inputs it is the same for all of them.
+
+    Args:
+        detach: cut the points off the graph that computed them.
+
+    Source: Gulrajani et al. (2017), arXiv:1704.00028.
+
+    >>> x, y = torch.ones(2, 3), torch.zeros(2, 3)
+    >>> (z,) = interpolate()((x,), (y,), torch.Generator().manual_seed(0))
+    >>> bool((z == z[:, :1]).all() and (z >= 0).all() and (z <= 1).all())
+    True
     """
 
     moves = True
@@ -97,14 +125,25 @@ class interpolate(At):
 
 @dataclass(frozen=True)
 class perturb(At):
-    """x + s·u: the real samples with noise, as in DRAGAN.
+    """Real samples with noise, as in DRAGAN: x + s·u, or x + α·s·u with ``along``.
 
     Args:
         scale: s.
         noise: "normal", u ~ N(0, I), or "uniform", u ~ U[-1, 1] in every entry.
-        relative: multiply s by the standard deviation over all entries of the batch, that of all
-            ranks in a distributed run; each of several inputs has its own.
-        along: take a point between x and its perturbation: x + α·s·u, one α in U[0, 1] a sample.
+        relative: multiply s by the standard deviation over all entries of the batch, and of all
+            ranks in a distributed run. Each of several inputs has its own standard deviation.
+        along: take a point between x and x + s·u: x + α·s·u, with one α ~ U[0, 1] per sample.
+        detach: cut the points off the graph that computed them.
+
+    Raises:
+        ValueError: if ``scale`` is negative, or ``noise`` is another name.
+
+    Source: Kodali et al. (2017), arXiv:1705.07215.
+
+    >>> x = torch.zeros(2, 3)
+    >>> (z,) = perturb(0.5, noise="uniform")((x,), None, torch.Generator().manual_seed(0))
+    >>> bool((z.abs() <= 0.5).all())
+    True
     """
 
     scale: float = 0.1
@@ -126,7 +165,7 @@ class perturb(At):
         return tuple(x + per_sample(alpha, x) * self.delta(x, rng) for x in real)
 
     def delta(self, x: Tensor, rng: Source) -> Tensor:
-        """Return the noise at full strength, ``[B, *S]``."""
+        """Return s·u ``[B, *S]``, with s relative to the batch if ``relative``."""
         require_floating(x)
         draw = random.normal if self.noise == "normal" else random.uniform
         u = draw(rng, x.shape, x.device, x.dtype)
@@ -136,9 +175,11 @@ class perturb(At):
 
 @dataclass(frozen=True)
 class computed(At):
-    """Points of your own: ``function(real, fake)``, a tensor or a tuple of them.
+    """Points from your function: ``function(real, fake)`` returns a tensor or a tuple of tensors.
 
-    ``real`` and ``fake`` come as they were given to the penalty: None where they were not.
+    Args:
+        function: called with ``real`` and ``fake`` as passed to the penalty; None if not passed.
+        detach: cut the points off the graph that computed them.
     """
 
     function: Callable[[Any, Any], Any]
@@ -149,140 +190,61 @@ class computed(At):
         return as_points(self.function(unwrap(real), unwrap(fake)))
 
 
-Bound = float | Sequence[Any] | Tensor
-
-
-@dataclass(frozen=True)
-class uniform(At):
-    """Points from U[low, high] in every entry, as many and of the shape of the real samples.
-
-    Args:
-        low: the box's lower end: a number, or numbers that broadcast to one sample's shape, as one
-            for each dimension of ``[B, d]``. Several inputs share the box.
-        high: its upper end, likewise.
-
-    Raises:
-        ValueError: if an end is no finite number, or ``low`` is above ``high``.
-    """
-
-    low: Bound = 0.0
-    high: Bound = 1.0
-
-    moves = True
-
-    def __post_init__(self) -> None:
-        for name in ("low", "high"):  # plain numbers: equal boxes are equal, and have no device
-            object.__setattr__(self, name, _numbers(f"uniform({name}=...)", getattr(self, name)))
-        low, high = self.ends(torch.float64)
-        try:
-            above = bool((low > high).any())
-        except RuntimeError:
-            raise ValueError(
-                "`uniform(low, high)` needs ends of shapes that broadcast; "
-                f"got {list(low.shape)} and {list(high.shape)}"
-            ) from None
-        if above:
-            raise ValueError(f"`uniform(low, high)` needs low <= high; got {self.low}, {self.high}")
-
-    def ends(self, dtype: torch.dtype, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """Return both ends as tensors."""
-        low, high = (torch.tensor(e, dtype=dtype, device=device) for e in (self.low, self.high))
-        return low, high
-
-    def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
-        return tuple(self.inside(x, rng) for x in self.need(real, "real"))
-
-    def inside(self, x: Tensor, rng: Source) -> Tensor:
-        """Return points ``[B, *S]`` in the box, for an ``x`` of that shape."""
-        require_floating(x)
-        low, high = self.ends(x.dtype, x.device)
-        for end in (low, high):
-            fits = end.ndim < x.ndim and all(
-                e in (1, n) for e, n in zip(end.shape[::-1], x.shape[:0:-1], strict=False)
-            )
-            if not fits:
-                raise ValueError(
-                    f"`uniform(low, high)` has ends of shape {list(end.shape)}, and a sample has "
-                    f"{list(x.shape[1:])}: give a number, or one for each dimension"
-                )
-        u = random.uniform(rng, x.shape, x.device, x.dtype)
-        return low + (high - low) * u
-
-
-@dataclass(frozen=True, init=False)
-class mixture(At):
-    """Several kinds of points at once: the batch is all of them, in order, and so is the mean.
-
-    The function is evaluated once, on the concatenation ``[B1 + B2 + ..., *S]``: where it holds
-    labels, these must be repeated.
-
-    Args:
-        *ats: the kinds: "data", ``gpkit.uniform(-1, 1)``, a function ``(real, fake) -> points``.
-            Each cuts its own points off their graph, or not.
-        equal: refuse kinds of different numbers of points, of which the larger would weigh more.
-
-    Raises:
-        ValueError: if there are none, or one has a name that no points have.
-    """
-
-    ats: tuple[At, ...] = ()
-    equal: bool = False
-
-    moves = True
-
-    def __init__(self, *ats: str | At | Callable[[Any, Any], Any], equal: bool = False) -> None:
-        if not ats:
-            raise ValueError("`mixture(...)` needs at least one kind of points; got none")
-        object.__setattr__(self, "ats", tuple(as_at("mixture(...)", at) for at in ats))
-        object.__setattr__(self, "equal", equal)
-        object.__setattr__(self, "detach", False)  # its parts have done it
-
-    def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
-        parts = [
-            tuple(x.detach() if at.detach else x for x in at.choose(real, fake, rng))
-            for at in self.ats
-        ]
-        shapes = [[list(x.shape[1:]) for x in part] for part in parts]
-        if any(shape != shapes[0] for shape in shapes):
-            raise ValueError(
-                "`at=mixture(...)` needs samples of one shape from every part; got "
-                + " and ".join(", ".join(map(str, shape)) for shape in shapes)
-            )
-        sizes = [len(part[0]) for part in parts]
-        if self.equal and len(set(sizes)) > 1:
-            raise ValueError(
-                "`at=mixture(..., equal=True)` needs as many points from every part; got "
-                + " and ".join(map(str, sizes))
-            )
-        return tuple(torch.cat(xs) for xs in zip(*parts, strict=True))
-
-
-def _numbers(where: str, value: Any) -> Any:
-    """Return a number, or nested tuples of numbers, or refuse."""
-    try:
-        tensor = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
-    except (TypeError, ValueError, RuntimeError):
-        tensor = torch.tensor(torch.nan)
-    if isinstance(value, (bool, str)) or not tensor.isfinite().all():
-        raise ValueError(f"`{where}` must be a finite number, or a sequence of them; got {value!r}")
-    return _nested(tensor.tolist())
-
-
-def _nested(value: Any) -> Any:
-    return tuple(map(_nested, value)) if isinstance(value, list) else value
-
-
 POINTS = {p.__name__: p for p in (data, real, fake, interpolate, perturb)}
 
 
 def as_at(where: str, at: Any) -> At:
-    """Return points for what the user said: an object, a name, or a function of their own.
+    """Return an `At` for an object, a name in `POINTS`, or a function ``(real, fake) -> points``.
 
     Raises:
-        ValueError: if a name is none of `POINTS`.
+        ValueError: if the name is not in `POINTS`.
         TypeError: if it is anything else.
     """
     if callable(at) and not isinstance(at, At):
         return computed(at)
     points: At = checks.piece(where, at, POINTS, At)
     return points
+
+
+def per_sample(alpha: Tensor, x: Tensor) -> Tensor:
+    """Return α [B] in the dtype of x [B, *S], with dimensions of size one to multiply it by."""
+    return alpha.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def as_points(x: Any) -> Points:
+    """Return a tensor, or a tuple or list of tensors, as a tuple.
+
+    Raises:
+        TypeError: if it is anything else.
+        ValueError: if the tensors do not have the same batch size.
+    """
+    points = tuple(x) if isinstance(x, (list, tuple)) else (x,)
+    for point in points:
+        if not isinstance(point, Tensor):
+            raise TypeError(
+                f"samples must be a tensor [B, ...] or a tuple of them; got {type(point).__name__}"
+            )
+    if not points or any(p.ndim == 0 or len(p) != len(points[0]) for p in points):
+        raise ValueError(
+            "samples must be [B, ...], with the same batch size B for all inputs; "
+            f"got {[list(p.shape) for p in points]}"
+        )
+    return points
+
+
+def unwrap(points: Points | None) -> Tensor | Points | None:
+    """Return the tensor of a tuple of one, and anything else unchanged."""
+    return points[0] if points is not None and len(points) == 1 else points
+
+
+def require_floating(x: Tensor) -> None:
+    """Refuse samples that cannot require grad.
+
+    Raises:
+        TypeError: if the dtype of ``x`` is not floating-point.
+    """
+    if not x.is_floating_point():
+        raise TypeError(
+            f"a gradient needs floating-point samples; got {x.dtype}: "
+            "use their embedding, wrt=gpkit.activation(...), or a weight penalty"
+        )

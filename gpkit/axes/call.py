@@ -1,4 +1,4 @@
-"""What a penalty was called with, and the forward passes of its own that follow from it."""
+"""Call: the arguments of a penalty's call, and the forward passes that the penalty runs."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 from gpkit.autodiff import activations
 from gpkit.autodiff.isolation import isolated
 from gpkit.autodiff.random import RandomState, Source
-from gpkit.axes.at import At
+from gpkit.axes.at import Points
 from gpkit.axes.of import Of, sampled_losses
-from gpkit.axes.samples import Points
-from gpkit.estimators.base import Estimator
-from gpkit.estimators.computed import Computed
+from gpkit.estimators.base import Estimator, Recomputable
+from gpkit.estimators.window import POOLED, Window
 
 
 class Axes(Protocol):
-    """The choices that say how a call is read: those of a `GradientPenalty`."""
+    """The axes of a `GradientPenalty` that a call is read with."""
 
     of: Of
-    at: At
+    at: Any
+    named: tuple[str, ...]  # the activations that ``of`` and ``wrt`` name
     scope: str
     order: int
     estimator: Estimator
@@ -30,16 +30,16 @@ class Axes(Protocol):
 
 @dataclass(eq=False)
 class Call:
-    """What a penalty was called with.
+    """The arguments of a penalty's call.
 
     Args:
-        axes: the penalty's choices.
-        f: a tensor with its graph, a callable to evaluate, or `Computed`, which is both.
+        axes: the penalty's axes.
+        f: a tensor with its graph, a callable to evaluate, or a `Recomputable`, which has both.
         args: the other positional arguments: samples, or a module or its parameters.
-        real: real samples, if given by keyword.
-        fake: fake samples, if given by keyword.
-        rng: draws points.
-        seed: for the random numbers of a forward pass.
+        real: real samples, if passed by keyword.
+        fake: fake samples, if passed by keyword.
+        rng: the random numbers of points and estimators.
+        seed: the seed of a forward pass.
     """
 
     axes: Axes
@@ -52,49 +52,66 @@ class Call:
 
     @property
     def has_graph(self) -> bool:
-        """Whether ``f`` is a value, not a function: a tensor, or what ``of`` takes one from."""
+        """Whether ``f`` is a value: a tensor, or an output that ``of`` selects a tensor from."""
         return isinstance(self.f, Tensor) or (callable(self.axes.of) and not callable(self.f))
 
-    def run(
-        self, xs: Points, device: torch.device, wrt: Any = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def run(self, xs: Points, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
         """Run a forward pass without side effects.
 
         Args:
-            xs: what the function is called with.
-            device: where it runs.
-            wrt: the variables, which may be an activation.
+            xs: the arguments of the function.
+            device: the device of the forward pass.
 
         Returns:
-            What is differentiated, and the activations that the axes name.
+            The output to differentiate, and the activations that ``of`` and ``wrt`` name.
         """
-        if isinstance(self.f, Computed):
-            return self.selected(self.again(self.f.function, self.f.state, xs, device)), {}
-        wanted = activations.names(self.axes.of, wrt)
-        net = activations.module_of(wanted[0], self.f, self.args) if wanted else None
+        if isinstance(self.f, Recomputable):
+            return self.selected(self.rerun(self.f.function, self.f.state, xs, device)), {}
+        wanted = self.axes.named
+        if not wanted:
+            return self.selected(self.rerun(self.f, self.seed, xs, device)), {}
+        net = activations.module_of(wanted[0], self.f, self.args)
         with activations.captured(net, wanted) as caught:
-            y = self.again(self.f, self.seed, xs, device)
+            y = self.rerun(self.f, self.seed, xs, device)
         if isinstance(self.axes.of, activations.Named):
             y = caught[self.axes.of.name]
         return self.selected(y), caught
 
-    def again(
+    def rerun(
         self, function: Any, seed: int | RandomState, xs: Points, device: torch.device
     ) -> Any:
-        """Return what a function gives in a forward pass without side effects."""
+        """Return the output of a function in a forward pass without side effects."""
         twice = not self.axes.estimator.first_order
         with isolated(function, seed, device, self.axes.order, twice=twice):
             return function(*xs)
 
     def selected(self, y: Any) -> Tensor:
-        """Return what is differentiated: what ``of`` chooses of the output of ``f``."""
+        """Return the tensor to differentiate: what ``of`` selects from the output of ``f``."""
         if callable(self.axes.of):
             y = self.axes.of(y)
         if self.axes.of == "sampled_loss" and isinstance(y, Tensor):
             y = sampled_losses(y, self.rng)
         if not isinstance(y, Tensor):
             raise TypeError(
-                f"the function gave a {type(y).__name__}, and a tensor was expected; choose one "
-                "with `of=lambda output: output[0]`"
+                f"the function must return a tensor; got a {type(y).__name__}: select one with "
+                "`of=lambda output: output[0]`"
             )
         return y
+
+    def window(self) -> Window | None:
+        """Return the window of a scope that pools gradients; None for any other scope.
+
+        Raises:
+            ValueError: for ``scope="accumulated"`` in a call that has no window, because only the
+                caller knows the micro-batches.
+        """
+        if self.axes.scope not in POOLED:
+            return None
+        if isinstance(self.f, Recomputable) and self.f.window is not None:
+            return self.f.window
+        if self.axes.scope == "accumulated":
+            raise ValueError(
+                'scope="accumulated" needs the micro-batches of an optimiser step, which '
+                "only gpkit.GradientPenaltyCallback knows: use scope='batch' or 'global'"
+            )
+        return Window(ranks=True)

@@ -1,4 +1,4 @@
-"""The axis `form`: what is done to the norm n."""
+"""The axis `form`: the function of the norm n."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from gpkit.autodiff.numerics import root
 
 @dataclass
 class running_average:
-    """An exponential average of the mean norm over the calls of a penalty: a ← d·a + (1 - d)·mean.
+    """An exponential moving average of the mean norm: a ← d·a + (1 - d)·mean, once per call.
 
-    The mean is that of this call's norms, detached, and over all ranks of a distributed run, each
-    of which must then make the same calls. The average that has it is the centre of the call:
-    `GradientPenalty.terms`, which counts no step, leaves the average as it is and takes that. A
-    mean that is not finite, such as that of a step that a gradient scaler skips, does not enter.
-    It is part of the penalty's state; two penalties should not share one.
+    The mean is over this call's norms, detached, on all ranks of a distributed run; so each rank
+    must make the same calls. The average is updated first, and then used as the centre of the
+    same call. `GradientPenalty.terms` uses the average without an update. A mean that is not
+    finite, such as on a step that a gradient scaler skips, is ignored. The average is part of the
+    penalty's state; do not share one object between penalties.
 
     Args:
         decay: d in [0, 1].
-        value: a, where it begins.
+        value: the initial a.
 
     Raises:
-        ValueError: if ``decay`` is not in [0, 1].
+        ValueError: if ``decay`` is not in [0, 1], or ``value`` is not a finite number.
 
     >>> center = running_average(0.9)
     >>> center.update(torch.tensor([1.0, 3.0]))
@@ -48,7 +48,7 @@ class running_average:
             )
 
     def update(self, norms: Tensor) -> None:
-        """Let the mean of norms ``[G]`` enter."""
+        """Update the average with the mean of norms ``[G]``."""
         total = torch.stack([norms.detach().sum(), norms.new_tensor(len(norms))])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(total)
@@ -57,11 +57,11 @@ class running_average:
             self.value = self.decay * self.value + (1 - self.decay) * (summed / count)
 
     def state_dict(self) -> dict[str, float]:
-        """Return the average, a plain number."""
+        """Return the average as a plain number."""
         return {"value": self.value}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Go on from an average."""
+        """Restore the average."""
         self.value = state["value"]
 
 
@@ -70,11 +70,24 @@ NORMS = ("l2", "l1", "linf")
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """What is done to the norm: ``scale * value(n²)``.
+    """A function of the norm n, computed from n²: ``scale * value(n²)``. The base class of `form`.
+
+    A subclass defines one method, ``value``.
 
     Args:
-        norm: which norm n is, over all entries of the derivative: "l2", "l1" or "linf".
-        scale: a factor inside the form, such as the ½ of a γ/2.
+        norm: "l2", "l1" or "linf": the norm n, over all entries of the derivative.
+        scale: a constant factor, such as the ½ in γ/2.
+
+    Raises:
+        ValueError: if ``norm`` is another name, or ``scale`` is not > 0.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass(frozen=True)
+    ... class quartic(Form):
+    ...     def value(self, squared_norms):
+    ...         return squared_norms**2
+    >>> quartic(scale=0.5)(torch.tensor([4.0]))  # n = 2
+    tensor([8.])
     """
 
     norm: str = "l2"
@@ -85,21 +98,25 @@ class Form:
         checks.number(f"{type(self).__name__}(scale=...)", self.scale, 0, strict=True)
 
     def __call__(self, squared_norms: Tensor) -> Tensor:
-        """Return ``[G]`` values for ``[G]`` squared norms."""
+        """Return ``scale * value(n²)`` ``[G]`` for n² ``[G]``."""
         values = self.value(squared_norms)
         return values if self.scale == 1 else values * self.scale
 
     def observe(self, squared_norms: Tensor) -> None:
-        """Take in n² ``[G]`` of a call before it is valued, where the form has a state."""
+        """Update the state of the form with n² ``[G]`` of a call, before ``value``."""
 
     def value(self, squared_norms: Tensor) -> Tensor:
-        """Return the value before ``scale``: ``[G]`` to ``[G]``."""
+        """Return the values ``[G]`` for n² ``[G]``, without ``scale``."""
         raise NotImplementedError(f"{type(self).__name__} must define value(squared_norms)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class squared(Form):
-    """n². No root is taken, so a zero gradient is harmless.
+    """n². It takes no root, so its gradient is finite at n = 0.
+
+    Args:
+        norm: "l2", "l1" or "linf".
+        scale: a constant factor.
 
     >>> squared(scale=0.5)(torch.tensor([4.0, 9.0]))
     tensor([2.0000, 4.5000])
@@ -111,7 +128,11 @@ class squared(Form):
 
 @dataclass(frozen=True, kw_only=True)
 class norm(Form):
-    """n itself.
+    """n. Its gradient at n = 0 is defined as zero.
+
+    Args:
+        norm: "l2", "l1" or "linf".
+        scale: a constant factor.
 
     >>> norm()(torch.tensor([4.0, 9.0]))
     tensor([2., 3.])
@@ -123,9 +144,12 @@ class norm(Form):
 
 @dataclass(frozen=True)
 class two_sided(Form):
-    """(n - c)²: the norm is drawn to the centre c from both sides.
+    """(n - c)²: pulls the norm to the centre c from both sides.
 
-    c is a number, or a ``gpkit.running_average()`` of the norms.
+    Args:
+        center: c, a number, or a ``gpkit.running_average()`` of the norms.
+        norm: "l2", "l1" or "linf".
+        scale: a constant factor.
 
     >>> two_sided(1.0)(torch.tensor([0.0, 4.0, 9.0]))
     tensor([1., 1., 4.])
@@ -140,7 +164,7 @@ class two_sided(Form):
 
     @property
     def c(self) -> float:
-        """The centre as it is now."""
+        """The current centre."""
         return self.center.value if isinstance(self.center, running_average) else self.center
 
     def value(self, squared_norms: Tensor) -> Tensor:
@@ -153,18 +177,23 @@ class two_sided(Form):
             self.center.update(squared_norms.detach().sqrt())
 
     def state_dict(self) -> dict[str, float]:
-        """Return the state of a running average; a number has none."""
+        """Return the state of a running average, or {} if the centre is a number."""
         return self.center.state_dict() if isinstance(self.center, running_average) else {}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Go on from a state."""
+        """Restore the state of a running average."""
         if isinstance(self.center, running_average):
             self.center.load_state_dict(state)
 
 
 @dataclass(frozen=True)
 class one_sided(two_sided):
-    """max(0, n - c)²: only norms above the centre c count.
+    """max(0, n - c)²: penalises only norms above the centre c.
+
+    Args:
+        center: c, a number, or a ``gpkit.running_average()`` of the norms.
+        norm: "l2", "l1" or "linf".
+        scale: a constant factor.
 
     >>> one_sided(1.0)(torch.tensor([0.0, 4.0, 9.0]))
     tensor([0., 1., 4.])
@@ -178,7 +207,15 @@ class one_sided(two_sided):
 
 @dataclass(frozen=True)
 class power(Form):
-    """n^p. For p >= 2 no root is taken.
+    """n^p. Its gradient is finite at n = 0 for every p.
+
+    Args:
+        exponent: p > 0.
+        norm: "l2", "l1" or "linf".
+        scale: a constant factor.
+
+    Raises:
+        ValueError: if ``exponent`` is not > 0.
 
     >>> power(6)(torch.tensor([0.0, 4.0]))
     tensor([ 0., 64.])

@@ -18,23 +18,23 @@ Of = str | Callable[[Any], Tensor]
 
 
 def sampled_losses(logits: Tensor, rng: Source) -> Tensor:
-    r"""Return each sample's cross-entropy with a label drawn from its own softmax.
+    r"""Return the cross-entropy of each sample, with a label drawn from its own softmax.
 
     .. math:: \ell_i = -\log p_i(\hat y_i), \quad \hat y_i \sim p_i = \mathrm{softmax}(z_i)
 
     Args:
         logits: z, ``[B, C]``.
-        rng: draws the labels.
+        rng: the random numbers of the labels.
 
     Returns:
-        ``[B]``, in float32 or better.
+        ℓ ``[B]``, in float32 or better.
 
     Raises:
-        ValueError: if the logits have another shape.
+        ValueError: if the logits are not ``[B, C]`` with C >= 2.
     """
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(
-            f'of="sampled_loss" draws labels from logits [B, C] of C >= 2; got '
+            f'of="sampled_loss" draws labels from logits [B, C] with C >= 2; got '
             f"{list(logits.shape)}: give the penalty the logits, not the loss"
         )
     logits = logits.to(wide(logits))
@@ -42,7 +42,7 @@ def sampled_losses(logits: Tensor, rng: Source) -> Tensor:
 
 
 def draw_labels(logits: Tensor, rng: Source) -> Tensor:
-    """Return a label drawn from the softmax of each row of ``[B, C]``: ``[B]``, without a graph."""
+    """Return labels ``[B]`` drawn from the softmax of each row of ``[B, C]``, without a graph."""
     cumulative = logits.detach().double().softmax(1).cumsum(1)  # [B, C]
     u = uniform(rng, [len(logits)], logits.device, torch.float32).double()
     return (cumulative[:, :-1] <= u.unsqueeze(1)).sum(1)
@@ -50,9 +50,10 @@ def draw_labels(logits: Tensor, rng: Source) -> Tensor:
 
 @dataclass(frozen=True)
 class per_pixel:
-    """The output over the root of its number of pixels: f / √(H·W) of ``[B, C, H, W]``.
+    """The output divided by the square root of its number of pixels: f / √(H·W).
 
-    The pixels are all dimensions but the first two; ``[B]`` and ``[B, C]`` have one pixel.
+    For an output ``[B, C, H, W]``. All dimensions after the first two are pixels; ``[B]`` and
+    ``[B, C]`` have one pixel.
 
     >>> per_pixel()(torch.ones(1, 3, 2, 2))[0, 0, 0]
     tensor([0.5000, 0.5000])

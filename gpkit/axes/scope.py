@@ -1,41 +1,19 @@
-"""The axis `scope`: the groups, that is, what is averaged before the norm is taken."""
+"""The axis `scope`: the groups whose gradients are averaged before the norm is taken."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from gpkit.axes.call import Call
 from gpkit.estimators.base import Estimator
-from gpkit.estimators.computed import Computed
-from gpkit.estimators.window import Window
-
-POOLED = ("accumulated", "global")
-
-
-def window_of(call: Call) -> Window | None:
-    """Return the window of a call whose scope asks for one.
-
-    Raises:
-        ValueError: if only the caller can know the micro-batches, and did not give them.
-    """
-    if call.axes.scope not in POOLED:
-        return None
-    if isinstance(call.f, Computed) and call.f.window is not None:
-        return call.f.window
-    if call.axes.scope == "accumulated":
-        raise ValueError(
-            'scope="accumulated" needs the micro-batches of an optimiser step, which '
-            "gpkit.GradientPenaltyCallback sees; here use scope='batch' or 'global'"
-        )
-    return Window(ranks=True)
+from gpkit.estimators.window import POOLED
 
 
 def check(scope: str, order: int, estimator: Estimator) -> None:
-    """Refuse axes that have no meaning for the groups of a scope.
+    """Refuse an order or an estimator that does not work with a scope.
 
     Raises:
         ValueError: if the derivative cannot be averaged over micro-batches before the norm is
-            taken, or mixes pixels, or the estimator gives one norm a sample.
+            taken, if it mixes pixels, or if the estimator cannot give each pixel a norm.
     """
     if scope in POOLED and (order > 1 or not estimator.pools):
         raise ValueError(
@@ -54,10 +32,10 @@ def check(scope: str, order: int, estimator: Estimator) -> None:
 
 
 def require_images(xs: tuple[Tensor, ...]) -> None:
-    """Refuse inputs that have no pixels, or not the same ones.
+    """Refuse inputs without pixels, or with different numbers of pixels.
 
     Raises:
-        ValueError: if an input is not ``[B, C, *S]``, or two differ in S.
+        ValueError: if an input is not ``[B, C, *S]``, or S differs between inputs.
     """
     if any(x.ndim < 3 for x in xs) or len({x.shape[2:] for x in xs}) > 1:
         shapes = " and ".join(str(list(x.shape)) for x in xs)

@@ -1,4 +1,4 @@
-"""The axis `weight`: the factor of the penalty at a step."""
+"""The axis `weight`: the factor of the penalty at each optimiser step."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Schedule = Callable[[int], float]
 
 
 class Weight:
-    """λ as a function of the optimiser step: the base class of schedules and adaptive weights.
+    """λ as a function of the optimiser step. The base class of schedules and adaptive weights.
 
-    A subclass has one method, ``__call__(step) -> float``; any plain function of the step will do
-    as well. The other methods do nothing unless a weight needs them.
+    A subclass defines one method, ``__call__(step) -> float``. A plain function of the step works
+    as well. The other methods are hooks for adaptive weights, and do nothing here.
 
     >>> import gpkit
     >>> class halving(gpkit.Weight):
@@ -29,58 +29,59 @@ class Weight:
     [1.0, 0.5, 0.25]
     """
 
-    adapts = False  # whether it has a state that training changes
-    measures = False  # whether `measure` wants the gradients of loss and penalty
+    adapts = False  # whether training changes its state
+    measures = False  # whether `measure` uses the gradients of loss and penalty
 
     def __call__(self, step: int) -> float:
         """Return the weight at an optimiser step, counted from 0."""
         raise NotImplementedError(f"{type(self).__name__} must define __call__(step)")
 
     def loss_scale(self, step: int) -> float:
-        """Return what the whole loss is divided by at an optimiser step."""
+        """Return the number that divides the total loss at an optimiser step."""
         return 1.0
 
     def observe(self, norms: Tensor, step: int) -> None:
-        """Take the norms ``[G]`` of an optimiser step into account."""
+        """Adapt to the norms ``[G]`` of an optimiser step."""
 
     def measure(
         self, loss: Tensor, penalty: Tensor, parameters: Iterable[Tensor], step: int | None = None
     ) -> None:
-        """Take the gradients of loss and penalty at an optimiser step into account."""
+        """Adapt to the gradients of loss and penalty at an optimiser step."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state: plain numbers."""
+        """Return the state as plain numbers."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
+        """Restore a state."""
 
 
 @dataclass(frozen=True)
 class plain(Weight):
-    """A weight given as a number, or as a function of the step that knows nothing of `Weight`."""
+    """A plain function of the optimiser step, as a `Weight`."""
 
-    schedule: float | Schedule
+    schedule: Schedule
 
     def __call__(self, step: int) -> float:
         """Return the weight at an optimiser step, counted from 0."""
-        return float(self.schedule(step) if callable(self.schedule) else self.schedule)
+        return float(self.schedule(step))
 
 
-def as_weight(where: str, weight: Any) -> Weight:
-    """Return a weight for what the user gave: an object, a function of the step, or a number.
-
-    Raises:
-        ValueError: if it is no number >= 0.
-    """
-    if isinstance(weight, Weight):
-        return weight
-    return plain(weight if callable(weight) else checks.number(where, weight, 0))
+def as_weight(schedule: Schedule) -> Weight:
+    """Return a schedule as a `Weight`; a plain function of the step is wrapped."""
+    return schedule if isinstance(schedule, Weight) else plain(schedule)
 
 
 @dataclass(frozen=True)
 class warmup(Weight):
-    """Linear warm-up: λ·min(1, (t + 1) / steps).
+    """A linear warm-up at optimiser step t: λ·min(1, (t + 1) / steps).
+
+    Args:
+        weight: λ >= 0, the final weight.
+        steps: the number of steps until it is reached, >= 1.
+
+    Raises:
+        ValueError: if an argument is out of range.
 
     >>> [warmup(10.0, steps=4)(t) for t in (0, 1, 3, 9)]
     [2.5, 5.0, 10.0, 10.0]
@@ -100,7 +101,15 @@ class warmup(Weight):
 
 @dataclass(frozen=True)
 class cosine(Weight):
-    """From one weight to another along half a cosine: e + (λ - e)·(1 + cos(π t / steps)) / 2.
+    """A cosine schedule at optimiser step t: e + (λ - e)·(1 + cos(π·min(1, t / steps))) / 2.
+
+    Args:
+        weight: λ >= 0, the weight at step 0.
+        steps: the number of steps until the end, >= 1.
+        end: e >= 0, the weight from then on.
+
+    Raises:
+        ValueError: if an argument is out of range.
 
     >>> [round(cosine(10.0, steps=4, end=0.0)(t), 3) for t in (0, 2, 4, 9)]
     [10.0, 5.0, 0.0, 0.0]
@@ -123,7 +132,15 @@ class cosine(Weight):
 
 @dataclass(frozen=True)
 class switch(Weight):
-    """One weight up to a step, another from it on.
+    """One weight before a step, another from that step on.
+
+    Args:
+        before: the weight at steps t < at, >= 0.
+        after: the weight at steps t >= at, >= 0.
+        at: the step of the change, >= 0.
+
+    Raises:
+        ValueError: if an argument is out of range.
 
     >>> [switch(1.0, 100.0, at=190)(t) for t in (0, 189, 190)]
     [1.0, 1.0, 100.0]
@@ -145,19 +162,21 @@ class switch(Weight):
 
 @dataclass(frozen=True)
 class rescaled(Weight):
-    r"""A weight λ(t), with the whole loss divided by max(1, λ(t)), as IRM anneals.
+    r"""A weight λ(t) that also divides the total loss by max(1, λ(t)), as in IRM.
 
     .. math:: (L + \lambda(t) P) \, / \, \max(1, \lambda(t))
 
-    The step of the optimiser then stays of one size where the weight jumps up. `PenalizedModule`
-    divides what it trains on (``train/loss_total``); a loop of your own does it by
-    ``(loss + penalty(...)) / penalty.loss_scale()``. Of several such penalties the greatest counts.
+    The optimiser's steps then keep their size when the weight jumps up. `PenalizedModule` divides
+    its total loss (``train/loss_total``); in your own loop use
+    ``(loss + penalty(...)) / penalty.loss_scale()``. With several such penalties the largest
+    divisor is used.
 
     Args:
-        schedule: λ, a number or a function of the optimiser step, without a state.
+        schedule: λ, a number or a function of the optimiser step, without state.
 
     Raises:
-        TypeError: if the schedule adapts.
+        TypeError: if the schedule has a state, such as an adaptive weight.
+        ValueError: if it is a number < 0.
 
     Source: Arjovsky et al. (2019), arXiv:1907.02893, in the authors' code.
 
@@ -182,29 +201,30 @@ class rescaled(Weight):
         return float(self.schedule(step) if callable(self.schedule) else self.schedule)
 
     def loss_scale(self, step: int) -> float:
-        """Return what the whole loss is divided by at an optimiser step."""
+        """Return the number that divides the total loss at an optimiser step."""
         return max(1.0, self(step))
 
 
 def lazy_adam(
     lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), every: int = 16
 ) -> dict[str, Any]:
-    r"""Return the arguments of Adam corrected for a penalty that acts on every k-th step.
+    r"""Return Adam's lr and betas, corrected for a lazy penalty that acts on every k-th step.
 
     .. math:: r = k / (k + 1), \quad \mathrm{lr}' = r \, \mathrm{lr}, \quad \beta' = \beta^r
 
-    The authors count the penalty as a step of its own, k + 1 instead of k.
+    The authors give the penalty an optimiser step of its own, so k steps become k + 1.
 
     Args:
-        lr: the learning rate.
-        betas: the decays of the two averages.
-        every: k, that of the penalty.
+        lr: the learning rate without a penalty.
+        betas: Adam's two decay rates without a penalty.
+        every: k, the ``every`` of the penalty.
 
     Returns:
-        ``lr`` and ``betas``: ``torch.optim.Adam(parameters, **lazy_adam(2e-3, (0.0, 0.99), 16))``.
+        A dict with ``lr`` and ``betas``, for
+        ``torch.optim.Adam(parameters, **lazy_adam(2e-3, (0.0, 0.99), 16))``.
 
     Raises:
-        ValueError: if an argument is out of its range.
+        ValueError: if an argument is out of range.
 
     Source: Karras et al. (2020), StyleGAN2, arXiv:1912.04958, appendix B.
 

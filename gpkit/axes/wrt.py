@@ -1,4 +1,4 @@
-"""The axis `wrt`: with respect to what."""
+"""The axis `wrt`: the variables of the derivative."""
 
 from __future__ import annotations
 
@@ -12,35 +12,44 @@ import torch
 from torch import Tensor, nn
 
 from gpkit import checks
-from gpkit.autodiff import activations
-from gpkit.autodiff.activations import Named
+from gpkit.axes.at import Points, as_points, require_floating
 from gpkit.axes.call import Axes, Call
 from gpkit.axes.of import Of
-from gpkit.axes.samples import Points, as_points, require_floating
-from gpkit.axes.scope import POOLED, require_images, window_of
-from gpkit.estimators.base import Target
-from gpkit.estimators.computed import Computed
-from gpkit.estimators.window import Window
+from gpkit.axes.scope import require_images
+from gpkit.estimators.base import Recomputable, Target
+from gpkit.estimators.window import POOLED, Window
 
 
 class Variables:
-    """With respect to what the derivative is taken: the base class of `wrt`.
+    """The variables of the derivative. The base class of `wrt`.
 
-    A subclass has one method, `targets`.
+    A subclass defines one method, `targets`.
+
+    >>> import gpkit, torch
+    >>> from gpkit.estimators.base import Target
+    >>> class second_argument(Variables):  # differentiates f with respect to args[1] only
+    ...     def targets(self, call):
+    ...         x, c = call.args
+    ...         c = c.detach().requires_grad_()
+    ...         yield Target(call.f(x, c).reshape(-1, 1), (c,), batched=True)
+    >>> penalty = gpkit.GradientPenalty(wrt=second_argument())
+    >>> x, c = torch.full((4, 1), 3.0), torch.ones(4, 1)
+    >>> penalty(lambda x, c: (x * c).sum(1), x, c).item()  # ‖∂f/∂c‖² = x²
+    9.0
     """
 
-    scopes: tuple[str, ...] = ("sample",)  # the groups that it can have, the first by default
-    batched = True  # whether they are inputs ``[B, *S]``, a row for each group; else parameters
-    missing = "is it what the function was computed from?"  # the advice where y does not depend
+    scopes: tuple[str, ...] = ("sample",)  # the valid scopes; the first is the default
+    batched = True  # True for inputs ``[B, *S]`` with one row per group, False for parameters
+    missing = "was the output computed from it?"  # the hint if y does not depend on them
 
     def targets(self, call: Call) -> Iterable[Target]:
-        """Return what is differentiated with respect to what, for what a penalty was called with.
+        """Return the outputs to differentiate, with their variables, for a call of a penalty.
 
         Args:
             call: the function, samples and parameters of the call.
 
         Returns:
-            The targets: one for all groups, or one for each.
+            The targets: one for all groups, or one for each group.
 
         Raises:
             NotImplementedError: if a subclass does not define it.
@@ -50,35 +59,38 @@ class Variables:
 
 @dataclass(frozen=True)
 class inputs(Variables):
-    """The inputs of a function: one tensor ``[B, *S]`` or several. Its groups are the samples.
+    """The inputs of a function: one tensor ``[B, *S]`` or several. The groups are the samples.
 
-    With ``scope="pixel"`` they are the pixels of all samples: inputs are ``[B, C, *S]``.
+    With ``scope="pixel"`` the inputs are ``[B, C, *S]``, and the groups are the pixels of all
+    samples.
     """
 
     scopes = ("sample", "pixel")
-    missing = "x.requires_grad_() must come before the forward, and the same tensors be given"
+    missing = (
+        "call x.requires_grad_() before the forward pass, and give the penalty the same tensors"
+    )
 
     def targets(self, call: Call) -> Iterator[Target]:
-        """Yield the one target: ``y`` is ``[B, m]``, a row for each sample."""
-        if len(call.args) > 1 + bool(activations.names(call.axes.of, self)):
+        """Yield one target, with ``y`` ``[B, m]``: a row for each sample."""
+        if len(call.args) > 1 + bool(call.axes.named):
             raise TypeError(
                 "an input penalty takes f and the samples; several inputs go into one tuple: "
                 f"penalty(f, (x1, x2)); got {len(call.args)} arguments after f"
             )
         evaluate: Callable[..., Tensor] | None = None
-        mean = isinstance(call.f, Computed) and call.f.mean
-        if isinstance(call.f, Computed) and not call.axes.at.moves:
+        mean = isinstance(call.f, Recomputable) and call.f.mean
+        if isinstance(call.f, Recomputable) and not call.axes.at.moves:
             xs = self.given(call)
             y = call.selected(call.f.value)
             evaluate = partial(self.evaluated, call)
         elif call.has_graph:
             xs = self.given(call)
             y = call.selected(call.f)
-        elif callable(call.f) or isinstance(call.f, Computed):
+        elif callable(call.f) or isinstance(call.f, Recomputable):
             given = self.points(call)
-            y, caught = call.run(given, given[0].device, self)
+            y, caught = call.run(given, given[0].device)
             xs = self.chosen(given, caught)
-            if xs is given:  # an activation cannot be moved by moving the inputs
+            if xs is given:  # only inputs can be moved, not an activation
                 evaluate = partial(self.evaluated, call)
         else:
             raise TypeError(f"expected a tensor or a callable; got a {type(call.f).__name__}")
@@ -90,7 +102,7 @@ class inputs(Variables):
     def targets_of(
         self, y: Tensor, xs: Points, axes: Axes, evaluate: Callable[..., Tensor] | None = None
     ) -> list[Target]:
-        """Return the one target of outputs ``y`` whose graph is there."""
+        """Return one target for outputs ``y`` with a graph."""
         pixels = axes.scope == "pixel"
         if pixels:
             require_images(xs)
@@ -98,25 +110,25 @@ class inputs(Variables):
         return [Target(columns, xs, True, evaluate, pixels=pixels)]
 
     def points(self, call: Call) -> Points:
-        """Return where a function is evaluated."""
+        """Return the points where the function is evaluated."""
         return call.axes.at(*self.samples(call), call.rng)
 
     def chosen(self, xs: Points, caught: Mapping[str, Tensor]) -> Points:
-        """Return the variables of a forward that was made at ``xs``."""
+        """Return the variables of a forward pass at ``xs``."""
         return xs
 
     def evaluated(self, call: Call, *xs: Tensor) -> Tensor:
-        """Return ``[B, m]`` at some points; the same random numbers are drawn at all of them."""
-        y, _ = call.run(xs, xs[0].device, self)
-        if isinstance(call.f, Computed) and call.f.mean:
+        """Return ``[B, m]`` at other points, with the same random numbers each time."""
+        y, _ = call.run(xs, xs[0].device)
+        if isinstance(call.f, Recomputable) and call.f.mean:
             return summed(y, xs)
         return self.columns(y, len(xs[0]), call.axes.of)
 
     def given(self, call: Call) -> Points:
-        """Return the samples whose graph the caller already has."""
+        """Return the samples of a call with a graph; they must require grad."""
         if call.axes.at.moves:
             raise ValueError(
-                f"`at={type(call.axes.at).__name__}()` needs the function itself, to evaluate it "
+                f"`at={type(call.axes.at).__name__}()` needs a callable, to evaluate it "
                 "there; got a tensor: use penalty(critic, real=real, fake=fake)"
             )
         real, fake = self.samples(call)
@@ -131,13 +143,13 @@ class inputs(Variables):
         return xs
 
     def samples(self, call: Call) -> tuple[Points | None, Points | None]:
-        """Return real and fake samples; one positional argument is the points themselves."""
+        """Return the real and fake samples; a positional argument holds the points themselves."""
         args = call.args
-        if activations.names(call.axes.of, self):  # the module that has them may come last
+        if call.axes.named:  # the last argument may be the module
             args = args[:-1] if args and isinstance(args[-1], nn.Module) else args
         if args:
             if call.real is not None or (call.fake is not None and not call.axes.at.moves):
-                raise TypeError("give the samples once: by position, or as real=... and fake=...")
+                raise TypeError("pass the samples once: by position, or as real=... and fake=...")
             points = as_points(args[0])
             fake = points if call.fake is None and not call.axes.at.moves else None
             return points, fake if call.fake is None else as_points(call.fake)
@@ -152,7 +164,7 @@ class inputs(Variables):
         )
 
     def columns(self, y: Tensor, batch: int, of: Of) -> Tensor:
-        """Return ``[B, m]``, or refuse what is not per sample."""
+        """Return ``y`` as ``[B, m]``; raise a ValueError if it is not per sample."""
         if y.ndim == 0:
             raise ValueError(
                 f"an input penalty needs one value per sample, [{batch}]; got a scalar: a mean "
@@ -171,16 +183,28 @@ class inputs(Variables):
 
 
 def summed(mean: Tensor, xs: Points) -> Tensor:
-    """Return the sum ``[1, 1]`` over the samples of what one number is the mean of."""
+    """Return B · mean ``[1, 1]``: the sum over the samples, from their mean."""
     return (mean * xs[0].shape[0]).reshape(1, 1)
 
 
 @dataclass(frozen=True)
 class weights(Variables):
-    """The parameters that require grad: all of them, or those whose name matches a pattern.
+    """The parameters that require grad: all of them, or those whose names match a pattern.
 
     Args:
-        match: a shell pattern for the names in ``module.named_parameters()``, as "head.*".
+        match: a shell pattern for the names in ``module.named_parameters()``, such as "head.*".
+            Any pattern but "*" needs a call with the module: ``penalty(loss, net)``.
+
+    Raises:
+        ValueError: in the call, if no parameter matches, or none of them requires grad.
+        TypeError: in the call, if a pattern is used without the module.
+
+    >>> import gpkit, torch
+    >>> net = torch.nn.Linear(2, 1)
+    >>> _ = torch.nn.init.constant_(net.bias, 3.0)
+    >>> loss = net(torch.zeros(1, 2)).square().sum() / 2  # ∂L/∂bias = bias
+    >>> gpkit.GradientPenalty(wrt=weights("bias"))(loss, net).item()
+    9.0
     """
 
     match: str = "*"
@@ -193,7 +217,7 @@ class weights(Variables):
     )
 
     def targets(self, call: Call) -> Iterator[Target]:
-        """Yield one target of G = 1 for the batch, or one for every sample."""
+        """Yield one target with G = 1 for the batch, or one for each sample."""
         if call.real is not None or call.fake is not None:
             raise TypeError("a weight penalty takes no real= or fake=: penalty(loss, net)")
         if len(call.args) != 1:
@@ -202,48 +226,48 @@ class weights(Variables):
                 f"penalty(loss, net.parameters()); got {len(call.args)} arguments after the loss"
             )
         params = self.chosen(call.args[0])
-        device, again = params[0].device, None
-        if isinstance(call.f, Computed):
+        device, rerun = params[0].device, None
+        if isinstance(call.f, Recomputable):
             y = call.selected(call.f.value)
-            again = partial(self.evaluated, call, device, y)
+            rerun = partial(self.evaluated, call, device, y)
         elif call.has_graph:
             y = call.selected(call.f)
         elif callable(call.f):
             y = self.evaluated(call, device)
-            again = partial(self.evaluated, call, device, y)
+            rerun = partial(self.evaluated, call, device, y)
         else:
             raise TypeError(f"expected a tensor or a callable; got a {type(call.f).__name__}")
-        yield from self.targets_of(y, params, call.axes, again, window_of(call))
+        yield from self.targets_of(y, params, call.axes, rerun, call.window())
 
     def targets_of(
         self,
         y: Tensor,
         params: tuple[Tensor, ...],
         axes: Axes,
-        again: Callable[[], Tensor] | None = None,
+        rerun: Callable[[], Tensor] | None = None,
         window: Window | None = None,
     ) -> list[Target]:
-        """Return the targets of a loss ``y`` whose graph is there: one for each group."""
+        """Return the targets for a loss ``y`` with a graph: one for each group."""
         groups = self.groups(y, axes.of, axes.scope)
-        evaluates = [again and partial(self.group, axes, again, i) for i in range(len(groups))]
+        evaluates = [rerun and partial(self.group, axes, rerun, i) for i in range(len(groups))]
         pairs = zip(groups, evaluates, strict=True)
         return [Target(group, params, False, evaluate, window=window) for group, evaluate in pairs]
 
     def evaluated(self, call: Call, device: torch.device, before: Tensor | None = None) -> Tensor:
-        """Return the loss at the weights as they are, or refuse one that was there ``before``."""
+        """Return the loss at the current weights; it must not be the tensor ``before``."""
         y, _ = call.run((), device)
         if y is before:
             raise RuntimeError(
-                "the closure gave the same tensor twice: the loss must be computed inside of it"
+                "the closure returned the same tensor twice: compute the loss inside the closure"
             )
         return y
 
-    def group(self, axes: Axes, again: Callable[[], Tensor], i: int) -> Tensor:
-        """Return what is differentiated for the i-th group, computed anew."""
-        return self.groups(again(), axes.of, axes.scope)[i]
+    def group(self, axes: Axes, rerun: Callable[[], Tensor], i: int) -> Tensor:
+        """Recompute and return the output to differentiate for the i-th group."""
+        return self.groups(rerun(), axes.of, axes.scope)[i]
 
     def groups(self, y: Tensor, of: Of, scope: str) -> list[Tensor]:
-        """Return what is differentiated for each group, ``[1, m]``, or refuse other shapes."""
+        """Return the output to differentiate, ``[1, m]``, for each group."""
         if of == "loss" and y.numel() != (len(y) if y.ndim else 1):
             raise ValueError(f'of="loss" needs a scalar or losses [B]; got {list(y.shape)}')
         if scope == "sample":
@@ -260,11 +284,13 @@ class weights(Variables):
         return [y.reshape(1, 1) if y.numel() == 1 else y.mean(0).reshape(1, -1)]
 
     def chosen(self, given: Any) -> tuple[Tensor, ...]:
-        """Return the parameters that take part."""
+        """Return the parameters that match the pattern and require grad."""
         if isinstance(given, nn.Module):
             named = dict(given.named_parameters())
         elif self.match != "*":
-            raise TypeError(f"`weights({self.match!r})` chooses by name: give it the module")
+            raise TypeError(
+                f"`weights({self.match!r})` selects by name: pass the module, not tensors"
+            )
         else:
             given = [given] if isinstance(given, Tensor) else list(given)
             named = {str(i): p for i, p in enumerate(given)}
@@ -280,70 +306,12 @@ class weights(Variables):
             if not isinstance(p, Tensor):
                 raise TypeError(
                     "a weight penalty takes a module or its parameters; "
-                    f"number {name} of them is a {type(p).__name__}"
+                    f"number {name} is a {type(p).__name__}"
                 )
         trained = tuple(p for p in chosen.values() if p.requires_grad)
         if not trained:
             raise ValueError(f"none of the {len(chosen)} parameters requires grad: all are frozen")
         return trained
-
-
-@dataclass(frozen=True)
-class activation(Named, inputs):
-    """The output h of a submodule, ``[B, *H]``: a choice on the axes ``of`` and ``wrt``.
-
-    ``of=activation("encoder.3")`` differentiates it, ``wrt=activation("encoder.3")`` differentiates
-    in it, for each sample. It is caught in the forward that the penalty makes, so that what is
-    called must be the module that has it, ``penalty(net, x)``; or that module comes last,
-    ``penalty(lambda x: losses(net(x)), x, net)``, ``penalty(closure, net)``. An h whose graph you
-    have is given itself: ``penalty(h, x)`` on the axis ``of``, ``penalty(losses, h)`` on ``wrt``.
-    The samples need not be differentiable where it is ``wrt``: tokens, before an embedding.
-
-    Args:
-        name: as in ``net.named_modules()``. The forward must call that submodule once.
-
-    Raises:
-        ValueError: if the name is no string; and in the call, if the net has no such submodule, or
-            does not call it once.
-        TypeError: in the call, if it gives no floating-point tensor.
-
-    >>> import gpkit, torch
-    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
-    >>> x = torch.ones(4, 2)
-    >>> first = gpkit.GradientPenalty(of=activation("0"))(net, x)
-    >>> torch.allclose(first, net[0].weight.square().sum())
-    True
-    >>> second = gpkit.GradientPenalty(wrt=activation("0"))(net, x)
-    >>> torch.allclose(second, net[1].weight.square().sum())
-    True
-    """
-
-    missing = "is the submodule's output used? name one on the way to what is differentiated"
-
-    def __call__(self, h: Tensor) -> Tensor:
-        """Return h: where it is ``of``, what was caught, or was given, is differentiated as is."""
-        return h
-
-    def points(self, call: Call) -> Points:
-        """Return where the net is evaluated. Its inputs need not be differentiable."""
-        points = call.axes.at.choose(*self.samples(call), call.rng)
-        if call.axes.at.detach:
-            points = tuple(x.detach() for x in points)
-        return tuple(x.clone() if x.is_inference() else x for x in points)
-
-    def chosen(self, xs: Points, caught: Mapping[str, Any]) -> Points:
-        """Return h, which must have a row for every sample.
-
-        Raises:
-            ValueError: if it has none.
-        """
-        h = caught[self.name]
-        if h.ndim == 0 or len(h) != len(xs[0]):
-            raise ValueError(
-                f"`activation({self.name!r})` must have a row for each of {len(xs[0])} samples; "
-                f"got {list(h.shape)}"
-            )
-        return (h,)
 
 
 VARIABLES: dict[str, type[Variables]] = {"input": inputs, "weight": weights}

@@ -1,23 +1,22 @@
-"""How the squared norm n² of a derivative is obtained: one file for each estimator.
+"""The axis `estimator`: how the squared norm n² of a derivative is computed, one file for each.
 
-An estimator gets a `gpkit.estimators.base.Target` (what is differentiated, and with respect to
-what) and returns n² ``[G]``, one for each group, with a graph. ``window`` and ``computed`` hold
-what finite differences and micro-batches need: gradients of earlier micro-batches, and a value
-together with the function that computes it again.
+An estimator gets a `gpkit.estimators.base.Target` (the output and the variables) and returns n²
+``[G]``, one for each group, with a graph. ``window`` holds the gradients of earlier micro-batches;
+`Recomputable` is a value together with the function that recomputes it.
 
-To add one: subclass `Estimator` in a file of its own, with one method, ``squared_norms``; name it
-in ``ESTIMATORS`` below; export it in ``gpkit/__init__.py``; compare it with a closed form in
+To add one: subclass `Estimator` in a new file, define ``squared_norms``, add the class to
+``ESTIMATORS`` below, export it in ``gpkit/__init__.py``, and compare it with a closed form in
 ``tests/estimators``.
 
 >>> import gpkit, torch
->>> class forward_mode(gpkit.Estimator):
+>>> class one_projection(gpkit.Estimator):  # (vᵀ∇f)², whose expected value is ‖∇f‖²
 ...     def squared_norms(self, target, order, norm, rng):
 ...         (x,) = target.xs
 ...         (g,) = torch.autograd.grad(target.y.sum(), x, create_graph=True)
 ...         v = torch.randn(x.shape, generator=rng)
 ...         return (g * v).flatten(1).sum(1).square()
->>> penalty = gpkit.GradientPenalty(estimator=forward_mode(), seed=0)
->>> penalty(lambda x: 3 * x[:, 0], torch.ones(1000, 2)).item() > 7.0  # 9 in expectation
+>>> penalty = gpkit.GradientPenalty(estimator=one_projection(), seed=0)
+>>> penalty(lambda x: 3 * x[:, 0], torch.ones(1000, 2)).item() > 7.0  # expected value 9
 True
 """
 

@@ -1,37 +1,36 @@
-"""What an estimator is given, and what it must give."""
+"""Target and Estimator: the input of an estimator, and its base class."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from gpkit.autodiff.numerics import per_pixel, wide
-from gpkit.autodiff.random import Source
-
-if TYPE_CHECKING:
-    from gpkit.estimators.window import Window
+from gpkit.autodiff.random import RandomState, Source
+from gpkit.estimators.window import Window
 
 
 @dataclass(eq=False)
 class Target:
-    """What is differentiated, with respect to what.
+    """An output to differentiate, with its variables.
 
     Args:
         y: ``[G, m]``: m outputs for each of G groups; or one number of any shape, their sum.
         xs: the variables: ``[G, *S]`` each if ``batched``, else any shapes and G = 1.
-        batched: whether group g of ``y`` depends on ``x[g]`` alone.
-        evaluate: gives ``y`` anew, with the same random numbers: at the inputs that it is called
-            with, or, called with nothing, at the weights as they are. None where only a graph is.
-        pixels: whether every pixel of the ``xs`` ``[G, C, *S]`` has a norm of its own, at order 1.
-        mean: whether ``y`` is but the sum over the groups, ``[1, 1]``.
-        window: the micro-batches, or ranks, whose gradients are averaged with this one's.
-        scale: what ``y`` was multiplied by, if it was, so that small gradients do not vanish.
-        share: n² ``[G]`` -> ∂P/∂n² ``[G]``, constants, P being the reduced value of the penalty.
-        times: what the gradient of ``y``, one number, is multiplied by: a constant, which only
-            `exact` knows of. It saves the multiplication of ``y``, and its part of the graph.
+        batched: whether group g of ``y`` depends on ``x[g]`` only.
+        evaluate: recomputes ``y`` with the same random numbers: at the inputs passed to it, or,
+            without arguments, at the current weights. None if there is only a graph.
+        pixels: whether each pixel of the ``xs`` ``[G, C, *S]`` has a norm (order 1 only).
+        mean: True if only the batch mean of the loss is known: then ``y`` is B · mean, ``[1, 1]``.
+        window: the micro-batches or ranks whose gradients are averaged with this one.
+        scale: the factor that ``y`` was multiplied by against underflow, or None.
+        share: n² ``[G]`` -> ∂P/∂n² ``[G]``, constants, where P is the reduced value of the penalty.
+        times: a constant factor of the gradient of a one-number ``y``, as in ``grad_outputs``; only
+            `exact` supports it. It saves a multiplication node in the graph of ``y``.
     """
 
     y: Tensor
@@ -45,8 +44,13 @@ class Target:
     share: Callable[[Tensor], Tensor] | None = None
     times: Tensor | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.y.device
+
     def scaled(self, scale: Tensor | float) -> Target:
-        """Return the target of ``y`` times a scale: its n² is that of ``y`` times scale²."""
+        """Return a target for scale·y: its n² is scale² times the n² of ``y``."""
         evaluate = self.evaluate
 
         def scaled(*xs: Tensor) -> Tensor:
@@ -58,37 +62,82 @@ class Target:
         return replace(self, y=y, evaluate=evaluate and scaled, scale=scale)
 
     def split(self, rows: Iterable[tuple[Tensor, ...]]) -> Iterable[tuple[Tensor, ...]]:
-        """Return the rows of a derivative with one line for each norm: a group, or a pixel."""
+        """Return the rows of a derivative with one row per norm: per group, or per pixel."""
         if not self.pixels:
             return rows
         return (tuple(map(per_pixel, row, self.xs)) for row in rows)
 
 
-class Estimator:
-    """How n² is obtained."""
+@dataclass(eq=False)
+class Recomputable:
+    """A value with its graph, and a function (with RNG state) that recomputes it.
 
-    # Whether the graph of the function is enough; if not, the function itself is needed.
+    Args:
+        value: the value with its graph, such as a loss. None where ``at`` moves the points.
+        function: recomputes the value: at the current weights, or at the inputs passed to it.
+        state: of the random numbers before ``value`` was computed.
+        mean: whether the value of an input penalty is one number, the mean over the samples.
+        window: the micro-batches whose gradients are averaged with this one's.
+    """
+
+    value: Any
+    function: Callable[..., Any]
+    state: RandomState
+    mean: bool = False
+    window: Window | None = None
+
+    @property
+    def device(self) -> torch.device | None:
+        """The device of the value; None without a value."""
+        return getattr(self.value, "device", None)
+
+
+class Estimator:
+    """How n² is computed. The base class of `estimator`.
+
+    A subclass defines one method, ``squared_norms``, and sets the flags below where they differ.
+    The package ``gpkit.estimators`` has an example.
+
+    >>> import gpkit
+    >>> [gpkit.exact().reuses_graph, gpkit.finite_difference().reuses_graph]
+    [True, False]
+    """
+
+    # Whether the graph of the output is enough; if not, the penalty must be given the function.
     reuses_graph = True
-    # Whether a backward pass goes through each graph but once: then it needs no double backward.
+    # Whether it differentiates each graph once, and so needs no double backward.
     first_order = False
-    # Whether gradients in the weights can be averaged over micro-batches before the norm is taken.
+    # Whether it can average gradients in the weights over micro-batches before the norm.
     pools = False
-    # Whether each pixel of an image can have a norm of its own.
+    # Whether it can give each pixel of an image a norm.
     by_pixel = False
 
     def check(self, order: int, norm: str, batched: bool) -> None:
-        """Refuse what it does not estimate: of inputs if ``batched``, else of weights."""
+        """Refuse what it does not support; ``batched`` is True for inputs, False for weights."""
 
     def squared_norms(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:
-        """Return n² ``[G]``, differentiable, in float32 or better."""
+        """Return n² ``[G]``, the squared norm of each group's derivative.
+
+        Args:
+            target: the output and the variables.
+            order: k >= 1, the order of the derivative.
+            norm: "l2", "l1" or "linf".
+            rng: the random numbers; draw them with `gpkit.autodiff.random`.
+
+        Returns:
+            n² ``[G]``, differentiable, in float32 or better.
+
+        Raises:
+            NotImplementedError: if a subclass does not define it.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define squared_norms")
 
 
 def require_gradient(estimator: Estimator, order: int) -> None:
-    """Refuse an order other than one.
+    """Refuse orders above one.
 
     Raises:
-        ValueError: if there is another.
+        ValueError: if ``order`` > 1.
     """
     if order > 1:
         raise ValueError(
@@ -98,21 +147,21 @@ def require_gradient(estimator: Estimator, order: int) -> None:
 
 
 def require_function(estimator: Estimator, target: Target) -> Callable[..., Tensor]:
-    """Return the function to evaluate, or refuse a graph alone, and several outputs.
+    """Return the function to evaluate.
 
     Raises:
-        ValueError: if there is no function, or several outputs.
+        ValueError: if the target has only a graph, or has several outputs.
     """
     name = type(estimator).__name__
     if target.evaluate is None:
         call = "penalty(f, x)" if target.batched else "penalty(closure, net)"
         raise ValueError(
-            f"`estimator={name}()` evaluates the function at other points, and got a tensor: give "
-            f"it the function, {call}, or use estimator='exact'"
+            f"`estimator={name}()` needs a callable, to evaluate it at other points; got a tensor: "
+            f"use {call}, or estimator='exact'"
         )
     if target.y.shape[1] > 1:
         raise ValueError(
-            f"`estimator={name}()` takes one output a group; got {target.y.shape[1]}: use "
+            f"`estimator={name}()` takes one output per group; got {target.y.shape[1]}: use "
             "estimator='projection' or 'exact'"
         )
     return target.evaluate

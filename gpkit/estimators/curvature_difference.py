@@ -1,4 +1,4 @@
-"""How far a gradient changes over a step: a curvature, by a difference of gradients."""
+"""The change of a gradient over a step: a measure of curvature, as in CURE."""
 
 from __future__ import annotations
 
@@ -8,26 +8,34 @@ import torch
 from torch import Tensor
 
 from gpkit import checks
-from gpkit.autodiff.derivatives import gradients
-from gpkit.autodiff.numerics import as_rows, length_of, moving, reduce_rows, steepest, wide
+from gpkit.autodiff.derivatives import as_rows, gradients
+from gpkit.autodiff.numerics import length_of, nonzero_mask, reduce_rows, steepest, wide
 from gpkit.autodiff.random import Source
 from gpkit.estimators.base import Estimator, Target, require_function, require_gradient
 
 
 @dataclass(frozen=True)
 class curvature_difference(Estimator):
-    r"""How far the gradient changes over a step along its signs.
+    r"""The norm of the change of the gradient over a step along its signs.
 
     .. math:: n^2 = \|\nabla f(x + h z) - \nabla f(x)\|^2,
               \quad z = \mathrm{sign} \nabla f(x) \, / \, \|\mathrm{sign} \nabla f(x)\|
 
-    z is a constant. It is about h‖Hz‖ for a small h, and zero where the gradient is. The penalty
-    must be given the function itself, and takes a double backward.
+    z is a constant. For small h, n is about h‖Hz‖, with H the Hessian; n is zero if the gradient is
+    zero. Give the penalty a callable, not a tensor. It needs a double backward.
 
     Args:
-        h: the Euclidean length of the step.
+        h: the Euclidean length of the step, > 0.
+
+    Raises:
+        ValueError: if ``h`` is not > 0.
 
     Source: Moosavi-Dezfooli et al. (2019), arXiv:1811.09716.
+
+    >>> import gpkit
+    >>> penalty = gpkit.GradientPenalty(estimator=curvature_difference(0.5))
+    >>> penalty(lambda x: (x**2).sum(1), torch.ones(4, 1)).item()  # (2·(1 + ½) - 2·1)²
+    1.0
     """
 
     h: float = 1.5
@@ -38,10 +46,10 @@ class curvature_difference(Estimator):
         checks.number("curvature_difference(h=...)", self.h, 0, strict=True)
 
     def check(self, order: int, norm: str, batched: bool) -> None:
-        """Refuse all but gradients in the inputs.
+        """Refuse orders above one, and weights.
 
         Raises:
-            ValueError: for a higher order, or for weights.
+            ValueError: if ``order`` > 1, or the variables are weights.
         """
         require_gradient(self, order)
         if not batched:
@@ -57,8 +65,8 @@ class curvature_difference(Estimator):
         pairs = zip(target.xs, signs, strict=True)
         xs = tuple(x + (v * scale).reshape(x.shape).to(x.dtype) for x, v in pairs)
         there = gradients(evaluate(*xs).sum(), xs)
+        moved = nonzero_mask(length).unsqueeze(1)  # [G, 1]
         changes = [
-            as_rows((b.to(wide(b)) - a) * moving(length).reshape(-1, *[1] * (a.ndim - 1)), True)
-            for a, b in zip(here, there, strict=True)
+            as_rows(b.to(wide(b)) - a, True) * moved for a, b in zip(here, there, strict=True)
         ]
         return reduce_rows([tuple(changes)], norm)

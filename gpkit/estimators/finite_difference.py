@@ -1,4 +1,4 @@
-"""Finite differences: the norm of a gradient without double backprop."""
+"""Finite differences: the norm of a gradient without double backward."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ from torch import Tensor
 
 from gpkit import checks
 from gpkit.autodiff import graph
-from gpkit.autodiff.derivatives import first_gradients
+from gpkit.autodiff.derivatives import as_rows, first_gradients
 from gpkit.autodiff.known_gradient import known_gradient, perturbed, require_leaves
 from gpkit.autodiff.numerics import (
     Over,
     Rows,
-    added,
-    as_rows,
     dual,
-    known,
     length_of,
-    moving,
+    nonzero_mask,
     over_all,
+    pairwise_sums,
     reduce_rows,
     root,
     spacing,
     steepest,
     widened,
+    zeros_for_none,
 )
 from gpkit.autodiff.random import Source
 from gpkit.estimators.base import Estimator, Target, require_function, require_gradient
@@ -36,35 +35,38 @@ SIDES = ("forward", "backward", "central")
 
 @dataclass(frozen=True)
 class finite_difference(Estimator):
-    r"""The gradient's norm from the function a small step away: first derivatives alone.
+    r"""The norm of the gradient by finite differences, with first derivatives only.
 
-    With v the direction of steepest ascent, a constant, in the inputs
+    Let v be the direction of steepest ascent, a constant. In the inputs
 
     .. math:: n = \frac{f(x + h v) - f(x)}{h}, \quad v = \nabla f(x) / \|\nabla f(x)\|,
 
-    which is trained as it stands, and in the weights n = ‖∇L‖ itself, with the gradient
+    and training differentiates this quotient. In the weights n = ‖∇L‖ is exact, and its gradient is
 
     .. math:: \nabla_\theta \, n^2 = 2 H \nabla L
               \approx 2 n \, \frac{\nabla L(\theta + h v) - \nabla L(\theta)}{h}.
 
-    "backward" takes (f(x) - f(x - hv)) / h, "central" (f(x + hv) - f(x - hv)) / 2h. The error is
-    h, or h² for "central", times a higher derivative; a piecewise-linear net has the right n, but
-    kinks within h make the gradient of it differ by an amount that does not vanish with h. All
-    samples move at once: batch norm in training mode, which couples them, makes n another one.
+    "backward" uses (f(x) - f(x - hv)) / h, "central" (f(x + hv) - f(x - hv)) / 2h. The error is of
+    order h, or h² for "central". For a piecewise-linear net n is correct, but kinks within h change
+    its gradient by an amount that does not vanish as h -> 0. All samples move at once, so n is
+    wrong if samples are coupled, as by batch norm in training mode.
 
-    As no backward passes a graph twice, it serves compiled nets, fused attention, cuDNN's recurrent
-    nets and once-differentiable Functions. The penalty must be given the function itself. In the
-    weights it costs a forward and backward for the gradient and one for each other point; together
-    with the loss, `GradientPenalty.with_loss`, two in all. The weights are moved in place and given
-    back bit for bit, also after an error. With norm="l1" and "linf", v is the dual direction: the
-    sign of the gradient, or of its largest entry.
+    Each graph is differentiated once, so it works with compiled nets, fused attention, cuDNN's
+    recurrent nets and once-differentiable Functions. Give the penalty a callable, not a tensor. In
+    the weights it takes one forward and backward pass for the gradient and one for each other
+    point; with `GradientPenalty.with_loss` two in total, including the loss. The weights are moved
+    in place and restored bit for bit, also after an error. With norm="l1" or "linf", v is the dual
+    direction: the signs of the gradient, or the sign of its largest entry.
 
     Args:
-        step: the Euclidean length of the step, h·‖v‖. None is 2√ε, for "central" ε^(1/3)/2, with ε
-            the spacing of numbers at one (of autocast's, if it is on), and larger where the entries
-            of the sample, or of the weights that take part, are: times their root mean square. In
-            float32 that is 7e-4 and 2e-3; an ε‖∇L‖ of other papers is h.
+        step: the Euclidean length of the step, h·‖v‖. None is 2√ε, or ε^(1/3)/2 for "central",
+            where ε is the machine epsilon of the coarsest dtype used (autocast included), times
+            the root mean square of the entries that are moved, if that is above 1. In float32 this
+            is 7e-4 and 2e-3. Papers that write the step as ε‖∇L‖ mean h = ε‖∇L‖.
         side: "forward", "backward" or "central".
+
+    Raises:
+        ValueError: if ``step`` is not > 0, or ``side`` is another name.
 
     Source: Finlay and Oberman (2021), arXiv:1905.11468; in the weights Karakida et al. (2023),
     arXiv:2210.02720.
@@ -90,10 +92,10 @@ class finite_difference(Estimator):
         checks.choice("finite_difference(side=...)", self.side, SIDES)
 
     def check(self, order: int, norm: str, batched: bool) -> None:
-        """Refuse all but gradients.
+        """Refuse orders above one.
 
         Raises:
-            ValueError: for a higher order.
+            ValueError: if ``order`` > 1.
         """
         require_gradient(self, order)
 
@@ -107,9 +109,9 @@ class finite_difference(Estimator):
         return self.of_weights(target, evaluate, norm)
 
     def of_inputs(self, target: Target, evaluate: Callable[..., Tensor], norm: str) -> Tensor:
-        """Return ((f(x + hv) - f(x)) / h)²."""
+        """Return ((f(x + hv) - f(x)) / h)² ``[G]``, or that of the chosen side."""
         grads = first_gradients(target.y, target.xs)
-        rows = [as_rows(widened(g), True) for g in known(grads, target.xs)]
+        rows = [as_rows(widened(g), True) for g in zeros_for_none(grads, target.xs)]
         directions = steepest(rows, norm)
         lengths = self.lengths(target, directions)  # h, [G]
 
@@ -126,15 +128,15 @@ class finite_difference(Estimator):
         if not any(g is not None for g in grads):
             return n2  # y does not depend on x
         slope = (along(b) - along(a)) / ((b - a) * lengths)
-        return (slope * moving(n2)).square()
+        return (slope * nonzero_mask(n2)).square()
 
     def of_weights(self, target: Target, evaluate: Callable[..., Tensor], norm: str) -> Tensor:
-        """Return ‖∇L‖², with a gradient 2n (∇L(θ + hv) - ∇L(θ)) / h for all leaves of the graph."""
+        """Return ‖∇L‖² ``[1]``, whose gradient in all leaves is 2n (∇L(θ + hv) - ∇L(θ)) / h."""
         require_leaves(target.xs)
         leaves = graph.leaves(target.y)
         where = [next((i for i, p in enumerate(leaves) if p is x), None) for x in target.xs]
         base = first_gradients(target.y, tuple(leaves))
-        grads = known([None if i is None else base[i] for i in where], target.xs)
+        grads = zeros_for_none([None if i is None else base[i] for i in where], target.xs)
         window, scale = target.window, target.scale
         if window is not None:
             grads = window.mean(grads, target.xs, scale)
@@ -143,12 +145,12 @@ class finite_difference(Estimator):
 
         def gradient(moves: list[Tensor] | None) -> list[Tensor]:
             if moves is None:
-                here = [widened(g) for g in known(base, leaves)]
-                return added(here, window.earlier(leaves, scale)) if window else here
+                here = [widened(g) for g in zeros_for_none(base, leaves)]
+                return pairwise_sums(here, window.earlier_sum(leaves, scale)) if window else here
             with perturbed(target.xs, moves):
-                moved = known(first_gradients(evaluate(), tuple(leaves), retain=False), leaves)
-                there = [widened(g) for g in moved]
-                return added(there, window.earlier_now(leaves, scale)) if window else there
+                moved = first_gradients(evaluate(), tuple(leaves), retain=False)
+                there = [widened(g) for g in zeros_for_none(moved, leaves)]
+                return pairwise_sums(there, window.rerun_sum(leaves, scale)) if window else there
 
         epsilon = spacing(target.y, *target.xs)
         n, slopes = self.slopes(target.xs, grads, norm, epsilon, gradient)
@@ -163,19 +165,19 @@ class finite_difference(Estimator):
         gradient: Callable[[list[Tensor] | None], list[Tensor]],
         over: Over = over_all,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Return n, the norm of a gradient in weights, and the gradient of n² in all leaves.
+        """Return n, the norm of the gradient in weights, and the gradient of n² in all leaves.
 
         Args:
-            xs: the weights that the norm is in.
-            grads: the gradient in them.
-            norm: which norm.
-            epsilon: the spacing at one of the numbers that the loss is computed in.
-            gradient: gives the gradient in all leaves with the weights moved by as much as it is
-                called with; None is not at all.
-            over: how a number is taken of all entries of several tensors.
+            xs: the weights θ.
+            grads: ∇L with respect to ``xs``.
+            norm: "l2", "l1" or "linf".
+            epsilon: the machine epsilon of the dtype that the loss is computed in.
+            gradient: moves -> ∇L with respect to all leaves, at weights moved by ``moves``; None
+                is no move.
+            over: the sum or maximum over all entries of several tensors, see `over_all`.
 
         Returns:
-            n, one number, and 2n (∇L(θ + hv) - ∇L(θ)) / h.
+            n, a scalar, and 2n (∇L(θ + hv) - ∇L(θ)) / h, one tensor for each leaf.
         """
         n, directions = dual(grads, norm, over)
         length = over(directions, torch.square, "sum").sqrt()
@@ -195,10 +197,10 @@ class finite_difference(Estimator):
         return n, [(widened(after) - before) * factor for before, after in pairs]
 
     def of_mean(self, target: Target, evaluate: Callable[..., Tensor], norm: str) -> Tensor:
-        r"""Return n² ``[G]`` of samples of which only the mean loss L is known.
+        r"""Return n² ``[G]`` of the samples if only their mean loss L is known.
 
-        Every n_i is that of B·∇L. The one moved L has the gradient of all in the one direction that
-        the penalty P asks for: with c_i = ∂P/∂n_i², which is constant, and ⟨g_i, v_i⟩ = n_i,
+        n_i is the norm of g_i = B ∂L/∂x_i. Training only needs the gradient of Σ c_i n_i², where
+        c_i = ∂P/∂n_i² is a constant. One moved loss gives it, because ⟨g_i, v_i⟩ = n_i:
 
         .. math:: \nabla_\theta \sum_i c_i n_i^2 \approx
                   \frac{\nabla_\theta B L(x + h w) - \nabla_\theta B L(x)}{h}, \quad
@@ -208,7 +210,8 @@ class finite_difference(Estimator):
         leaves = [p for p in graph.leaves(target.y) if not any(p is x for x in target.xs)]
         all_grads = first_gradients(target.y, (*target.xs, *leaves))
         count = len(target.xs)
-        grads, base = known(all_grads[:count], target.xs), known(all_grads[count:], leaves)
+        grads = zeros_for_none(all_grads[:count], target.xs)
+        base = zeros_for_none(all_grads[count:], leaves)
         rows = [as_rows(widened(g), True) for g in grads]
         n2 = reduce_rows([tuple(rows)], norm)
         c = target.share(n2 if target.scale is None else n2 / target.scale / target.scale)
@@ -222,7 +225,7 @@ class finite_difference(Estimator):
                 return [widened(g) for g in base]
             pairs = zip(target.xs, ws, strict=True)
             moved = [x + (sign * h * w).reshape(x.shape).to(x.dtype) for x, w in pairs]
-            there = known(first_gradients(evaluate(*moved), tuple(leaves)), leaves)
+            there = zeros_for_none(first_gradients(evaluate(*moved), tuple(leaves)), leaves)
             return [widened(g) for g in there]
 
         a, b = SIGNS[self.side]
@@ -231,7 +234,7 @@ class finite_difference(Estimator):
         return known_gradient(n2, leaves, slopes, c)
 
     def lengths(self, target: Target, directions: Rows) -> Tensor:
-        """Return h ``[G]``: the length of the step is h·‖v‖."""
+        """Return h ``[G]``, such that h·‖v‖ is the length of the step."""
         length = length_of(directions)
         rows = [as_rows(widened(x.detach()), target.batched) for x in target.xs]
         size = length_of(rows) / sum(row.shape[1] for row in rows) ** 0.5
@@ -243,7 +246,7 @@ class finite_difference(Estimator):
 
         Args:
             size: the root mean square of the entries that are moved.
-            epsilon: the spacing at one of the numbers that the function is computed in.
+            epsilon: the machine epsilon of the dtype that the function is computed in.
         """
         if self.step is not None:
             return torch.full_like(size, self.step)

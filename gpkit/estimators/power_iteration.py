@@ -8,31 +8,40 @@ import torch
 from torch import Tensor
 
 from gpkit import checks
-from gpkit.autodiff.derivatives import gradients, products
-from gpkit.autodiff.numerics import as_rows, normalized, widened
+from gpkit.autodiff.derivatives import as_rows, gradients, products
+from gpkit.autodiff.numerics import normalized, wide, widened
 from gpkit.autodiff.random import Source, normal
 from gpkit.estimators.base import Estimator, Target
 
 
 @dataclass(frozen=True)
 class power_iteration(Estimator):
-    r"""The largest singular value of each group's Jacobian, instead of its Frobenius norm.
+    r"""The largest singular value σ of each group's Jacobian, instead of its Frobenius norm.
 
     .. math:: n^2 = \|J^\top u\|^2 \le \sigma_{\max}(J)^2, \quad
               v \leftarrow \frac{J^\top u}{\|J^\top u\|}, \quad u \leftarrow \frac{J v}{\|J v\|}
 
-    u starts anywhere, one for each group, and is a constant at the end: then the gradient of n² is
-    2σ uᵀ(dJ)v, that of σ² where it is the only largest singular value. The error is of the order
-    (σ₂/σ₁)^(4K) in the value and (σ₂/σ₁)^(2K) in the gradient. There is no second derivative of
-    n² (u and v are constants). It takes 2K + 2 backward passes: Jᵀu and Jv for each step, where Jv
-    is a backward pass through a first Jᵀu, linear in u; and the last Jᵀu, the one whose graph the
-    penalty trains. One output needs that one alone.
+    Each group starts from a random u. The final u is a constant, so the gradient of n² is
+    2σ uᵀ(dJ)v, the gradient of σ² if the largest singular value is simple. The error is of order
+    (σ₂/σ₁)^(4K) in the value and (σ₂/σ₁)^(2K) in the gradient. n² has no correct second derivative,
+    because u and v are constants. It takes 2K + 2 backward passes: one Jᵀu that is linear in u; a
+    Jv, by a backward pass through it, and a Jᵀu for each of K steps; and the last Jᵀu, which the
+    penalty trains. With one output only the last one is needed.
 
     Args:
         iterations: K, the number of steps.
 
+    Raises:
+        ValueError: if ``iterations`` < 1.
+
     Source: Golub and van Loan, Matrix Computations, 7.3; for nets Johansson et al. (2022),
     arXiv:2206.13581.
+
+    >>> import gpkit
+    >>> A = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+    >>> penalty = gpkit.GradientPenalty(estimator=power_iteration(50), seed=0)
+    >>> round(penalty(lambda x: x @ A, torch.ones(1, 2)).item(), 4)  # σ² = 4²
+    16.0
     """
 
     iterations: int = 10
@@ -41,10 +50,10 @@ class power_iteration(Estimator):
         checks.integer("power_iteration(iterations=...)", self.iterations, 1)
 
     def check(self, order: int, norm: str, batched: bool) -> None:
-        """Refuse what has no spectral norm here.
+        """Refuse all but the l2 norm of a first derivative.
 
         Raises:
-            ValueError: if it is not the l2 norm of a first derivative.
+            ValueError: if the order or the norm is another.
         """
         if order > 1 or norm != "l2":
             raise ValueError(
@@ -57,14 +66,13 @@ class power_iteration(Estimator):
         y, xs, batched = target.y, target.xs, target.batched
         u = torch.ones_like(y)
         if y.shape[1] > 1:
-            wide = torch.promote_types(y.dtype, torch.float32)
-            u = normalized([normal(rng, y.shape, y.device, wide)])[0].to(y.dtype)
+            u = normalized([normal(rng, y.shape, y.device, wide(y))])[0].to(y.dtype)
             u = self.iterate(y, xs, u, batched)
         rows = [as_rows(g, batched) for g in gradients((y * u).sum(), xs)]
         return torch.stack([widened(r).square().sum(1) for r in rows]).sum(0)
 
     def iterate(self, y: Tensor, xs: tuple[Tensor, ...], u: Tensor, batched: bool) -> Tensor:
-        """Return the left singular vectors ``[G, m]``, from where ``u`` starts."""
+        """Return the left singular vectors ``[G, m]``, starting from ``u``."""
         free = u.clone().requires_grad_()
         pulled = gradients((y * free).sum(), xs)  # Jᵀu as a function of u, linear in it
         for _ in range(self.iterations):

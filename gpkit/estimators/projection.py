@@ -1,4 +1,4 @@
-"""Random projections: an unbiased estimate of the squared Frobenius norm."""
+"""Random projections, an unbiased estimate of the squared Frobenius norm."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gpkit import checks
-from gpkit.autodiff.derivatives import gradients
-from gpkit.autodiff.numerics import as_rows, reduce_rows, wide
+from gpkit.autodiff.derivatives import as_rows, gradients
+from gpkit.autodiff.numerics import reduce_rows, wide
 from gpkit.autodiff.random import Source, normal
 from gpkit.estimators.base import Estimator, Target
 
@@ -23,16 +23,25 @@ class projection(Estimator):
     .. math:: n^2 = \frac1N \sum_{j=1}^N
               \|\nabla\, D_{v_{k-1}} \cdots D_{v_1} \langle v_0, f \rangle \|^2
 
-    with fresh independent v of E[v vᵀ] = I for each level, sample and j. Each of the N takes k
-    backward passes. It is exact, and one pass, where nothing is left to project: the gradient of a
-    scalar. A form that takes the root of n² (norm, two-sided) sees the root of the estimate.
+    with independent v, E[v vᵀ] = I, for each level, sample and j. Each projection takes k backward
+    passes. The gradient of a scalar needs no projection: it is exact, and takes one pass. Forms
+    that take the root of n² (norm, two-sided) use the root of the estimate, which is biased.
 
     Args:
         n: N, the number of projections.
-        distribution: of v: "rademacher" (±1, the least variance), "gaussian", or "sphere"
-            (uniform on the sphere of radius √d).
+        distribution: the distribution of v: "rademacher" (±1, the smallest variance), "gaussian",
+            or "sphere" (uniform on the sphere of radius √d).
+
+    Raises:
+        ValueError: if ``n`` < 1, or ``distribution`` is another name.
 
     Source: Hutchinson (1989); for Jacobians Hoffman, Roberts and Yaida (2019), arXiv:1908.02729.
+
+    >>> import gpkit
+    >>> A = torch.tensor([[1.0, 2.0], [2.0, 4.0]])
+    >>> penalty = gpkit.GradientPenalty(estimator=projection(20_000), seed=0)
+    >>> round(penalty(lambda x: x @ A, torch.ones(1, 2)).item())  # ‖A‖_F²
+    25
     """
 
     n: int = 1
@@ -45,7 +54,7 @@ class projection(Estimator):
         checks.choice("projection(distribution=...)", self.distribution, DISTRIBUTIONS)
 
     def check(self, order: int, norm: str, batched: bool) -> None:
-        """Refuse other norms.
+        """Refuse norms other than l2.
 
         Raises:
             ValueError: if the norm is not l2.
@@ -63,10 +72,10 @@ class projection(Estimator):
         return torch.stack(draws).mean(0)
 
     def once(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:
-        """Return one unbiased n² ``[G]``."""
+        """Return one unbiased estimate of n² ``[G]``."""
         rows: tuple[Tensor, ...] = (target.y,)
         for _ in range(order):
-            # One entry is not projected: v = ±1 would change nothing, a Gaussian would add noise.
+            # A single entry is not projected: v = ±1 changes nothing, a Gaussian v adds noise.
             alone = len(rows) == 1 and rows[0].shape[1] == 1
             vs = [torch.ones_like(r) for r in rows] if alone else self.draw(rows, rng)
             along = sum((r * v).sum() for r, v in zip(rows, vs, strict=True))

@@ -1,4 +1,4 @@
-"""Taylor mode: the k-th derivative along one random direction."""
+"""Taylor mode: the k-th derivative along random directions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from gpkit import checks
-from gpkit.autodiff.numerics import as_rows, reduce_rows
+from gpkit.autodiff.derivatives import as_rows
+from gpkit.autodiff.numerics import reduce_rows
 from gpkit.autodiff.random import Source
 from gpkit.estimators.base import Estimator, Target
 from gpkit.estimators.projection import DISTRIBUTIONS, projection
@@ -16,27 +17,36 @@ from gpkit.estimators.projection import DISTRIBUTIONS, projection
 
 @dataclass(frozen=True)
 class taylor(Estimator):
-    r"""The k-th derivative along one random direction, by Taylor mode: polynomial in k.
+    r"""The k-th derivative along random directions, by Taylor mode: its cost is polynomial in k.
 
     .. math:: n^2 = \frac1N \sum_{j=1}^N \sum_o (D^k f_o[v_j, \dots, v_j])^2
 
-    with fresh v of E[v vᵀ] = I for each sample and j. It estimates E_v ‖D^k f[v, ..., v]‖², which
-    is the squared Frobenius norm at k = 1 only: at k = 2 it is, with H the Hessian,
+    with independent v, E[v vᵀ] = I, for each sample and j. It estimates E_v ‖D^k f[v, ..., v]‖².
+    This is the squared Frobenius norm for k = 1 only. For k = 2, with H the Hessian, it is
 
     - 2‖H‖_F² + (tr H)² for "gaussian" v,
     - 2‖H‖_F² + (tr H)² - 2 Σ_i H_ii² for "rademacher",
     - (2‖H‖_F² + (tr H)²) d / (d + 2) for "sphere", d the number of entries of a sample.
 
-    It vanishes where the k-th derivative does for "gaussian" and "sphere"; with "rademacher" a
-    Hessian such as diag(1, -1) goes unseen. For inputs of one number v = 1, and n = |f^(k)| is
-    exact. It is for inputs, and evaluates the function itself on jets: give the penalty a callable.
-    It takes smooth functions, see `gpkit.directional_derivative`.
+    With "gaussian" and "sphere" it is zero only if the k-th derivative is zero; with "rademacher"
+    it is also zero for a Hessian such as diag(1, -1). For one-dimensional inputs v = 1, and
+    n = |f^(k)| is exact. It works for inputs only, and runs the function on Taylor series, so give
+    the penalty a callable, made of smooth operations; see `gpkit.directional_derivative`.
 
     Args:
         n: N, the number of directions.
-        distribution: of v: "rademacher" (±1), "gaussian", or "sphere" (of radius √d).
+        distribution: the distribution of v: "rademacher" (±1), "gaussian", or "sphere" (uniform on
+            the sphere of radius √d).
+
+    Raises:
+        ValueError: if ``n`` < 1, or ``distribution`` is another name.
 
     Source: Griewank and Walther (2008), Evaluating Derivatives, chapter 13.
+
+    >>> import gpkit
+    >>> penalty = gpkit.GradientPenalty(order=3, estimator=taylor())
+    >>> penalty(lambda x: (x**4).sum(1), torch.ones(8, 1)).item()  # (24 x)²
+    576.0
     """
 
     n: int = 1
@@ -49,10 +59,10 @@ class taylor(Estimator):
         checks.choice("taylor(distribution=...)", self.distribution, DISTRIBUTIONS)
 
     def check(self, order: int, norm: str, batched: bool) -> None:
-        """Refuse other norms.
+        """Refuse weights, and norms other than l2.
 
         Raises:
-            ValueError: if the norm is not l2.
+            ValueError: if it is for weights, or the norm is not l2.
         """
         if not batched:
             raise ValueError(
@@ -65,26 +75,26 @@ class taylor(Estimator):
             )
 
     def squared_norms(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:
-        """Return the estimate ``[G]``, differentiable, in float32 or better.
+        """Return the estimate of n² ``[G]``, differentiable, in float32 or better.
 
         Args:
-            target: one of inputs, with its function.
+            target: an output with inputs as variables, and its function.
             order: k.
             norm: "l2".
-            rng: draws directions.
+            rng: the random numbers of the directions.
 
         Returns:
-            n² of each group.
+            n² ``[G]``.
 
         Raises:
-            ValueError: if there is no function to evaluate.
+            ValueError: if the target has no function to evaluate.
         """
         from gpkit.autodiff.taylor.directional import last_derivative, paths
 
         if target.evaluate is None:
             raise ValueError(
-                "`estimator=taylor()` evaluates the function itself, and got a tensor: "
-                "give a callable and samples, penalty(f, x)"
+                "`estimator=taylor()` needs a callable, to run it on Taylor series; got a tensor: "
+                "use penalty(f, x)"
             )
         flat = tuple(as_rows(x, True) for x in target.xs)  # [G, n]
         alone = sum(x.shape[1] for x in flat) == 1

@@ -1,4 +1,4 @@
-"""A window: the micro-batches, and the ranks, whose mean gradient has one norm."""
+"""Window: the micro-batches and ranks whose gradients are averaged before the norm is taken."""
 
 from __future__ import annotations
 
@@ -8,39 +8,42 @@ import torch
 from torch import Tensor
 
 from gpkit.autodiff import graph
-from gpkit.autodiff.derivatives import first_gradients, gradients
+from gpkit.autodiff.derivatives import as_rows, first_gradients, gradients
 from gpkit.autodiff.known_gradient import known_gradient
-from gpkit.autodiff.numerics import as_rows, known, reduce_rows, root, steepest, wide
+from gpkit.autodiff.numerics import reduce_rows, root, steepest, wide, zeros_for_none
+
+POOLED = ("accumulated", "global")  # scopes whose gradients are averaged over a window
 
 
 class Window:
     r"""Micro-batches whose gradients are averaged before the norm n is taken.
 
-    With ḡ = (1/A) Σ_a g_a, over A micro-batches (and then over ranks),
+    Let ḡ = (1/A) Σ_a g_a be the mean over A micro-batches (and then over ranks), and H_a the
+    Hessian of micro-batch a:
 
     .. math:: \nabla_\theta \|\bar g\|^2 = \frac{2}{A} \sum_a H_a \, \bar g ,
 
-    so that ḡ, a constant, is the vector of a second backward through each micro-batch. The earlier
-    ones are run again for it, one at a time, and no graph outlives its micro-batch. The penalty of
-    a micro-batch gets the gradient 2 H_a ḡ: averaged over micro-batches and over ranks, as training
-    averages what it is given, that is the whole.
+    so a second backward pass through each micro-batch, with the constant vector ḡ, gives the whole
+    gradient. Earlier micro-batches are rerun for it one at a time, so no graph is kept longer than
+    its micro-batch. The penalty's gradient is 2 H_a ḡ for each micro-batch; training averages these
+    over micro-batches and ranks, as it does with all gradients.
 
     Args:
-        size: A, what training divides the sum of the micro-batches' gradients by.
-        ranks: whether the ranks of a distributed run are averaged too.
+        size: A, the number that training divides the sum of the micro-batches' gradients by.
+        ranks: whether to average over the ranks of a distributed run too.
     """
 
     def __init__(self, size: int = 1, *, ranks: bool = False) -> None:
         self.size = size
         self.ranks = ranks
-        self._again: list[Callable[[], Tensor]] = []
+        self._functions: list[Callable[[], Tensor]] = []
         self._sums: dict[Tensor, Tensor] = {}  # by parameter, of the earlier micro-batches
 
     def add(
-        self, again: Callable[[], Tensor], leaves: Iterable[Tensor], grads: Iterable[Tensor]
+        self, function: Callable[[], Tensor], leaves: Iterable[Tensor], grads: Iterable[Tensor]
     ) -> None:
-        """Take in a micro-batch: a function that gives its loss anew, and its gradient."""
-        self._again.append(again)
+        """Add a micro-batch: the function of its loss, the leaves, and their gradients."""
+        self._functions.append(function)
         for leaf, grad in zip(leaves, grads, strict=True):
             grad = grad.detach().to(wide(grad))
             self._sums[leaf] = self._sums[leaf] + grad if leaf in self._sums else grad
@@ -48,15 +51,15 @@ class Window:
     def mean(
         self, grads: Sequence[Tensor], xs: Sequence[Tensor], scale: Tensor | float | None
     ) -> list[Tensor]:
-        """Return ḡ, a constant in float32 or better: of the earlier gradients, and these.
+        """Return ḡ, the mean of the earlier gradients and these: constants in float32 or better.
 
         Args:
-            grads: of this micro-batch, times ``scale``, one for each of ``xs``.
+            grads: scale·∇L of this micro-batch, one tensor for each of ``xs``.
             xs: the parameters.
-            scale: what the loss was multiplied by.
+            scale: the factor that the loss was multiplied by, or None.
 
         Returns:
-            ḡ times ``scale``.
+            scale·ḡ, one tensor for each of ``xs``.
         """
         means = [g.detach().to(wide(g)) for g in grads]
         for i, x in enumerate(xs):
@@ -73,7 +76,7 @@ class Window:
     def squared_norms(
         self, y: Tensor, xs: Sequence[Tensor], scale: Tensor | float | None, norm: str
     ) -> Tensor:
-        """Return n² ``[1]`` of ḡ, with the gradient in the parameters that was said above."""
+        """Return n² = ‖ḡ‖² ``[1]``, whose gradient is (2/A) Σ H_a ḡ, see the class."""
         local = gradients(y.sum(), tuple(xs))
         rows = [as_rows(g, False) for g in self.mean(local, xs, scale)]
         n2 = reduce_rows([tuple(rows)], norm)
@@ -87,9 +90,9 @@ class Window:
 
         n2 = n2 + along(local)
         sums: dict[Tensor, Tensor] = {}
-        for again in self._again:
-            again_y = scaled(again(), scale)
-            part = along(gradients(again_y, tuple(xs)))
+        for function in self._functions:
+            y = scaled(function(), scale)
+            part = along(gradients(y, tuple(xs)))
             leaves = graph.leaves(part)
             for leaf, grad in zip(leaves, first_gradients(part, tuple(leaves)), strict=True):
                 if grad is not None:
@@ -98,25 +101,25 @@ class Window:
             n2 = n2 + known_gradient(torch.zeros_like(n2), list(sums), list(sums.values()))
         return n2
 
-    def earlier(self, leaves: Sequence[Tensor], scale: Tensor | float | None) -> list[Tensor]:
-        """Return the sum of the earlier micro-batches' gradients, times ``scale``."""
+    def earlier_sum(self, leaves: Sequence[Tensor], scale: Tensor | float | None) -> list[Tensor]:
+        """Return scale times the sum of the gradients of the earlier micro-batches."""
         zeros = [torch.zeros_like(x, dtype=wide(x)) for x in leaves]
         return [
             scaled(self._sums.get(x, zero), scale) for x, zero in zip(leaves, zeros, strict=True)
         ]
 
-    def earlier_now(self, leaves: Sequence[Tensor], scale: Tensor | float | None) -> list[Tensor]:
-        """Return that sum at the weights as they are: each micro-batch is run again."""
+    def rerun_sum(self, leaves: Sequence[Tensor], scale: Tensor | float | None) -> list[Tensor]:
+        """Return the same sum at the current weights: reruns each earlier micro-batch."""
         totals = [torch.zeros_like(x, dtype=wide(x)) for x in leaves]
-        for again in self._again:
-            y = scaled(again(), scale)
-            grads = known(first_gradients(y, tuple(leaves), retain=False), leaves)
+        for function in self._functions:
+            y = scaled(function(), scale)
+            grads = zeros_for_none(first_gradients(y, tuple(leaves), retain=False), leaves)
             totals = [t + g for t, g in zip(totals, grads, strict=True)]
         return totals
 
 
 def scaled(x: Tensor, scale: Tensor | float | None) -> Tensor:
-    """Return ``x`` times a scale, if there is one."""
+    """Return ``x * scale``, or ``x`` if ``scale`` is None."""
     return x if scale is None else x * scale
 
 
@@ -127,16 +130,16 @@ def summarised(
     retain: bool = False,
     windows: Iterable[tuple[Window, Callable[[], Tensor]]] = (),
 ) -> Tensor:
-    """Return a loss with the gradients of all its leaves, in place of its graph.
+    """Return a loss whose graph is replaced by the computed gradients of its leaves.
 
     Args:
-        loss: one number, or losses whose sum is meant.
-        scale: what it is multiplied by while the gradients are taken.
-        retain: whether the graph behind it stays, for other uses.
-        windows: they take the gradients in, each with a function that gives the loss anew.
+        loss: one number, or losses whose sum is differentiated.
+        scale: a factor against underflow while the gradients are computed, or None.
+        retain: whether to keep the graph of ``loss`` for other uses.
+        windows: windows to add the gradients to, each with a function that recomputes the loss.
 
     Returns:
-        The loss.
+        The loss, with the same value; its backward pass computes nothing.
     """
     leaves = graph.leaves(loss)
     with torch.autocast(loss.device.type, enabled=False):
@@ -144,6 +147,6 @@ def summarised(
         grads = torch.autograd.grad(y, leaves, retain_graph=retain)
     if scale is not None:
         grads = tuple(g.to(wide(g)) / scale for g in grads)
-    for window, again in windows:
-        window.add(again, leaves, grads)
+    for window, function in windows:
+        window.add(function, leaves, grads)
     return known_gradient(loss, leaves, grads)

@@ -1,7 +1,11 @@
-"""Lightning: modules and callbacks that train with penalties, and log gradient norms.
+"""LightningModules and callbacks that train with gradient penalties and log gradient norms.
 
-``module`` trains any net, ``gan`` a critic and a generator, ``callback`` adds penalties to somebody
-else's LightningModule, ``monitor`` logs gradient norms. They share ``watch`` (hooks and replays),
-``recording`` (what is logged), ``norms``, ``batches``, ``refusals``, and ``compat``, which holds
-all private API of Lightning that is used. A new feature gets a folder of its own.
+- ``module``: `PenalizedModule` trains any net on a loss and penalties.
+- ``gan``: `GANModule` trains a critic and a generator.
+- ``callback``: `GradientPenaltyCallback` adds penalties to any LightningModule.
+- ``monitor``: `GradientNormMonitor` logs gradient norms of any LightningModule.
+
+They share ``watch`` (forward hooks, and reruns of a training step), ``recording`` (scalars and
+histograms), ``norms``, ``batches``, ``refusals`` (one error for all findings) and ``compat`` (all
+private API of Lightning). A new feature gets its own folder.
 """

@@ -1,7 +1,8 @@
-"""All that gpkit uses of Lightning and torchmetrics beside their public API, in one place.
+"""All private API of Lightning and torchmetrics that gpkit uses, in one place.
 
-Each entry says why the public way does not do. `tests/lightning/test_compat.py` fails with the name
-of the entry when a release takes it away.
+Each entry says why the public API is not enough. `tests/lightning/test_lightning_compat.py` fails
+with the name of the entry when a release removes it. Torch's own private API is in
+`gpkit.autodiff.compat`.
 """
 
 from __future__ import annotations
@@ -11,72 +12,88 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback as Callback
 else:
-    # `lightning.pytorch` is the same library as `pytorch_lightning`, with classes of its own, and
-    # its trainer takes callbacks of its own class. Where both are installed we are of both.
-    _names = ["pytorch_lightning", *["lightning.pytorch"] * (find_spec("lightning") is not None)]
+    # `lightning.pytorch` is the same library as `pytorch_lightning` with its own classes, and its
+    # trainer accepts only its own Callback. If both are installed, ours inherits from both.
+    # (A folder of that name without an __init__.py, in a user's project, has no origin.)
+    _both = getattr(find_spec("lightning"), "origin", None) is not None
+    _names = ["pytorch_lightning", *["lightning.pytorch"] * _both]
     Callback = type("Callback", tuple(import_module(name).Callback for name in _names), {})
 
 
 def is_a(thing: Any, *names: str) -> bool:
-    """Whether a class of one of these names is among those of ``thing``, of either package."""
+    """Whether ``thing`` is an instance of a class with one of these names, from either package."""
+    # isinstance would need the classes of both, and import both.
     return any(c.__name__ in names for c in type(thing).__mro__)
 
 
 def trainer_of(module: Any) -> Any:
-    """Return the trainer of a LightningModule, or None. ``module.trainer`` raises without one."""
+    """Return the trainer of a LightningModule, or None; ``module.trainer`` raises without one."""
     return module._trainer
 
 
-def scaler_of(trainer: Any) -> Any:
-    """Return the gradient scaler of float16 training, or None; ``trainer`` may be None.
+def holds_fsdp2_shards(module: nn.Module) -> bool:
+    """Whether FSDP2's ``fully_shard`` was applied to the module or a submodule.
 
-    Lightning has no accessor for it; the precision plugin holds it as an attribute.
+    The class can only be imported where torch.distributed is available.
+
+    Args:
+        module: the LightningModule.
+
+    Returns:
+        False outside of a distributed run.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(part, FSDPModule) for part in module.modules())
+
+
+def scaler_of(trainer: Any) -> Any:
+    """Return the gradient scaler of precision "16-mixed", or None; ``trainer`` may be None.
+
+    Lightning has no accessor for it; the precision plugin has it as an attribute.
     """
     return getattr(getattr(trainer, "precision_plugin", None), "scaler", None)
 
 
 def scale_of(scaler: Any, device: torch.device) -> Tensor | None:
-    """Return the scale that a scaler has now, without waiting for the device; None for none.
+    """Return the current scale of a gradient scaler as a tensor; None without a scaler.
 
-    ``scaler.get_scale()`` waits for the device; scaling a one does not.
+    ``scaler.get_scale()`` waits for the device; to scale a tensor of one does not.
 
     Args:
-        scaler: of gradients, or None.
-        device: where the loss is.
+        scaler: a gradient scaler, or None.
+        device: the device of the loss.
     """
     return None if scaler is None else scaler.scale(torch.ones((), device=device))
 
 
-def unscales_in_its_step(optimizer: Any) -> bool:
-    """Whether an optimiser unscales gradients itself, as fused ones do: torch tells it so alone."""
-    return getattr(optimizer, "_step_supports_amp_scaling", False)
-
-
 def steps_of(trainer: Any) -> int:
-    """Return the step under which the trainer logs numbers now.
+    """Return the step number under which the trainer logs now.
 
-    Lightning's loggers get this count, of batches after which an optimiser stepped.
-    ``global_step`` counts the steps of every optimiser, of which a GAN has two a batch.
+    Lightning's loggers get the number of batches after which an optimiser has stepped.
+    ``global_step`` counts the steps of all optimisers, and a GAN has two of them.
     """
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 def logs_now(trainer: Any, ahead: int = 1) -> bool:
-    """Whether the trainer logs the step that is under way, or one of several from it on.
+    """Whether the trainer logs the current step, or one of the next few.
 
-    Lightning's own monitors ask its logger connector, which is private and looks at one step.
+    Lightning's own callbacks ask its logger connector, which is private and knows one step only.
 
     Args:
-        trainer: of a fit.
-        ahead: how many steps, this one included.
+        trainer: the trainer of the fit.
+        ahead: the number of steps to look at; 1 is the current step only.
 
     Returns:
-        Whether one of them is logged.
+        Whether one of these steps is logged.
     """
     every, done = trainer.log_every_n_steps, steps_of(trainer)
     due = every and ((done + ahead) // every > done // every or trainer.should_stop)
@@ -84,26 +101,27 @@ def logs_now(trainer: Any, ahead: int = 1) -> bool:
 
 
 def last_of_step(trainer: Any) -> bool:
-    """Whether this micro-batch is the last before an optimiser's step.
+    """Whether this micro-batch is the last one of an optimiser step.
 
-    Only the fit loop knows: the end of an epoch and schedules of accumulation count.
+    Only the fit loop knows: it depends on the end of the epoch and on accumulation schedules.
 
     Returns:
-        False while an optimiser step still waits for micro-batches.
+        False if more micro-batches are accumulated before the optimiser steps.
     """
     return trainer.accumulate_grad_batches == 1 or not trainer.fit_loop._should_accumulate()
 
 
 def state_key(callback: Any, **arguments: Any) -> str:
-    """Return the name of a callback's state in a checkpoint, one for each choice of arguments.
+    """Return the key of a callback's state in a checkpoint; it depends on the arguments.
 
-    Lightning advises callbacks to call this method of theirs, which has an underscore.
+    Lightning's documentation tells callbacks to call this method, though it has an underscore.
     """
     return str(callback._generate_state_key(**arguments))
 
 
-# What an update of a metric changes beside its states. torchmetrics has no copy of a state that
-# leaves out constants, and `deepcopy` of a metric copies its modules.
+# Attributes that an update of a metric changes, beside its states. torchmetrics has no function
+# that copies only these, and a `deepcopy` of a metric copies the modules inside it.
+# (`_update_called` is an attribute of old releases; it has become a property of the count.)
 METRIC_CACHES = ("_update_count", "_computed", "_forward_cache", "_update_called")
 
 

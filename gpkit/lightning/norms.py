@@ -1,4 +1,4 @@
-"""Gradient norms of a loss for the log: first-order, without a graph, whatever mode is on."""
+"""Norms of first gradients for the log, without a graph."""
 
 from __future__ import annotations
 
@@ -11,55 +11,57 @@ from torch import Tensor
 from gpkit.autodiff.numerics import wide
 
 
-def entries(grad: Tensor) -> Tensor:
-    """Return the entries of a gradient, in one dimension.
+def flat_entries(grad: Tensor) -> Tensor:
+    """Return the entries of a gradient as a vector.
 
     Args:
-        grad: it may be sparse: then those that are there are meant; or a DTensor: then those of all
-            ranks, and every rank must call.
+        grad: a gradient. If it is sparse, only its stored entries are returned. If it is a DTensor,
+            the entries of all ranks are, and every rank must call this function.
 
     Returns:
-        ``[n]``.
+        The entries, ``[n]``.
     """
     grad = grad.coalesce().values() if grad.is_sparse else grad
     return (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).reshape(-1)
 
 
-def length(grad: Tensor) -> Tensor:
-    """Return ‖g‖ over all entries, one number in float32 or better.
+def gradient_norm(grad: Tensor) -> Tensor:
+    """Return the l2 norm of a gradient over all of its entries.
 
     Args:
-        grad: g; it may be sparse, or a DTensor, whose norm is that of all ranks' shards: then every
-            rank must call.
+        grad: a gradient, dense or sparse. For a DTensor the norm is over the shards of all ranks,
+            and every rank must call this function.
 
     Returns:
-        One number; not finite where g is not.
+        The norm, one number in float32 or better. It is not finite if the gradient is not.
     """
     grad = grad.coalesce().values() if grad.is_sparse else grad
     norm = torch.linalg.vector_norm(grad, dtype=wide(grad))
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def lengths(grads: Mapping[Tensor, Tensor | None], scale: Tensor | float) -> dict[Tensor, Tensor]:
-    """Return the norm of each parameter's gradient.
+def gradient_norms(
+    grads: Mapping[Tensor, Tensor | None], scale: Tensor | float
+) -> dict[Tensor, Tensor]:
+    """Return the l2 norm of each parameter's gradient.
 
     Args:
-        grads: by parameter; None stands for zero.
-        scale: what the gradients were multiplied by.
+        grads: by parameter; None counts as zero.
+        scale: the factor that the gradients contain, of a gradient scaler. Norms are divided by it.
 
     Returns:
-        The norms by parameter.
+        The norms by parameter, one number each.
     """
     return {
-        p: torch.zeros((), device=p.device) if g is None else length(g) / scale
+        p: torch.zeros((), device=p.device) if g is None else gradient_norm(g) / scale
         for p, g in grads.items()
     }
 
 
-def together(norms: Iterable[Tensor]) -> Tensor:
-    """Return the norm of all entries of several tensors, of which the norms are given.
+def total_norm(norms: Iterable[Tensor]) -> Tensor:
+    """Return the norm of several tensors together, √(Σ n_i²), from their norms n_i.
 
-    >>> together([torch.tensor(3.0), torch.tensor(4.0)])
+    >>> total_norm([torch.tensor(3.0), torch.tensor(4.0)])
     tensor(5.)
     """
     norms = list(norms)
@@ -68,14 +70,14 @@ def together(norms: Iterable[Tensor]) -> Tensor:
 
 
 def sample_norms(grad: Tensor | None, x: Tensor) -> Tensor:
-    """Return B‖∂L/∂x_i‖ of each sample, ``[B]``: ‖∂ℓ_i/∂x_i‖, where L is the mean of losses ℓ_i.
+    """Return B ‖∂L/∂x_i‖ for each sample. It equals ‖∂ℓ_i/∂x_i‖ if L is the mean of losses ℓ_i.
 
     Args:
-        grad: ∂L/∂x, ``[B, *S]``; None stands for zero.
-        x: ``[B, *S]``.
+        grad: ∂L/∂x, ``[B, *S]``; None counts as zero.
+        x: the samples, ``[B, *S]``.
 
     Returns:
-        ``[B]``.
+        The norms, ``[B]``.
     """
     if grad is None:
         return torch.zeros(len(x), dtype=wide(x), device=x.device)
@@ -91,7 +93,7 @@ def weight_norm(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
         parameters: θ.
 
     Returns:
-        One number; zero if no parameter takes part.
+        One number; 0 if L depends on none of them.
     """
     trained = [p for p in parameters if p.requires_grad]
     if not trained or not loss.requires_grad:
@@ -102,14 +104,14 @@ def weight_norm(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
 
 
 def input_norms(losses: Tensor, x: Tensor) -> Tensor:
-    """Return ‖∂ℓ_i/∂x_i‖ of each sample, ``[B]``, over all of its dimensions. The graph is kept.
+    """Return ‖∂ℓ_i/∂x_i‖ for each sample, over all of its dimensions. The graph is kept.
 
     Args:
         losses: ℓ, ``[B]``.
-        x: ``[B, *S]``, which required grad when the losses were computed.
+        x: ``[B, *S]``; it required grad when the losses were computed.
 
     Returns:
-        ``[B]``; zeros if the losses do not depend on ``x``.
+        The norms, ``[B]``; zeros if the losses do not depend on ``x``.
     """
     if not losses.requires_grad:
         return losses.new_zeros(len(x))

@@ -1,4 +1,4 @@
-"""What is logged of penalties and norms: numbers by name, and histograms for TensorBoard."""
+"""What is logged about penalties and norms: scalars by name, and TensorBoard histograms."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ from torch import Tensor
 from gpkit.formula import Terms
 from gpkit.lightning.compat import is_a, steps_of
 
-# Options of `log` at validation and test.
+# Arguments of `LightningModule.log` at validation and test.
 EVALUATION: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True}
 
 
-def penalty_numbers(
+def penalty_scalars(
     names: Iterable[str], terms: Mapping[str, Terms | None]
 ) -> dict[str, Tensor | float]:
-    """Return what is logged of penalties at a step.
+    """Return the scalars that are logged about penalties at one step.
 
     Args:
-        names: of all penalties.
-        terms: by name; None, or absent, for a penalty that is skipped.
+        names: the names of all penalties.
+        terms: by name; None, or missing, for a penalty that does not act on this step.
 
     Returns:
-        ``penalty/<name>``, as it enters the loss, ``penalty/<name>/weight``, and of those that act
-        ``penalty/<name>/norm``, the mean norm.
+        ``penalty/<name>``, weighted as it enters the loss, and ``penalty/<name>/weight``: both are
+        0 if the penalty does not act. If it acts, also ``penalty/<name>/norm``, the mean norm.
     """
-    numbers: dict[str, Tensor | float] = {}
+    scalars: dict[str, Tensor | float] = {}
     for name in names:
         term = terms.get(name)
-        numbers[f"penalty/{name}"] = 0.0 if term is None else term.penalty.detach()
-        numbers[f"penalty/{name}/weight"] = 0.0 if term is None else term.weight
+        scalars[f"penalty/{name}"] = 0.0 if term is None else term.penalty.detach()
+        scalars[f"penalty/{name}/weight"] = 0.0 if term is None else term.weight
         if term is not None:
-            numbers[f"penalty/{name}/norm"] = term.norms.detach().mean()
-    return numbers
+            scalars[f"penalty/{name}/norm"] = term.norms.detach().mean()
+    return scalars
 
 
 class Histograms:
-    """Values that are collected over an epoch, and written at its end.
+    """Collects values during an epoch, and writes their histograms to TensorBoard at its end.
 
     Args:
-        every_n_epochs: how often there are any, from the first epoch on; 0 is never.
+        every_n_epochs: the epochs 0, n, 2n, ... have histograms; 0 means that none has.
     """
 
     def __init__(self, every_n_epochs: int) -> None:
@@ -55,54 +55,53 @@ class Histograms:
         return every > 0 and trainer.current_epoch % every == 0 and not trainer.sanity_checking
 
     def collect(self, trainer: Any, name: str, values: Tensor) -> None:
-        """Keep values for ``<name>/histogram`` at the end of the epoch, if it has histograms."""
+        """Add values to the histogram ``<name>/histogram``, if this epoch has histograms."""
         if self.due(trainer):
             self._parts.setdefault(f"{name}/histogram", []).append(values.detach())
 
     def collect_norms(self, trainer: Any, terms: Mapping[str, Terms | None]) -> None:
-        """Keep the norms of the penalties that act, as ``penalty/<name>/norm/histogram``."""
+        """Add the norms of the penalties that act to ``penalty/<name>/norm/histogram``."""
         if self.due(trainer):
             for name, term in terms.items():
                 if term is not None:
                     self.collect(trainer, f"penalty/{name}/norm", term.norms)
 
     def write_collected(self, trainer: Any, prefix: str = "") -> None:
-        """Write, and forget, what was collected under names with a prefix."""
+        """Write the collected histograms whose names start with a prefix, and drop their values."""
         for name in [name for name in self._parts if name.startswith(prefix)]:
             self.write(trainer, name, torch.cat(self._parts.pop(name)))
 
     def write(self, trainer: Any, name: str, values: Tensor) -> None:
-        """Write a histogram of the finite ones among some values, if there are any."""
+        """Write one histogram now, of the finite values; without any, write none."""
         values = values.float().cpu()
         values = values[values.isfinite()]
         for logger in trainer.loggers if len(values) else ():
             if is_a(logger, "TensorBoardLogger"):
                 logger.experiment.add_histogram(name, values, steps_of(trainer))
 
-    def clear(self) -> None:
-        """Forget what was collected."""
-        self._parts.clear()
 
+class LatestScalars:
+    """Keeps scalars by name: the mean of each over the micro-batches of the last step that had it.
 
-class LatestNumbers:
-    """Numbers by name: of each, the mean over the batches of the last step that had it."""
+    Some scalars, such as the loss of a generator, are not there on every step.
+    """
 
     def __init__(self) -> None:
-        self._numbers: dict[str, list[Tensor]] = {}
+        self._values: dict[str, list[Tensor]] = {}
         self._of_this_step: set[str] = set()
 
     def begin_step(self) -> None:
-        """Let numbers from now on replace those of the step before."""
+        """Start a step: what `add` brings from now on replaces older values."""
         self._of_this_step.clear()
 
-    def add(self, numbers: Mapping[str, Tensor | float]) -> None:
-        """Keep numbers of one batch of a step."""
-        for name, value in numbers.items():
+    def add(self, scalars: Mapping[str, Tensor | float]) -> None:
+        """Add the scalars of one micro-batch."""
+        for name, value in scalars.items():
             if name not in self._of_this_step:
                 self._of_this_step.add(name)
-                self._numbers[name] = []
-            self._numbers[name].append(torch.as_tensor(value).detach())
+                self._values[name] = []
+            self._values[name].append(torch.as_tensor(value).detach())
 
     def means(self) -> dict[str, Tensor]:
-        """Return every number: the mean over the batches of the last step that had it."""
-        return {name: torch.stack(parts).float().mean() for name, parts in self._numbers.items()}
+        """Return the mean of each scalar over the micro-batches of the last step that had it."""
+        return {name: torch.stack(parts).float().mean() for name, parts in self._values.items()}

@@ -1,16 +1,20 @@
-"""Refusals: all that keeps penalties or norms from a fit, told at once, in one line."""
+"""One error for all findings that make a fit impossible."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+CALLBACK_REFUSAL = "GradientPenaltyCallback cannot add its penalties"
+
+MONITOR_REFUSAL = "GradientNormMonitor cannot log its norms"
+
 
 class RefusalError(ValueError):
-    """A fit that was refused.
+    """A fit cannot start, or cannot go on after its first step, for all the reasons in ``found``.
 
     Args:
         title: what cannot be done.
-        found: a line for each finding.
+        found: one line for each finding.
     """
 
     def __init__(self, title: str, found: list[str]) -> None:
@@ -23,15 +27,15 @@ class RefusalError(ValueError):
 
 
 def refuse(title: str, found: Iterable[str], cause: Exception | None = None) -> None:
-    """Refuse a fit with all that was found, if there is any.
+    """Raise one error for all findings; do nothing if there are none.
 
     Args:
         title: what cannot be done.
-        found: a line for each finding; the same line is told once.
-        cause: the error that led to it, if one did.
+        found: one line for each finding. Repeated lines are dropped.
+        cause: an error that led to the findings, if any.
 
     Raises:
-        RefusalError: in one line.
+        RefusalError: if there is a finding. Its message is a single line.
     """
     lines = list(dict.fromkeys(found))
     if lines:

@@ -27,10 +27,10 @@ A preset belongs in the file of what it differentiates, and with respect to what
 
 To add one:
 
-1. a function in its file, as below, named in ``PRESETS`` here and in ``gpkit/__init__.py``;
+1. a function in its file, as below, named in both lists of this file and in ``gpkit/__init__.py``;
 2. ``configs/penalty/<name>.yaml``: the function, its weight and its own options;
-3. a row in the table ``ROWS`` of the tests' ``cases.py``: how it is built and called, and its norms
-   and values from an independent formula. All tests of presets then run for it;
+3. a row in the table ``ROWS`` of ``tests/support/cases.py``: how it is built and called, and its
+   norms and values from an independent formula. All tests of presets then run for it;
 4. a row in the README's table: formula, defaults, paper.
 
 >>> import torch
@@ -53,6 +53,36 @@ from gpkit.presets.generators import path_length
 from gpkit.presets.inputs import cure, duq, eikonal, input_grad_norm
 from gpkit.presets.jacobians import contractive, curvature, jacobian, spectral_jacobian
 from gpkit.presets.weights import fisher, gnp, hessian, none, per_sample_grad_norm, weight_grad_norm
+
+__all__ = [
+    "PRESETS",
+    "contractive",
+    "cure",
+    "curvature",
+    "dragan",
+    "duq",
+    "eikonal",
+    "fisher",
+    "fishr",
+    "gnp",
+    "hessian",
+    "input_grad_norm",
+    "irm",
+    "jacobian",
+    "max_gp",
+    "none",
+    "path_length",
+    "per_sample_grad_norm",
+    "r1",
+    "r1_r2",
+    "r2",
+    "spectral_jacobian",
+    "weight_grad_norm",
+    "wgan_div",
+    "wgan_gp",
+    "wgan_lp",
+    "zero_gp",
+]
 
 PRESETS = {
     preset.__name__: preset

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gpkit.axes.at import fake, interpolate, mixture, perturb, real
+from gpkit.axes.at import fake, interpolate, perturb, real
 from gpkit.axes.form import one_sided, power, squared, two_sided
+from gpkit.axes.mixtures import mixture
 from gpkit.axes.weight import Schedule
 from gpkit.gradient_penalty import Axes, GradientPenalty
 from gpkit.presets.base import preset

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gpkit.axes.at import At, Bound, data, mixture, uniform
+from gpkit.axes.at import At, data
 from gpkit.axes.form import squared, two_sided
+from gpkit.axes.mixtures import Bound, mixture, uniform
 from gpkit.axes.of import class_sum
 from gpkit.axes.weight import Schedule
 from gpkit.estimators.curvature_difference import curvature_difference

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from gpkit.axes.activation import activation as named
 from gpkit.axes.form import squared
 from gpkit.axes.weight import Schedule
-from gpkit.axes.wrt import activation as named
 from gpkit.estimators.power_iteration import power_iteration
 from gpkit.estimators.projection import projection
 from gpkit.gradient_penalty import Axes, GradientPenalty

@@ -1,4 +1,4 @@
-"""Jets: tensors that carry the Taylor coefficients of a path, through any function that is run."""
+"""Jet: a tensor subclass that carries Taylor coefficients through any function of tensors."""
 
 from __future__ import annotations
 
@@ -8,56 +8,56 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import enable_reentrant_dispatch
-from torch.utils import _pytree as pytree
+
+from gpkit.autodiff.compat import no_torch_function, tree_leaves, tree_map, wrapper_tensor
 
 Rule = Callable[..., Any]
 
 
-RULES: dict[str, Rule] = {}  # by the name of an operation: (func, *args, **kwargs) -> result
+RULES: dict[str, Rule] = {}  # name of an ATen operation -> rule(func, *args, **kwargs) -> result
 
 
 class Jet(Tensor):
-    """The truncated Taylor series a_0 + a_1 t + ... + a_k t^k; to the net, a tensor of its shape.
+    """The truncated Taylor series a_0 + a_1 t + ... + a_k t^k, as a tensor with the value a_0.
 
-    Every operation of torch on it, however it is spelled, arrives here as one of torch's elementary
-    ones, and is answered by the rule of that name. Coefficients are ordinary tensors with ordinary
-    graphs.
+    torch dispatches each operation on a jet to ``__torch_dispatch__`` as an ATen operation, which
+    looks up the rule with its name. The coefficients are ordinary tensors with ordinary graphs.
 
     Args:
-        coefficients: a_0, ..., a_k, of one shape.
+        coefficients: a_0, ..., a_k, all of the same shape.
     """
 
     coefficients: list[Tensor]
-    shares = False  # whether it is a view, or has one: then a write would have to reach others
+    shares = False  # whether it is a view or has views: in-place writes would have to change those
 
     @staticmethod
     def __new__(cls, coefficients: Sequence[Tensor]) -> Jet:  # noqa: D102  see the class
         value = coefficients[0]
-        options: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
-        jet = Tensor._make_wrapper_subclass(cls, value.shape, strides=value.stride(), **options)
+        jet = wrapper_tensor(cls, value)
         jet.coefficients = [a.to(value.dtype) for a in coefficients]
         return jet
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = no_torch_function()
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch passes them by position
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Answer an elementary operation by its rule, or refuse it by name."""
+        """Apply the rule of an ATen operation, or raise an error that names it."""
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
-        if not torch.is_grad_enabled():  # what the net computes under no_grad is a constant to it
+        if not torch.is_grad_enabled():  # under no_grad the result is a constant
             return func(*value(args), **value(kwargs))
         target = None
         if name.endswith("_") and name[:-1] in RULES and may_be_written_to(args[0]):
             target, name = args[0], name[:-1]
-            func = getattr(getattr(torch.ops.aten, name), func._overloadname)
+            overload = func.name().partition(".")[2]
+            func = getattr(getattr(torch.ops.aten, name), overload or "default")
         if name not in RULES:
             raise NotImplementedError(refusal(name))
         with enable_reentrant_dispatch():
             out = RULES[name](func, *args, **kwargs)
-        if any(r.alias_info is not None for r in func._schema.returns):
-            for jet in filter(is_jet, pytree.tree_leaves((args, out))):
+        if func.is_view:
+            for jet in filter(is_jet, tree_leaves((args, out))):
                 jet.shares = True
         if target is None:
             return out
@@ -95,40 +95,39 @@ PIECEWISE = (
 
 
 def refusal(name: str) -> str:
-    """Return why there is no rule for an operation, and what to do, in one line."""
+    """Return the error message for an operation without a rule."""
     if name in PIECEWISE:
         return (
             f"Taylor mode of order >= 2 needs smooth operations; {name!r} is piecewise, and its "
-            "derivatives miss what happens at the kinks: use GELU, SiLU, softplus or tanh"
+            "derivatives ignore the kinks: use GELU, SiLU, softplus or tanh"
         )
     if name.endswith("_") and not name.endswith("__"):
         return (
-            f"Taylor mode does not take {name!r}, in place, on a view, a tensor that has views, or "
-            f"a constant: write it out of place, {name[:-1]!r}"
+            f"Taylor mode does not support the in-place operation {name!r} on a view, a tensor "
+            f"with views, or a constant: use {name[:-1]!r}"
         )
     return (
-        f"Taylor mode has no rule for the operation {name!r}, which the function runs: "
-        "use estimator='exact' or 'projection'"
+        f"Taylor mode has no rule for the operation {name!r}: use estimator='exact' or 'projection'"
     )
 
 
 def may_be_written_to(x: Any) -> bool:
-    """Whether an operation in place changes this tensor, a jet, alone."""
+    """Whether x is a jet without views, so that an in-place operation changes it only."""
     return isinstance(x, Jet) and not x.shares
 
 
 def is_jet(x: Any) -> bool:
-    """Whether x is a jet, for the type checker as well as for a tree."""
+    """Whether x is a jet."""
     return isinstance(x, Jet)
 
 
 def order_of(*args: Any) -> int:
     """Return k of the first jet among the arguments."""
-    return next(len(x.coefficients) - 1 for x in pytree.tree_leaves(args) if is_jet(x))
+    return next(len(x.coefficients) - 1 for x in tree_leaves(args) if is_jet(x))
 
 
 def coefficients(x: Any, order: int) -> list[Any]:
-    """Return a_0, ..., a_k of a jet, or of a constant tensor or number: then a_1 ... are zero."""
+    """Return a_0, ..., a_k of a jet; for a constant tensor or number a_1, ..., a_k are zero."""
     if isinstance(x, Jet):
         return x.coefficients
     zero = torch.zeros_like(x) if isinstance(x, Tensor) else 0.0
@@ -136,19 +135,19 @@ def coefficients(x: Any, order: int) -> list[Any]:
 
 
 def value(x: Any) -> Any:
-    """Return a_0 in place of every jet in the arguments of an operation."""
-    return pytree.tree_map(lambda a: a.coefficients[0] if isinstance(a, Jet) else a, x)
+    """Return the arguments of an operation with each jet replaced by its a_0."""
+    return tree_map(lambda a: a.coefficients[0] if isinstance(a, Jet) else a, x)
 
 
 def jets(results: Sequence[Any]) -> Any:
-    """Return jets from what an operation gave for a_0, ..., a_k: a tensor each, or several."""
+    """Return the results of an operation on a_0, ..., a_k as a jet, or as several jets."""
     if isinstance(results[0], Tensor):
         return Jet(results)
     return type(results[0])([Jet(parts) for parts in zip(*results, strict=True)])
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register the rule of the operations of these names."""
+    """Register a function as the rule for the ATen operations with these names."""
 
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(names, function))

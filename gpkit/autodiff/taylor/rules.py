@@ -1,4 +1,4 @@
-"""The rule of every operation that Taylor mode covers. Importing it registers them."""
+"""The Taylor-mode rules, one for each operation. Importing this file registers them."""
 
 from __future__ import annotations
 
@@ -21,59 +21,27 @@ from gpkit.autodiff.taylor.jets import (
 )
 from gpkit.autodiff.taylor.series import Series
 
-# Linear in all their jets together: the operation of each coefficient. (Shapes, sums, layouts.)
+# fmt: off
+# Operations that are linear in all their jets (shapes, sums, layouts): applied to each coefficient.
 LINEAR = (
-    "view",
-    "_unsafe_view",
-    "permute",
-    "transpose",
-    "t",
-    "expand",
-    "slice",
-    "select",
-    "squeeze",
-    "unsqueeze",
-    "alias",
-    "clone",
-    "_to_copy",
-    "neg",
-    "sum",
-    "mean",
-    "cat",
-    "stack",
-    "unbind",
-    "split",
-    "split_with_sizes",
-    "index",
-    "index_select",
-    "gather",
-    "flip",
-    "roll",
-    "avg_pool2d",
-    "_adaptive_avg_pool2d",
+    "view", "_unsafe_view", "permute", "transpose", "t", "expand", "slice", "select", "squeeze",
+    "unsqueeze", "alias", "clone", "_to_copy", "neg", "sum", "mean", "cat", "stack", "unbind",
+    "split", "split_with_sizes", "index", "index_select", "gather", "flip", "roll",
+    "avg_pool2d", "_adaptive_avg_pool2d",
 )
 
 
-# Constants: what they give does not depend on the values, or is cut off the graph.
+# Operations whose result is a constant: independent of the values, or detached.
 CONSTANT = (
-    "empty_like",
-    "zeros_like",
-    "ones_like",
-    "full_like",
-    "rand_like",
-    "randn_like",
-    "new_empty",
-    "new_zeros",
-    "new_ones",
-    "new_full",
-    "detach",
-    "bernoulli",
+    "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
+    "new_empty", "new_zeros", "new_ones", "new_full", "detach", "bernoulli",
 )
+# fmt: on
 
 
 @rule(*LINEAR)
 def linear(func: Any, *args: Any, **kwargs: Any) -> Any:
-    """L(a)_n = L(a_n); parts that are constants count for n = 0 alone."""
+    """L(a)_n = L(a_n); constant arguments enter for n = 0 only."""
     k = order_of(args, kwargs)
 
     def at(n: int, x: Any) -> Any:
@@ -81,7 +49,7 @@ def linear(func: Any, *args: Any, **kwargs: Any) -> Any:
             return [at(n, part) for part in x]
         return x.coefficients[n] if isinstance(x, Jet) else x
 
-    if isinstance(args[0], (list, tuple)):  # cat and stack: constant parts are zero for n > 0
+    if isinstance(args[0], (list, tuple)):  # cat and stack: constants are zero for n > 0
         args = ([Jet(coefficients(part, k)) for part in args[0]], *args[1:])
     elif not is_jet(args[0]):
         raise NotImplementedError(refusal(func.overloadpacket.__name__))
@@ -90,32 +58,32 @@ def linear(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 @rule(*CONSTANT)
 def constant(func: Any, *args: Any, **kwargs: Any) -> Any:
-    """Return what the operation gives for the values."""
+    """Return the result of the operation for the values a_0."""
     return func(*value(args), **value(kwargs))
 
 
 def pair(a: Any, b: Any) -> tuple[Series, Series]:
-    """Return the coefficients of two operands, of which one at least is a jet."""
+    """Return the coefficients of two operands; at least one is a jet."""
     k = order_of(a, b)
     return coefficients(a, k), coefficients(b, k)
 
 
 @rule("add", "sub", "rsub")
 def add(func: Any, a: Any, b: Any, alpha: float = 1) -> Jet:
-    """A sum; a constant joins a_0 alone, but broadcasts them all."""
+    """A sum; a constant is added to a_0 only, but broadcasts all coefficients."""
     xs, ys = pair(a, b)
     return Jet([func(x, y, alpha=alpha) for x, y in zip(xs, ys, strict=True)])
 
 
 @rule("mul")
 def mul(func: Any, a: Any, b: Any) -> Jet:
-    """A product of series, or with a constant."""
+    """A product of two series, or of a series and a constant."""
     return bilinear(func, a, b)
 
 
 @rule("mm", "bmm", "dot", "mv")
 def bilinear(func: Any, a: Any, b: Any) -> Jet:
-    """A matrix product: k + 1 of them with a constant, and not the products with its zeros."""
+    """A bilinear product: O(k²) products of two jets, or k + 1 products with a constant."""
     if is_jet(a) and is_jet(b):
         return Jet(series.product(a.coefficients, b.coefficients, func))
     if is_jet(a):
@@ -142,7 +110,7 @@ def div(func: Any, a: Any, b: Any, rounding_mode: str | None = None) -> Jet:
 
 @rule("convolution")
 def convolution(func: Any, x: Any, weight: Any, bias: Any, *options: Any) -> Jet:
-    """A convolution with constant weights; the bias joins a_0."""
+    """A convolution with constant weights; the bias is added to a_0."""
     if not is_jet(x) or is_jet(weight) or is_jet(bias):
         raise NotImplementedError(refusal("convolution with a kernel that depends on the input"))
     first, *others = x.coefficients
@@ -153,7 +121,7 @@ def convolution(func: Any, x: Any, weight: Any, bias: Any, *options: Any) -> Jet
 
 @rule("constant_pad_nd", "masked_fill")
 def filled(func: Any, x: Any, where: Any, fill: Any = 0.0) -> Jet:
-    """Some entries are a constant: zero for n > 0."""
+    """Some entries are set to a constant: to zero for n > 0."""
     if not is_jet(x) or is_jet(where) or is_jet(fill):
         raise NotImplementedError(refusal(func.overloadpacket.__name__))
     first, *others = x.coefficients
@@ -163,7 +131,7 @@ def filled(func: Any, x: Any, where: Any, fill: Any = 0.0) -> Jet:
 
 @rule("native_dropout")
 def dropout(func: Any, x: Jet, p: float, train: bool | None) -> tuple[Jet, Tensor]:
-    """The mask of a_0, on all."""
+    """All coefficients use the mask of a_0."""
     _, mask = func(x.coefficients[0], p, train)
     keep = mask.to(x.dtype) / (1 - p) if train and p < 1 else mask.to(x.dtype)
     return Jet([a * keep for a in x.coefficients]), mask
@@ -171,7 +139,7 @@ def dropout(func: Any, x: Jet, p: float, train: bool | None) -> tuple[Jet, Tenso
 
 @rule("pow")
 def power(func: Any, a: Any, p: Any) -> Jet:
-    """A constant exponent, or a constant base b^p = exp(p log b)."""
+    """a^p: a recurrence for a constant p, otherwise exp(p log a)."""
     if is_jet(p):
         base = a.coefficients if is_jet(a) else None
         if base is not None:
@@ -209,7 +177,7 @@ ELEMENTARY = {
 
 @rule(*ELEMENTARY)
 def elementary(func: Any, a: Jet, *args: Any, **kwargs: Any) -> Any:
-    """A function of one jet, entry by entry."""
+    """An elementwise function of one jet."""
     name = func.overloadpacket.__name__
     out = Jet(ELEMENTARY[name](a.coefficients, *args, **kwargs))
     return (out, out) if name == "log_sigmoid_forward" else out
@@ -224,21 +192,21 @@ def softmax(func: Any, a: Jet, dim: int, half_to_float: bool) -> Jet:
 
 @rule("mse_loss")
 def mse_loss(func: Any, a: Any, b: Any, reduction: int = 1) -> Any:
-    """The square of a difference: of each entry (0), the mean (1) or the sum (2)."""
+    """(a - b)²: of each entry (``reduction`` 0), or their mean (1) or sum (2)."""
     squares = (a - b) ** 2
     return squares.mean() if reduction == 1 else squares.sum() if reduction == 2 else squares
 
 
 @rule("nll_loss_forward", "nll_loss2d_forward")
 def nll_loss(func: Any, a: Jet, *args: Any) -> Any:
-    """Linear in the logarithms; the sum of class weights is a constant."""
+    """Linear in the log-probabilities; the total class weight is a constant."""
     results = [func(x, *args) for x in a.coefficients]
     return Jet([out for out, _ in results]), results[0][1]
 
 
 @rule("_safe_softmax")
 def safe_softmax(func: Any, a: Jet, dim: int, dtype: torch.dtype | None = None) -> Jet:
-    """Softmax that is zero where all is masked."""
+    """Softmax that is zero where all entries are masked."""
     first, *others = (x.to(dtype or x.dtype) for x in a.coefficients)
     masked = (first == -math.inf).all(dim, keepdim=True)
     out = series.softmax([first.masked_fill(masked, 0.0), *others], dim)
@@ -247,7 +215,7 @@ def safe_softmax(func: Any, a: Jet, dim: int, dtype: torch.dtype | None = None) 
 
 @rule("logsumexp")
 def logsumexp(func: Any, a: Jet, dims: list[int], keepdim: bool = False) -> Jet:
-    """The logarithm of a sum of exponentials."""
+    """The logarithm of Σ e^a over ``dims``."""
     _, sums, top = series.exponentials(a.coefficients, dims)
     first, *others = series.log(sums)
     out = Jet([first + top, *others])
@@ -263,7 +231,7 @@ def var(
     correction: float | None = None,
     keepdim: bool = False,
 ) -> Jet:
-    """A variance, or its root."""
+    """A variance, or a standard deviation."""
     dims = list(dims or range(a.ndim))
     centred = [x - x.mean(dims, keepdim=True) for x in a.coefficients]
     squares = series.product(centred, centred)
@@ -281,7 +249,7 @@ def norm(
     keepdim: bool = False,
     **kwargs: Any,
 ) -> Jet:
-    """The l2 norm, away from zero."""
+    """The l2 norm; it must not be zero."""
     if ord != 2:
         raise NotImplementedError(refusal(f"linalg_vector_norm(ord={ord})"))
     dims = list(dims or range(a.ndim))
@@ -291,7 +259,7 @@ def norm(
 
 @rule("relu", "leaky_relu", "abs")
 def piecewise_linear(func: Any, a: Jet, *args: Any) -> Jet:
-    """Exact at order 1: the slope at a_0 times a_1."""
+    """Exact at order 1: a_1 times the slope at a_0."""
     if len(a.coefficients) > 2:
         raise NotImplementedError(refusal(func.overloadpacket.__name__))
     at, along = a.coefficients
@@ -305,7 +273,7 @@ def piecewise_linear(func: Any, a: Jet, *args: Any) -> Jet:
 def group_norm(
     func: Any, x: Any, weight: Any, bias: Any, n: int, c: int, space: int, groups: int, eps: float
 ) -> Any:
-    """Group norm; the mean and deviation that come with it are for a backward that is not run."""
+    """Group norm; the returned mean and rstd are for a backward pass that is not used."""
     grouped = [a.reshape(n, groups, -1) for a in x.coefficients]
     out = [a.reshape(x.shape) for a in series.standardised(grouped, (2,), eps)]
     channel = [1, c] + [1] * (x.ndim - 2)
@@ -323,7 +291,7 @@ def group_norm(
     "_batch_norm_impl_index",
 )
 def batch_norm_in_evaluation(func: Any, x: Any, *args: Any) -> Any:
-    """An affine map of constants; batch statistics come here in elementary operations."""
+    """Batch norm in eval mode, an affine map. In training mode `elementary` replaces it before."""
     name = func.overloadpacket.__name__
     if name != "_native_batch_norm_legit_no_training" and args[4]:
         raise NotImplementedError(refusal(name))

@@ -1,8 +1,9 @@
 """Power series: the coefficients of f(a_0 + a_1 t + ... + a_k t^k) from a_0, ..., a_k.
 
-Each takes O(k²) products of coefficients: from a differential equation that f satisfies follows a
-recurrence for its coefficients. Source: Griewank and Walther (2008), Evaluating Derivatives,
-chapter 13.
+f satisfies a differential equation, which gives a recurrence for the coefficients; each function
+takes O(k²) products of coefficients.
+
+Source: Griewank and Walther (2008), Evaluating Derivatives, chapter 13.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Series = list[Any]  # of tensors, or of numbers
 
 
 def product(a: Series, b: Series, times: Callable[[Any, Any], Any] = torch.mul) -> Series:
-    """Return the coefficients of a b; ``times`` may be any bilinear map, as a matrix product."""
+    """Return the coefficients of a·b; ``times`` is any bilinear map, such as a matrix product."""
     return [total(times(a[i], b[n - i]) for i in range(n + 1)) for n in range(len(a))]
 
 
@@ -38,7 +39,7 @@ def scaled(a: Series, factor: Any, shift: float = 0.0) -> Series:
 
 
 def integral(start: Tensor, slope: Callable[[Series], Any], a: Series) -> Series:
-    """Return y of y' = s a', y_0 = start; ``slope`` gives s_m from y_0, ..., y_m."""
+    """Solve y' = s a' with y_0 = start; ``slope`` returns s_m for y_0, ..., y_m."""
     y, s = [start], []
     for n in range(1, len(a)):
         s.append(slope(y))
@@ -46,8 +47,8 @@ def integral(start: Tensor, slope: Callable[[Series], Any], a: Series) -> Series
     return y
 
 
-def known(s: Series) -> Callable[[Series], Any]:
-    """Return a slope whose coefficients are known."""
+def known_slope(s: Series) -> Callable[[Series], Any]:
+    """Return a slope for `integral` that reads its coefficients from the series ``s``."""
     return lambda y: s[len(y) - 1]
 
 
@@ -68,11 +69,11 @@ def exp(a: Series) -> Series:
 def log(a: Series) -> Series:
     """Solve y' = a' / a."""
     one = [torch.ones_like(a[0]), *[torch.zeros_like(a[0])] * (len(a) - 1)]
-    return integral(a[0].log(), known(quotient(one, a)), a)
+    return integral(a[0].log(), known_slope(quotient(one, a)), a)
 
 
 def power(a: Series, p: float) -> Series:
-    """Return a^p: by products where p is an integer, so that a may be zero; else a y' = p y a'."""
+    """Return a^p: by products for small integers p, so that a may be zero; else a y' = p y a'."""
     if p == int(p) and abs(p) <= 32:
         one = [torch.ones_like(a[0]), *[torch.zeros_like(a[0])] * (len(a) - 1)]
         y = one if p == 0 else a
@@ -97,7 +98,7 @@ def sigmoid(a: Series) -> Series:
 
 
 def square_at_end(y: Series) -> Any:
-    """Return the last known coefficient of y²."""
+    """Return coefficient m of y², for y_0, ..., y_m."""
     return total(y[i] * y[-1 - i] for i in range(len(y)))
 
 
@@ -115,18 +116,18 @@ def sine_and_cosine(a: Series) -> tuple[Series, Series]:
 def erf(a: Series) -> Series:
     """Solve y' = 2/√π exp(-a²) a'."""
     bell = scaled(exp(scaled(product(a, a), -1.0)), 2 / math.sqrt(math.pi))
-    return integral(a[0].erf(), known(bell), a)
+    return integral(a[0].erf(), known_slope(bell), a)
 
 
 def softplus(a: Series, beta: float = 1.0, threshold: float = 20.0) -> Series:
-    """Solve y' = sigmoid(β a) a', and y = a where torch says so, past its threshold."""
-    y = integral(F.softplus(a[0], beta, threshold), known(sigmoid(scaled(a, beta))), a)
+    """Solve y' = sigmoid(β a) a'; y = a above torch's threshold."""
+    y = integral(F.softplus(a[0], beta, threshold), known_slope(sigmoid(scaled(a, beta))), a)
     linear = a[0] * beta > threshold
     return [y[0], *(torch.where(linear, x, z) for x, z in zip(a[1:], y[1:], strict=True))]
 
 
 def gelu(a: Series, approximate: str = "none") -> Series:
-    """Return a Φ(a), or torch's approximation of it."""
+    """Return a Φ(a), or torch's tanh approximation."""
     if approximate == "tanh":
         inner = [x + 0.044715 * z for x, z in zip(a, power(a, 3), strict=True)]
         return product(a, scaled(tanh(scaled(inner, math.sqrt(2 / math.pi))), 0.5, 0.5))
@@ -134,20 +135,20 @@ def gelu(a: Series, approximate: str = "none") -> Series:
 
 
 def exponentials(a: Series, dim: int | Sequence[int]) -> tuple[Series, Series, Tensor]:
-    """Return e^(a - m), its sum over ``dim``, and m, the greatest value there, a constant."""
+    """Return e^(a - m), its sum over ``dim``, and m, the constant maximum over ``dim``."""
     top = a[0].detach().amax(dim, keepdim=True)
     e = exp([a[0] - top, *a[1:]])
     return e, [x.sum(dim, keepdim=True) for x in e], top
 
 
 def softmax(a: Series, dim: int) -> Series:
-    """Return e^a over its sum."""
+    """Return e^a / Σ e^a over ``dim``."""
     e, sums, _ = exponentials(a, dim)
     return quotient(e, sums)
 
 
 def log_softmax(a: Series, dim: int) -> Series:
-    """Return a - log of the sum of e^a."""
+    """Return a - log Σ e^a over ``dim``."""
     _, sums, top = exponentials(a, dim)
     logs = log(sums)
     return [a[0] - top - logs[0], *(x - y for x, y in zip(a[1:], logs[1:], strict=True))]

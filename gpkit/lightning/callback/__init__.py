@@ -1,8 +1,9 @@
-"""`GradientPenaltyCallback`: penalties for a LightningModule that knows nothing of them.
+"""`GradientPenaltyCallback`: gradient penalties for any LightningModule.
 
-``callback`` is put into the trainer, ``step`` stands in for ``training_step`` and adds the
-penalties to its loss, ``findings`` tells before the first step what keeps a penalty from acting,
-``sharded`` takes penalties of weights that FSDP2 has sharded.
+``callback`` holds the Lightning callback. It wraps ``training_step`` by ``step``, which adds the
+penalties to the loss; ``plan`` says what the penalties of a step need, and ``evaluation`` evaluates
+them. ``findings`` checks before the first step that each penalty can act. ``sharded`` holds
+penalties in weights that FSDP2 has sharded.
 """
 
 from gpkit.lightning.callback.callback import GradientPenaltyCallback as GradientPenaltyCallback

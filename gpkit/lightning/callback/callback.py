@@ -1,65 +1,72 @@
-"""Penalties for anybody's LightningModule."""
+"""`GradientPenaltyCallback`: gradient penalties for any LightningModule."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from gpkit import checks
-from gpkit.lightning.callback.findings import CANNOT, before_fit, shards
-from gpkit.lightning.callback.step import PenalisedStep
+from gpkit.lightning.callback.findings import findings_before_fit, may_shard
+from gpkit.lightning.callback.step import PenalizedStep
 from gpkit.lightning.compat import Callback, state_key
-from gpkit.lightning.refusals import refuse
-from gpkit.lightning.watch import wrapping
+from gpkit.lightning.refusals import CALLBACK_REFUSAL, refuse
+from gpkit.lightning.watch.wrapping import wrap
 from gpkit.sums import Penalties, as_sum
 
 
 class GradientPenaltyCallback(Callback):
-    r"""Add gradient penalties to the loss of a LightningModule that knows nothing of them.
+    r"""Adds gradient penalties to the loss of any LightningModule.
 
-    .. math:: L_\text{total} = L + \sum_p P_p
+    .. math:: L_\text{total} = \frac1s \Big(L + \sum_p P_p\Big)
 
-    with L what ``training_step`` returns, as a tensor or as the "loss" of a dict. Training is as if
-    the sum had been returned: under gradient clipping, accumulation, any precision, data
-    parallelism, LBFGS. Penalties may be
+    L is the loss that ``training_step`` returns, as a tensor or as the "loss" of a dict. s is 1, or
+    max(1, λ(t)) with a `rescaled` weight (of several, the greatest). Training is the same as if
+    ``training_step`` returned the total itself, also with gradient clipping, gradient accumulation,
+    mixed precision, data parallelism and LBFGS. A penalty can be
 
-    - in the weights, those of the module or of the submodule ``module=...``;
-    - in the inputs, of what the submodule ``module=...`` (None: the module's own forward) is given
-      as its first tensor, ``[B, *S]``. ``of="loss"`` takes L for the mean of the samples' losses
-      and rescales it by B, so that the weight does not depend on the batch size; ``of="output"``
-      is what the submodule gives;
-    - of or in a named activation of it.
+    - in the weights of the module, or of the submodule ``module=...``;
+    - in the input of that submodule (with None, of the module's own ``forward``): the first tensor
+      that it is called with, ``[B, *S]``. ``of="loss"`` takes L for the mean of the samples' losses
+      and multiplies it by B, so the weight need not change with the batch size; ``of="output"``
+      differentiates the output of the submodule;
+    - of, or in, a named activation of it.
 
-    What each costs is what it costs in a loop of one's own. Penalties that evaluate the function
-    again, by finite differences say, run ``training_step`` again on the same batch, with the same
-    random numbers; it then logs nothing, and metrics and batch statistics stay as they were, but
-    what it does beside that is done again. The exact ones run a compiled module uncompiled, which
-    has no double backward; finite differences in the weights run it compiled.
+    A penalty costs as much as in a training loop written by hand. Penalties that evaluate the
+    function again, such as finite differences, rerun ``training_step`` on the same batch with the
+    same random numbers. A rerun logs nothing, and metric states and batch norm statistics stay as
+    they were; any other side effect of the step happens again. Exact penalties run a compiled
+    module uncompiled, because ``torch.compile`` has no double backward; finite differences in the
+    weights run it compiled.
 
-    A weight penalty's ``scope`` says which gradients are averaged before the norm is taken: the
-    micro-batch's ("batch"), those of all micro-batches of the optimiser step ("accumulated"), those
-    of all ranks as well ("global"), or none: each sample's own ("sample", for which the step is run
-    on every sample alone). The first micro-batches of an accumulated step are run again at its end.
+    The ``scope`` of a penalty in the weights says which gradients are averaged before the norm is
+    taken: those of the micro-batch ("batch"), of all micro-batches of the optimiser step
+    ("accumulated"), of all ranks as well ("global"), or none ("sample": each sample has its own
+    gradient, and the step runs once per sample). For "accumulated" and "global" the earlier
+    micro-batches are rerun at the end of the optimiser step.
 
-    Parts under non-reentrant checkpointing are penalised as others, but for finite differences in
-    their inputs and other points, whose forward could not be made again; it is refused.
+    Submodules under non-reentrant checkpointing work as well. Only a penalty that replaces their
+    input or an activation, by finite differences or at other points, is refused: the rerun of
+    checkpointing in the backward pass would compute something else.
 
-    It logs, on the steps that the trainer logs, ``train/loss_total``, and for each penalty
-    ``penalty/<name>`` (as it enters the loss), ``penalty/<name>/weight`` and
-    ``penalty/<name>/norm`` (the mean norm). Its state is in the checkpoints. Before the first
-    optimiser step it is checked that each penalty acts, and all that is found against it is told
-    at once.
+    On the steps that the trainer logs, the callback logs ``train/loss_total``, and for each penalty
+    ``penalty/<name>`` (weighted, as it enters the loss), ``penalty/<name>/weight``, and where it
+    acts ``penalty/<name>/norm`` (the mean norm). The penalties' state is saved in checkpoints.
+
+    Before its first backward pass each penalty is checked: it must depend on a trained parameter.
+    All problems are reported in one error.
 
     Args:
-        penalty: a penalty, a list of them, several by name, or a `gpkit.sum`.
+        penalty: a penalty, a list of penalties, a dict of them by name, or a `gpkit.sum`.
         module: the name of the submodule whose weights, inputs or activations are meant, as in
             ``module.named_modules()``; None is the module itself.
-        manual_backward: under manual optimisation, which of the ``manual_backward`` calls of a
-            training step gets the penalties, from 0. The loss that it is given stays as it is.
+        manual_backward: under manual optimisation, the index from 0 of the ``manual_backward`` call
+            in a training step whose loss gets the penalties. That loss tensor is not changed.
 
     Raises:
-        TypeError: if ``penalty`` is none of these.
-        ValueError: at the start of a fit, of all that keeps a penalty from acting.
+        TypeError: if ``penalty`` or ``module`` has another type.
+        ValueError: if ``manual_backward`` is negative; and, as a ``RefusalError`` at the start or
+            the first step of a fit, if a penalty cannot act.
 
     >>> import gpkit, torch
     >>> import pytorch_lightning as pl
@@ -86,71 +93,71 @@ class GradientPenaltyCallback(Callback):
         self.penalties = as_sum(penalty)
         if module is not None and not isinstance(module, str):
             raise TypeError(
-                f"`module=...` must be the name of a submodule, as 'backbone'; got {module!r}"
+                f"`module=...` must be the name of a submodule, such as 'backbone'; got {module!r}"
             )
         self.module = module
-        self._key = state_key(self, module=module)  # Lightning asks at every hook
+        self._key = state_key(self, module=module)  # kept: Lightning reads it at every hook
         self._is_set_up = False
         self.manual_backward = (
             manual_backward
             if manual_backward is None
             else checks.integer("manual_backward=...", manual_backward, 0)
         )
-        self._layers: list[Callable[[], None]] = []  # how to take each off again
+        self._unwrap: list[Callable[[], None]] = []  # functions that undo on_fit_start
 
     @property
     def state_key(self) -> str:
-        """Return the name of the state in a checkpoint, from the set-up for a trainer on.
+        """Return the key of the callback's state in a checkpoint.
 
-        Before, it is this callback's alone: else no trainer could be made with two for one
-        submodule, and it would say why in terms of checkpoints. The fit says it, with all the rest.
+        ``Trainer(...)`` refuses two callbacks with one key, with a message about checkpoints. Until
+        `setup` the key is therefore unique to this instance, so that the fit can report the two
+        callbacks together with everything else.
         """
         return self._key if self._is_set_up else f"{self._key}#{id(self)}"
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Take the name that the state has in checkpoints."""
+        """Take the final state key."""
         self._is_set_up = True
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Put the penalties around the module's ``training_step``."""
-        self._give_back()
-        found = before_fit(trainer, pl_module)
-        if shards(trainer.strategy) or not pl_module.automatic_optimization:
-            refuse(CANNOT, found)  # a training step would show no more, or step the optimisers
-        step = PenalisedStep(trainer, pl_module, self.penalties, self.module, found)
+        """Wrap the module's ``training_step`` so that it adds the penalties."""
+        self._restore()
+        found = findings_before_fit(trainer, pl_module)
+        if may_shard(trainer.strategy) or not pl_module.automatic_optimization:
+            # No training step first: sharded weights may fail in it, and manual optimisation
+            # would step the optimisers. In other cases the first step adds its own findings.
+            refuse(CALLBACK_REFUSAL, found)
+        step = PenalizedStep(trainer, pl_module, self.penalties, self.module, found)
         if pl_module.automatic_optimization:
-            self._layers = [step.remove, wrapping.add(pl_module, "training_step", step)]
+            self._unwrap = [step.remove, wrap(pl_module, "training_step", step)]
             return
-
-        def backward(call: Any, *args: Any, **kwargs: Any) -> None:
-            step.backward(call, self.manual_backward or 0, *args, **kwargs)
-
-        self._layers = [
+        backward = partial(step.manual_backward, self.manual_backward or 0)
+        self._unwrap = [
             step.remove,
-            wrapping.add(pl_module, "training_step", step.manual),
-            wrapping.add(pl_module, "manual_backward", backward, inside=True),
+            wrap(pl_module, "training_step", step.manual_training_step),
+            wrap(pl_module, "manual_backward", backward, innermost=True),
         ]
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Leave the module as it was."""
-        self._give_back()
+        """Restore the module."""
+        self._restore()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Leave the module as it was: after an exception nothing else is called."""
-        self._give_back()
+        """Restore the module. After an exception Lightning does not call ``on_fit_end``."""
+        self._restore()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of the penalties: plain numbers."""
+        """Return the state of each penalty, as plain numbers."""
         return {"penalties": self.penalties.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from states; a penalty that has none begins at its beginning."""
+        """Load the state of each penalty. A penalty that is not in it keeps its own."""
         self.penalties.load_state_dict(state_dict["penalties"])
 
-    def _give_back(self) -> None:
-        while self._layers:
-            self._layers.pop()()
+    def _restore(self) -> None:
+        while self._unwrap:
+            self._unwrap.pop()()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Go to another process without what is of this one."""
-        return {**self.__dict__, "_layers": []}
+        """Pickle without the wrappers: they belong to the module of this process."""
+        return {**self.__dict__, "_unwrap": []}

@@ -1,4 +1,4 @@
-"""What keeps a penalty from acting on a LightningModule, told before the first step."""
+"""Checks of a `GradientPenaltyCallback` before the first step: every reason why a penalty fails."""
 
 from __future__ import annotations
 
@@ -8,64 +8,77 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from torch import Tensor, nn
 
 from gpkit import checks
 from gpkit.autodiff import graph
-from gpkit.axes.at import At, fake, interpolate, mixture
+from gpkit.autodiff.compat import is_reentrant_checkpoint
+from gpkit.axes.at import At, fake, interpolate
+from gpkit.axes.mixtures import mixture
 from gpkit.axes.wrt import weights
 from gpkit.gradient_penalty import GradientPenalty
-from gpkit.lightning.compat import is_a
-from gpkit.lightning.watch.probe import Seen, Wanted
+from gpkit.lightning.compat import holds_fsdp2_shards, is_a
+from gpkit.lightning.watch.probe import Capture, ProbeSpec
 from gpkit.needs import needs_of
 from gpkit.penalty import Penalty
 
-CANNOT = "GradientPenaltyCallback cannot add its penalties"
-PENALISED = ("PenalizedModule", "GANModule")
+MODULES_WITH_PENALTIES = ("PenalizedModule", "GANModule")
 
-IN_PLACE = (
-    "the training step writes to its batch in place, and a penalty runs it again on that batch: "
-    "let it write to a copy, or use a penalty of scope='batch' with estimator='exact'"
+BATCH_WRITTEN_IN_PLACE = (
+    "the training step writes to its batch in place, and a penalty reruns it on that batch: "
+    "write to a copy, or use scope='batch' with estimator='exact'"
 )
 
 
-def before_fit(trainer: Any, module: pl.LightningModule) -> list[str]:
-    """Return what can be told of the trainer and the module alone.
+def findings_before_fit(trainer: Any, module: pl.LightningModule) -> list[str]:
+    """Return the findings that need no training step: about the trainer, the module and the names.
 
     Args:
-        trainer: of the run. All its callbacks with penalties are looked at.
+        trainer: the trainer of the fit. All of its `GradientPenaltyCallback` are checked, so that
+            the first of them reports everything.
         module: the LightningModule.
 
     Returns:
-        A line for each finding.
+        One line for each finding.
     """
     callbacks = [c for c in trainer.callbacks if is_a(c, "GradientPenaltyCallback")]
     found = []
     if len(callbacks) > 1:
         found.append(
-            "the trainer has two GradientPenaltyCallbacks, and one would differentiate the "
-            "penalties of the other: give all penalties to one, GradientPenaltyCallback([a, b])"
+            f"the trainer has {len(callbacks)} GradientPenaltyCallbacks, and one would "
+            "differentiate the penalties of the other: pass all penalties to one, "
+            "GradientPenaltyCallback([a, b])"
         )
-    if is_a(module, *PENALISED):
+    if is_a(module, *MODULES_WITH_PENALTIES):
         kind = type(module).__name__
         found.append(
-            f"the {kind} has penalties of its own, and logs under the same names: give them all to "
+            f"a {kind} adds penalties itself, and logs under the same names: pass all penalties to "
             f"it, {kind}(..., penalty=...)"
         )
     for c in callbacks:
-        found += _of_callback(trainer, module, c.penalties, c.module, c.manual_backward)
+        found += _findings_of_callback(trainer, module, c.penalties, c.module, c.manual_backward)
     return found
 
 
-def _of_callback(
+def _findings_of_callback(
     trainer: Any,
     module: pl.LightningModule,
     penalties: Mapping[str, Penalty],
     name: str | None,
     manual_backward: int | None,
 ) -> list[str]:
-    """Return what is found of one callback; its arguments are those of the callback."""
+    """Return the findings about one callback.
+
+    Args:
+        trainer: the trainer of the fit.
+        module: the LightningModule.
+        penalties: of the callback, by name.
+        name: the callback's ``module``.
+        manual_backward: the callback's ``manual_backward``.
+
+    Returns:
+        One line for each finding.
+    """
     found = []
     automatic = module.automatic_optimization
     if automatic and manual_backward is not None:
@@ -73,7 +86,7 @@ def _of_callback(
     if not automatic and manual_backward is None:
         found.append(
             "the module optimises manually: say which of the manual_backward calls of a training "
-            "step gets the penalty, manual_backward=0 for the first"
+            "step gets the penalties, with manual_backward=0 for the first"
         )
     names = dict(module.named_modules())
     net = names.get(name or "")
@@ -81,28 +94,34 @@ def _of_callback(
         hint = checks.nearest(str(name), filter(None, names))
         listed = ", ".join(repr(n) for n, _ in module.named_children())
         found.append(f"there is no submodule {name!r}{hint}; there are {listed}")
-    if sharded(module):
-        from gpkit.lightning.callback.sharded import refusals
+    if holds_fsdp2_shards(module):
+        from gpkit.lightning.callback.sharded import findings_of_sharding
 
-        found += refusals(module, penalties)
+        found += findings_of_sharding(module, penalties)
         if trainer.accumulate_grad_batches > 1:
             found.append(
-                "under FSDP the penalty is that of one micro-batch a step; got "
+                "under FSDP penalties do not support gradient accumulation; got "
                 f"accumulate_grad_batches={trainer.accumulate_grad_batches}: use 1, or DDP"
             )
     for title, penalty in penalties.items():
-        found += [f"penalty {title!r}: {line}" for line in _of(penalty, trainer, module, net)]
+        found += [
+            f"penalty {title!r}: {line}"
+            for line in _findings_of_penalty(penalty, trainer, module, net)
+        ]
     return found
 
 
-def _of(
+def _findings_of_penalty(
     penalty: Penalty, trainer: Any, module: pl.LightningModule, net: nn.Module | None
 ) -> Iterator[str]:
-    """Yield what is found of one penalty."""
+    """Yield the findings about one penalty. ``net`` is None if the submodule does not exist."""
     strategy = trainer.strategy
     needs = needs_of(penalty)
     if needs.environments or not isinstance(penalty, GradientPenalty):
-        yield "environments are not seen in a training step: use PenalizedModule"
+        yield (
+            "it needs the environment of each sample, which a training step does not show: use "
+            "PenalizedModule"
+        )
         return
     if is_a(strategy, "FSDPStrategy"):
         yield (
@@ -111,24 +130,29 @@ def _of(
             "estimator='finite_difference' with scope='global'; or strategy='ddp'"
         )
     elif is_a(strategy, "DeepSpeedStrategy"):
-        yield "DeepSpeed keeps the gradients to itself: use strategy='ddp'"
-    elif is_a(strategy, "ModelParallelStrategy") and not (needs.in_weights and sharded(module)):
+        yield "DeepSpeed gives no access to the gradients: use strategy='ddp'"
+    elif is_a(strategy, "ModelParallelStrategy") and not (
+        needs.in_weights and holds_fsdp2_shards(module)
+    ):
         yield (
-            "under ModelParallelStrategy penalties are in the weights, of modules to which "
+            "ModelParallelStrategy supports only penalties in the weights, of modules to which "
             "fully_shard was applied: use estimator='finite_difference' with scope='global', or "
             "strategy='ddp'"
         )
     if not module.automatic_optimization and (needs.runs_again or penalty.scope == "accumulated"):
         yield (
-            "it runs the training step again, which under manual optimisation would step the "
-            "optimisers: use estimator='exact', scope='batch'"
+            "it reruns the training step, which would step the optimisers again under manual "
+            "optimisation: use estimator='exact', scope='batch'"
         )
     if needs.runs_again and "dataloader_iter" in inspect.signature(module.training_step).parameters:
-        yield "it runs the training step again, which `dataloader_iter` does not allow: use a batch"
-    if any(isinstance(at, (interpolate, fake)) for at in _points(penalty.at)):
         yield (
-            f"at={type(penalty.at).__name__}() needs fakes, and a training step shows none: use "
-            "gpkit.GANModule, or penalty(critic, real=..., fake=...) in the training step"
+            "it reruns the training step on the same batch, and `dataloader_iter` gives another: "
+            "write training_step(self, batch, batch_idx)"
+        )
+    if any(isinstance(at, (interpolate, fake)) for at in _mixture_parts(penalty.at)):
+        yield (
+            f"at={type(penalty.at).__name__}() needs fake samples, which a training step does not "
+            "show: use gpkit.GANModule, or call penalty(critic, real=..., fake=...) in the step"
         )
     for name in needs.activations if net is not None else ():
         options = [n for n, _ in net.named_modules() if n]  # type: ignore[union-attr]
@@ -144,59 +168,53 @@ def _of(
             yield f"all {len(named)} parameters of weights({wrt.match!r}) are frozen"
 
 
-def shards(strategy: Any) -> bool:
-    """Whether a strategy may shard parameters."""
+def may_shard(strategy: Any) -> bool:
+    """Whether a strategy may shard the parameters."""
     return is_a(strategy, "FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
 
-def sharded(module: nn.Module) -> bool:
-    """Whether FSDP2 holds the parameters, or some of them."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return False
-    from gpkit.lightning.callback.sharded import is_sharded
-
-    return is_sharded(module)
+def _mixture_parts(at: At) -> list[At]:
+    """Return the parts of a mixture, nested ones too; of any other ``at`` a list of it alone."""
+    return [p for part in at.ats for p in _mixture_parts(part)] if isinstance(at, mixture) else [at]
 
 
-def _points(at: At) -> list[At]:
-    """Return the points of a mixture, each, or the points themselves."""
-    return [p for part in at.ats for p in _points(part)] if isinstance(at, mixture) else [at]
-
-
-def of_net(module: nn.Module, title: str, seen: Seen, wanted: Wanted) -> list[str]:
-    """Return what can be told of the net in a step that was made.
+def findings_of_net(module: nn.Module, title: str, capture: Capture, spec: ProbeSpec) -> list[str]:
+    """Return the findings about the net that one training step has shown.
 
     Args:
         module: the LightningModule.
-        title: how the net that was watched is called.
-        seen: of the net.
-        wanted: of the net.
+        title: how messages call the net that was captured from, such as "the submodule 'net'".
+        capture: what the probe captured.
+        spec: what it had to capture.
 
     Returns:
-        A line for each finding.
+        One line for each finding.
     """
-    found = list(seen.problems)
-    names = [*[""] * wanted.x, *wanted.activations, *seen.calls]
+    found = list(capture.problems)
+    names = [*[""] * spec.x, *spec.activations, *capture.calls]
     called = {name: f"activation({name!r})" if name else title for name in names}
     children = ", ".join(repr(n) for n, _ in module.named_children())
     for name, what in called.items():
-        count = seen.calls.get(name, 0)
+        count = capture.calls.get(name, 0)
         if count == 0:
-            hint = "name one" if name else f"module=... names one, of {children},"
-            found.append(f"the training step does not call {what}: {hint} that it calls")
+            hint = "name one that it calls"
+            hint = hint if name else f"set module=... to one that it calls, of {children}"
+            found.append(f"the training step does not call {what}: {hint}")
         elif count > 1 and module.automatic_optimization:
-            found.append(f"the training step calls {what} {count} times: name one called once")
+            found.append(
+                f"the training step calls {what} {count} times: name one that is called once"
+            )
     return found
 
 
-def of_loss(loss: Tensor) -> list[str]:
-    """Return what can be told of the loss that a step gave: a line for each finding."""
+def findings_of_loss(loss: Tensor) -> list[str]:
+    """Return the findings about the loss of a training step, one line for each."""
     found = []
     if not loss.requires_grad:
         found.append("the loss of the training step has no graph: was it detached?")
-    if any(node.name() == "CheckpointFunctionBackward" for node in graph.nodes(loss)):
+    if any(map(is_reentrant_checkpoint, graph.nodes(loss))):
         found.append(
-            "the training step uses reentrant checkpointing, through which there is no gradient "
-            "of a gradient: checkpoint(..., use_reentrant=False)"
+            "the training step uses reentrant checkpointing, which has no double backward: use "
+            "checkpoint(..., use_reentrant=False)"
         )
     return found

@@ -1,49 +1,107 @@
-"""What the penalties that act together need of a training step."""
+"""What the penalties that act on a step need from it, and how it is captured."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from gpkit.lightning.watch.probe import Seen, Wanted, watched
+from gpkit.autodiff.isolation import isolated
+from gpkit.lightning.watch.probe import Capture, Probe, ProbeSpec
+from gpkit.lightning.watch.replay import Silencer, StepCall, loss_of
 from gpkit.needs import Needs
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
-    """What penalties need of a training step, all together.
+    """The penalties that act on a step, and the probe that captures what they need.
 
     Args:
-        needs: of each, by name.
-        watch: shows what they need of the net.
+        needs: of each penalty, by name.
+        probe: captures what they need together.
     """
 
     needs: Mapping[str, Needs]
-    watch: watched
+    probe: Probe
 
-    def names(self, holds: Callable[[Needs], bool]) -> tuple[str, ...]:
-        """Return the names of the penalties whose needs have a property."""
-        return tuple(name for name, needs in self.needs.items() if holds(needs))
-
-    @property
-    def runs_again(self) -> bool:
-        """Whether the step may be run again, with the same random numbers."""
-        return any(needs.runs_again for needs in self.needs.values())
-
-    @property
-    def draws(self) -> bool:
-        """Whether random numbers may be drawn."""
-        return not all(needs.plain for needs in self.needs.values())
+    def __post_init__(self) -> None:
+        """Work out once what every step asks of the penalties together."""
+        needs = self.needs.items()
+        #: names of the penalties that pool the gradients of micro-batches or ranks
+        self.pooled = tuple(name for name, own in needs if own.pooled)
+        #: names of those that take first gradients of the loss at two points
+        self.two_points = tuple(name for name, own in needs if own.loss_at_two_points)
+        #: whether a penalty may rerun the training step, with the same random numbers
+        self.runs_again = any(own.runs_again for _, own in needs)
+        #: whether a penalty may draw random numbers
+        self.draws = not all(own.plain for _, own in needs)
 
 
-def wanted_by(needs: Iterable[Needs]) -> Wanted:
-    """Return what penalties want of the net while it runs."""
+@dataclass(frozen=True)
+class PenalizedNet:
+    """The module or submodule whose weights, inputs or activations the penalties are about.
+
+    Args:
+        net: the module.
+        title: how error messages call it, such as "the submodule 'net'".
+        compiled: whether the LightningModule, or a part of it, runs compiled.
+        silencer: keeps reruns of the LightningModule's training step silent.
+    """
+
+    net: nn.Module
+    title: str
+    compiled: bool
+    silencer: Silencer
+
+    def probe(
+        self, needs: Iterable[Needs], replacements: Mapping[str, Tensor] | None = None
+    ) -> Probe:
+        """Return a probe that captures what penalties need.
+
+        Args:
+            needs: of the penalties.
+            replacements: tensors to compute with instead, see `Probe`.
+
+        Returns:
+            The probe; its hooks are not registered yet.
+        """
+        spec = probe_spec(needs)
+        eager = self.compiled and spec.eager
+        return Probe(self.net, self.title, spec, replacements, eager=eager)
+
+    def rerun(self, module: nn.Module, call: StepCall, needs: Needs, *xs: Tensor) -> Any:
+        """Rerun the training step, and return what a penalty differentiates.
+
+        Args:
+            module: the LightningModule. It is an argument so that `isolated` finds its buffers.
+            call: the step.
+            needs: of the penalty.
+            *xs: the input, or the activation, to compute with; none for that of the batch.
+
+        Returns:
+            The loss, or the output or activation of the net.
+        """
+        replacements = {"" if needs.moves else needs.in_activation: xs[0]} if xs else None
+        with self.silencer.silenced(), self.probe([needs], replacements) as capture:
+            output = call.training_step(*call.args, **call.kwargs)
+        return differentiated(needs, capture, loss_of(output))
+
+    def rerun_isolated(self, module: Any, call: StepCall, needs: Needs) -> Tensor:
+        """Rerun the training step with the same random numbers, and return the loss."""
+        with isolated(
+            module, call.rng_state, module.device, max(needs.order, 1), twice=needs.order > 0
+        ):
+            loss: Tensor = self.rerun(module, call, needs)
+        return loss
+
+
+def probe_spec(needs: Iterable[Needs]) -> ProbeSpec:
+    """Return what a probe has to capture for penalties with these needs."""
     needs = list(needs)
     named = [a for n in needs if not n.calls_net for a in n.activations]
-    return Wanted(
+    return ProbeSpec(
         order=max((n.order for n in needs), default=0),
         x=any(n.reads_input for n in needs),
         output=any(n.reads_output for n in needs),
@@ -52,8 +110,8 @@ def wanted_by(needs: Iterable[Needs]) -> Wanted:
     )
 
 
-def differentiated(needs: Needs, seen: Seen, loss: Tensor | None) -> Any:
-    """Return what a penalty differentiates, of a step that was made."""
+def differentiated(needs: Needs, capture: Capture, loss: Tensor | None) -> Any:
+    """Return what a penalty differentiates: an activation, the loss, or the output of the net."""
     if needs.differentiates == "activation":
-        return seen.activations.get(needs.activations[0])
-    return loss if needs.of_loss else seen.output
+        return capture.activations.get(needs.activations[0])
+    return loss if needs.of_loss else capture.output

@@ -1,4 +1,4 @@
-"""Penalties in the weights under FSDP2, where every process holds a shard of each of them."""
+"""Penalties in the weights under FSDP2, where each process holds a shard of every weight."""
 
 from __future__ import annotations
 
@@ -16,22 +16,20 @@ from gpkit import formula
 from gpkit.autodiff import graph
 from gpkit.autodiff.isolation import isolated
 from gpkit.autodiff.known_gradient import known_gradient, perturbed
-from gpkit.autodiff.numerics import known, spacing, widened
-from gpkit.estimators.computed import Computed
+from gpkit.autodiff.numerics import spacing, widened, zeros_for_none
+from gpkit.estimators.base import Recomputable
 from gpkit.estimators.finite_difference import finite_difference
 from gpkit.formula import Terms
 from gpkit.gradient_penalty import NO_GRAPH
 from gpkit.needs import needs_of
 from gpkit.penalty import Penalty
 
-Entry = Callable[[Tensor], Tensor]
-
-
-Gradient = Mapping[Tensor, Tensor | None]  # of every trained weight; None where nothing arrived
+Entry = Callable[[Tensor], Tensor]  # a function of each entry of a tensor
+Gradient = Mapping[Tensor, Tensor | None]  # by trained weight; None if backward did not reach it
 
 
 def is_sharded(net: nn.Module) -> bool:
-    """Return whether FSDP2's ``fully_shard`` was applied to a module or to one inside of it.
+    """Return whether FSDP2's ``fully_shard`` was applied to a module or to a submodule of it.
 
     >>> is_sharded(nn.Linear(2, 1))
     False
@@ -39,27 +37,27 @@ def is_sharded(net: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in net.modules())
 
 
-def refusals(net: nn.Module, penalties: Mapping[str, Any]) -> list[str]:
-    """Return what stands in the way of penalties on a sharded net: a line for each finding.
+def findings_of_sharding(net: nn.Module, penalties: Mapping[str, Any]) -> list[str]:
+    """Return the reasons why penalties do not work on a sharded net.
 
-    FSDP2 computes with copies of the weights that it gathers before a forward or a backward pass
-    and frees after it: a graph cannot be passed twice, and the shards that are trained are not in
-    it. Gradients arrive at the shards averaged over the processes; no other gradient in the weights
-    is to be had.
+    FSDP2 computes with gathered copies of the weights. It gathers them before a forward or backward
+    pass and frees them after it, so a graph cannot be differentiated twice; and the trained shards
+    are not in the graph. The only gradient in the weights that a penalty can get is the one that
+    FSDP's backward leaves at the shards, averaged over the processes.
 
     Args:
-        net: a module to which, or inside of which, ``fully_shard`` was applied.
+        net: a module to which ``fully_shard`` was applied, or a submodule of which.
         penalties: by name.
 
     Returns:
-        The findings; none if all is well.
+        One line for each finding; an empty list if there is none.
     """
     found = []
     for name, penalty in penalties.items():
         here = f"penalty {name!r} under FSDP:"
         needs = needs_of(penalty)
         if needs.environments:
-            continue  # it differentiates in the logits, not through the net
+            continue  # it differentiates in the logits, and not through the net
         if not isinstance(penalty.estimator, finite_difference):
             kind = type(penalty.estimator).__name__
             found.append(
@@ -69,7 +67,7 @@ def refusals(net: nn.Module, penalties: Mapping[str, Any]) -> list[str]:
         if not needs.in_weights:
             continue
         if penalty.of not in ("loss", "output"):
-            found.append(f"{here} of='loss' was expected; got of={penalty.of!r}: use DDP")
+            found.append(f"{here} of='loss' is needed; got of={penalty.of!r}: use DDP")
         if penalty.scope != "global":
             found.append(
                 f"{here} gradients arrive averaged over the processes; got scope={penalty.scope!r}:"
@@ -77,70 +75,71 @@ def refusals(net: nn.Module, penalties: Mapping[str, Any]) -> list[str]:
             )
         if needs.measures:
             kind = type(penalty.weight).__name__
-            found.append(f"{here} a weight that measures gradients, {kind}(), needs DDP")
+            found.append(f"{here} the weight {kind}() measures gradients, which needs DDP")
     trained = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
     whole = [n for n, p in trained if not isinstance(p, DTensor)]
     if whole:
         found.append(
-            f"under FSDP every trained parameter must be sharded; not sharded, and so not averaged "
-            f"over the processes: {', '.join(whole)}: apply fully_shard to what holds them"
+            "under FSDP every trained parameter must be sharded, or its gradient is not averaged "
+            f"over the processes; not sharded are {', '.join(whole)}: apply fully_shard to their "
+            "modules"
         )
     return found
 
 
 class ShardedWeights:
-    r"""The weights of a net whose shards lie on several processes, and penalties in them.
+    r"""Evaluates penalties in the weights of a net that FSDP2 has sharded.
 
     .. math:: \nabla_\theta \, \|\bar g\|^2 = 2 H \bar g
               \approx 2 n \, \frac{\bar g(\theta + h v) - \bar g(\theta)}{h},
               \quad \bar g \text{ averaged over the processes}, \; n = \|\bar g\|, \; v = \bar g / n
 
-    by `finite_difference`, whose docstring has the sides, the step h and the other norms. The loss
-    is differentiated by FSDP's own backward, each time anew: two forward and backward passes in
-    all with one penalty (three for "central"), one more (two) for each further one. The shards are
-    moved where they lie, and given back bit for bit, also after an error; n and h take an
-    all-reduce of a few numbers. In a training step::
+    by `finite_difference`; its docstring has the sides, the step h and the other norms. FSDP's own
+    backward computes each gradient of the loss. One penalty takes two forward and backward passes
+    in all (three for "central"), and each further one takes one more (two). The shards are moved in
+    place and restored bit for bit, also after an error; n and h take an all-reduce of a few
+    numbers. In a training step::
 
         before = random_state(device)
-        given = Computed(closure(), closure, before)
+        given = Recomputable(closure(), closure, before)
         loss, terms = sharded_weights.terms({"gp": penalty}, given)
 
     Args:
-        net: a module to which, or inside of which, ``fully_shard`` was applied. Its parameters are
-            taken as they are now, so this comes before the first step.
+        net: a module to which ``fully_shard`` was applied, or a submodule of which. Its parameters
+            are listed now, so create this object before the first step.
     """
 
     def __init__(self, net: nn.Module) -> None:
         self.net = net
-        with self.gathered_anew():
+        with self.reshard_at_end():
             self.parameters = list(net.parameters())
 
     def terms(
         self,
         penalties: Mapping[str, Penalty],
-        given: Computed,
+        given: Recomputable,
         step: int | None = None,
     ) -> tuple[Tensor, dict[str, Terms | None]]:
-        """Return a loss and the terms of penalties on it, and count a step.
+        """Return the loss and the terms of the penalties, and count a step.
 
-        The gradients of both are known when this returns; their backward hands them out to the
-        shards, without FSDP, and the graph behind ``given.value`` is used up. ``.grad`` is
-        untouched.
+        Their gradients have been computed when this returns. Backward only copies them to the
+        shards, without FSDP, and the graph behind ``given.value`` is gone. ``.grad`` is unchanged.
 
         Args:
             penalties: in the weights, by finite differences, by name.
-            given: the loss ``[]`` of this process's samples, how it is computed anew (without a
-                trace in logs and metrics; buffers and random numbers are seen to), and the state
-                of the random numbers before it.
+            given: the loss ``[]`` of this process's samples, a function that recomputes it (without
+                side effects on logs and metrics; buffers and random numbers are handled here), and
+                the RNG state before it.
             step: the optimiser step; None counts the calls.
 
         Returns:
-            The loss of this process, and terms by name, None for one that does not act on this
-            step; norms and values are those of all processes. Where none acts, the loss is
-            returned with its own graph.
+            The loss of this process; and the terms by name, None for a penalty that does not act on
+            this step. Norms and values are those of all processes. If no penalty acts, the loss
+            keeps its own graph.
 
         Raises:
-            RuntimeError: if the loss has no graph, or no gradient arrives at the weights of one.
+            RuntimeError: if the loss has no graph, or no gradient arrives at the weights of a
+                penalty.
         """
         if not any(penalty.acts_at(step) for penalty in penalties.values()):
             for penalty in penalties.values():
@@ -149,33 +148,33 @@ class ShardedWeights:
         if not given.value.requires_grad:
             raise RuntimeError(NO_GRAPH)
         epsilon = spacing(given.value, *graph.leaves(given.value))
-        here = self.gradient(given.value)
+        base = self.gradient(given.value)
         terms = {
-            name: penalty.act_by(partial(self.term, penalty, given, here, epsilon), step)
+            name: penalty.act_with(partial(self.term, penalty, given, base, epsilon), step)
             for name, penalty in penalties.items()
         }
-        return known_gradient(given.value, list(here), known(here.values(), here)), terms
+        return known_gradient(given.value, list(base), zeros_for_none(base.values(), base)), terms
 
     def term(
-        self, penalty: Any, given: Computed, here: Gradient, epsilon: float, weight: float
+        self, penalty: Any, given: Recomputable, base: Gradient, epsilon: float, weight: float
     ) -> Terms:
         """Return the terms of one penalty.
 
         Args:
             penalty: in the weights, by finite differences.
-            given: the loss, and how it is computed anew.
-            here: the gradient of the loss.
-            epsilon: the spacing at one of the numbers that the loss is computed in.
+            given: the loss, and a function that recomputes it.
+            base: the gradient of the loss.
+            epsilon: machine epsilon of the dtype that the loss is computed in, see `spacing`.
             weight: the factor of the reduced value.
 
         Returns:
-            The terms, G = 1.
+            The terms, with G = 1.
 
         Raises:
             RuntimeError: if no gradient has arrived at its weights.
         """
         chosen = penalty.wrt.chosen(self.net)
-        if all(here[x] is None for x in chosen):
+        if all(base[x] is None for x in chosen):
             raise RuntimeError(
                 "no gradient arrived at the sharded weights of a penalty: does the loss depend on "
                 "them, and is set_requires_gradient_sync(True) on?"
@@ -183,26 +182,28 @@ class ShardedWeights:
 
         def gradient(moves: list[Tensor] | None) -> list[Tensor]:
             if moves is None:
-                return known(here.values(), here)
-            with self.gathered_anew(), perturbed(shards(chosen), shards(moves)):
+                return zeros_for_none(base.values(), base)
+            with self.reshard_at_end(), perturbed(local_shards(chosen), local_shards(moves)):
                 again = isolated(given.function, given.state, given.value.device, twice=False)
                 with torch.enable_grad(), again:
                     loss = given.function()
-                return known(self.gradient(loss).values(), here)
+                return zeros_for_none(self.gradient(loss).values(), base)
 
-        grads = known([here[x] for x in chosen], chosen)
+        grads = zeros_for_none([base[x] for x in chosen], chosen)
         norm = penalty.form.norm
-        n, slopes = penalty.estimator.slopes(chosen, grads, norm, epsilon, gradient, over_shards)
-        n2 = known_gradient(n.square().reshape(1), list(here), slopes)
+        n, slopes = penalty.estimator.slopes(
+            chosen, grads, norm, epsilon, gradient, reduce_over_shards
+        )
+        n2 = known_gradient(n.square().reshape(1), list(base), slopes)
         return formula.terms(penalty, n2, weight, observe=True)
 
     def gradient(self, loss: Tensor) -> Gradient:
-        """Return the gradient of a loss, averaged over the processes; ``.grad`` is untouched."""
+        """Return the gradient of a loss, averaged over the processes; ``.grad`` is unchanged."""
         kept = {p: p.grad for p in self.parameters if p.requires_grad}
         for p in kept:
             p.grad = None
         try:
-            with self.gathered_anew(), torch.autocast(loss.device.type, enabled=False):
+            with self.reshard_at_end(), torch.autocast(loss.device.type, enabled=False):
                 loss.backward()
             return {p: p.grad for p in kept}
         finally:
@@ -210,8 +211,8 @@ class ShardedWeights:
                 p.grad = grad
 
     @contextmanager
-    def gathered_anew(self) -> Iterator[None]:
-        """Free the gathered copies of the weights at the end: the next forward gathers its own."""
+    def reshard_at_end(self) -> Iterator[None]:
+        """Free the gathered weights at the end of the block, so the next forward gathers them."""
         try:
             yield
         finally:
@@ -220,25 +221,33 @@ class ShardedWeights:
                     module.reshard()
 
 
-def shards(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the part of each that lies on this process: the same memory."""
+def local_shards(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the local shard of each tensor, without a copy."""
     return [t.detach().to_local() for t in tensors]  # type: ignore[attr-defined]
 
 
-def over_shards(tensors: Sequence[Tensor], entry: Entry, reduce: str = "sum") -> Tensor:
-    """Return the sum, or the maximum, of a function >= 0 of all entries on all processes.
+def reduce_over_shards(tensors: Sequence[Tensor], entry: Entry, reduce: str = "sum") -> Tensor:
+    """Return the sum, or the maximum, of a function over the entries of all shards.
 
-    There is one all-reduce for each way in which the tensors are sharded.
+    It takes one all-reduce for each way in which the tensors are sharded.
+
+    Args:
+        tensors: DTensors, with the same layouts on every process.
+        entry: a function >= 0 of each entry; 0 stands in for an empty shard.
+        reduce: "sum" or "max".
+
+    Returns:
+        One number, the same on every process.
     """
-    together = torch.sum if reduce == "sum" else torch.amax
+    reduction = torch.sum if reduce == "sum" else torch.amax
     ways: dict[Any, list[Tensor]] = {}
-    for t, shard in zip(tensors, shards(tensors), strict=True):
+    for t, shard in zip(tensors, local_shards(tensors), strict=True):
         part = entry(widened(shard)).reshape(-1)
-        part = together(torch.cat([part, part.new_zeros(1)]), 0)  # a shard may be empty
+        part = reduction(torch.cat([part, part.new_zeros(1)]), 0)  # a shard may be empty
         ways.setdefault((t.device_mesh, t.placements), []).append(part)  # type: ignore[attr-defined]
     totals = []
     for (mesh, placements), parts in ways.items():
-        over = [p if p.is_replicate() else Partial(reduce) for p in placements]
-        here = DTensor.from_local(together(torch.stack(parts), 0), mesh, over, run_check=False)
-        totals.append(here.full_tensor())
-    return together(torch.stack(totals), 0)
+        layout = [p if p.is_replicate() else Partial(reduce) for p in placements]
+        total = DTensor.from_local(reduction(torch.stack(parts), 0), mesh, layout, run_check=False)
+        totals.append(total.full_tensor())
+    return reduction(torch.stack(totals), 0)

@@ -1,43 +1,41 @@
-"""A training step with penalties: it stands in for the ``training_step`` of a module."""
+"""A wrapper of ``training_step`` that adds penalties to its loss."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from pytorch_lightning.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
-from gpkit.autodiff.isolation import isolated
-from gpkit.autodiff.numerics import wide
 from gpkit.autodiff.random import random_state
-from gpkit.estimators.base import Target
-from gpkit.estimators.computed import Computed
-from gpkit.estimators.window import Window, summarised
-from gpkit.formula import Terms
-from gpkit.lightning.callback.findings import CANNOT, IN_PLACE, of_loss, of_net, sharded
-from gpkit.lightning.callback.plan import Plan, differentiated, wanted_by
-from gpkit.lightning.compat import last_of_step, logs_now, scale_of, scaler_of
-from gpkit.lightning.recording import penalty_numbers
-from gpkit.lightning.refusals import RefusalError, refuse
-from gpkit.lightning.watch.probe import Seen, runs_compiled, watched
-from gpkit.lightning.watch.replay import Made, Step, Traces, loss_of, losses_of, with_loss_of
-from gpkit.needs import Needs, needs_of
+from gpkit.lightning.callback.evaluation import Evaluator
+from gpkit.lightning.callback.findings import (
+    BATCH_WRITTEN_IN_PLACE,
+    findings_of_loss,
+    findings_of_net,
+)
+from gpkit.lightning.callback.plan import PenalizedNet, Plan, probe_spec
+from gpkit.lightning.compat import last_of_step, logs_now
+from gpkit.lightning.recording import penalty_scalars
+from gpkit.lightning.refusals import CALLBACK_REFUSAL, RefusalError, refuse
+from gpkit.lightning.watch.probe import Capture, runs_compiled
+from gpkit.lightning.watch.replay import Silencer, StepCall, TrainingStep, loss_of, replace_loss
+from gpkit.needs import needs_of
 from gpkit.sums import PenaltySum
 
 
-class PenalisedStep:
-    """Stands in for a module's ``training_step``: what that returns, with penalties.
+class PenalizedStep:
+    """Wraps ``training_step``: runs it, and adds the penalties to the loss that it returns.
 
     Args:
-        trainer: of the run.
+        trainer: the trainer of the fit.
         module: the LightningModule.
         penalties: by name.
-        name: of the submodule that they are about; None is the module itself.
-        problems: what was found against the penalties already; it is told at the first step, with
-            what is found there.
+        submodule: name of the submodule whose weights, inputs or activations the penalties are
+            about; None is the module itself.
+        findings: what was found against the penalties before the first step. It is raised at the
+            first step, together with what that step shows.
     """
 
     def __init__(
@@ -45,278 +43,155 @@ class PenalisedStep:
         trainer: Any,
         module: Any,
         penalties: PenaltySum,
-        name: str | None,
-        problems: list[str],
+        submodule: str | None,
+        findings: list[str],
     ) -> None:
         self.trainer = trainer
         self.module = module
         self.penalties = penalties
         self.needs = {name: needs_of(penalty) for name, penalty in penalties.items()}
-        self.net: nn.Module = dict(module.named_modules()).get(name or "", module)
-        self.title = f"the submodule {name!r}" if name else f"the {type(module).__name__} itself"
-        self.problems = problems
-        self.windows: dict[str, Window] = {}
-        self._drawn: tuple[int, list[int]] = (-1, [])  # a batch, and the draws before it
-        self._automatic = module.automatic_optimization
-        self._scaler = scaler_of(trainer)
-        self._now: int | None = 0  # the optimiser step
-        # A compiled net has neither hooks nor a double backward.
-        self._compiled = runs_compiled(module)
-        self._unseen = set(penalties)  # that have not acted yet
-        if self._compiled and wanted_by(self.needs.values()).eager:
+        net = dict(module.named_modules()).get(submodule or "", module)
+        itself = f"the {type(module).__name__} itself"
+        title = f"the submodule {submodule!r}" if submodule else itself
+        self.watched = PenalizedNet(net, title, runs_compiled(module), Silencer(module))
+        self.findings = findings
+        if self.watched.compiled and probe_spec(self.needs.values()).eager:
             rank_zero_warn(
-                "penalties by double backprop, in inputs or in activations run a compiled module "
-                "uncompiled; estimator='finite_difference' in the weights runs it compiled"
+                "the penalties run the compiled module uncompiled, because torch.compile has no "
+                "double backward and no hooks; estimator='finite_difference' in the weights runs "
+                "it compiled"
             )
-        self._shards: Any = None
-        if sharded(module):
-            from gpkit.lightning.callback.sharded import ShardedWeights
+        self.evaluator = Evaluator(trainer, module, self.watched, penalties, self.needs)
+        self._automatic = module.automatic_optimization
+        self._optimizer_step: int | None = 0
+        self._not_acted_yet = set(penalties)
+        self._draws_before: tuple[int, list[int]] = (-1, [])  # a batch index, and penalty.draws
+        self._plans: dict[tuple[str, ...], Plan] = {}  # by the names of the penalties that act
+        self._manual: tuple[StepCall, Capture, Plan] | None = None
+        self._backward_calls = 0
 
-            self._shards = ShardedWeights(module)
-        self.traces = Traces(module)
-        self._plans: dict[tuple[str, ...], Plan] = {}  # by the names of those that act together
-        self._parameters: list[Tensor] = []
-        self._counts: dict[int, Tensor] = {}  # of samples, as tensors
-        self._manual: tuple[Made, Seen, Plan] | None = None
-        self._calls = 0
-
-    def __call__(self, training_step: Step, *args: Any, **kwargs: Any) -> Any:
-        """Run a training step, and return what it gives with the penalties added to the loss."""
-        acting, made = self._acting(), Made(training_step, args, kwargs)
+    def __call__(self, training_step: TrainingStep, *args: Any, **kwargs: Any) -> Any:
+        """Run a training step, and return its output with the penalties added to the loss."""
+        acting, call = self._acting(), StepCall(training_step, args, kwargs)
         try:
             plan = self._plan(acting)
             if plan.draws:
                 self._repeat_draws(plan.needs)
             versions = []
             if plan.runs_again:
-                made.state = random_state(self.module.device)
-                versions = made.versions()
-            with plan.watch as seen:
+                call.rng_state = random_state(self.module.device)
+                versions = call.tensor_versions()
+            with plan.probe as capture:
                 output = training_step(*args, **kwargs)
-        except RefusalError as error:  # by another callback's step, within this one
-            net = of_net(self.module, self.title, seen, plan.watch.wanted)
-            refuse(CANNOT, [*self.problems, *net, *error.found], error)
+        except RefusalError as error:  # from the wrapper of another callback, inside this one
+            net = findings_of_net(self.module, self.watched.title, capture, plan.probe.spec)
+            refuse(CALLBACK_REFUSAL, [*self.findings, *net, *error.found], error)
         except Exception as error:
-            refuse(CANNOT, self.problems, error)  # of which the error may be a consequence
+            refuse(CALLBACK_REFUSAL, self.findings, error)  # they may be the cause of the error
             raise
-        if versions and versions != made.versions():
-            seen.problems.append(IN_PLACE)
+        if versions and versions != call.tensor_versions():
+            capture.problems.append(BATCH_WRITTEN_IN_PLACE)
         loss = loss_of(output)
         if loss is None:  # Lightning skips the micro-batch
             if last_of_step(self.trainer):
-                self.windows.clear()
+                self.evaluator.windows.clear()
             return output
-        return with_loss_of(output, self._penalised(made, seen, plan, loss))
+        return replace_loss(output, self._add_penalties(call, capture, plan, loss))
 
-    def manual(self, training_step: Step, *args: Any, **kwargs: Any) -> Any:
-        """Run a training step that optimises manually, and watch it."""
-        self._calls = 0
+    def manual_training_step(self, training_step: TrainingStep, *args: Any, **kwargs: Any) -> Any:
+        """Run a training step with manual optimisation, and capture what the penalties need."""
+        self._backward_calls = 0
         plan = self._plan(self.penalties)
-        with plan.watch as seen:
-            self._manual = Made(training_step, args, kwargs), seen, plan
+        with plan.probe as capture:
+            self._manual = StepCall(training_step, args, kwargs), capture, plan
             try:
                 return training_step(*args, **kwargs)
             finally:
-                self._manual = None  # with the graphs that it holds
+                self._manual = None  # it holds graphs
 
-    def backward(self, backward: Step, which: int, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Make a ``manual_backward`` call, with the penalties added if it is the chosen one."""
-        if self._calls == which and self._manual is not None:
-            made, seen, plan = self._manual
+    def manual_backward(
+        self, which: int, backward: Callable[..., None], loss: Tensor, *args: Any, **kwargs: Any
+    ) -> None:
+        """Call ``manual_backward``, with the penalties added to the loss of the chosen call.
+
+        Args:
+            which: the index of that call in the training step, from 0.
+            backward: the module's own ``manual_backward``.
+            loss: its first argument, a scalar.
+            *args: its other positional arguments.
+            **kwargs: its keyword arguments.
+        """
+        if self._backward_calls == which and self._manual is not None:
+            call, capture, plan = self._manual
             acting = set(self._acting())
             needs = {name: own for name, own in plan.needs.items() if name in acting}
-            loss = self._penalised(made, seen, Plan(needs, plan.watch), loss)
-        self._calls += 1
+            loss = self._add_penalties(call, capture, Plan(needs, plan.probe), loss)
+        self._backward_calls += 1
         backward(loss, *args, **kwargs)
 
     def remove(self) -> None:
-        """Leave the module as it was."""
-        self.traces.remove()
+        """Remove the hooks, and unwrap the log methods of the module."""
+        self.watched.silencer.remove()
         for plan in self._plans.values():
-            plan.watch.remove()
+            plan.probe.remove()
 
-    # What acts.
+    # Which penalties act.
 
     def _acting(self) -> list[str]:
-        """Return the names of the penalties that act on this step; the others count it."""
-        # With optimisers of the module's own, penalties count the steps themselves.
-        self._now = now = self.trainer.global_step if self._automatic else None
+        """Return the names of the penalties that act on this step; count the step for the others.
+
+        Under manual optimisation a training step may call several optimisers, or none, so the
+        penalties count the training steps and not ``trainer.global_step``.
+        """
+        self._optimizer_step = now = self.trainer.global_step if self._automatic else None
         acting = [name for name, penalty in self.penalties.items() if penalty.acts_at(now)]
         for name in self.penalties.keys() - acting:
             self.penalties[name].skip(now)
         return acting
 
     def _plan(self, acting: Iterable[str]) -> Plan:
-        """Return what penalties need together, of which the same ones mostly act."""
+        """Return what the penalties that act need together. On most steps the same ones act."""
         names = tuple(acting)
         if names not in self._plans:
             needs = {name: self.needs[name] for name in names}
-            watch = self._watched(needs.values())
-            # A compiled net would be compiled anew with the hooks.
-            self._plans[names] = Plan(needs, watch if self._compiled else watch.keep())
+            probe = self.watched.probe(needs.values())
+            # Hooks that stay would make torch.compile compile the net again.
+            self._plans[names] = Plan(
+                needs, probe if self.watched.compiled else probe.register_hooks()
+            )
         return self._plans[names]
 
-    def _watched(
-        self, needs: Iterable[Needs], moved: Mapping[str, Tensor] | None = None
-    ) -> watched:
-        """Return what watches the net, on kernels that the penalties can differentiate."""
-        wanted = wanted_by(needs)
-        eager = self._compiled and wanted.eager
-        return watched(self.net, self.title, wanted, moved, eager=eager)
-
     def _repeat_draws(self, acting: Iterable[str]) -> None:
-        """Draw the same numbers where a closure is called again for a batch, as LBFGS does."""
+        """Draw the same numbers again if a closure is called again on a batch, as LBFGS does."""
         batch = self.trainer.fit_loop.total_batch_idx
         penalties = [self.penalties[name] for name in acting]
-        if self._drawn[0] == batch:
-            for penalty, draws in zip(penalties, self._drawn[1], strict=True):
+        if self._draws_before[0] == batch:
+            for penalty, draws in zip(penalties, self._draws_before[1], strict=True):
                 penalty.draws = draws
         else:
-            self._drawn = batch, [penalty.draws for penalty in penalties]
+            self._draws_before = batch, [penalty.draws for penalty in penalties]
 
-    # The loss.
+    # The loss with penalties.
 
-    def _penalised(self, made: Made, seen: Seen, plan: Plan, loss: Tensor) -> Tensor:
-        """Return the loss with the penalties that act."""
-        first = self._unseen.intersection(plan.needs)
-        if self.problems or seen.problems or first:
-            net = of_net(self.module, self.title, seen, plan.watch.wanted)
-            refuse(CANNOT, [*self.problems, *net, *of_loss(loss)])
-            self._unseen -= first
+    def _add_penalties(self, call: StepCall, capture: Capture, plan: Plan, loss: Tensor) -> Tensor:
+        """Return the loss with the penalties that act added, and log both."""
+        first = self._not_acted_yet.intersection(plan.needs)
+        if self.findings or capture.problems or first:
+            net = findings_of_net(self.module, self.watched.title, capture, plan.probe.spec)
+            found = [*self.findings, *net, *findings_of_loss(loss)]
+            if found:
+                refuse(CALLBACK_REFUSAL, found)
+            self._not_acted_yet -= first
         last = last_of_step(self.trainer)
-        if self._shards is not None:
-            loss, terms = self._act_sharded(made, plan, loss)
-        else:
-            loss, terms = self._act(made, seen, plan, loss, first, last=last)
+        loss, terms = self.evaluator.act(
+            call, capture, plan, loss, first, optimizer_step=self._optimizer_step, last=last
+        )
         total = self.penalties.total(loss, terms, self.module.parameters)
         assert total is not None
         if last:
-            self.windows.clear()
+            self.evaluator.windows.clear()
             if logs_now(self.trainer):
                 self.module.log("train/loss_total", total.detach())
-                for name, number in penalty_numbers(self.penalties, terms).items():
+                for name, number in penalty_scalars(self.penalties, terms).items():
                     self.module.log(name, number)
         return total
-
-    def _act(
-        self, made: Made, seen: Seen, plan: Plan, loss: Tensor, first: set[str], *, last: bool
-    ) -> tuple[Tensor, dict[str, Terms | None]]:
-        """Return the loss, with its gradient known where it pays, and the terms of the penalties.
-
-        Args:
-            made: the step, to be run again.
-            seen: of the net.
-            plan: of the penalties that act.
-            loss: of the step.
-            first: the names of those that act for the first time.
-            last: whether this is the last micro-batch of an optimiser step.
-
-        Returns:
-            The loss and terms by name.
-
-        Raises:
-            RuntimeError: that of a penalty which has acted before, as it is.
-        """
-        scale = scale_of(self._scaler, loss.device)
-        waiting = () if last else plan.names(lambda n: n.pooled)
-        once = plan.names(lambda n: n.loss_at_two_points)
-        base = loss
-        if waiting or once:
-            windows = [(self._window(n), partial(self._isolated, made, n)) for n in waiting]
-            retain = bool(plan.needs.keys() - {*waiting, *once})
-            base = summarised(loss, scale, retain=retain, windows=windows)
-        terms: dict[str, Terms | None] = {}
-        found: list[str] = []
-        cause = None
-        for name, needs in plan.needs.items():
-            penalty = self.penalties[name]
-            if name in waiting:
-                penalty.skip(self._now)
-                continue
-            value = base if name in once else differentiated(needs, seen, loss)
-            f, *args = self._call(name, made, seen, value)
-            try:
-                terms[name] = penalty.act(f, *args, step=self._now, scale=scale)
-                plan.watch.last = True  # what it ran again is over: next is this step's backward
-            except RuntimeError as error:
-                if name not in first or type(error) is not RuntimeError:  # but out of memory
-                    raise
-                found, cause = [*found, f"penalty {name!r}: {error}"], error
-        refuse(CANNOT, found, cause)
-        return base, terms
-
-    def _act_sharded(
-        self, made: Made, plan: Plan, loss: Tensor
-    ) -> tuple[Tensor, dict[str, Terms | None]]:
-        """Return the loss and the terms of penalties in weights that FSDP2 has sharded."""
-        acting = {name: self.penalties[name] for name in plan.needs}
-        if not acting:
-            return loss, {}
-        again = partial(self._again, self.module, made, next(iter(acting)))  # of all it is the loss
-        terms: tuple[Tensor, dict[str, Terms | None]]
-        terms = self._shards.terms(acting, Computed(loss, again, made.state), self._now)
-        return terms
-
-    def _call(self, name: str, made: Made, seen: Seen, value: Any) -> list[Any]:
-        """Return what a penalty is called with."""
-        penalty, needs = self.penalties[name], self.needs[name]
-        if needs.plain and penalty.seen_to_act:
-            return [self._target(needs, seen, value)]
-        again = partial(self._again, self.module, made, name)
-        if needs.each_gradient:
-            return [partial(losses_of, self.module, made, self.traces), self.net]
-        if needs.in_weights:
-            window = self._window(name) if needs.pooled else None
-            return [Computed(value, again, made.state, window=window), self.net]
-        if needs.at_data and not needs.calls_net:
-            x = seen.activations[needs.in_activation] if needs.in_activation else seen.x
-            return [Computed(value, again, made.state, mean=needs.of_loss), x]
-        assert seen.x is not None
-        if needs.calls_net:
-            return [self.net, seen.x.detach()]
-        if needs.in_activation:  # L there, for each sample, has the right sum
-            return [lambda z: again(z).expand(len(z)), seen.x.detach(), self.net]
-        return [Computed(None, again, made.state, mean=True), seen.x.detach()]
-
-    def _target(self, needs: Needs, seen: Seen, loss: Tensor) -> Target:
-        """Return what a plain penalty differentiates: a call would read the same out of it."""
-        if needs.in_weights:
-            self._parameters = self._parameters or list(self.net.parameters())
-            return Target(loss, tuple(p for p in self._parameters if p.requires_grad), False)
-        assert seen.x is not None
-        batch = seen.x.shape[0]
-        if batch not in self._counts:
-            self._counts[batch] = torch.full_like(loss.detach(), batch, dtype=wide(loss))
-        return Target(loss, (seen.x,), True, times=self._counts[batch])
-
-    # The step made again.
-
-    def _again(self, module: nn.Module, made: Made, name: str, *xs: Tensor) -> Any:
-        """Return what a penalty differentiates, of a step made again, at other inputs if given.
-
-        Args:
-            module: the LightningModule, named for the isolation of what is called.
-            made: the step.
-            name: of the penalty.
-            *xs: the input, or the activation, to compute with.
-
-        Returns:
-            The loss, or what the net gives.
-        """
-        needs = self.needs[name]
-        moved = {"" if needs.moves else needs.in_activation: xs[0]} if xs else None
-        with self.traces.none(), self._watched([needs], moved) as seen:
-            output = made.step(*made.args, **made.kwargs)
-        return differentiated(needs, seen, loss_of(output))
-
-    def _isolated(self, made: Made, name: str) -> Tensor:
-        """Return the loss of a step made again, for a window."""
-        order = self.needs[name].order
-        device = self.module.device
-        with isolated(self.module, made.state, device, max(order, 1), twice=order > 0):
-            return self._again(self.module, made, name)
-
-    def _window(self, name: str) -> Window:
-        size = self.trainer.accumulate_grad_batches
-        ranks = self.penalties[name].axes()["scope"] == "global"
-        return self.windows.setdefault(name, Window(size, ranks=ranks))

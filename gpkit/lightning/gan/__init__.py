@@ -1,9 +1,10 @@
-"""`GANModule`: a critic and a generator, trained against each other with gradient penalties.
+"""`GANModule`: trains a critic and a generator with gradient penalties.
 
-``module`` is the LightningModule, ``objectives`` what the two nets are trained on, ``scores`` the
-critic's scores and the penalties on them, ``losses`` the losses by name, ``slopes`` what the
-critic's slopes tell, ``stepping`` and ``ema`` what happens at an optimiser step, ``checks`` what is
-refused, and ``figures`` the callbacks that draw.
+``module`` holds the LightningModule, ``training`` one training step, ``objectives`` what each net
+is trained on, ``scores`` the critic's scores, ``losses`` the GAN losses by name, ``slopes`` the
+slopes of the critic and its optimality, ``logging`` the logged scalars, ``stepping`` optimiser
+steps, ``ema`` the average of the generator, ``checks`` the checks of arguments and batches, and
+``figures`` the callbacks that draw.
 """
 
 from gpkit.lightning.gan.module import GANModule as GANModule

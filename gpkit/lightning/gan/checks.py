@@ -1,4 +1,4 @@
-"""What `GANModule` is given: arguments that make sense together, and batches."""
+"""Checks of the arguments and the batches of a `GANModule`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from gpkit.penalty import Penalty
 
 
 def require_nets(generator: Any, critic: Any) -> None:
-    """Refuse nets that cannot be trained against each other.
+    """Check that two nets can be trained against each other.
+
+    Args:
+        generator: G.
+        critic: D.
 
     Raises:
-        TypeError: if one is no module.
+        TypeError: if one of them is not a ``torch.nn.Module``.
         ValueError: if the critic has nothing to train, or they share parameters.
     """
     for name, net in (("generator", generator), ("critic", critic)):
@@ -27,8 +31,8 @@ def require_nets(generator: Any, critic: Any) -> None:
     shared = {id(p) for p in critic.parameters()} & {id(p) for p in generator.parameters()}
     if shared:
         raise ValueError(
-            f"generator and critic share {len(shared)} parameters, and each is trained against "
-            "the other: give each its own"
+            f"generator and critic share {len(shared)} parameters, but they are trained against "
+            "each other: give each its own parameters"
         )
 
 
@@ -38,34 +42,41 @@ def require_penalties(
     *,
     trains_generator: bool,
 ) -> None:
-    """Refuse penalties that could not act.
+    """Check that penalties can act on a critic and a generator.
+
+    Args:
+        of_critic: penalties of the critic, by name.
+        of_generator: penalties of the generator, by name.
+        trains_generator: whether the generator has parameters that require grad.
 
     Raises:
-        TypeError: if one is on environments, or needs a classifier or the loss of each sample.
-        ValueError: if two have one name, or the generator has none to train.
+        TypeError: if a penalty compares environments, needs the logits of a classifier, or needs
+            the gradient of each sample's loss.
+        ValueError: if two penalties have the same name, or the generator has penalties but nothing
+            to train.
     """
     for name, penalty in (*of_critic.items(), *of_generator.items()):
         needs = needs_of(penalty)
         if needs.environments:
             raise TypeError(
-                f"`penalty=...` {name!r} is on environments, which a GAN's batches do not have: "
-                "use PenalizedModule"
+                f"`penalty=...` {name!r} compares environments, which the batches of a GAN do not "
+                "have: use PenalizedModule"
             )
         if penalty.axes()["of"] == "sampled_loss":
             raise TypeError(
-                f"`penalty=...` {name!r} draws labels from a classifier's logits, and a critic "
-                "gives scores: use weight_grad_norm"
+                f"`penalty=...` {name!r} draws labels from a classifier's logits, but a critic "
+                "returns scores: use weight_grad_norm"
             )
         if needs.in_weights and needs.per_sample:
             raise TypeError(
-                f"`penalty=...` {name!r} needs the loss of each sample, and a GAN's compares two "
-                "batches: use scope='batch', as weight_grad_norm has it"
+                f"`penalty=...` {name!r} needs the loss of each sample, but a GAN loss compares "
+                "batches: use scope='batch', as weight_grad_norm does"
             )
     both = sorted(of_critic.keys() & of_generator.keys())
     if both:
         raise ValueError(
-            f"critic and generator both have a penalty {both[0]!r}, and logs need two names: use "
-            f"generator_penalty={{'generator_{both[0]}': ...}}"
+            f"critic and generator both have a penalty {both[0]!r}, but logs need different names: "
+            f"use generator_penalty={{'generator_{both[0]}': ...}}"
         )
     if of_generator and not trains_generator:
         raise ValueError(
@@ -75,26 +86,43 @@ def require_penalties(
 
 
 def require_functions(**functions: Any) -> None:
-    """Refuse optimisers and schedulers that cannot be made from parameters, or an optimiser.
+    """Check that optimisers and schedulers are functions that create them.
+
+    Args:
+        **functions: by argument name; names that end in "scheduler" take an optimiser, the others
+            parameters.
 
     Raises:
-        TypeError: if one is neither None nor a function.
+        TypeError: if one of them is neither None nor callable.
     """
     for name, function in functions.items():
         if function is not None and not callable(function):
             given = "an optimiser" if name.endswith("scheduler") else "parameters"
-            made = "ExponentialLR, gamma=0.999" if name.endswith("scheduler") else "Adam, lr=1e-4"
+            example = (
+                "ExponentialLR, gamma=0.999" if name.endswith("scheduler") else "Adam, lr=1e-4"
+            )
             raise TypeError(
-                f"`{name}=...` must be a function of {given}, as functools.partial({made}); "
-                f"got {function!r}"
+                f"`{name}=...` must be a function of {given}, such as "
+                f"functools.partial({example}); got {function!r}"
             )
 
 
-def optional(where: str, value: Any, low: float, *, below: float | None = None) -> float | None:
-    """Return None, or a number > ``low``; or one in [``low``, ``below``).
+def optional_number(
+    where: str, value: Any, low: float, *, below: float | None = None
+) -> float | None:
+    """Return a number > ``low``, or with ``below`` one in [``low``, ``below``); or None.
+
+    Args:
+        where: the argument, as "ema=...", for the message.
+        value: a number or None.
+        low: the lower bound.
+        below: the upper bound, if there is one.
+
+    Returns:
+        The number as a float, or None.
 
     Raises:
-        ValueError: if it is neither.
+        ValueError: if the number is out of range.
     """
     if value is None:
         return None
@@ -104,18 +132,18 @@ def optional(where: str, value: Any, low: float, *, below: float | None = None) 
     return number
 
 
-def unpack(batch: Any, *, conditional: bool) -> tuple[Tensor, Any]:
-    """Return the samples of a batch, and their labels where the nets take them.
+def unpack_samples(batch: Any, *, conditional: bool) -> tuple[Tensor, Any]:
+    """Return the samples of a batch, and their labels if the nets take labels.
 
     Args:
         batch: ``x``, ``(x,)`` or ``(x, y)``.
-        conditional: whether there must be labels.
+        conditional: whether the nets take labels, so that the batch must be ``(x, y)``.
 
     Returns:
-        x ``[B, *S]``, and y or None.
+        The samples x ``[B, *S]``, and the labels y; None if the nets take none.
 
     Raises:
-        TypeError: if it is anything else.
+        TypeError: if the batch is anything else.
     """
     parts = tuple(batch) if isinstance(batch, (list, tuple)) else (batch,)
     first = parts[0] if parts else None

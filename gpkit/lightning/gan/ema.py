@@ -1,4 +1,4 @@
-"""An exponential average of a net's parameters."""
+"""The average of a net's parameters, and context managers that freeze or evaluate a net."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from torch import nn
 
 
 def averaged_copy(net: nn.Module) -> nn.Module:
-    """Return a copy of a net that is not trained: where its average begins."""
+    """Return a copy of a net without trained parameters: the initial value of its average."""
     return copy.deepcopy(net).requires_grad_(False)
 
 
 @torch.no_grad()
 def update_average(average: nn.Module, net: nn.Module, decay: float) -> None:
-    """Let a net enter its average: a ← d·a + (1 − d)·θ for parameters; buffers are copied.
+    """Update the exponential moving average of a net: a ← d·a + (1 − d)·θ.
+
+    Parameters are averaged, buffers are copied.
 
     Args:
-        average: from `averaged_copy`.
-        net: θ.
+        average: the net with parameters a, from `averaged_copy`.
+        net: the net with parameters θ.
         decay: d in [0, 1).
 
     >>> net = nn.Linear(1, 1, bias=False)
@@ -39,7 +41,7 @@ def update_average(average: nn.Module, net: nn.Module, decay: float) -> None:
 
 @contextmanager
 def frozen(net: nn.Module) -> Iterator[None]:
-    """Let gradients pass through a net without one for its parameters."""
+    """Freeze the parameters of a net within the block; gradients still pass through the net."""
     trained = [p for p in net.parameters() if p.requires_grad]
     for p in trained:
         p.requires_grad_(False)
@@ -52,7 +54,7 @@ def frozen(net: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(net: nn.Module) -> Iterator[None]:
-    """Put a net into evaluation mode, and every part of it back into the mode that it had."""
+    """Put a net into evaluation mode within the block, and then restore the mode of each module."""
     modes = [(module, module.training) for module in net.modules()]
     net.eval()
     try:

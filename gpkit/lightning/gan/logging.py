@@ -1,4 +1,4 @@
-"""What is logged of a critic: losses, slopes, its optimality, and Wasserstein estimates."""
+"""The scalars that are logged about a critic: losses, slopes, optimality, Wasserstein estimates."""
 
 from __future__ import annotations
 
@@ -10,33 +10,36 @@ from gpkit.formula import Terms
 from gpkit.lightning.gan.losses import WASSERSTEIN, GANLoss
 from gpkit.lightning.gan.scores import Scores, conditioned
 from gpkit.lightning.gan.slopes import (
-    described,
     optimality,
     scales_with_critic,
+    slope_statistics,
     slopes,
     wasserstein,
 )
 from gpkit.penalty import Penalty
 
 
-def optimality_numbers(
+def optimality_scalars(
     loss: GANLoss,
     penalties: Mapping[str, Penalty],
     scores: Scores,
     terms: Mapping[str, Terms | None],
     step: int,
 ) -> dict[str, Tensor]:
-    """Return ``critic_optimality``, where it can be told: all penalties act, and on the scores.
+    """Return ``critic_optimality``, see `optimality`.
+
+    It needs the norms of all penalties, and norms that scale with the critic.
 
     Args:
         loss: of the critic.
         penalties: of the critic, by name.
-        scores: of a batch.
-        terms: of the penalties on it.
-        step: the critic's own step.
+        scores: of one micro-batch.
+        terms: of the penalties on this micro-batch.
+        step: the number of the critic's step.
 
     Returns:
-        Numbers by name; none where it cannot be told.
+        The scalar by its name; an empty dict if a penalty does not act on this step, has steps of
+        its own, or has other norms.
     """
     for name, penalty in penalties.items():
         if name not in terms or not scales_with_critic(penalty) or step % penalty.every:
@@ -45,41 +48,51 @@ def optimality_numbers(
     return {"critic_optimality": optimality(loss, *scores.both(), pairs)}
 
 
-def slope_numbers(
+def slope_scalars(
     critic: nn.Module,
     loss: GANLoss,
     penalties: Mapping[str, Penalty],
     scores: Scores,
     seed: int,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return what slopes tell about a critic, and the slopes.
+    """Return the scalars about the slopes of a critic, and the slopes.
 
     Args:
         critic: D.
-        loss: of the critic.
+        loss: of the critic. The Wasserstein loss has Wasserstein estimates as well.
         penalties: of the critic, by name.
-        scores: of a batch.
-        seed: of the interpolates.
+        scores: of one micro-batch.
+        seed: for the interpolates.
 
     Returns:
-        Numbers by name, and slopes ``[B]`` by where they are.
+        Scalars by name, and the slopes ``[B]`` by kind of points, see `slopes`.
     """
-    steep = slopes(conditioned(critic, scores.labels), scores.real, scores.fake, seed)
-    numbers = described(penalties, steep)
+    found = slopes(conditioned(critic, scores.labels), scores.real, scores.fake, seed)
+    scalars = slope_statistics(penalties, found)
     if loss is WASSERSTEIN:
-        numbers |= wasserstein(*scores.both(), steep)
-    return numbers, steep
+        scalars |= wasserstein(*scores.both(), found)
+    return scalars, found
 
 
-def evaluation_numbers(
+def evaluation_scalars(
     critic: nn.Module, loss: GANLoss, scores: Scores, seed: int
 ) -> dict[str, Tensor]:
-    """Return what is logged at validation and test: the losses and Wasserstein estimates."""
-    numbers = {
+    """Return the scalars at validation and test: both losses, and Wasserstein estimates.
+
+    Args:
+        critic: D.
+        loss: of both nets. Only the Wasserstein loss has Wasserstein estimates.
+        scores: of one batch.
+        seed: for the interpolates.
+
+    Returns:
+        Scalars by name.
+    """
+    scalars = {
         "critic_loss": loss.critic(*scores.both()),
         "generator_loss": loss.generator(*scores.both()),
     }
     if loss is WASSERSTEIN:
-        steep = slopes(conditioned(critic, scores.labels), scores.real, scores.fake, seed)
-        numbers |= wasserstein(*scores.both(), steep)
-    return numbers
+        found = slopes(conditioned(critic, scores.labels), scores.real, scores.fake, seed)
+        scalars |= wasserstein(*scores.both(), found)
+    return scalars

@@ -1,4 +1,4 @@
-"""Losses of GANs: what a critic's scores of real and fake samples are trained on."""
+"""GAN losses as functions of the critic's scores of real and fake samples."""
 
 from __future__ import annotations
 
@@ -14,13 +14,24 @@ from gpkit import checks
 
 @dataclass(frozen=True)
 class GANLoss:
-    """A loss of the critic and one of the generator. Real samples are to have the higher scores.
+    """A loss for the critic and a loss for the generator.
+
+    The critic's loss must push the scores of real samples up and those of fake samples down, and
+    the generator's loss those of fake samples up.
 
     Args:
-        critic: ``(scores of real, scores of fake) -> loss``, each ``[B, ...]``.
-        generator: the same of the generator, trained through the scores of the fake ones.
-        paired: whether the generator's loss asks for the scores of real samples; if not, these
-            come as None.
+        critic: ``(real scores, fake scores) -> loss``, with scores ``[B, ...]`` and one number as
+            the loss.
+        generator: the same for the generator. Its gradient flows through the fake scores.
+        paired: whether the generator's loss needs the real scores; if not, they are None.
+
+    >>> import torch
+    >>> least_squares = GANLoss(
+    ...     critic=lambda real, fake: (real - 1).square().mean() + fake.square().mean(),
+    ...     generator=lambda real, fake: (fake - 1).square().mean(),
+    ... )
+    >>> least_squares.critic(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 2.0])).item()
+    4.0
     """
 
     critic: Callable[[Tensor, Tensor], Tensor]
@@ -28,13 +39,13 @@ class GANLoss:
     paired: bool = False
 
 
-def gap(real: Tensor, fake: Tensor) -> Tensor:
-    """Return E D(x) − E D(y), which a critic of slope one raises to a Wasserstein distance."""
+def mean_score_gap(real: Tensor, fake: Tensor) -> Tensor:
+    """Return E D(x) − E D(y). Its supremum over 1-Lipschitz critics is the Wasserstein distance."""
     return real.mean() - fake.mean()
 
 
 def _wasserstein_critic(real: Tensor, fake: Tensor) -> Tensor:
-    return -gap(real, fake)
+    return -mean_score_gap(real, fake)
 
 
 def _raise_score(real: Tensor | None, fake: Tensor) -> Tensor:
@@ -78,10 +89,10 @@ LOSSES = {
 
 
 def gan_loss(loss: str | GANLoss) -> GANLoss:
-    r"""Return the loss of a name, or one of your own as it is.
+    r"""Return the GAN loss with a name; a `GANLoss` is returned unchanged.
 
-    With a = D(x) of real and b = D(y) of fake samples, f(t) = log(1 + e^t), and means over all
-    entries of the scores, the critic's and the generator's losses are
+    With a = D(x) for real samples, b = D(y) for fake samples, f(t) = log(1 + e^t) and E the mean
+    over all entries of the scores, the losses of the critic and of the generator are
 
     ================  ==================================  ==============
     wasserstein       −E a + E b                          −E b
@@ -92,17 +103,18 @@ def gan_loss(loss: str | GANLoss) -> GANLoss:
     ================  ==================================  ==============
 
     Args:
-        loss: a name, or a `GANLoss`.
+        loss: one of these names, or a `GANLoss`.
 
     Returns:
         The loss.
 
     Raises:
-        ValueError: if a name is none of these.
-        TypeError: if it is of another kind.
+        ValueError: if the name is none of these.
+        TypeError: if ``loss`` is neither a name nor a `GANLoss`.
 
-    Sources: Arjovsky et al. (2017), arXiv:1701.07875; Goodfellow et al. (2014), arXiv:1406.2661,
-    for two; Lim and Ye (2017), arXiv:1705.02894; Huang et al. (2024), arXiv:2501.05441.
+    Sources: Arjovsky et al. (2017), arXiv:1701.07875 (wasserstein); Goodfellow et al. (2014),
+    arXiv:1406.2661 (non_saturating and minimax); Lim and Ye (2017), arXiv:1705.02894 (hinge);
+    Huang et al. (2024), arXiv:2501.05441 (relativistic).
 
     >>> import torch
     >>> gan_loss("hinge").critic(torch.tensor([0.5, 2.0]), torch.tensor([-3.0, 1.0])).item()

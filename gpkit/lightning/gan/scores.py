@@ -1,4 +1,4 @@
-"""A critic's scores of real and fake samples, and the penalties that are taken on them."""
+"""The critic's scores of real and fake samples, and which penalties reuse their graph."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gpkit.autodiff.kernels import double_backward
+from gpkit.autodiff.isolation import double_backward
 from gpkit.autodiff.numerics import wide
 from gpkit.axes.at import fake as at_fake
 from gpkit.axes.at import real as at_real
@@ -20,13 +20,13 @@ from gpkit.penalty import Penalty
 
 @dataclass(frozen=True)
 class Scores:
-    """A critic's scores, and what they were made of.
+    """Real and fake samples, and the critic's scores of them.
 
     Args:
-        real: x, ``[B, *S]``.
-        fake: y, ``[B, *S]``.
+        real: real samples x, ``[B, *S]``.
+        fake: fake samples y, ``[B, *S]``.
         labels: of the samples, or None.
-        of_real: D(x), ``[B, ...]``; None where penalties are to make graphs of their own.
+        of_real: D(x), ``[B, ...]``; None if penalties must run the critic themselves.
         of_fake: D(y), ``[B, ...]``; likewise.
     """
 
@@ -37,21 +37,29 @@ class Scores:
     of_fake: Tensor | None = None
 
     def both(self) -> tuple[Tensor, Tensor]:
-        """Return D(x) and D(y), where they are there."""
+        """Return D(x) and D(y), which must be there."""
         assert self.of_real is not None
         assert self.of_fake is not None
         return self.of_real, self.of_fake
 
 
 def conditioned(net: nn.Module, labels: Any) -> Callable[[Tensor], Any]:
-    """Return a net as a function of its first input alone, at points of the batch or a multiple."""
+    """Return a net as a function of its first input alone.
+
+    Args:
+        net: ``net(x)``, or with labels ``net(x, labels)``.
+        labels: ``[B, ...]`` or None. They are repeated if x has a multiple of B points.
+
+    Returns:
+        A function ``x -> net output``.
+    """
     if labels is None:
         return net
     return lambda x: net(x, repeated(labels, len(labels), len(x)))
 
 
 def score(critic: nn.Module, x: Tensor, labels: Any) -> Tensor:
-    """Return a critic's scores of samples.
+    """Return the critic's scores of samples.
 
     Args:
         critic: ``critic(x)``, or with labels ``critic(x, labels)``.
@@ -59,17 +67,17 @@ def score(critic: nn.Module, x: Tensor, labels: Any) -> Tensor:
         labels: of the samples, or None.
 
     Returns:
-        ``[B, ...]``, in float32 or better, for the means and differences of a loss.
+        The scores, ``[B, ...]``, in float32 or better: a loss takes means and differences of them.
 
     Raises:
-        ValueError: if they are not scores of samples.
+        ValueError: if the critic does not return at least one score per sample.
     """
     scores = conditioned(critic, labels)(x)
     if not isinstance(scores, Tensor) or scores.ndim == 0 or len(scores) != len(x):
         got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(
-            f"the critic must give scores for each of {len(x)} samples, [{len(x)}], "
-            f"[{len(x)}, 1] or maps of them; got {got}"
+            f"the critic must return scores of each of {len(x)} samples, [{len(x)}], "
+            f"[{len(x)}, 1] or [{len(x)}, ...]; got {got}: change the critic"
         )
     return scores.to(wide(scores))
 
@@ -77,14 +85,16 @@ def score(critic: nn.Module, x: Tensor, labels: Any) -> Tensor:
 def scores_of(
     critic: nn.Module, real: Tensor, fake: Tensor, labels: Any, reusing: Iterable[Penalty]
 ) -> Scores:
-    """Return the scores of a batch, on graphs that some penalties will be taken on.
+    """Return the scores of a batch, with a graph that some penalties will differentiate.
 
     Args:
         critic: D.
-        real: x, ``[B, *S]``.
-        fake: y, ``[B, *S]``.
+        real: real samples x, ``[B, *S]``.
+        fake: fake samples y, ``[B, *S]``.
         labels: of the samples, or None.
-        reusing: penalties of `samples_reused` that will be.
+        reusing: the penalties that reuse the graph, see `samples_reused`. The samples that they
+            need require grad in the result, and the critic runs on kernels that they can
+            differentiate.
 
     Returns:
         The scores.
@@ -92,7 +102,7 @@ def scores_of(
     reusing = list(reusing)
     at = {samples_reused(penalty) for penalty in reusing}
     if "real" in at:
-        real = real.detach().requires_grad_()  # the batch's own tensor stays as it is
+        real = real.detach().requires_grad_()  # not the batch's own tensor
     if "fake" in at:
         fake = fake.detach().requires_grad_()
     order = max((needs_of(penalty).order for penalty in reusing), default=0)
@@ -102,10 +112,10 @@ def scores_of(
 
 
 def samples_reused(penalty: Penalty) -> str:
-    """Return which samples' scores a penalty can be taken on, as R1 and R2 can.
+    """Return the samples whose scores a penalty can differentiate, such as "real" for R1.
 
     Returns:
-        "real", "fake", or "" if it needs a forward pass of its own.
+        "real" or "fake"; "" if the penalty needs a forward pass of its own.
     """
     needs, at = needs_of(penalty), penalty.axes().get("at")
     if not needs.input_graph or needs.activations:

@@ -1,4 +1,4 @@
-"""What the slopes of a critic tell: how steep it is, how near its optimum, how far two sets are."""
+"""Slopes of a critic: its steepness, the distance from its optimum, Wasserstein estimates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gpkit.autodiff.isolation import isolated
 from gpkit.autodiff.random import derived_seed
 from gpkit.axes.at import interpolate
 from gpkit.formula import Terms
-from gpkit.lightning.gan.losses import GANLoss, gap
+from gpkit.lightning.gan.losses import GANLoss, mean_score_gap
 from gpkit.lightning.norms import input_norms
 from gpkit.needs import needs_of
 from gpkit.penalty import Penalty
@@ -22,19 +22,19 @@ from gpkit.penalty import Penalty
 def slopes(
     critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, seed: int
 ) -> dict[str, Tensor]:
-    """Return ‖∇D‖ of each sample, ``[B]``, on real and fake samples and interpolates of the two.
+    """Return the slopes ‖∇D‖ of a critic on real samples, fake samples and interpolates.
 
-    Of a critic of several scores it is the slope of their mean. The forwards leave no trace in
-    buffers or random numbers, and no graph.
+    If the critic returns several scores per sample, it is the slope of their mean. The forward
+    passes change no buffers and no random number generator, and leave no graph.
 
     Args:
         critic: ``[B, *S] -> [B, ...]``.
-        real: x, ``[B, *S]``.
-        fake: y, ``[B, *S]``.
-        seed: of the interpolates, one α in U[0, 1] for each sample.
+        real: real samples x, ``[B, *S]``.
+        fake: fake samples y, ``[B, *S]``.
+        seed: for the interpolates α x + (1 − α) y, with one α ~ U[0, 1] per sample.
 
     Returns:
-        The slopes by the names "real", "fake" and "interpolates".
+        The slopes ``[B]`` by the names "real", "fake" and "interpolates".
 
     >>> critic = lambda x: 3 * x[:, 0] + 4 * x[:, 1]
     >>> slopes(critic, torch.ones(2, 2), torch.zeros(2, 2), seed=0)["interpolates"]
@@ -54,34 +54,34 @@ def slopes(
 
 def optimality(
     loss: GANLoss,
-    of_real: Tensor,
-    of_fake: Tensor,
+    real_scores: Tensor,
+    fake_scores: Tensor,
     penalties: Iterable[tuple[Any, Terms | None]],
 ) -> Tensor:
-    r"""Return how far a critic D is from its optimum, along its own scale: zero at the optimum.
+    r"""Return the derivative of a critic's objective along its own scale: zero at the optimum.
 
-    A net whose last layer is linear can become sD for every s > 0, so at the optimum of its loss L
-    and penalties P_k = λ_k E form_k(n) the derivative along s vanishes. The norms n of D's
-    derivatives, of any order, are those of sD divided by s, so that
+    A net D whose last layer is linear can become sD for every s > 0. At the optimum of its loss L
+    and penalties P_k = λ_k E form_k(n) the derivative in s is therefore zero. A norm n of D's
+    derivatives, of any order, becomes s n for sD, so that
 
     .. math:: \text{optimality} = -\frac{d}{ds}\Big|_{s=1} \Big(L(sD) + \sum_k P_k(sD)\Big)
               = -\frac{d}{ds}\Big|_{s=1} L(sD) - \sum_k \lambda_k \, E[n \, \text{form}_k'(n)].
 
-    It is positive where the critic would do better to be steeper. For the Wasserstein loss the
-    first term is E D(x) − E D(y), and the second is, for the penalty (n − 1)², 2λ E[n(n − 1)]; for
-    max(0, n − 1)², 2λ E[n max(0, n − 1)]; for (γ/2) n², γ E[n²]; for n^p, λp E[n^p]. With a
-    slope n that is the same everywhere, n = 1 + W/2λ is then the optimum of the first, and
+    It is positive if a steeper critic would have a lower objective. For the Wasserstein loss the
+    first term is E D(x) − E D(y). The second is 2λ E[n(n − 1)] for the penalty λ(n − 1)²;
+    2λ E[n max(0, n − 1)] for λ max(0, n − 1)²; γ E[n²] for (γ/2) n²; and λp E[n^p] for λ n^p. With
+    the penalty λ(n − 1)² and the same slope n everywhere, the optimum is n = 1 + W/2λ, and
     E D(x) − E D(y) = nW: divided by the slope it is the Wasserstein distance W.
 
     Args:
         loss: L.
-        of_real: D(x), ``[B, ...]``.
-        of_fake: D(y), ``[B, ...]``.
-        penalties: those of `scales_with_critic`, with the terms of this critic; None for a term
-            whose weight is zero. Lazy ones count with their mean weight.
+        real_scores: D(x), ``[B, ...]``.
+        fake_scores: D(y), ``[B, ...]``.
+        penalties: each with its terms on this critic, or None if its weight is zero. They must be
+            of the kind of `scales_with_critic`. A lazy penalty counts with its mean weight.
 
     Returns:
-        One number, in the units of the loss.
+        One number, in the units of the loss. It has no graph.
 
     >>> import gpkit
     >>> from gpkit.lightning.gan.losses import WASSERSTEIN
@@ -93,9 +93,9 @@ def optimality(
     True
     """
     with torch.enable_grad():
-        of_real, of_fake = (scores.detach().to(torch.float64) for scores in (of_real, of_fake))
-        s = torch.ones((), dtype=torch.float64, device=of_real.device, requires_grad=True)
-        total = loss.critic(s * of_real, s * of_fake)
+        real, fake = (t.detach().to(torch.float64) for t in (real_scores, fake_scores))
+        s = torch.ones((), dtype=torch.float64, device=real.device, requires_grad=True)
+        total = loss.critic(s * real, s * fake)
         for penalty, terms in penalties:
             if terms is not None:
                 squared_norms = s.square() * terms.squared_norms.detach().to(torch.float64)
@@ -106,40 +106,54 @@ def optimality(
 
 
 def scales_with_critic(penalty: Penalty) -> bool:
-    """Whether a penalty's norms are those of derivatives of the critic's output in its input."""
+    """Whether a penalty's norms are of derivatives of the critic's output in its input."""
     needs = needs_of(penalty)
     inside = needs.in_weights or needs.environments or needs.activations
     return not inside and penalty.axes()["of"] != "sampled_loss"
 
 
 def center(penalties: Iterable[Penalty]) -> float:
-    """Return the slope that the first penalty with a centre draws to; 1 if there is none."""
+    """Return the centre c of the first penalty whose form has one; 1 if none has."""
     centers = (getattr(p.axes().get("form"), "c", None) for p in penalties)
     return next((c for c in centers if c is not None), 1.0)
 
 
-def described(penalties: Mapping[str, Penalty], steep: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return mean, maximum and the share above the centre of slopes ``[B]``, by names for logs."""
-    numbers = {}
-    for where, n in steep.items():
-        numbers[f"slope/{where}"] = n.mean()
-        numbers[f"slope/{where}/max"] = n.amax()
-        above = n > center(penalties.values())
-        numbers[f"slope/{where}/above_center"] = above.to(n.dtype).mean()
-    return numbers
-
-
-def wasserstein(of_real: Tensor, of_fake: Tensor, steep: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return E D(x) − E D(y), and the same over the mean slope on interpolates: an estimate of W₁.
+def slope_statistics(
+    penalties: Mapping[str, Penalty], slopes: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the scalars that are logged about slopes.
 
     Args:
-        of_real: D(x), ``[B, ...]``.
-        of_fake: D(y), ``[B, ...]``.
-        steep: from `slopes`.
+        penalties: of the critic, by name.
+        slopes: from `slopes`, ``[B]`` each.
 
     Returns:
-        ``wasserstein/raw`` and ``wasserstein/debiased``; over a slope of zero the latter is zero.
+        For each kind of points ``slope/<points>``, the mean; ``slope/<points>/max``; and
+        ``slope/<points>/above_center``, the fraction of slopes above `center`.
     """
-    raw, slope = gap(of_real, of_fake), steep["interpolates"].mean()
+    scalars = {}
+    for points, n in slopes.items():
+        scalars[f"slope/{points}"] = n.mean()
+        scalars[f"slope/{points}/max"] = n.amax()
+        above = n > center(penalties.values())
+        scalars[f"slope/{points}/above_center"] = above.to(n.dtype).mean()
+    return scalars
+
+
+def wasserstein(
+    real_scores: Tensor, fake_scores: Tensor, slopes: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return two estimates of the Wasserstein distance W₁ between real and fake samples.
+
+    Args:
+        real_scores: D(x), ``[B, ...]``.
+        fake_scores: D(y), ``[B, ...]``.
+        slopes: from `slopes`.
+
+    Returns:
+        ``wasserstein/raw``, E D(x) − E D(y); and ``wasserstein/debiased``, the same divided by the
+        mean slope on interpolates, or 0 if that is 0.
+    """
+    raw, slope = mean_score_gap(real_scores, fake_scores), slopes["interpolates"].mean()
     debiased = torch.where(slope > 0, raw / slope, raw * 0)
     return {"wasserstein/raw": raw, "wasserstein/debiased": debiased}

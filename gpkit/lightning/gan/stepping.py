@@ -1,4 +1,4 @@
-"""One step of one of several optimisers, under any precision and any number of processes."""
+"""Optimiser steps of several nets under manual optimisation, mixed precision and DDP."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from torch import Tensor, nn
 
 from gpkit.lightning.compat import scaler_of
 
+MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+MakeScheduler = Callable[[torch.optim.Optimizer], Any]
+
 
 def require_support(trainer: pl.Trainer, *, simultaneous: bool) -> None:
-    """Refuse a trainer under which gradients would be wrong.
+    """Raise an error for a trainer under which gradients would be wrong.
 
     Args:
-        trainer: which is about to fit.
-        simultaneous: whether several optimisers' gradients wait for their steps together.
+        trainer: the trainer of the fit.
+        simultaneous: whether both nets are differentiated before either optimiser steps.
 
     Raises:
-        RuntimeError: if its strategy shards nets, or fixes their graph, or if a scaler would be
-            updated between two steps of one backward.
+        RuntimeError: if the strategy is neither a single device nor DDP, if DDP has a static graph,
+            or if a gradient scaler would change its scale between the two steps.
     """
     if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise RuntimeError(
@@ -33,19 +36,61 @@ def require_support(trainer: pl.Trainer, *, simultaneous: bool) -> None:
         )
     if getattr(trainer.model, "static_graph", False):
         raise RuntimeError(
-            "GANModule has another graph at a step of the critic than at one of the generator; got "
+            "GANModule has different graphs in the steps of critic and generator; got "
             "DDPStrategy(static_graph=True): leave static_graph out"
         )
     if simultaneous and scaler_of(trainer) is not None:
         raise RuntimeError(
-            "`simultaneous=True` has one scale for two steps, and precision='16-mixed' changes it "
-            "in between: use precision='bf16-mixed' or 32"
+            "`simultaneous=True` needs one gradient scale for both steps, and precision='16-mixed' "
+            "changes it in between: use precision='bf16-mixed' or 32"
         )
 
 
-def backward(module: pl.LightningModule, total: Tensor) -> None:
-    """Add the gradient of one number to this process's ``.grad``, scaled as the precision asks."""
-    # The reducer of DDP would wait for every parameter, and there are several backwards a step.
+def default_adam(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    """Return Adam with the learning rate and betas of Gulrajani et al. (2017), arXiv:1704.00028."""
+    return torch.optim.Adam(parameters, lr=1e-4, betas=(0.0, 0.9))
+
+
+def configured(
+    net: nn.Module, make_optimizer: MakeOptimizer | None, make_scheduler: MakeScheduler | None
+) -> dict[str, Any]:
+    """Return the optimiser and scheduler of one net, as ``configure_optimizers`` returns them."""
+    optimizer = (make_optimizer or default_adam)([p for p in net.parameters() if p.requires_grad])
+    scheduler = {} if make_scheduler is None else {"lr_scheduler": make_scheduler(optimizer)}
+    return {"optimizer": optimizer, **scheduler}
+
+
+def accumulate_gradients(
+    module: pl.LightningModule,
+    optimizer: LightningOptimizer,
+    function: Callable[[Any], Tensor | None],
+    window: list[Any],
+) -> bool:
+    """Set ``.grad`` to the gradient of the mean of a function over the micro-batches of a step.
+
+    Args:
+        module: whose precision scales the gradient.
+        optimizer: of the parameters. Their gradients are set to None first.
+        function: micro-batch -> one number, or None if there is nothing to train on.
+        window: the micro-batches of one step.
+
+    Returns:
+        Whether there is a gradient.
+    """
+    optimizer.zero_grad()
+    found = False
+    for micro in window:
+        total = function(micro)
+        if total is not None and total.requires_grad:
+            _backward(module, total / len(window))
+            found = True
+    return found
+
+
+def _backward(module: pl.LightningModule, total: Tensor) -> None:
+    """Add the gradient of a number to ``.grad`` on this process, times the gradient scale."""
+    # Without sync: DDP's reducer waits for every parameter of the module, and a step has several
+    # backward passes. `average_gradients` does it once.
     strategy = module.trainer.strategy
     block: Callable[[], AbstractContextManager[None]]
     block = getattr(strategy, "block_backward_sync", nullcontext)
@@ -53,20 +98,30 @@ def backward(module: pl.LightningModule, total: Tensor) -> None:
         module.manual_backward(total)
 
 
-def step(module: pl.LightningModule, optimizer: LightningOptimizer, net: nn.Module) -> None:
-    """Average the gradient over the processes, step, and step the optimiser's scheduler.
+def step_optimizer(
+    module: pl.LightningModule,
+    optimizer: LightningOptimizer,
+    net: nn.Module,
+    clip: float | None = None,
+) -> None:
+    """Average the gradients over the processes, and step the optimiser and its scheduler.
 
     Args:
-        module: whose trainer it is.
+        module: the LightningModule.
         optimizer: of the parameters of ``net``.
-        net: what is trained.
+        net: the net that is trained.
+        clip: bound of the absolute value of every trained weight after the step; None is no bound.
     """
     average_gradients(net.parameters())
-    amp = scaler_of(module.trainer)
-    before = 0.0 if amp is None else amp.get_scale()
+    scaler = scaler_of(module.trainer)
+    before = 0.0 if scaler is None else scaler.get_scale()
     optimizer.step()
-    if amp is not None and amp.get_scale() < before:
-        return  # an overflow: the parameters are as they were
+    if clip is not None:
+        with torch.no_grad():
+            for p in filter(lambda p: p.requires_grad, net.parameters()):
+                p.clamp_(-clip, clip)
+    if scaler is not None and scaler.get_scale() < before:
+        return  # the gradients overflowed and the step was skipped
     for config in module.trainer.lr_scheduler_configs:
         scheduler: Any = config.scheduler
         if scheduler.optimizer is optimizer.optimizer:
@@ -74,12 +129,12 @@ def step(module: pl.LightningModule, optimizer: LightningOptimizer, net: nn.Modu
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:
-    """Replace every ``.grad`` by its mean over all ranks; alone, leave it.
+    """Replace every ``.grad`` by its mean over all ranks. With one process it does nothing.
 
-    It is called once before an optimiser's step, with the parameters of that optimiser. So it does
-    not matter which of them a loss has reached, which `DistributedDataParallel` must know: a
-    penalty reaches no last bias, and a critic's step no generator. A gradient that is missing
-    counts as zero, and stays missing where no rank has it.
+    It is called once before each optimiser step, with the parameters of that optimiser. Unlike
+    `DistributedDataParallel` it need not know which of them the loss depends on: a penalty does not
+    depend on the last bias, and the critic's loss not on the generator. A missing gradient counts
+    as zero, and stays missing if it is missing on all ranks.
 
     Args:
         parameters: in the same order on all ranks.

@@ -1,8 +1,8 @@
-"""`PenalizedModule`: any net, trained on a loss and penalties.
+"""`PenalizedModule`: trains any net on a loss and gradient penalties.
 
-``module`` is the LightningModule, ``forward`` a forward pass and what penalties take of it,
-``compiled`` the penalised loss as one compiled graph, ``losses`` a loss for each sample, and
-``metrics`` those that a loss brings.
+``module`` holds the LightningModule, ``forward`` its forward pass and what each penalty takes from
+it, ``compiled`` the loss and its penalties as one compiled graph, ``losses`` the loss of each
+sample, and ``metrics`` the default metrics of a loss.
 """
 
 from gpkit.lightning.module.module import PenalizedModule as PenalizedModule

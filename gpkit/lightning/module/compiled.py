@@ -1,4 +1,4 @@
-"""The penalised loss as one compiled graph."""
+"""The loss and its penalties as one compiled graph."""
 
 from __future__ import annotations
 
@@ -6,37 +6,39 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import torch._dynamo
+import torch
 from torch import Tensor
 
 from gpkit import formula
+from gpkit.autodiff.compat import traces_gradients, tracing_gradients
 from gpkit.autodiff.random import SeededDraws
 from gpkit.axes.call import Call
 from gpkit.axes.form import running_average
 from gpkit.needs import needs_of
 from gpkit.penalty import Penalty
 
-# What is traced: (x, y, seeds) -> loss, and (n², values, their mean or maximum) by name.
+# The compiled function: (x, y, seeds) -> the loss, and by penalty n², values and their reduction.
 Parts = dict[str, tuple[Tensor, Tensor, Tensor]]
-Computed = tuple[Tensor, Parts]
+LossAndParts = tuple[Tensor, Parts]
 
 
 class CompiledLoss:
-    """Compiles a loss with its penalties, once for every set of penalties that act together.
+    """Compiles a loss together with its penalties.
 
-    A compiled net has no double backward, but a graph that holds the inner gradient as well as the
-    forward has a compiled backward: so the loss and its penalties are traced in one piece.
+    ``torch.compile`` has no double backward. But a graph that contains both the forward pass and
+    the inner gradient needs only a single backward, so the loss and its penalties are traced as one
+    graph. There is one graph for each set of penalties that act together.
 
     Args:
-        forward: ``(x, y) -> (what penalties differentiate, by name, and the loss)``.
-        penalties: by name; each is taken at ``x`` itself, or in the weights.
-        net: the module whose weights they may ask for.
+        forward: ``(x, y) -> (outputs, loss)``, where ``outputs`` holds what each penalty
+            differentiates, by name.
+        penalties: by name; each is in the inputs at the data, or in the weights.
+        net: the module whose weights the penalties are in.
 
     Raises:
-        ValueError: if a penalty evaluates the net at other points, whose forward would leave
-            traces: those need the net outside of a compiled graph; or if its weight measures
-            gradients.
-        RuntimeError: if this torch cannot trace a gradient.
+        ValueError: if a penalty cannot be in the graph: it runs a forward pass of its own, compares
+            environments, names an activation, or has a state that depends on gradients or norms.
+        RuntimeError: if this version of torch cannot trace a gradient.
     """
 
     def __init__(
@@ -46,41 +48,40 @@ class CompiledLoss:
         net: torch.nn.Module,
     ) -> None:
         for name, penalty in penalties.items():
-            found = refusal(penalty)
-            if found:
-                takes, is_not = found
+            reason = not_compiled_because(penalty)
+            if reason:
                 raise ValueError(
-                    f"`compile=True` takes {takes}; {name!r} {is_not}: leave compile=False"
+                    f"`compile=True` does not support {name!r}, which {reason}: leave compile=False"
                 )
-        if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        if not traces_gradients():
             raise RuntimeError(
-                "`compile=True` needs a torch that can trace gradients (2.13 can); this is "
-                f"{torch.__version__}: leave compile=False"
+                "`compile=True` needs a version of torch that can trace gradients, such as 2.13; "
+                f"got {torch.__version__}: leave compile=False"
             )
         self.forward = forward
         self.penalties = penalties
         self.net = net
-        self._graphs: dict[tuple[str, ...], Callable[..., Computed]] = {}
+        self._graphs: dict[tuple[str, ...], Callable[..., LossAndParts]] = {}
 
-    def __call__(self, x: Tensor, y: Any, seeds: dict[str, Tensor]) -> Computed:
-        """Return the loss without penalties, and n², values and their total by name.
+    def __call__(self, x: Tensor, y: Any, seeds: dict[str, Tensor]) -> LossAndParts:
+        """Return the loss without penalties, and the parts of each penalty that acts.
 
         Args:
-            x: ``[B, *S]``, which requires grad if a penalty differentiates in it.
+            x: ``[B, *S]``; it must require grad if a penalty differentiates in it.
             y: the target.
-            seeds: of the random numbers of the penalties that act, each a tensor.
+            seeds: the seed of each penalty that acts, by name, each an integer tensor.
 
         Returns:
-            The loss, and for each penalty n² ``[G]``, values ``[G]`` and their total, unweighted.
+            The loss; and for each penalty n² ``[G]``, the values ``[G]`` and their mean or maximum,
+            not weighted.
         """
         acting = tuple(seeds)
         if acting not in self._graphs:
-            # Parameters are found by name, which is nothing to trace.
+            # Outside of the graph: parameters are chosen by name, which cannot be traced.
             variables = {n: p.wrt.chosen(self.net) for n, p in self._in_weights(acting)}
             compute = partial(self._compute, variables)
             self._graphs[acting] = torch.compile(compute, fullgraph=True)
-        # The limit counts the graphs of all modules in the process, as those of a sweep.
-        with torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=256):
+        with tracing_gradients():
             return self._graphs[acting](x, y, seeds)
 
     def _in_weights(self, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
@@ -92,7 +93,7 @@ class CompiledLoss:
         x: Tensor,
         y: Any,
         seeds: dict[str, Tensor],
-    ) -> Computed:
+    ) -> LossAndParts:
         outputs, loss = self.forward(x, y)
         parts: Parts = {}
         for name, seed in seeds.items():
@@ -106,26 +107,23 @@ class CompiledLoss:
         return loss, parts
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the compiled graphs behind: another process compiles its own."""
+        """Pickle without the compiled graphs; another process compiles its own."""
         return {**self.__dict__, "_graphs": {}}
 
 
-def refusal(penalty: Penalty) -> tuple[str, str] | None:
-    """Return what can be compiled with the loss, and how a penalty differs; None if it can."""
+def not_compiled_because(penalty: Penalty) -> str | None:
+    """Return the reason why a penalty cannot be compiled with the loss; None if it can."""
     needs, axes = needs_of(penalty), penalty.axes()
     if needs.environments:
-        return "no environments", "compares some"
+        return "compares environments"
     if not needs.reuses_graph:
-        return (
-            "penalties of one graph",
-            f"evaluates the net at other points, by {axes['estimator']!r}",
-        )
+        return f"evaluates the net again, by {axes['estimator']!r}"
     if needs.moves:
-        return "penalties at the data or in the weights", f"is at {axes['at']!r}"
+        return f"is at {axes['at']!r}, and not at the data"
     if needs.measures:
-        return "weights that follow from the step", f"measures two gradients, {axes['weight']!r}"
+        return f"has a weight that measures gradients, {axes['weight']!r}"
     if needs.activations:
-        return "no named activation", "has one"
+        return "names an activation"
     if isinstance(getattr(axes["form"], "center", None), running_average):
-        return "no running average", "has one"
+        return "has a running average"
     return None

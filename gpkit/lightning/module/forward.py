@@ -1,4 +1,4 @@
-"""A forward pass of a net and its loss on a batch, and what each penalty takes of it."""
+"""The forward pass of a net and its loss, and the penalties on it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gpkit.autodiff.activations import features
 from gpkit.autodiff.random import RandomState
-from gpkit.estimators.computed import Computed
+from gpkit.estimators.base import Recomputable
 from gpkit.formula import Terms
 from gpkit.lightning.batches import repeated
 from gpkit.lightning.module.losses import LossFunction
@@ -19,17 +19,18 @@ from gpkit.penalty import Penalty
 
 
 @dataclass(frozen=True)
-class Pass:
-    """One forward pass: the input it was made with, and what came out.
+class ForwardPass:
+    """The tensors of one forward pass.
 
     Args:
-        x: ``[B, *S]``.
-        output: what the net gave.
-        loss: the mean loss, without penalties.
-        losses: the loss of each sample, ``[B]``; None where it is not needed.
-        features: what the net's last linear layer was given, ``[B, d]``; likewise.
-        activations: those that penalties name, ``[B, *H]`` each.
-        state: of the random numbers before it, where it will be made again with the same ones.
+        x: the input, ``[B, *S]``.
+        output: the output of the net.
+        loss: the mean loss without penalties, one number.
+        losses: the loss of each sample, ``[B]``; None if no penalty needs it.
+        features: the input of the net's last linear layer, ``[B, d]``; None if no penalty needs it.
+        activations: the activations that penalties name, ``[B, *H]`` each.
+        rng_state: state of the random number generators before the pass; None if no penalty reruns
+            the pass with the same random numbers.
     """
 
     x: Tensor
@@ -38,10 +39,10 @@ class Pass:
     losses: Tensor | None
     features: Tensor | None = None
     activations: Mapping[str, Tensor] = field(default_factory=dict)
-    state: RandomState | None = None
+    rng_state: RandomState | None = None
 
     def differentiated(self, needs: Needs) -> Any:
-        """Return what a penalty differentiates of this pass."""
+        """Return what a penalty differentiates: the output, an activation, or the loss."""
         if needs.environments:
             return (self.output, self.features) if needs.features else self.output
         if needs.differentiates == "activation":
@@ -51,19 +52,19 @@ class Pass:
         return self.losses if needs.sample_losses else self.loss
 
     def variable(self, needs: Needs) -> Tensor:
-        """Return what a penalty at the data differentiates in: the input or an activation."""
+        """Return the tensor that a penalty differentiates in: the input or an activation."""
         return self.activations[needs.in_activation] if needs.in_activation else self.x
 
 
 @dataclass(frozen=True)
-class Forward:
-    """Runs a net and its loss, and penalties on them.
+class ForwardRunner:
+    """Runs a net and its loss, and evaluates penalties on the result.
 
     Args:
         net: any module.
         loss: ``(output, y) -> loss``.
-        sample_losses: ``(output, y) -> [B]``.
-        features: whether to catch what the last linear layer is given.
+        sample_losses: ``(output, y) -> losses``, ``[B]``.
+        features: whether to capture the input of the last linear layer.
     """
 
     net: nn.Module
@@ -71,55 +72,64 @@ class Forward:
     sample_losses: LossFunction
     features: bool = False
 
-    def __call__(self, x: Tensor, y: Any, *, graph_in_x: bool, per_sample: bool) -> Pass:
-        """Return a forward pass.
+    def __call__(self, x: Tensor, y: Any, *, graph_in_x: bool, per_sample: bool) -> ForwardPass:
+        """Run a forward pass.
 
         Args:
             x: ``[B, *S]``.
             y: the target.
-            graph_in_x: whether the input is to require grad; the user's own tensor stays as it is.
-            per_sample: whether the loss of each sample is needed.
+            graph_in_x: whether the input must require grad. The net then gets a detached tensor;
+                ``x`` itself stays unchanged.
+            per_sample: whether to compute the loss of each sample.
 
         Returns:
-            The pass.
+            The tensors of the pass.
         """
         if graph_in_x and x.is_floating_point():
             x = x.detach().requires_grad_()
         output, a = features(self.net, x) if self.features else (self.net(x), None)
         losses = self.sample_losses(output, y) if per_sample else None
         loss = self.loss(output, y)
-        return Pass(x, output, loss if loss.ndim == 0 else loss.mean(), losses, a)
+        return ForwardPass(x, output, loss if loss.ndim == 0 else loss.mean(), losses, a)
 
     def act(
-        self, penalty: Penalty, needs: Needs, done: Pass, y: Any, env: Tensor, **options: Any
+        self,
+        penalty: Penalty,
+        needs: Needs,
+        forward: ForwardPass,
+        y: Any,
+        env: Tensor,
+        **options: Any,
     ) -> Terms | None:
-        """Return the terms of a penalty on a forward pass; None where it skips the step.
+        """Evaluate a penalty on the forward pass of the training loss.
 
         Args:
-            penalty: what acts.
+            penalty: the penalty.
             needs: of the penalty.
-            done: the forward pass of the training loss.
+            forward: the forward pass.
             y: the target.
             env: the environment of each sample, ``[B]``.
-            **options: step and scale of the call.
+            **options: ``step`` and ``scale`` of ``penalty.act``.
 
         Returns:
-            The terms.
+            The terms; None if the penalty does not act on this step.
         """
         if needs.environments:
-            return penalty.act(done.differentiated(needs), y, env, **options)
+            return penalty.act(forward.differentiated(needs), y, env, **options)
         if needs.in_weights and needs.reuses_graph:
-            return penalty.act(done.differentiated(needs), self.net, **options)
+            return penalty.act(forward.differentiated(needs), self.net, **options)
         if needs.input_graph:
-            return penalty.act(done.differentiated(needs), done.variable(needs), **options)
-        x = done.x.detach()
+            return penalty.act(forward.differentiated(needs), forward.variable(needs), **options)
+        x = forward.x.detach()
         if needs.in_weights:
 
             def closure() -> Any:
                 again = self(x, y, graph_in_x=False, per_sample=needs.sample_losses)
                 return again.differentiated(needs)
 
-            given = closure if done.state is None else Computed(done.loss, closure, done.state)
+            if forward.rng_state is None:
+                return penalty.act(closure, self.net, **options)
+            given = Recomputable(forward.loss, closure, forward.rng_state)
             return penalty.act(given, self.net, **options)
 
         def function(z: Tensor) -> Any:
@@ -129,8 +139,9 @@ class Forward:
             losses = self.sample_losses(output, repeated(y, len(x), len(z)))
             if needs.order == 0 and losses.stride() == (0,):
                 raise ValueError(
-                    "finite differences in the inputs need the loss of each sample, and "
-                    "`loss=...` gives one number: give one with a `reduction`, or that gives [B]"
+                    "finite differences in the inputs need the loss of each sample; got a "
+                    "`loss=...` that returns one number: use a loss with a `reduction`, or one "
+                    "that returns [B]"
                 )
             return losses
 

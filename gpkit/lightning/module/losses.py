@@ -1,4 +1,4 @@
-"""A loss as penalties need it: its mean, and its value for each sample."""
+"""The loss of each sample."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+
+from gpkit.autodiff.compat import tree_leaves
 
 LossFunction = Callable[[Any, Any], Tensor]
 
 
 def per_sample(loss: LossFunction) -> LossFunction:
-    """Return a function that gives the loss of each sample, ``[B]``.
+    """Turn a loss into a function that returns the loss of each sample, ``[B]``.
 
-    A loss with a ``reduction`` (an ``nn`` module, a function of ``torch.nn.functional``, a partial
-    of one) is asked for "none", and what is left beside the batch is averaged. Any other is asked
-    for what it gives: ``[B]`` are the losses of the samples. One number L is taken to be their mean
-    and comes back as L for every sample: the *sum*, B·L, and so each sample's input gradient, is
-    then right, though the single values are not.
+    A loss with a ``reduction`` (an ``nn`` module, a function of ``torch.nn.functional``, or a
+    partial of one) is called with "none"; dimensions after the first are averaged. Of any other
+    loss, an output ``[B]`` is taken for the losses of the samples. One number L is taken for their
+    mean, and every sample gets L. Then the sum over samples is right, B·L, and so is each sample's
+    input gradient, but the single values are not.
 
     Args:
         loss: ``(output, target) -> loss``.
 
     Returns:
-        ``(output, target) -> [B]``.
+        A function ``(output, target) -> losses``, with losses ``[B]``.
     """
     if isinstance(loss, nn.Module) and hasattr(loss, "reduction"):
         unreduced = copy.copy(loss)
@@ -36,7 +37,7 @@ def per_sample(loss: LossFunction) -> LossFunction:
     elif "reduction" in _parameters(loss):
         loss = functools.partial(loss, reduction="none")  # type: ignore[call-arg]
 
-    return functools.partial(_losses, loss)  # no closure: a module goes to other processes
+    return functools.partial(_losses, loss)  # a partial, unlike a closure, can be pickled
 
 
 def _losses(loss: LossFunction, output: Any, target: Any) -> Tensor:
@@ -47,13 +48,13 @@ def _losses(loss: LossFunction, output: Any, target: Any) -> Tensor:
 
 
 def _batch_size(*values: Any) -> int:
-    """Return the length of the first tensor in ``values``, which may be nested."""
+    """Return the length of the first tensor with a dimension, in nested structures."""
     found = (v for v in tree_leaves(values) if isinstance(v, Tensor) and v.ndim)
     return len(next(found))
 
 
 def _parameters(function: LossFunction) -> list[str]:
-    """Return the names of a function's parameters; none if it does not show them."""
+    """Return the names of a function's parameters; an empty list if it has no signature."""
     try:
         return list(inspect.signature(function).parameters)
     except ValueError:

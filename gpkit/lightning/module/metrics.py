@@ -1,4 +1,4 @@
-"""Metrics chosen by the loss, for a module that was given none."""
+"""Default metrics, chosen by the loss."""
 
 from __future__ import annotations
 
@@ -7,27 +7,34 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map_only
 from torchmetrics import MeanAbsoluteError, MeanMetric, Metric, MetricCollection
 
+from gpkit.autodiff.compat import tree_map_only
+
 CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss)
-
-
 BINARY = (nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits)
-
-
 REGRESSION = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, F.mse_loss, F.l1_loss)
 
 
 class Accuracy(MeanMetric):
-    """The share of samples whose class is right, whatever the number of classes.
+    """The fraction of correct classes, for any number of classes.
 
-    Classes are in dimension 1 of the logits ``[B, C, ...]``, or the logits of one class, positive
-    for true, have the shape of the target.
+    The prediction is the argmax over dimension 1 of logits ``[B, C, ...]``. Logits with as many
+    dimensions as the target are binary: a positive logit predicts a target of 1.
+
+    >>> import torch
+    >>> accuracy = Accuracy()
+    >>> accuracy(torch.tensor([[2.0, 1.0], [0.0, 3.0]]), torch.tensor([0, 0]))
+    tensor(0.5000)
     """
 
     def update(self, logits: Tensor, target: Tensor) -> None:  # type: ignore[override]
-        """Count a batch."""
+        """Add a batch.
+
+        Args:
+            logits: ``[B, C, ...]``, or binary ones of the shape of the target.
+            target: class indices ``[B, ...]``, or 0 and 1.
+        """
         if logits.ndim > target.ndim:
             right = logits.argmax(1) == target
         else:
@@ -36,13 +43,13 @@ class Accuracy(MeanMetric):
 
 
 def default_metrics(loss: Any) -> MetricCollection:
-    """Return the accuracy for a loss on classes, the mean absolute error for one on values.
+    """Return the default metrics of a loss: accuracy for classes, mean absolute error for values.
 
     Args:
-        loss: a loss; a partial is looked into. A loss that is not known has no metrics.
+        loss: a loss of ``torch.nn`` or ``torch.nn.functional``, or a partial of one.
 
     Returns:
-        Metrics by the names ``acc`` or ``mae``.
+        A collection with ``acc`` or ``mae``; an empty one for any other loss.
     """
     function = loss.func if isinstance(loss, functools.partial) else loss
     metrics: dict[str, Metric] = {}
@@ -54,17 +61,17 @@ def default_metrics(loss: Any) -> MetricCollection:
 
 
 def as_metrics(metrics: Any, loss: Any) -> MetricCollection:
-    """Return metrics given as a collection, a dict or one metric; those of the loss if None.
+    """Return metrics as a collection.
 
     Args:
-        metrics: what the user gave.
+        metrics: a collection, a dict by name, or one metric; None takes those of the loss.
         loss: the loss.
 
     Returns:
         The collection.
 
     Raises:
-        TypeError: if they are of another kind.
+        TypeError: if ``metrics`` is anything else.
     """
     if metrics is None:
         return default_metrics(loss)
@@ -80,7 +87,7 @@ def as_metrics(metrics: Any, loss: Any) -> MetricCollection:
 
 
 def prediction(output: Any, target: Any) -> Any:
-    """Return the output without a graph, in the shape of a target of as many entries."""
+    """Return the output without a graph; with as many entries as the target, in its shape."""
     output = tree_map_only(Tensor, Tensor.detach, output)
     both = isinstance(output, Tensor) and isinstance(target, Tensor)
     return output.reshape(target.shape) if both and output.numel() == target.numel() else output

@@ -1,4 +1,4 @@
-"""Any net, wrapped: a LightningModule that trains on a loss and gradient penalties."""
+"""`PenalizedModule`: a LightningModule that trains any net on a loss and gradient penalties."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map_only
 
 from gpkit import checks
 from gpkit.autodiff.activations import captured
-from gpkit.autodiff.isolation import isolated
-from gpkit.autodiff.kernels import double_backward
+from gpkit.autodiff.compat import tree_map_only
+from gpkit.autodiff.isolation import double_backward, isolated
 from gpkit.autodiff.norm_layers import elementary
 from gpkit.autodiff.random import random_state
 from gpkit.estimators.window import summarised
@@ -25,11 +24,11 @@ from gpkit.formula import Terms
 from gpkit.lightning.batches import environments, unpack
 from gpkit.lightning.compat import logs_now, scale_of, scaler_of, trainer_of
 from gpkit.lightning.module.compiled import CompiledLoss
-from gpkit.lightning.module.forward import Forward, Pass
+from gpkit.lightning.module.forward import ForwardPass, ForwardRunner
 from gpkit.lightning.module.losses import LossFunction, per_sample
 from gpkit.lightning.module.metrics import as_metrics, prediction
 from gpkit.lightning.norms import input_norms, weight_norm
-from gpkit.lightning.recording import EVALUATION, Histograms, penalty_numbers
+from gpkit.lightning.recording import EVALUATION, Histograms, penalty_scalars
 from gpkit.needs import Needs, needs_of
 from gpkit.sums import Penalties, as_sum
 
@@ -37,44 +36,51 @@ AllTerms = dict[str, Terms | None]
 
 
 class PenalizedModule(pl.LightningModule):
-    """A net trained on a loss and gradient penalties, for batches ``(x, y)``.
+    r"""Trains any net on a loss and gradient penalties, with batches ``(x, y)``.
 
-    The trained loss is ``loss(net(x), y)`` and the sum of the penalties. Penalties in the weights,
-    and those in the inputs at the data itself, reuse the graph of the training forward, unless
-    their estimator evaluates the net itself (finite differences, Taylor mode). A penalty at other
-    points evaluates the net there; where one asks for fakes, as interpolates do, and there is no
-    generator, the fake of a sample is the sample before it in the batch; where one is at several
-    points a sample, as in a mixture, they share the sample's target. A penalty on environments
-    takes them from batches ``(x, y, env)``, env integers ``[B]``; where a batch has none, its two
-    halves are taken for environments.
+    .. math:: L_\text{total} = \frac1s \Big(L + \sum_p P_p\Big),
+              \quad L = \mathrm{loss}(\mathrm{net}(x), y)
 
-    It logs ``train/loss`` (without penalties), ``train/loss_total``, ``penalty/<name>`` (weighted,
-    as it enters the loss), ``penalty/<name>/weight`` and ``penalty/<name>/norm`` (the mean norm);
-    on the steps that the trainer logs, ``grad_norm/weight``, the norm ‖∇_θ L‖ of the loss without
-    penalties, and ``grad_norm/input``, the mean over samples of ‖∇_x ℓ_i‖; at validation and test
-    ``<stage>/loss``, the metrics and ``<stage>/grad_norm/*``; and TensorBoard histograms of the
-    norms behind penalties and inputs.
+    s is 1, or max(1, λ(t)) with a `rescaled` weight (of several, the greatest).
+
+    Penalties in the weights, and penalties in the inputs at the data, reuse the graph of the
+    training forward, unless their estimator evaluates the net itself (finite differences, Taylor
+    mode). Penalties at other points run the net at these points. For points that need fake samples,
+    such as interpolates, the fake sample of x_i is x_{i-1}, since there is no generator. Several
+    points per sample, as in a mixture, share the target of the sample. Penalties on environments
+    take batches ``(x, y, env)`` with integers env ``[B]``; without env, the two halves of the batch
+    are the environments.
+
+    It logs ``train/loss`` (L, without penalties), ``train/loss_total``, and for each penalty
+    ``penalty/<name>`` (weighted, as it enters the loss), ``penalty/<name>/weight``, and where it
+    acts ``penalty/<name>/norm`` (the mean norm). On the steps that the trainer logs it also logs
+    ``grad_norm/weight``, the norm ‖∂L/∂θ‖ without penalties, and ``grad_norm/input``, the mean
+    over samples of ‖∂ℓ_i/∂x_i‖. At validation and test it logs ``<stage>/loss`` (without
+    penalties), the metrics as ``<stage>/<metric>``, ``<stage>/grad_norm/weight`` and
+    ``<stage>/grad_norm/input``. TensorBoard gets the histograms ``penalty/<name>/norm/histogram``
+    and ``grad_norm/input/histogram``.
 
     Args:
-        net: any module; its output goes into the loss.
-        loss: ``(output, y) -> loss``, a module or a function. Where it has a ``reduction``, or
-            gives ``[B]``, penalties on the loss see each sample's own; a loss that gives only a
-            mean is rescaled by B for them (exact if it is a mean over samples).
-        penalty: a penalty, several by name, or None.
+        net: any module. Its output is the first argument of the loss.
+        loss: ``(output, y) -> loss``, a module or a function. With a ``reduction``, or an output
+            ``[B]``, penalties on the loss get the loss of each sample. A loss that returns only one
+            number is multiplied by B for them, which is exact if it is a mean over samples.
+        penalty: a penalty, a list of penalties, a dict of them by name, a `gpkit.sum`, or None.
         optimizer: parameters -> optimiser, such as ``functools.partial(torch.optim.SGD, lr=0.1)``.
             None is Adam with a learning rate of 1e-3.
         scheduler: optimiser -> learning-rate scheduler, stepped every epoch; or None.
-        metrics: torchmetrics by name, updated with the output and y at validation and test. None
-            takes ``acc`` for a cross-entropy and ``mae`` for a loss on values.
+        metrics: torchmetrics by name, updated with the output and y at validation and test. None is
+            ``acc`` for a cross-entropy, and ``mae`` for a loss on values.
         gradient_norms: whether to log gradient norms of the loss. They take one or two backward
-            passes on the steps that are logged, and at validation and test.
-        histogram_every_n_epochs: how often histograms are written; 0 is never.
-        compile: whether the loss and its penalties are compiled, as one graph, from the second step
-            on; the first shows that each penalty acts. It pays for long runs: compiling takes tens
-            of seconds. Penalties must be in the weights or at the data.
+            passes on the logged steps and at validation and test.
+        histogram_every_n_epochs: the epochs 0, n, 2n, ... have histograms; 0 means that none has.
+        compile: whether to compile the loss and its penalties as one graph, from the second step
+            on; the first step runs uncompiled, to check that each penalty acts. Compiling takes
+            tens of seconds, so it pays for long runs. Penalties must be in the weights, or in the
+            inputs at the data.
 
     Raises:
-        TypeError: if an argument is of another kind.
+        TypeError: if an argument has the wrong type.
         ValueError: if ``histogram_every_n_epochs`` is negative, or a penalty cannot be compiled.
 
     >>> import gpkit, torch
@@ -125,30 +131,30 @@ class PenalizedModule(pl.LightningModule):
         self._first = True
 
     def forward(self, x: Any) -> Any:
-        """Return what the net gives."""
+        """Return the output of the net."""
         return self.net(x)
 
     def penalized_loss(self, batch: Any) -> Tensor:
-        """Return the scalar that is trained on, penalties included.
+        """Return the total loss of a batch, penalties included, and count a step.
 
         Args:
-            batch: ``(x, y)``, or ``(x, y, env)``.
+            batch: ``(x, y)`` or ``(x, y, env)``.
 
         Returns:
-            The loss and the sum of its penalties.
+            The total, one number.
         """
         return self._total(batch, log_norms=False)[0]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the penalised loss, and log it and its parts."""
+        """Return the total loss, and log it and its parts."""
         log_norms = self.gradient_norms and logs_now(self.trainer)
-        total, done, terms = self._total(batch, log_norms=log_norms)
-        self.log("train/loss", done.loss.detach())
+        total, forward, terms = self._total(batch, log_norms=log_norms)
+        self.log("train/loss", forward.loss.detach())
         self.log("train/loss_total", total.detach(), prog_bar=True)
-        self.log_dict(penalty_numbers(self.penalties, terms))
+        self.log_dict(penalty_scalars(self.penalties, terms))
         self.histograms.collect_norms(self.trainer, terms)
         if log_norms:
-            self._log_norms(done, "grad_norm", collect=True)
+            self._log_norms(forward, "grad_norm", collect=True)
         return total
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -160,7 +166,7 @@ class PenalizedModule(pl.LightningModule):
         self._evaluate(batch, "test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
-        """Return what the net gives for a batch ``(x, y)`` or ``x``."""
+        """Return the output of the net for a batch ``(x, y)`` or ``x``."""
         return self(batch[0] if isinstance(batch, (list, tuple)) else batch)
 
     def configure_optimizers(self) -> Any:
@@ -171,127 +177,126 @@ class PenalizedModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": self.make_scheduler(optimizer)}
 
     def on_train_epoch_end(self) -> None:
-        """Write the histograms that the epoch has collected."""
+        """Write the histograms of the epoch."""
         self.histograms.write_collected(self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the state of the penalties: plain numbers."""
+        """Save the state of each penalty, as plain numbers."""
         checkpoint["gpkit_penalties"] = self.penalties.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from the state of the penalties; one that is new begins at its beginning."""
+        """Load the state of each penalty. A penalty that is not in it keeps its own."""
         self.penalties.load_state_dict(checkpoint.get("gpkit_penalties", {}))
 
-    def _total(self, batch: Any, *, log_norms: bool) -> tuple[Tensor, Pass, AllTerms]:
-        """Return what is trained on, the forward pass, and the terms of the penalties."""
+    def _total(self, batch: Any, *, log_norms: bool) -> tuple[Tensor, ForwardPass, AllTerms]:
+        """Return the total loss, the forward pass, and the terms of the penalties."""
         (x, y), needs = unpack(batch), self.needs
         compiled = self._compiled is not None and not self._first and torch.is_grad_enabled()
         self._first = False
         if compiled:
-            done, terms = self._act_compiled(x, y, needs, log_norms=log_norms)
+            forward, terms = self._act_compiled(x, y, needs, log_norms=log_norms)
         else:
-            done, terms = self._act(x, y, environments(batch), needs, log_norms=log_norms)
-        total = self.penalties.total(done.loss, terms, self.net.parameters)
+            forward, terms = self._act(x, y, environments(batch), needs, log_norms=log_norms)
+        total = self.penalties.total(forward.loss, terms, self.net.parameters)
         assert total is not None
-        return total, done, terms
+        return total, forward, terms
 
     def _act(
         self, x: Tensor, y: Any, env: Tensor, needs: dict[str, Needs], *, log_norms: bool
-    ) -> tuple[Pass, AllTerms]:
-        """Make the training forward, and let each penalty act on it."""
-        every, run = list(needs.values()), self._forward(needs)
+    ) -> tuple[ForwardPass, AllTerms]:
+        """Run the training forward, and evaluate each penalty on it."""
+        every, runner = list(needs.values()), self._runner(needs)
         named = [a for n in every if not n.moves for a in n.activations]
         alone = len(every) == 1 and every[0].loss_at_two_points and not every[0].pooled
         alone = alone and not (log_norms or every[0].measures) and torch.is_grad_enabled()
-        state = random_state(x.device) if alone else None
+        rng_state = random_state(x.device) if alone else None
         order = max((n.order for n in every), default=0)
         with double_backward(order) if order else nullcontext():
             with captured(self.net, dict.fromkeys(named)) as activations:
-                done = run(
+                forward = runner(
                     x,
                     y,
                     graph_in_x=log_norms or any(n.input_graph for n in every),
                     per_sample=log_norms or any(n.sample_losses for n in every),
                 )
-            done = replace(done, activations=activations, state=state)
-            scale = self._scale(x.device)
-            if alone:  # one backward serves the loss and the penalty
-                done = replace(done, loss=summarised(done.loss, scale))
+            forward = replace(forward, activations=activations, rng_state=rng_state)
+            scale = scale_of(scaler_of(trainer_of(self)), x.device)
+            if alone:  # one backward pass gives the gradient of the loss to both
+                forward = replace(forward, loss=summarised(forward.loss, scale))
             terms = {
-                name: run.act(p, needs[name], done, y, env, step=self._step(), scale=scale)
+                name: runner.act(
+                    p, needs[name], forward, y, env, step=self._optimizer_step(), scale=scale
+                )
                 for name, p in self.penalties.items()
             }
-        return done, terms
+        return forward, terms
 
     def _act_compiled(
         self, x: Tensor, y: Any, needs: dict[str, Needs], *, log_norms: bool
-    ) -> tuple[Pass, AllTerms]:
-        """Do the same as one compiled graph."""
+    ) -> tuple[ForwardPass, AllTerms]:
+        """Do the same as `_act` in one compiled graph."""
         assert self._compiled is not None
-        step = self._step()
+        step = self._optimizer_step()
         acting = [n for n, p in self.penalties.items() if p.acts_at(step)]
         seeds = {n: torch.tensor(self.penalties[n].next_seed()) for n in acting}
         if any(needs[n].input_graph for n in acting):
             x = x.detach().requires_grad_()
-        # Not double_backward(): its hook would be a new one, and a new graph, at every step.
+        # Not double_backward(): it registers a new hook at every step, which compiles a new graph.
         order = max((n.order for n in needs.values()), default=0)
         with sdpa_kernel(SDPBackend.MATH), elementary() if order > 1 else nullcontext():
             loss, parts = self._compiled(x, y, seeds)
         terms = {
-            name: p.act_by(partial(_terms, parts.get(name)), step)
+            name: p.act_with(partial(_terms, parts.get(name)), step)
             for name, p in self.penalties.items()
         }
-        done = Pass(x, None, loss, None)
-        if log_norms:  # a compiled graph is gone after one backward: the norms have their own
+        forward = ForwardPass(x, None, loss, None)
+        if log_norms:  # a compiled graph allows one backward, so the norms need their own forward
             with isolated(self.net, 0, x.device):
-                again = self._forward(needs)(x, y, graph_in_x=True, per_sample=True)
-            done = replace(again, loss=loss)
-        return done, terms
+                again = self._runner(needs)(x, y, graph_in_x=True, per_sample=True)
+            forward = replace(again, loss=loss)
+        return forward, terms
 
     def _differentiated(self, x: Tensor, y: Any) -> tuple[dict[str, Tensor], Tensor]:
-        """Return what each penalty differentiates, by name, and the loss."""
-        done = self._forward(self.needs)(x, y, graph_in_x=False, per_sample=True)
-        return {name: done.differentiated(own) for name, own in self.needs.items()}, done.loss
+        """Return what each penalty differentiates, by name, and the loss: what is compiled."""
+        forward = self._runner(self.needs)(x, y, graph_in_x=False, per_sample=True)
+        return {name: forward.differentiated(own) for name, own in self.needs.items()}, forward.loss
 
-    def _forward(self, needs: dict[str, Needs]) -> Forward:
+    def _runner(self, needs: dict[str, Needs]) -> ForwardRunner:
         features = any(own.features for own in needs.values())
-        return Forward(self.net, self.loss, self.per_sample_loss, features)
+        return ForwardRunner(self.net, self.loss, self.per_sample_loss, features)
 
-    def _step(self) -> int | None:
-        """Return the optimiser step; None without a trainer, where penalties count themselves."""
+    def _optimizer_step(self) -> int | None:
+        """Return the optimiser step; None without a trainer: then the penalties count the steps."""
         trainer = trainer_of(self)
         return None if trainer is None else trainer.global_step
 
-    def _scale(self, device: torch.device) -> Tensor | None:
-        return scale_of(scaler_of(trainer_of(self)), device)
-
     def _evaluate(self, batch: Any, stage: str) -> None:
-        # Norms need a graph, which inference mode and its tensors cannot give.
+        # Norms need a graph: leave inference mode, and clone its tensors.
         with torch.inference_mode(False), torch.set_grad_enabled(self.gradient_norms):
             x, y = unpack(tree_map_only(Tensor, Tensor.clone, batch))
             norms = self.gradient_norms
-            done = self._forward({})(x, y, graph_in_x=norms, per_sample=norms)
+            forward = self._runner({})(x, y, graph_in_x=norms, per_sample=norms)
             if norms:
-                self._log_norms(done, f"{stage}/grad_norm", collect=False)
-            self.log(f"{stage}/loss", done.loss.detach(), batch_size=len(x), **EVALUATION)
+                self._log_norms(forward, f"{stage}/grad_norm", collect=False)
+            self.log(f"{stage}/loss", forward.loss.detach(), batch_size=len(x), **EVALUATION)
             metrics = self.val_metrics if stage == "val" else self.test_metrics
-            metrics.update(prediction(done.output, y), y)
+            metrics.update(prediction(forward.output, y), y)
         for name, metric in metrics.items():
             self.log(f"{stage}/{name}", metric, batch_size=len(x), **EVALUATION)
 
-    def _log_norms(self, done: Pass, prefix: str, *, collect: bool) -> None:
+    def _log_norms(self, forward: ForwardPass, prefix: str, *, collect: bool) -> None:
         options: dict[str, Any] = {} if collect else EVALUATION
-        size = len(done.x)
-        norm = weight_norm(done.loss, self.net.parameters())
+        size = len(forward.x)
+        norm = weight_norm(forward.loss, self.net.parameters())
         self.log(f"{prefix}/weight", norm, batch_size=size, **options)
-        if done.x.requires_grad and done.losses is not None:
-            norms = input_norms(done.losses, done.x)
+        if forward.x.requires_grad and forward.losses is not None:
+            norms = input_norms(forward.losses, forward.x)
             self.log(f"{prefix}/input", norms.mean(), batch_size=size, **options)
             if collect:
                 self.histograms.collect(self.trainer, f"{prefix}/input", norms)
 
 
 def _terms(parts: Any, weight: float) -> Terms:
-    """Return the terms of what a compiled graph gave: n², values and their reduced value."""
+    """Return the terms from the output of a compiled graph: n², values and their reduction."""
     n2, values, reduced = parts
     return Terms(n2, values, weight, reduced)

@@ -1,8 +1,9 @@
-"""`GradientNormMonitor`: gradient norms of a LightningModule that knows nothing of them.
+"""`GradientNormMonitor`: logs gradient norms of any LightningModule.
 
-``monitor`` is put into the trainer, ``views`` are the inputs and activations that it watches,
-``groups`` the names of parameters in a log, ``inference`` takes gradients during validation, and
-``findings`` tells what keeps a norm from being logged.
+``monitor`` holds the Lightning callback, ``step_norms`` computes and logs the norms of one step,
+``tensors`` captures the inputs and activations, ``groups`` names parameters for the log,
+``validation`` runs a validation step with gradients on, and ``findings`` checks before the first
+step that every norm can be logged.
 """
 
 from gpkit.lightning.monitor.monitor import GradientNormMonitor as GradientNormMonitor

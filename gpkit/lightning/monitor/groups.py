@@ -1,4 +1,4 @@
-"""Parameters under the names that a log has for them."""
+"""Parameters by the names that they have in the log."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gpkit.autodiff.compat import uncompiled_name
+
 
 def by_group(optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, list[Tensor]]]:
     """Yield the parameter groups of optimisers.
 
     Args:
-        optimizers: all there are.
+        optimizers: all optimisers of the fit.
 
     Yields:
-        A name and its parameters: the group's own "name", or "group_0"; "optimizer_0/group_0" where
-        there are several optimisers.
+        The name and the parameters of each group. The name is the group's own "name", or "group_0"
+        and so on; with several optimisers it begins with "optimizer_0/" and so on.
     """
     for i, optimizer in enumerate(optimizers):
         prefix = f"optimizer_{i}/" if len(optimizers) > 1 else ""
@@ -25,13 +27,13 @@ def by_group(optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, list[Tensor
 
 
 def by_layer(module: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
-    """Yield the submodules that have parameters of their own.
+    """Yield the submodules that own parameters directly.
 
     Args:
-        module: the module. Parameters of its own are under the name of its class.
+        module: the module. Parameters that it owns itself go under its class name.
 
     Yields:
-        A name, as in ``module.named_modules()``, and its parameters.
+        The name, as in ``module.named_modules()``, and the parameters.
 
     >>> [name for name, _ in by_layer(nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.PReLU()))]
     ['0', '2']
@@ -39,4 +41,4 @@ def by_layer(module: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
     for name, layer in module.named_modules():
         own: list[Tensor] = list(layer.parameters(recurse=False))
         if own:
-            yield name.replace("_orig_mod.", "") or type(module).__name__, own
+            yield uncompiled_name(name) or type(module).__name__, own

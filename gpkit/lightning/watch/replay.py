@@ -1,4 +1,4 @@
-"""A training step run again, without a trace in logs and metrics."""
+"""Rerun a training step without side effects on logs and metrics."""
 
 from __future__ import annotations
 
@@ -9,77 +9,84 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torchmetrics import Metric
 
+from gpkit.autodiff.compat import tree_leaves, tree_map_only, write_count
 from gpkit.autodiff.random import RandomState
 from gpkit.lightning.compat import metric_state
-from gpkit.lightning.watch import wrapping
+from gpkit.lightning.watch.wrapping import wrap
 
-Step = Callable[..., Any]
+TrainingStep = Callable[..., Any]
 
 
 @dataclass
-class Made:
-    """A training step that was made, as far as it takes to make it again.
+class StepCall:
+    """One call of ``training_step``: its arguments, and the RNG state needed to rerun it.
 
     Args:
-        step: the module's own training step.
-        args: what it was called with.
-        kwargs: likewise, by name.
-        state: of the random numbers before it; empty where it is not made again.
+        training_step: the module's own method.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        rng_state: state of the random number generators before the call; empty if the step is not
+            rerun.
     """
 
-    step: Step
+    training_step: TrainingStep
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    state: RandomState = ()
+    rng_state: RandomState = ()
 
-    def versions(self) -> list[int]:
-        """Return how often each tensor of the batch was written to, where torch counts it."""
+    def tensor_versions(self) -> list[int]:
+        """Return the version counter of each tensor in the arguments.
+
+        A counter that has grown shows an in-place write. Inference tensors have no counter and are
+        left out.
+        """
         tensors = [t for t in tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
-        return [t._version for t in tensors if not t.is_inference()]
+        return [write_count(t) for t in tensors if not t.is_inference()]
 
 
 def loss_of(output: Any) -> Tensor | None:
-    """Return the loss of what a training step gave: a tensor, or the "loss" of a mapping."""
+    """Return the loss in the output of a training step: a tensor, or the "loss" of a mapping."""
     if output is None or isinstance(output, Tensor):
         return output
     return output.get("loss") if isinstance(output, Mapping) else output
 
 
-def with_loss_of(output: Any, loss: Tensor) -> Any:
-    """Return what a training step gave, with another loss in it."""
+def replace_loss(output: Any, loss: Tensor) -> Any:
+    """Return the output of a training step with another loss in it."""
     return loss if isinstance(output, Tensor) else {**output, "loss": loss}
 
 
-class Traces:
-    """What a training step leaves behind, its logs and the state of its metrics, held back at will.
+class Silencer:
+    """Keeps reruns of a training step silent: they log nothing and leave metric states unchanged.
+
+    ``log`` and ``log_dict`` of the module are wrapped once, until `remove`, and not once per rerun:
+    a compiled step would be compiled again for each new function.
 
     Args:
-        module: the LightningModule. Its ``log`` and ``log_dict`` pass through here until `remove`,
-            as the same functions all the time: a compiled step is not compiled anew.
+        module: the LightningModule.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.silent = False
-        self._layers = [wrapping.add(module, name, self._log) for name in ("log", "log_dict")]
+        self._unwrap = [wrap(module, name, self._log) for name in ("log", "log_dict")]
 
     def remove(self) -> None:
-        """Give the module its own functions back."""
-        for off in self._layers:
-            off()
+        """Unwrap ``log`` and ``log_dict``."""
+        for unwrap in self._unwrap:
+            unwrap()
 
     def _log(self, log: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         if not self.silent:
             log(*args, **kwargs)
 
     @contextmanager
-    def none(self) -> Iterator[None]:
-        """Let a step leave no traces."""
+    def silenced(self) -> Iterator[None]:
+        """Drop log calls within the block, and restore the metric states at its end."""
         metrics = [m for m in self.module.modules() if isinstance(m, Metric)]
-        states = [_state(m) for m in metrics]
+        states = [_copied_state(m) for m in metrics]
         self.silent = True
         try:
             yield
@@ -89,55 +96,56 @@ class Traces:
                 metric.__dict__.update(state)
 
 
-def _state(metric: Metric) -> dict[str, Any]:
-    """Return what an update of a metric changes, as copies."""
+def _copied_state(metric: Metric) -> dict[str, Any]:
+    """Return copies of all attributes that an update of a metric changes."""
     return {
         k: v.clone() if isinstance(v, Tensor) else list(v) if isinstance(v, list) else v
         for k, v in metric_state(metric).items()
     }
 
 
-def losses_of(module: nn.Module, made: Made, traces: Traces) -> Tensor:
-    """Return the loss of each sample, ``[B]``, of a step made on every sample alone.
+def per_sample_losses(module: nn.Module, call: StepCall, silencer: Silencer) -> Tensor:
+    """Run a training step on each sample of its batch alone, and return the losses ``[B]``.
 
     Args:
-        module: the LightningModule, named for the isolation of what is called.
-        made: the step. Its batch is the first argument.
-        traces: of the module.
+        module: the LightningModule. It is an argument so that `isolated` finds its buffers.
+        call: the step. Its batch is the first positional argument, or ``batch=``.
+        silencer: of the module.
 
     Returns:
-        The losses.
+        The loss of each sample, ``[B]``.
     """
-    named = {**made.kwargs, **({"batch": made.args[0]} if made.args else {})}
+    named = {**call.kwargs, **({"batch": call.args[0]} if call.args else {})}
     losses = []
-    with traces.none():
-        for sample in samples_of(named["batch"]):
-            if made.args:
-                output = made.step(sample, *made.args[1:], **made.kwargs)
+    with silencer.silenced():
+        for sample in split_into_samples(named["batch"]):
+            if call.args:
+                output = call.training_step(sample, *call.args[1:], **call.kwargs)
             else:
-                output = made.step(**{**made.kwargs, "batch": sample})
+                output = call.training_step(**{**call.kwargs, "batch": sample})
             losses.append(loss_of(output))
     return torch.stack([loss for loss in losses if loss is not None])
 
 
-def samples_of(batch: Any) -> Iterator[Any]:
-    """Yield a batch's samples, each as a batch of one.
+def split_into_samples(batch: Any) -> Iterator[Any]:
+    """Yield each sample of a batch, as a batch of one.
 
     Args:
-        batch: tensors ``[B, ...]`` in any structure. A tensor of another length is in every sample.
+        batch: a nested structure of tensors ``[B, ...]``. B is the length of the first of them; a
+            tensor with another length, or no dimension, is passed whole with every sample.
 
     Yields:
-        The batch with ``t[i : i + 1]`` for every such tensor t.
+        The structure with ``t[i : i + 1]`` in place of every tensor ``t`` of length B.
 
     Raises:
-        TypeError: if there is no tensor in it.
+        TypeError: if the batch holds no tensor with a batch dimension.
     """
     tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor)]
     sizes = [len(t) for t in tensors if t.ndim]
     if not sizes:
         raise TypeError(
-            f"scope='sample' cuts the batch into its samples: tensors [B, ...]; got a "
-            f"{type(batch).__name__} without one: use scope='batch'"
+            f"scope='sample' splits the batch into samples and needs tensors [B, ...] in it; got a "
+            f"{type(batch).__name__} without any: use scope='batch'"
         )
     for i in range(sizes[0]):
 

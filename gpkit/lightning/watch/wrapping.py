@@ -1,4 +1,4 @@
-"""Layers around the methods of a module, put on and taken off in any order."""
+"""Wrap a method of a module, so that wrappers can be removed in any order."""
 
 from __future__ import annotations
 
@@ -9,84 +9,92 @@ from typing import Any
 
 from torch import nn
 
-Layer = Callable[..., Any]
+Wrapper = Callable[..., Any]
 
 
-class Layered:
-    """Stands in for a method of a module: layers around it, the first of them the innermost.
+class WrappedMethod:
+    """Replaces a method of one module instance, and calls the method through its wrappers.
+
+    It lies in the module's ``__dict__``; the module's class stays unchanged.
 
     Args:
-        module: the module; its class is left alone.
-        name: of the method.
+        module: the module.
+        name: the name of the method.
     """
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.module = module
         self.name = name
+        # What the instance's __dict__ had under this name, if anything: it is put back at the end.
         self.own = {key: module.__dict__[key] for key in [name] if key in module.__dict__}
         self.method = getattr(module, name)
-        self.layers: list[Layer] = []
+        self.wrappers: list[Wrapper] = []  # the innermost first
         self.call = self.method
-        # Its signature is read, of dataloader_iter for example, through one wrap and no more.
+        # Lightning looks for `dataloader_iter` in the signature, and unwraps one level only.
         update_wrapper(self, inspect.unwrap(self.method))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the outermost layer."""
+        """Call the outermost wrapper."""
         return self.call(*args, **kwargs)
 
-    def put_together(self) -> None:
-        """Let each layer call the next, and the innermost the method."""
+    def compose(self) -> None:
+        """Make each wrapper call the next inner one, and the innermost the method."""
         self.call = self.method
-        for layer in self.layers:
-            self.call = partial(layer, self.call)
+        for wrapper in self.wrappers:
+            self.call = partial(wrapper, self.call)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Be the method itself in a copy of the module, or in a file: layers are about this one."""
+        """Pickle and deepcopy as the unwrapped method: the wrappers belong to this module only."""
         if self.own:
-            return _itself, (self.own[self.name],)
+            return _identity, (self.own[self.name],)
         return getattr, (self.module, self.name)
 
 
-def _itself(method: Any) -> Any:
+def _identity(method: Any) -> Any:
     return method
 
 
-def add(module: nn.Module, name: str, layer: Layer, *, inside: bool = False) -> Callable[[], None]:
-    """Put a layer around a method of a module.
+def wrap(
+    module: nn.Module, name: str, wrapper: Wrapper, *, innermost: bool = False
+) -> Callable[[], None]:
+    """Wrap a method of a module, and return a function that removes the wrapper.
 
-    Callbacks that each replaced the method would have to give it back in the opposite order, and
-    Lightning calls them in one. Here any order will do: without layers the module is as it was.
+    Wrappers can be removed in any order. If each callback replaced the method itself, the callbacks
+    would have to restore it in reverse order, but Lightning calls their hooks in the same order at
+    the start and at the end of a fit. Once the last wrapper is removed, the module is as before.
 
     Args:
         module: the module.
-        name: of the method.
-        layer: ``(call, *args, **kwargs) -> result``, call being what the layer is around.
-        inside: whether it goes inside of the layers that are there, or around them.
+        name: the name of the method.
+        wrapper: ``(call, *args, **kwargs) -> result``, where ``call`` is the next inner wrapper, or
+            the method.
+        innermost: whether the new wrapper is called last, directly around the method. By default it
+            is called first.
 
     Returns:
-        A function that takes the layer off; called again, it does nothing.
+        A function that removes the wrapper. A second call of it does nothing.
 
     >>> module = nn.Identity()
-    >>> off = add(module, "forward", lambda call, x: call(x) + 1)
+    >>> unwrap = wrap(module, "forward", lambda call, x: call(x) + 1)
     >>> module(1)
     2
-    >>> off()
+    >>> unwrap()
     >>> module(1), "forward" in module.__dict__
     (1, False)
     """
-    there = module.__dict__.get(name)
-    layered = there if isinstance(there, Layered) else Layered(module, name)
-    module.__dict__[name] = layered
-    layered.layers.insert(0 if inside else len(layered.layers), layer)
-    layered.put_together()
+    existing = module.__dict__.get(name)
+    wrapped = existing if isinstance(existing, WrappedMethod) else WrappedMethod(module, name)
+    module.__dict__[name] = wrapped
+    wrapped.wrappers.insert(0 if innermost else len(wrapped.wrappers), wrapper)
+    wrapped.compose()
 
-    def off() -> None:
-        if layer not in layered.layers:
+    def unwrap() -> None:
+        if wrapper not in wrapped.wrappers:
             return
-        layered.layers.remove(layer)
-        layered.put_together()
-        if not layered.layers and module.__dict__.get(name) is layered:
+        wrapped.wrappers.remove(wrapper)
+        wrapped.compose()
+        if not wrapped.wrappers and module.__dict__.get(name) is wrapped:
             del module.__dict__[name]
-            module.__dict__.update(layered.own)
+            module.__dict__.update(wrapped.own)
 
-    return off
+    return unwrap

@@ -1,4 +1,4 @@
-"""Figures of a GAN while it trains."""
+"""`GANFigures`: draws the samples and the critic of a GAN during training."""
 
 from __future__ import annotations
 
@@ -16,61 +16,77 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from gpkit import checks
+from gpkit.autodiff.random import random_state, set_random_state
 from gpkit.lightning.gan.figures import drawings
 from gpkit.lightning.gan.figures.coverage import modes_covered
 
 
 class GANFigures(Callback):
-    """Draws what a GAN makes, and counts the modes that it covers, at the end of epochs.
+    """Draws the samples and the critic of a GAN at the end of epochs, and counts covered modes.
 
-    It serves a module that has ``critic(x)`` and ``sample(n)``, as `GANModule` has, or, where its
-    ``conditional`` is true, ``critic(x, y)`` and ``sample(n, y)``. To TensorBoard it writes
+    The module needs ``critic(x)`` and ``sample(n)``, as `GANModule` has; if its attribute
+    ``conditional`` is true, ``critic(x, y)`` and ``sample(n, y)``. The callback writes these images
+    to TensorBoard:
 
-    - ``samples``: for points in the plane and for images, the samples beside the data, with the
-      data's labels if there are any;
-    - ``surface``: for points in the plane, the contours of the critic's values, with data and
-      samples on top. Of a critic with labels it is the mean over the labels.
+    - ``samples``: samples beside the data, for points in the plane ``[B, 2]`` and for images
+      ``[B, C, H, W]``. If the nets take labels, the samples have the labels of the data.
+    - ``surface``: for points in the plane, contours of the critic's scores, with data and samples
+      on top. With labels it is the mean of the scores over the labels.
 
-    The latest of each is ``figures/<name>.png`` in the folder of the TensorBoard logger, or of the
-    trainer if there is none. For a data module with the attributes ``modes`` and ``std``, as
-    `EightGaussians` has, it logs ``modes/covered`` and ``modes/high_quality``: see
-    `modes_covered`.
+    The latest image of each kind is also saved as ``figures/<name>.png`` in the folder of the
+    TensorBoard logger, or without one in the trainer's ``default_root_dir``. With a data module
+    that has the attributes ``modes`` and ``std``, such as `EightGaussians`, it logs
+    ``modes/covered`` and ``modes/high_quality``, see `modes_covered`.
 
-    The data are those of the epoch's first batches, and nothing is drawn from a loader. Random
-    numbers, gradients, and the modes of the nets are left as they are. In a distributed run rank
-    zero draws.
+    The data are the first batches of the epoch; no extra batch is loaded. Random numbers, gradients
+    and the train or evaluation mode of the nets stay unchanged. In a distributed run only rank 0
+    draws.
 
     Args:
-        every_n_epochs: How often; at the end of the last epoch in any case.
-        points: The points that are drawn and that modes are counted with.
-        columns: Of a grid of images, which is a square.
+        every_n_epochs: draw after every n-th epoch, and always after the last one.
+        points: number of points to draw and to count modes with.
+        columns: rows and columns of a grid of images.
 
     Raises:
-        ValueError: If an option is out of range, or at the first batch if it holds neither points
+        ValueError: if an option is out of range; or at the first batch, if it holds neither points
             in the plane nor images.
+
+    >>> import gpkit, pytorch_lightning as pl, tempfile
+    >>> from torch.utils.data import DataLoader
+    >>> nets = nn.Linear(2, 2), nn.Linear(2, 1)
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> trainer = pl.Trainer(
+    ...     max_epochs=1, callbacks=[GANFigures(points=8)], default_root_dir=folder.name,
+    ...     logger=False, enable_checkpointing=False, enable_progress_bar=False,
+    ...     enable_model_summary=False, accelerator="cpu",
+    ... )
+    >>> trainer.fit(gpkit.GANModule(*nets, latent_dim=2), DataLoader(torch.randn(8, 2), 8))
+    >>> sorted(path.name for path in Path(folder.name, "figures").iterdir())
+    ['samples.png', 'surface.png']
+    >>> folder.cleanup()
     """
 
     def __init__(self, every_n_epochs: int = 10, points: int = 2500, columns: int = 8) -> None:
-        """Keep the options."""
+        """Check the options."""
         self.every_n_epochs = checks.integer("GANFigures(every_n_epochs=...)", every_n_epochs, 1)
         self.points = checks.integer("GANFigures(points=...)", points, 1)
         self.columns = checks.integer("GANFigures(columns=...)", columns, 1)
-        self.box: drawings.Box | None = None  # of the first figure, and so of all
+        self.box: drawings.Box | None = None  # of the first figure, and used for all of a run
         self._real: list[Tensor] = []
         self._labels: list[Tensor] = []
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget the run before."""
+        """Forget the box of the last run."""
         self.box = None
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget the epoch before."""
+        """Forget the data of the last epoch."""
         self._real, self._labels = [], []
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the first batches of an epoch, as many as are drawn."""
+        """Keep the first batches of an epoch, as many samples as are drawn."""
         x, *y = batch if isinstance(batch, list | tuple) else (batch,)
         wanted = self.points if require_drawable(x) == "points" else self.columns**2
         if trainer.is_global_zero and sum(map(len, self._real)) < wanted:
@@ -78,7 +94,7 @@ class GANFigures(Callback):
             self._labels.extend(y[:1])
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw, if it is time."""
+        """Draw, if figures are due."""
         if not trainer.is_global_zero or not self._real or not self._is_due(trainer):
             return
         y = torch.cat(self._labels) if getattr(pl_module, "conditional", False) else None
@@ -132,14 +148,19 @@ class GANFigures(Callback):
 
 
 def require_drawable(x: Any) -> str:
-    """Return "points" or "images", which is what x holds.
+    """Return whether x holds "points" or "images".
+
+    Args:
+        x: points in the plane ``[B, 2]``, or images ``[B, C, H, W]`` with C 1 or 3.
+
+    Returns:
+        "points" or "images".
 
     Raises:
-        ValueError: If it holds neither.
+        ValueError: if x holds neither.
 
-    Examples:
-        >>> require_drawable(torch.zeros(5, 2)), require_drawable(torch.zeros(5, 3, 8, 8))
-        ('points', 'images')
+    >>> require_drawable(torch.zeros(5, 2)), require_drawable(torch.zeros(5, 3, 8, 8))
+    ('points', 'images')
     """
     shape = list(x.shape) if isinstance(x, Tensor) else []
     if len(shape) == 2 and shape[1] == 2:
@@ -147,21 +168,22 @@ def require_drawable(x: Any) -> str:
     if len(shape) == 4 and shape[1] in (1, 3):
         return "images"
     raise ValueError(
-        "`GANFigures` must be given points in the plane [B, 2], or images [B, C, H, W] with 1 or 3 "
+        "`GANFigures` draws points in the plane [B, 2], or images [B, C, H, W] with 1 or 3 "
         f"channels; got {shape or type(x).__name__}: leave it out for these data"
     )
 
 
 def scores(critic: nn.Module, points: Tensor, y: Tensor | None) -> Tensor:
-    """Return a critic's scores, which for a critic with labels are means over the labels.
+    """Return the critic's scores of points; with labels their mean over the labels.
 
     Args:
         critic: ``critic(x)``, or with labels ``critic(x, y)``.
-        points: [P, 2].
-        y: Labels of the data, of which each counts once, and 32 at most; None for a critic without.
+        points: ``[P, 2]``.
+        y: labels of the data, or None. Each distinct label counts once; of more than 32 distinct
+            labels at most 32 are used.
 
     Returns:
-        The scores, [P, ...].
+        The scores, ``[P, ...]``.
     """
     if y is None:
         return critic(points)
@@ -172,13 +194,13 @@ def scores(critic: nn.Module, points: Tensor, y: Tensor | None) -> Tensor:
 
 @contextmanager
 def undisturbed(module: pl.LightningModule) -> Iterator[None]:
-    """Evaluate nets, and then leave their modes and the random numbers as they were."""
+    """Put all nets into evaluation mode; at the end restore their modes and the RNG state."""
     modes = [(part, part.training) for part in module.modules()]
-    cuda = [module.device] if module.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        module.eval()
-        try:
-            yield
-        finally:
-            for part, training in modes:
-                part.training = training
+    state = random_state(module.device)
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+        set_random_state(state, module.device)

@@ -1,4 +1,4 @@
-"""What one looks at in a GAN: the samples beside the data, and the critic's value surface."""
+"""Figures of a GAN: samples beside the data, and the surface of the critic's scores."""
 
 from __future__ import annotations
 
@@ -13,24 +13,21 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
 Box = tuple[float, float, float, float]  # left, right, bottom, top
-
-
-DATA, SAMPLES = "#d95f02", "#1b7837"
+DATA, SAMPLES = "#d95f02", "#1b7837"  # colours
 
 
 def box_around(points: Tensor, margin: float = 0.15) -> Box:
-    """Return a square that holds all points, with a margin.
+    """Return a square that contains all points, with a margin.
 
     Args:
-        points: [N, 2].
-        margin: What is added on each side, in units of the larger extent.
+        points: ``[N, 2]``.
+        margin: margin on each side, as a fraction of the larger extent of the points.
 
     Returns:
-        left, right, bottom, top.
+        Left, right, bottom and top.
 
-    Examples:
-        >>> box_around(torch.tensor([[0.0, 1.0], [4.0, 3.0]]), margin=0.25)
-        (-1.0, 5.0, -1.0, 5.0)
+    >>> box_around(torch.tensor([[0.0, 1.0], [4.0, 3.0]]), margin=0.25)
+    (-1.0, 5.0, -1.0, 5.0)
     """
     low, high = points.amin(0).double(), points.amax(0).double()
     half = (0.5 + margin) * (high - low).max().item() or 1.0
@@ -39,21 +36,20 @@ def box_around(points: Tensor, margin: float = 0.15) -> Box:
 
 
 def surface(critic: Callable[[Tensor], Tensor], box: Box, steps: int = 100) -> Tensor:
-    """Return the values of a critic on a grid in the plane.
+    """Return the scores of a critic on a grid in the plane.
 
     Args:
-        critic: Gives scores [P], or [P, ...] of which the mean is taken, for points [P, 2].
-        box: The grid's left, right, bottom and top.
-        steps: The points along each side.
+        critic: points ``[P, 2]`` -> scores ``[P]``, or ``[P, ...]``, whose mean is taken.
+        box: left, right, bottom and top of the grid.
+        steps: number of points along each side.
 
     Returns:
-        The values, [steps, steps]: a row is a height from the bottom up, a column goes rightwards.
+        The scores, ``[steps, steps]``: rows from bottom to top, columns from left to right.
 
-    Examples:
-        >>> surface(lambda points: points @ torch.tensor([1.0, 10.0]), (0, 2, 0, 1), steps=3)
-        tensor([[ 0.,  1.,  2.],
-                [ 5.,  6.,  7.],
-                [10., 11., 12.]])
+    >>> surface(lambda points: points @ torch.tensor([1.0, 10.0]), (0, 2, 0, 1), steps=3)
+    tensor([[ 0.,  1.,  2.],
+            [ 5.,  6.,  7.],
+            [10., 11., 12.]])
     """
     left, right, bottom, top = box
     y, x = torch.meshgrid(
@@ -69,9 +65,9 @@ def draw_points(data: Tensor, samples: Tensor, box: Box) -> Figure:
     """Draw samples beside the data.
 
     Args:
-        data: Points of the data, [N, 2].
-        samples: Points of the generator, [M, 2].
-        box: What part of the plane is shown.
+        data: points of the data, ``[N, 2]``.
+        samples: points of the generator, ``[M, 2]``.
+        box: the part of the plane that is shown.
 
     Returns:
         The figure.
@@ -87,13 +83,14 @@ def draw_points(data: Tensor, samples: Tensor, box: Box) -> Figure:
 
 
 def draw_surface(values: Tensor, box: Box, data: Tensor, samples: Tensor) -> Figure:
-    """Draw a critic's value surface as contours, with data and samples on top.
+    """Draw contours of the critic's scores, with data and samples on top.
 
     Args:
-        values: As `surface` gives them, [steps, steps].
-        box: Theirs.
-        data: Points of the data, [N, 2].
-        samples: Points of the generator, [M, 2].
+        values: scores from `surface`, ``[steps, steps]``. If some are not finite, or all are equal,
+            there are no contours.
+        box: the box of these scores.
+        data: points of the data, ``[N, 2]``.
+        samples: points of the generator, ``[M, 2]``.
 
     Returns:
         The figure.
@@ -116,12 +113,14 @@ def draw_surface(values: Tensor, box: Box, data: Tensor, samples: Tensor) -> Fig
 
 
 def draw_images(data: Tensor, samples: Tensor, columns: int = 8) -> Figure:
-    """Draw a grid of samples beside a grid of images of the data, all on the scale of the data.
+    """Draw a grid of samples beside a grid of images of the data.
+
+    Both are scaled by the minimum and maximum of the data.
 
     Args:
-        data: Images, [N, C, H, W] with C 1 or 3.
-        samples: Images, [M, C, H, W].
-        columns: Of each grid.
+        data: images, ``[N, C, H, W]`` with C 1 or 3.
+        samples: images, ``[M, C, H, W]``.
+        columns: number of columns of each grid.
 
     Returns:
         The figure.
@@ -142,20 +141,19 @@ def draw_images(data: Tensor, samples: Tensor, columns: int = 8) -> Figure:
 
 
 def tile(images: Tensor, columns: int) -> Tensor:
-    """Lay images out in rows, with a line of ones between them.
+    """Lay images out in a grid, with lines of ones between them.
 
     Args:
-        images: [N, C, H, W].
-        columns: The images in a row; the last row is filled up with ones.
+        images: ``[N, C, H, W]``.
+        columns: number of images in a row; the last row is filled up with ones.
 
     Returns:
-        One image, [C, rows * (H + 1) - 1, columns * (W + 1) - 1].
+        One image, ``[C, rows * (H + 1) - 1, columns * (W + 1) - 1]``.
 
-    Examples:
-        >>> tile(torch.tensor([0.0, 0.2, 0.4]).reshape(3, 1, 1, 1), columns=2)
-        tensor([[[0.0000, 1.0000, 0.2000],
-                 [1.0000, 1.0000, 1.0000],
-                 [0.4000, 1.0000, 1.0000]]])
+    >>> tile(torch.tensor([0.0, 0.2, 0.4]).reshape(3, 1, 1, 1), columns=2)
+    tensor([[[0.0000, 1.0000, 0.2000],
+             [1.0000, 1.0000, 1.0000],
+             [0.4000, 1.0000, 1.0000]]])
     """
     count, channels, height, width = images.shape
     rows = -(-count // columns)
@@ -166,7 +164,7 @@ def tile(images: Tensor, columns: int) -> Tensor:
 
 
 def rendered(figure: Figure) -> np.ndarray:
-    """Return the pixels of a figure, uint8 [H, W, 3]."""
+    """Return the pixels of a figure, uint8 ``[H, W, 3]``."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

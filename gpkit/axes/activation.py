@@ -1,0 +1,72 @@
+"""The output of a submodule, by name: a choice on the axes `of` and `wrt`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from gpkit.autodiff.activations import Named
+from gpkit.axes.at import Points
+from gpkit.axes.call import Call
+from gpkit.axes.wrt import inputs
+
+
+@dataclass(frozen=True)
+class activation(Named, inputs):
+    """The output h of a submodule, ``[B, *H]``, for the axes ``of`` and ``wrt``.
+
+    ``of=activation("encoder.3")`` differentiates h. ``wrt=activation("encoder.3")`` differentiates
+    with respect to h, for each sample; the samples may then be integers, such as tokens before an
+    embedding. A hook captures h in the forward pass that the penalty runs, so the penalty needs
+    the module: ``penalty(net, x)``, or as the last argument,
+    ``penalty(lambda x: losses(net(x)), x, net)`` and ``penalty(closure, net)``. If you have h with
+    its graph, pass it instead: ``penalty(h, x)`` for ``of``, ``penalty(losses, h)`` for ``wrt``.
+
+    Args:
+        name: as in ``net.named_modules()``. The forward pass must call that submodule once.
+
+    Raises:
+        ValueError: if the name is not a string or is empty; in the call, if the net has no such
+            submodule, or the forward pass does not call it exactly once.
+        TypeError: in the call, if its output is not a floating-point tensor.
+
+    >>> import gpkit, torch
+    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+    >>> x = torch.ones(4, 2)
+    >>> first = gpkit.GradientPenalty(of=activation("0"))(net, x)
+    >>> torch.allclose(first, net[0].weight.square().sum())
+    True
+    >>> second = gpkit.GradientPenalty(wrt=activation("0"))(net, x)
+    >>> torch.allclose(second, net[1].weight.square().sum())
+    True
+    """
+
+    missing = "is the submodule's output used? name a submodule that the output depends on"
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """Return h unchanged: on the axis ``of`` the activation itself is differentiated."""
+        return h
+
+    def points(self, call: Call) -> Points:
+        """Return the points where the net is evaluated. They need not be floating-point."""
+        points = call.axes.at.choose(*self.samples(call), call.rng)
+        if call.axes.at.detach:
+            points = tuple(x.detach() for x in points)
+        return tuple(x.clone() if x.is_inference() else x for x in points)
+
+    def chosen(self, xs: Points, caught: Mapping[str, Any]) -> Points:
+        """Return h, which must have one row per sample.
+
+        Raises:
+            ValueError: if it does not.
+        """
+        h = caught[self.name]
+        if h.ndim == 0 or len(h) != len(xs[0]):
+            raise ValueError(
+                f"`activation({self.name!r})` must have a row for each of {len(xs[0])} samples; "
+                f"got {list(h.shape)}"
+            )
+        return (h,)

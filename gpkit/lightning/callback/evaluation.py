@@ -1,0 +1,174 @@
+"""Evaluate penalties on a training step of somebody else's module, and rerun it for them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpkit.autodiff.numerics import wide
+from gpkit.estimators.base import Recomputable, Target
+from gpkit.estimators.window import Window, summarised
+from gpkit.formula import Terms
+from gpkit.lightning.callback.plan import PenalizedNet, Plan, differentiated
+from gpkit.lightning.compat import holds_fsdp2_shards, scale_of, scaler_of
+from gpkit.lightning.refusals import CALLBACK_REFUSAL, refuse
+from gpkit.lightning.watch.probe import Capture
+from gpkit.lightning.watch.replay import StepCall, per_sample_losses
+from gpkit.needs import Needs
+from gpkit.sums import PenaltySum
+
+
+class Evaluator:
+    """Evaluates penalties on the micro-batches of a module.
+
+    Args:
+        trainer: the trainer of the fit.
+        module: the LightningModule.
+        watched: the module or submodule that the penalties are about.
+        penalties: by name.
+        needs: of each penalty, by name.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        module: Any,
+        watched: PenalizedNet,
+        penalties: PenaltySum,
+        needs: dict[str, Needs],
+    ) -> None:
+        self.trainer = trainer
+        self.module = module
+        self.watched = watched
+        self.penalties = penalties
+        self.needs = needs
+        self.windows: dict[str, Window] = {}  # by penalty, of this optimiser step
+        self._scaler = scaler_of(trainer)
+        self._sharded_weights: Any = None
+        if holds_fsdp2_shards(module):
+            from gpkit.lightning.callback.sharded import ShardedWeights
+
+            self._sharded_weights = ShardedWeights(module)
+        self._parameters: list[Tensor] = []  # of the net; listing them takes time at every step
+        self._batch_sizes: dict[int, Tensor] = {}  # as tensors, for the same reason
+
+    def act(
+        self,
+        call: StepCall,
+        capture: Capture,
+        plan: Plan,
+        loss: Tensor,
+        first: set[str],
+        *,
+        optimizer_step: int | None,
+        last: bool,
+    ) -> tuple[Tensor, dict[str, Terms | None]]:
+        """Evaluate the penalties on one micro-batch.
+
+        Args:
+            call: the training step, for penalties that rerun it.
+            capture: what the hooks captured in it.
+            plan: the penalties that act.
+            loss: the loss of the step, one number.
+            first: names of the penalties that act for the first time.
+            optimizer_step: for the schedules; None if the penalties count the steps.
+            last: whether this is the last micro-batch of an optimiser step.
+
+        Returns:
+            The loss, and the terms of the penalties by name. If a penalty pools the gradients of
+            micro-batches, or takes first gradients at two points, the gradient of the loss has been
+            computed: the returned loss has it in place of a graph.
+
+        Raises:
+            RuntimeError: from a penalty that has acted before. From one that acts for the first
+                time it becomes part of the refusal, with all others.
+        """
+        if self._sharded_weights is not None:
+            return self._act_sharded(call, plan, loss, optimizer_step)
+        scale = scale_of(self._scaler, loss.device)
+        waiting = () if last else plan.pooled
+        two_points = plan.two_points
+        base = loss
+        if waiting or two_points:
+            rerun = partial(self.watched.rerun_isolated, self.module, call)
+            windows = [(self._window(n), partial(rerun, self.needs[n])) for n in waiting]
+            retain = bool(plan.needs.keys() - {*waiting, *two_points})
+            base = summarised(loss, scale, retain=retain, windows=windows)
+        terms: dict[str, Terms | None] = {}
+        found: list[str] = []
+        cause = None
+        for name, needs in plan.needs.items():
+            penalty = self.penalties[name]
+            if name in waiting:  # it acts on the last micro-batch
+                penalty.skip(optimizer_step)
+                continue
+            value = base if name in two_points else differentiated(needs, capture, loss)
+            f, *args = self._penalty_arguments(name, call, capture, value)
+            try:
+                terms[name] = penalty.act(f, *args, step=optimizer_step, scale=scale)
+                plan.probe.expect_backward()  # its reruns are over: the step's own backward is next
+            except RuntimeError as error:
+                # torch.OutOfMemoryError is a RuntimeError too, and no finding.
+                if name not in first or type(error) is not RuntimeError:
+                    raise
+                found, cause = [*found, f"penalty {name!r}: {error}"], error
+        if found:
+            refuse(CALLBACK_REFUSAL, found, cause)
+        return base, terms
+
+    def _act_sharded(
+        self, call: StepCall, plan: Plan, loss: Tensor, optimizer_step: int | None
+    ) -> tuple[Tensor, dict[str, Terms | None]]:
+        """Evaluate penalties in weights that FSDP2 has sharded; see `act`."""
+        acting = {name: self.penalties[name] for name in plan.needs}
+        if not acting:
+            return loss, {}
+        # Any name will do: all these penalties differentiate the loss.
+        rerun = partial(self.watched.rerun, self.module, call, next(iter(plan.needs.values())))
+        given = Recomputable(loss, rerun, call.rng_state)
+        terms: tuple[Tensor, dict[str, Terms | None]]
+        terms = self._sharded_weights.terms(acting, given, optimizer_step)
+        return terms
+
+    def _penalty_arguments(
+        self, name: str, call: StepCall, capture: Capture, value: Any
+    ) -> list[Any]:
+        """Return the positional arguments for ``penalty.act``; ``value`` is differentiated."""
+        penalty, needs = self.penalties[name], self.needs[name]
+        if needs.plain and penalty.effect_confirmed:
+            return [self._target(needs, capture, value)]
+        rerun = partial(self.watched.rerun, self.module, call, needs)
+        if needs.each_gradient:
+            losses = partial(per_sample_losses, self.module, call, self.watched.silencer)
+            return [losses, self.watched.net]
+        if needs.in_weights:
+            window = self._window(name) if needs.pooled else None
+            return [Recomputable(value, rerun, call.rng_state, window=window), self.watched.net]
+        if needs.at_data and not needs.calls_net:
+            x = capture.activations[needs.in_activation] if needs.in_activation else capture.x
+            return [Recomputable(value, rerun, call.rng_state, mean=needs.of_loss), x]
+        assert capture.x is not None
+        if needs.calls_net:
+            return [self.watched.net, capture.x.detach()]
+        if needs.in_activation:  # the mean loss for every sample: their sum is right
+            return [lambda z: rerun(z).expand(len(z)), capture.x.detach(), self.watched.net]
+        return [Recomputable(None, rerun, call.rng_state, mean=True), capture.x.detach()]
+
+    def _target(self, needs: Needs, capture: Capture, loss: Tensor) -> Target:
+        """Return the target of a plain penalty: a shortcut, equal to what a call would build."""
+        if needs.in_weights:
+            self._parameters = self._parameters or list(self.watched.net.parameters())
+            return Target(loss, tuple(p for p in self._parameters if p.requires_grad), False)
+        assert capture.x is not None
+        batch = capture.x.shape[0]
+        if batch not in self._batch_sizes:
+            self._batch_sizes[batch] = torch.full_like(loss.detach(), batch, dtype=wide(loss))
+        return Target(loss, (capture.x,), True, times=self._batch_sizes[batch])
+
+    def _window(self, name: str) -> Window:
+        size = self.trainer.accumulate_grad_batches
+        ranks = self.penalties[name].axes()["scope"] == "global"
+        return self.windows.setdefault(name, Window(size, ranks=ranks))

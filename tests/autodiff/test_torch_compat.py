@@ -1,0 +1,457 @@
+"""What gpkit takes of torch beside its public API is there, and where it is not, another way is.
+
+A test that fails here names the entry of gpkit/autodiff/compat.py that a release has changed, and
+what goes wrong in gpkit without it.
+"""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+import gpkit
+from gpkit.autodiff import compat, graph, isolation
+from gpkit.autodiff.taylor.directional import directional_derivative
+from gpkit.autodiff.taylor.jets import RULES, Jet
+from gpkit.lightning.monitor.groups import by_layer
+
+
+def require(there, entry, without):
+    """Fail with the entry, the release, and what goes wrong."""
+    assert there, f"compat.{entry} is not as it was in torch {torch.__version__}: {without}"
+
+
+LOUD = "nothing of gpkit can be imported, or batches are not read as they were"
+
+
+# Kernels.
+
+SLOWER = "double_backward() takes torch.backends.cuda's way: it is right, and slower at every step"
+KINDS = ["flash", "mem_efficient", "cudnn", "math"]
+
+
+def attention():
+    """Return a function of attention with one weight, and points."""
+    torch.manual_seed(0)
+    weight = torch.randn(4, 4).double().requires_grad_()
+
+    def score(x):
+        h = x @ weight
+        return F.scaled_dot_product_attention(h, h, x).square().sum((1, 2))
+
+    return score, weight, torch.randn(2, 3, 4).double()
+
+
+def penalised():
+    score, weight, x = attention()
+    value = gpkit.r1()(score, real=x)
+    return value.detach(), *torch.autograd.grad(value, weight)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_switch(kind):
+    enabled, enable = compat.attention_switch(kind)
+    public = getattr(torch.backends.cuda, f"{kind}_sdp_enabled")
+    private = hasattr(torch._C, f"_get_{kind}_sdp_enabled") and enabled is not public
+    require(private, "attention_switch", SLOWER)
+    before = public()
+    try:
+        for on in (not before, before):
+            enable(on)
+            assert enabled() == public() == on
+    finally:
+        enable(before)
+
+
+@pytest.mark.parametrize("gone", ["_get_flash_sdp_enabled", "_set_sdp_use_flash"])
+def test_attention_switch_falls_back(gone, monkeypatch):
+    with monkeypatch.context() as without:
+        without.delattr(torch._C, gone)
+        found = compat.attention_switch("flash")
+    assert found == (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp)
+
+
+def test_penalties_are_the_same_on_the_public_switches(monkeypatch):
+    expected = penalised()
+    with monkeypatch.context() as without:
+        for kind in KINDS:
+            without.delattr(torch._C, f"_set_sdp_use_{kind}")
+        switches = {kind: compat.attention_switch(kind) for kind in KINDS}
+    monkeypatch.setattr(isolation, "FUSED", [switches[kind] for kind in KINDS[:3]])
+    monkeypatch.setattr(isolation, "MATH_ENABLED", switches["math"][0])
+    monkeypatch.setattr(isolation, "ENABLE_MATH", switches["math"][1])
+    before = [enabled() for enabled, _ in switches.values()]
+    assert all(map(torch.equal, penalised(), expected))
+    assert [enabled() for enabled, _ in switches.values()] == before
+
+
+RENAMED = """
+import torch
+C, public = torch._C, torch.backends.cuda
+for kind in ("flash", "mem_efficient", "cudnn", "math"):
+    setattr(public, f"{kind}_sdp_enabled", getattr(C, f"_get_{kind}_sdp_enabled"))
+    setattr(public, f"enable_{kind}_sdp", getattr(C, f"_set_sdp_use_{kind}"))
+    delattr(C, f"_get_{kind}_sdp_enabled")
+    delattr(C, f"_set_sdp_use_{kind}")
+del C._disabled_torch_function_impl
+import gpkit
+x = torch.randn(2, 3, 4)
+def score(x):
+    return torch.nn.functional.scaled_dot_product_attention(x, x, x).sum((1, 2))
+gpkit.r1()(score, real=x)
+gpkit.directional_derivative(torch.sin, x, x, 3)
+assert all(enabled() for enabled in (public.flash_sdp_enabled, public.math_sdp_enabled))
+"""
+
+
+def test_gpkit_is_imported_and_works_where_they_are_renamed():
+    done = subprocess.run([sys.executable, "-c", RENAMED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# Nodes of a graph.
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return grad
+
+
+class Twice(Once):
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def point():
+    return torch.randn(4, 3, 5, requires_grad=True)
+
+
+def node_of(y, operation):
+    """Return the node of an operation in the graph of y: there must be one."""
+    return next((n for n in graph.nodes(y) if compat.operation_of(n) == operation), None)
+
+
+def derivative(y, x):
+    return torch.autograd.grad(y.square().sum(), x, create_graph=True)[0]
+
+
+def test_leaf_attribute():
+    x = point()
+    found = [getattr(node, compat.LEAF, None) for node in graph.nodes(x.tanh())]
+    require(
+        any(leaf is x for leaf in found),
+        "LEAF",
+        "no penalty is seen to reach a parameter, and all are refused as without effect",
+    )
+    assert found.count(None) == 1
+
+
+PIECEWISE = {
+    "Relu": F.relu,
+    "LeakyRelu": F.leaky_relu,
+    "Hardtanh": F.relu6,
+    "Threshold": lambda x: F.threshold(x, 0.0, 0.0),
+    "PreluKernel": lambda x: F.prelu(x, torch.full((1,), 0.25)),
+    "Abs": torch.abs,
+}
+
+
+@pytest.mark.parametrize("operation", PIECEWISE)
+def test_operation_of(operation):
+    y = PIECEWISE[operation](point())
+    require(
+        graph.piecewise_linear(y) == operation,
+        f"operation_of, for {operation!r}",
+        "a penalty of order >= 2 of a piecewise-linear net is 0 without a word",
+    )
+
+
+def test_the_operations_that_are_looked_for_are_tested():
+    assert set(graph.PIECEWISE_LINEAR) == set(PIECEWISE)
+
+
+@pytest.mark.parametrize("layer", [nn.ReLU(), nn.PReLU(), nn.LeakyReLU(), nn.Hardtanh()])
+def test_a_curvature_penalty_of_a_piecewise_linear_net_is_refused(layer):
+    net = nn.Sequential(nn.Linear(3, 4), layer, nn.Linear(4, 1))
+    with pytest.raises(RuntimeError, match=r"order 2 of a piecewise-linear net .* is zero"):
+        gpkit.curvature()(net, torch.randn(5, 3))
+
+
+THIRD = "a penalty has torch's third derivative of it, which is wrong, without a word"
+
+
+def test_is_layer_norm():
+    x = point()
+    y = F.layer_norm(x, (5,))
+    first, second = node_of(y, "NativeLayerNorm"), derivative(y, x)
+    require(first is not None and compat.is_layer_norm(first.name()), "is_layer_norm", THIRD)
+    assert not compat.is_second_derivative(first.name())
+    names = [node.name() for node in graph.nodes(second)]
+    found = [n for n in names if compat.is_layer_norm(n) and compat.is_second_derivative(n)]
+    require(found, "is_second_derivative", THIRD)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_uses_batch_statistics(training):
+    x, running = point(), (torch.zeros(3), torch.ones(3))
+    y = F.batch_norm(x, *running, training=training)
+    for tensor, twice in ((y, False), (derivative(y, x), True)):
+        found = {
+            compat.uses_batch_statistics(node, node.name())
+            for node in graph.nodes(tensor)
+            if "BatchNorm" in node.name() and compat.is_second_derivative(node.name()) == twice
+        }
+        require(found == {training}, "uses_batch_statistics", THIRD)
+
+
+# The nodes of batch norm in evaluation, which have the right derivatives.
+EVALUATES = ("NativeBatchNormLegitNoTrainingBackward", "BatchNormNoUpdateBackward")
+
+
+def kinds(part):
+    """Return the names of the nodes that this torch has, those of other devices included."""
+    return [name for name in dir(getattr(torch._C, "_functions", None)) if part in name]
+
+
+@pytest.mark.parametrize("name", kinds("BatchNorm"))
+def test_uses_batch_statistics_on_any_device(name):
+    """cuDNN's second derivative has no flag, and is of training alone."""
+    kind = getattr(torch._C._functions, name)
+    flags = [flag for flag in compat._TRAINING_FLAGS if hasattr(kind, flag)]
+    alone = compat.uses_batch_statistics(None, name)
+    require(
+        len(flags) + alone + name.startswith(EVALUATES) == 1,
+        f"uses_batch_statistics, for {name}, which is new or tells its mode in another way",
+        THIRD,
+    )
+
+
+def test_nodes_of_other_devices():
+    attention, norms = kinds("ScaledDotProduct"), kinds("LayerNorm")
+    assert all(map(compat.is_fused_attention, attention))
+    require(
+        len(attention) > 3, "is_fused_attention", "not all kinds of attention are refused early"
+    )
+    found = [compat.is_layer_norm(name) for name in norms]
+    require(found and all(found), f"is_layer_norm, for one of {norms}", THIRD)
+
+
+def test_is_fused_attention():
+    h = torch.randn(2, 2, 4, 8, requires_grad=True)
+    names = [node.name() for node in graph.nodes(F.scaled_dot_product_attention(h, h, h))]
+    require(
+        any(map(compat.is_fused_attention, names)),
+        "is_fused_attention",
+        "a graph with attention is refused late, in torch's words, without what helps",
+    )
+
+
+def test_is_once_differentiable():
+    require(
+        compat.is_once_differentiable(Once.apply(point()).grad_fn),
+        "is_once_differentiable",
+        "a penalty takes such a backward for a constant, and its gradient is wrong without a word",
+    )
+    assert not compat.is_once_differentiable(Twice.apply(point()).grad_fn)
+    assert not compat.is_once_differentiable(point().tanh().grad_fn)
+
+
+def test_is_reentrant_checkpoint():
+    y = checkpoint(torch.tanh, point(), use_reentrant=True)
+    require(
+        any(map(compat.is_reentrant_checkpoint, graph.nodes(y))),
+        "is_reentrant_checkpoint",
+        "the callback refuses such a training step late, in torch's words",
+    )
+    y = checkpoint(torch.tanh, point(), use_reentrant=False)
+    assert not any(map(compat.is_reentrant_checkpoint, graph.nodes(y)))
+
+
+AGAIN = "what checkpointing runs again is taken for the forward of the training step"
+
+
+def runs(reentrant):
+    """Return what in_backward says in a forward, and in the one that checkpointing makes again."""
+    said = []
+
+    def layer(x):
+        said.append(compat.in_backward())
+        return x.tanh()
+
+    checkpoint(layer, point(), use_reentrant=reentrant).sum().backward()
+    return said
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_in_backward(reentrant):
+    require(runs(reentrant) == [False, True] and not compat.in_backward(), "in_backward", AGAIN)
+
+
+# Modules and tensors.
+
+
+def test_buffers_of():
+    net = nn.Sequential(nn.BatchNorm1d(3))
+    assert compat.buffers_of(net) == {}
+    own = compat.buffers_of(net[0])
+    assert own == dict(net[0].named_buffers())
+    own["running_mean"] = other = torch.ones(3)
+    require(net[0].running_mean is other, "buffers_of", "penalties write to the net's own buffers")
+    net[0].register_buffer("running_mean", None)
+    assert own["running_mean"] is None
+
+
+def test_is_compiled():
+    without = "a compiled net is watched inside, and compiled anew at every penalty"
+    net = nn.Linear(2, 2)
+    assert not compat.is_compiled(net)
+    require(compat.is_compiled(torch.compile(net, backend="eager")), "is_compiled", without)
+    assert not compat.is_compiled(net)
+    net.compile(backend="eager")
+    require(compat.is_compiled(net), "is_compiled", without)
+
+
+def test_is_compiled_function():
+    assert not compat.is_compiled_function(penalised)
+    require(
+        compat.is_compiled_function(torch.compile(penalised, backend="eager")),
+        "is_compiled_function",
+        "a compiled training step is not run uncompiled where a penalty asks for it",
+    )
+
+
+@pytest.mark.parametrize("inner", [lambda net: net, nn.Sequential])
+def test_uncompiled_name(inner):
+    plain = nn.Sequential(inner(nn.Linear(2, 2)))
+    compiled = nn.Sequential(torch.compile(inner(nn.Linear(2, 2)), backend="eager"))
+    (true,), (found,) = ([name for name, _ in by_layer(net)] for net in (plain, compiled))
+    require(found == true, "uncompiled_name", "norms of a compiled net are logged as another's")
+    names = [name for name, _ in compiled.named_modules()]
+    assert any(compat.uncompiled_name(name) != name for name in names)
+
+
+def test_write_count():
+    x = torch.zeros(3)
+    before = compat.write_count(x)
+    x[1:].add_(1)
+    require(
+        compat.write_count(x) == before + 1,
+        "write_count",
+        "a training step that writes to its batch is run again on another batch without a word",
+    )
+    assert compat.write_count(x + 1) == 0
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_unscales_in_its_step(fused):
+    optimizer = torch.optim.Adam([torch.zeros(2, requires_grad=True)], fused=fused)
+    require(
+        compat.unscales_in_its_step(optimizer) is fused,
+        "unscales_in_its_step",
+        "the norms of a fused optimiser in float16 are logged with the scale in them",
+    )
+
+
+def test_trees():
+    batch = {"x": (2, [torch.ones(3)]), "n": None}
+    leaves = compat.tree_leaves(batch)
+    require(leaves[0] == 2 and leaves[1] is batch["x"][1][0], "tree_leaves", LOUD)
+    doubled = compat.tree_map_only(int, lambda n: 2 * n, batch)
+    require(doubled["x"][0] == 4 and doubled["x"][1][0] is leaves[1], "tree_map_only", LOUD)
+    require(compat.tree_map(type, batch)["x"] == (int, [torch.Tensor]), "tree_map", LOUD)
+
+
+# Compiling.
+
+
+def test_tracing_gradients():
+    version = tuple(map(int, torch.__version__.split(".")[:2]))
+    if version < (2, 13):
+        assert not compat.traces_gradients()
+        pytest.skip("this torch traces no gradient")
+    require(compat.traces_gradients(), "traces_gradients", "compile=True is refused")
+    config = torch._dynamo.config
+    before = config.trace_autograd_ops, config.recompile_limit
+    with compat.tracing_gradients():
+        assert (config.trace_autograd_ops, config.recompile_limit) == (True, 256)
+    assert (config.trace_autograd_ops, config.recompile_limit) == before
+
+
+def test_a_torch_that_traces_no_gradient_is_refused(monkeypatch):
+    monkeypatch.setattr("gpkit.lightning.module.compiled.traces_gradients", lambda: False)
+    with pytest.raises(
+        RuntimeError, match=r"needs a version of torch that can trace gradients.*compile=False"
+    ):
+        gpkit.PenalizedModule(nn.Linear(2, 1), gpkit.r1(), compile=True)
+
+
+def test_the_option_that_a_hint_names():
+    import torch._functorch.config as config
+
+    require(
+        "torch._functorch.config.donated_buffer" in graph.HINTS["donated buffers"]
+        and hasattr(config, "donated_buffer"),
+        "(the hint on donated buffers in autodiff/graph.py)",
+        "gpkit tells to set an option that is not there",
+    )
+
+
+# Subclasses of Tensor.
+
+
+def test_wrapper_tensor():
+    like = torch.zeros(2, 3).double().t()
+    jet = compat.wrapper_tensor(Jet, like)
+    found = type(jet), jet.shape, jet.stride(), jet.dtype, jet.device
+    assert found == (Jet, like.shape, like.stride(), like.dtype, like.device)
+
+
+def smooth(x):
+    y = torch.addcmul(x.sin(), x, x)
+    return y.mul_(x.exp()).sum(1)
+
+
+def test_no_torch_function():
+    require(
+        compat.no_torch_function() is torch._C._disabled_torch_function_impl,
+        "no_torch_function",
+        "Taylor mode runs each operation through Python once more, right and slower",
+    )
+
+
+def test_no_torch_function_falls_back(monkeypatch):
+    x = torch.randn(4, 3).double()
+    expected = directional_derivative(torch.sin, x, x, 3)
+    with monkeypatch.context() as without:
+        without.delattr(torch._C, "_disabled_torch_function_impl")
+        other = compat.no_torch_function()
+    calls = []
+
+    def counted(cls, func, *args, **kwargs):
+        calls.append(func)
+        return other.__func__(cls, func, *args, **kwargs)
+
+    monkeypatch.setattr(Jet, "__torch_function__", classmethod(counted))
+    assert torch.equal(directional_derivative(torch.sin, x, x, 3), expected)
+    assert calls
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_torch_has_the_operation_of_a_rule(name):
+    require(
+        hasattr(torch.ops.aten, name),
+        f"(the rule {name!r} of Taylor mode)",
+        "the rule never answers, and Taylor mode refuses what it was for",
+    )

@@ -1,0 +1,120 @@
+"""A step that is run again leaves no trace in buffers, random numbers, metrics and logs."""
+
+import copy
+
+import by_hand
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from fits import CLOSE, LAMBDA, assert_trained_as, batches, callback, fit, one_rank
+from modules import SGD, Traced
+from nets import noisy
+from torch import nn
+
+import gpkit
+
+KINDS = ["exact", "difference", "accumulated", "accumulated-difference", "sample"]
+
+
+def seeded(total):
+    """A total whose every forward draws the numbers of its batch; only the first moves buffers."""
+    count = iter(range(1000))
+
+    def again(net, x, y, weight, scale):
+        seed = 100 + next(count)
+
+        class Same(nn.Module):
+            """The net with the same masks in every call, and buffers that only the first moves."""
+
+            def __init__(self):
+                super().__init__()
+                self.net, self.calls = net, 0
+
+            def forward(self, x):
+                torch.manual_seed(seed)
+                self.calls += 1
+                kept = {k: b.clone() for k, b in self.net.named_buffers()}
+                y = self.net(x)
+                if self.calls > 1:
+                    for k, b in self.net.named_buffers():
+                        b.data = kept[k]
+                return y
+
+            def __deepcopy__(self, memo):
+                copied = Same.__new__(Same)
+                nn.Module.__init__(copied)
+                copied.net, copied.calls = copy.deepcopy(self.net, memo), self.calls
+                return copied
+
+        return total(Same(), x, y, weight, scale)
+
+    return again
+
+
+@pytest.mark.parametrize("where", ["weight", "input"])
+@pytest.mark.parametrize("estimator", ["exact", "difference"])
+def test_dropout_and_batch_norm(where, estimator):
+    """The same masks in each forward, and statistics as if there was but one."""
+    made = fit(Traced(noisy()), callback(where, estimator), batches())
+    micro = one_rank(batches())
+    total = seeded(by_hand.TOTALS[where, estimator])
+    true = by_hand.train(noisy(), micro, total, LAMBDA, SGD, windows=[1] * 6)
+    assert_trained_as(made.net, true)
+    for mine, other in zip(made.net.buffers(), true.buffers(), strict=True):
+        torch.testing.assert_close(mine, other, **CLOSE)
+
+
+def traced(kind):
+    if kind.startswith("accumulated"):
+        estimator = kind.partition("-")[2] or "exact"
+        return callback("weight", estimator, scope="accumulated"), {"accumulate_grad_batches": 2}
+    if kind == "sample":
+        return gpkit.GradientPenaltyCallback(gpkit.per_sample_grad_norm(LAMBDA)), {}
+    return callback("weight", kind), {}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_metrics_logs_buffers_and_random_numbers(kind):
+    cb, options = traced(kind)
+    net = noisy()
+    if kind == "sample":  # batch norm takes no batch of one
+        net.norm = nn.Identity()
+    module = Traced(net)
+    kept = []
+    made = fit(module, [cb, Keep(kept)], batches(), **options)
+    for i, drawn in enumerate(made.after):
+        torch.manual_seed(100 + i)
+        net.backbone(batches()[i][0])  # one forward, one mask
+        assert drawn == torch.rand(()).item()
+    assert kept[0]["steps"] == len(batches())
+    assert kept[0]["seen"] == sum(len(x) for x, _ in batches())
+    if kind != "sample":
+        assert made.net.norm.num_batches_tracked == len(batches())
+
+
+class Keep(pl.Callback):
+    """Keep what the trainer logged, at its end."""
+
+    def __init__(self, kept):
+        self.kept = kept
+
+    def on_fit_end(self, trainer, module):
+        self.kept.append({k: v.item() for k, v in trainer.callback_metrics.items()})
+
+
+@pytest.mark.parametrize("estimator", ["exact", "finite_difference"])
+def test_a_metric_has_the_mean_of_the_losses_that_were_trained_on(estimator):
+    """Of the losses without penalty, which here is too small to change them."""
+    net, true, kept = noisy(), [], []
+    optimizer = SGD(net.parameters())
+    for i, (x, y) in enumerate(batches()):
+        torch.manual_seed(100 + i)
+        loss = F.cross_entropy(net(x), y)
+        true.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    tiny = gpkit.GradientPenaltyCallback(gpkit.weight_grad_norm(1e-300, estimator=estimator))
+    fit(Traced(noisy()), [tiny, Keep(kept)], batches())
+    assert kept[0]["mean"] == pytest.approx(sum(true) / len(true), rel=1e-6)

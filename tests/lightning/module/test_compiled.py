@@ -1,0 +1,85 @@
+"""compile=True: the penalised loss as one graph equals the eager one."""
+
+import copy
+
+import pytest
+import torch
+from compiling import losses_and_gradients, needs_compiler
+from torch import nn
+
+import gpkit
+from gpkit.models import MLP
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore::Warning")  # of the compiler's own
+def test_equals_eager_step_by_step():
+    """A schedule, a lazy penalty, projections with the same draws, and a smaller last batch."""
+    torch.manual_seed(0)
+    net = MLP((1, 8, 8), 10, width=16)
+    penalties = {
+        "weight": gpkit.weight_grad_norm(weight=gpkit.warmup(0.3, steps=3), match="*.weight"),
+        "input": gpkit.input_grad_norm(weight=0.7, every=2),
+    }
+    x, y = torch.rand(8, 1, 8, 8), torch.randint(10, (8,))
+    batches = [(x, y), (x.flip(0), y.flip(0)), (x, y), (x[:5], y[:5])]
+    eager, compiled = (
+        gpkit.PenalizedModule(
+            copy.deepcopy(net), nn.CrossEntropyLoss(), copy.deepcopy(penalties), compile=compile
+        )
+        for compile in (False, True)
+    )
+    for step, pair in enumerate(
+        zip(
+            losses_and_gradients(eager, batches),
+            losses_and_gradients(compiled, batches),
+            strict=True,
+        )
+    ):
+        for expected, found in zip(*pair, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, msg=f"step {step}")
+    assert not x.requires_grad
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore::Warning")
+def test_projections_are_drawn_anew_and_unbiased():
+    torch.manual_seed(0)
+    net = nn.Linear(4, 3)
+    module = gpkit.PenalizedModule(
+        net, nn.MSELoss(), gpkit.jacobian(weight=2.0, seed=1), compile=True
+    )
+    x, y = torch.zeros(2, 4), torch.zeros(2, 3)
+    base = nn.functional.mse_loss(net(x), y)
+    values = torch.stack([module.penalized_loss((x, y)) - base for _ in range(400)]).detach()
+    exact = net.weight.square().sum()  # (2/2) ‖W‖²
+    assert values[1:].unique().numel() > 3
+    assert abs(values.mean() - exact) < 5 * values.std() / 20
+
+
+def test_refuses_points_whose_forward_would_leave_traces():
+    with pytest.raises(ValueError, match="'wgan_gp', which is at interpolate"):
+        gpkit.PenalizedModule(nn.Linear(2, 1), nn.MSELoss(), gpkit.wgan_gp(), compile=True)
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore::Warning")
+def test_pixels_and_the_maximum_equal_eager():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 2))
+    penalties = {
+        "pixel": gpkit.input_grad_norm(weight=0.7, scope="pixel", form=gpkit.norm()),
+        "max": gpkit.jacobian(weight=0.5, estimator="exact", reduce="max"),
+    }
+    batches = [(torch.rand(3, 2, 4, 4), torch.rand(3, 2))] * 2
+    eager, compiled = (
+        losses_and_gradients(
+            gpkit.PenalizedModule(
+                copy.deepcopy(net), nn.MSELoss(), copy.deepcopy(penalties), compile=compile
+            ),
+            batches,
+        )
+        for compile in (False, True)
+    )
+    for expected, found in zip(eager[1], compiled[1], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
