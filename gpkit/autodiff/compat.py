@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Trees of tensors, as batches are. torch has no public module for them, and optree, which has, is
-# one more dependency. All of torch is built on this one.
+# Trees of tensors, as batches are. torch has no public module for them, though much of it is built
+# on this one; optree, which is public, would be one more dependency.
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 from torch.utils._pytree import tree_map_only as tree_map_only
@@ -166,12 +166,14 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def is_compiled_function(function: Any) -> bool:
-    """Whether a function is what torch.compile has made of another."""
+    """Whether a function is what torch.compile has made of another: it keeps the other so."""
+    # inspect.unwrap goes through any decorator, and does not say which.
     return hasattr(function, "_torchdynamo_orig_callable")
 
 
 def uncompiled_name(name: str) -> str:
     """Return the name of a submodule without those that torch.compile has put around others."""
+    # What torch.compile(module) returns holds the module under a name of its own.
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
