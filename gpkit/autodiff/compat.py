@@ -168,11 +168,13 @@ def is_compiled(module: nn.Module) -> bool:
 
 def is_compiled_function(function: Any) -> bool:
     """Whether a function was returned by torch.compile."""
+    # inspect.unwrap goes through any decorator, and does not say which.
     return hasattr(function, "_torchdynamo_orig_callable")
 
 
 def uncompiled_name(name: str) -> str:
     """Return the name of a submodule without the wrappers of torch.compile."""
+    # What torch.compile(module) returns holds the module under a name of its own.
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
