@@ -5,9 +5,9 @@
 Both train the same small MLP with the same Trainer, in turns in one process; the cost is the median
 over the rounds of the ratio of the median times of a step, but for the first 20 steps of each fit.
 Of each there are two runs: one logs nothing, the other the four numbers that the callback logs, on
-every 50th step, as is the default; a 50th of what these steps take longer is added. One more run has
-the callback's shortcut for plain penalties switched off: `GradientPenalty` then reads its arguments
-at every step.
+every 50th step, as is the default; a 50th of what these steps take longer is added. One more run
+has the callback's shortcut for plain penalties switched off: `GradientPenalty` then reads its
+arguments at every step.
 """
 
 import itertools

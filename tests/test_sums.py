@@ -144,7 +144,7 @@ def test_with_loss_is_the_loss_and_every_part(estimators):
     total.backward()
     torch.testing.assert_close(w.grad, (1.2 + 0.04) * w.detach(), rtol=1e-6, atol=0)
     assert len(calls) == 1 + (second != "exact")
-    with pytest.raises(TypeError, match="takes a penalty in the weights"):
+    with pytest.raises(TypeError, match="is for weight penalties"):
         gpkit.sum({"a": gpkit.weight_grad_norm(), "x": gpkit.r1()}).with_loss(closure, [w])
 
 
