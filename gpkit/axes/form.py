@@ -116,7 +116,10 @@ class squared(Form):
 
     Args:
         norm: "l2", "l1" or "linf".
-        scale: a constant factor.
+        scale: a constant factor, > 0.
+
+    Raises:
+        ValueError: if an argument is out of range.
 
     >>> squared(scale=0.5)(torch.tensor([4.0, 9.0]))
     tensor([2.0000, 4.5000])
@@ -132,7 +135,10 @@ class norm(Form):
 
     Args:
         norm: "l2", "l1" or "linf".
-        scale: a constant factor.
+        scale: a constant factor, > 0.
+
+    Raises:
+        ValueError: if an argument is out of range.
 
     >>> norm()(torch.tensor([4.0, 9.0]))
     tensor([2., 3.])
@@ -149,7 +155,10 @@ class two_sided(Form):
     Args:
         center: c, a number, or a ``gpkit.running_average()`` of the norms.
         norm: "l2", "l1" or "linf".
-        scale: a constant factor.
+        scale: a constant factor, > 0.
+
+    Raises:
+        ValueError: if an argument is out of range.
 
     >>> two_sided(1.0)(torch.tensor([0.0, 4.0, 9.0]))
     tensor([1., 1., 4.])
@@ -193,7 +202,10 @@ class one_sided(two_sided):
     Args:
         center: c, a number, or a ``gpkit.running_average()`` of the norms.
         norm: "l2", "l1" or "linf".
-        scale: a constant factor.
+        scale: a constant factor, > 0.
+
+    Raises:
+        ValueError: if an argument is out of range.
 
     >>> one_sided(1.0)(torch.tensor([0.0, 4.0, 9.0]))
     tensor([0., 1., 4.])
@@ -212,10 +224,10 @@ class power(Form):
     Args:
         exponent: p > 0.
         norm: "l2", "l1" or "linf".
-        scale: a constant factor.
+        scale: a constant factor, > 0.
 
     Raises:
-        ValueError: if ``exponent`` is not > 0.
+        ValueError: if an argument is out of range.
 
     >>> power(6)(torch.tensor([0.0, 4.0]))
     tensor([ 0., 64.])

@@ -19,15 +19,17 @@ def helper(x):
 
 
 class Owner(nn.Module):
-    """Keeps a count of its own, outside of any child."""
+    """Writes to a buffer of its own, outside of any child, and replaces another."""
 
     def __init__(self):
         super().__init__()
         self.net = NET
         self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(()))
 
     def score(self, x):
         self.calls += 1
+        self.last = x.detach().mean()
         return self.net(x)
 
 
@@ -38,6 +40,10 @@ REACHED = {
     "a list": functools.partial(lambda nets, x: nets[0](x), [NET]),
     "an attribute": SimpleNamespace(f=NET, __call__=None).f.__call__,
     "a method": OWNER.score,
+    "functional_call with buffers": functools.partial(
+        lambda nets, x: functional_call(nets[0], {"1.running_mean": torch.ones(4).double()}, (x,)),
+        [NET],  # which it does not name: the net is seen when it is called, with those buffers
+    ),
     "functional_call": lambda x: functional_call(NET, dict(NET.named_parameters()), (x,)),
 }
 

@@ -1,13 +1,15 @@
 """float16 with a gradient scaler: tiny gradients do not vanish, and an overflow skips a step."""
 
 import copy
+import math
 
 import by_hand
 import pytest
 import torch
 import torch.nn.functional as F
-from fits import LAMBDA, batches, callback, fit
-from modules import SGD, Plain
+from fits import LAMBDA, assert_trained_as, batches, callback, fit, grouped, train_pooled
+from modules import SGD, Plain, ScaledOnly
+from nets import net
 from pytorch_lightning.plugins import MixedPrecision
 from torch import nn
 
@@ -67,12 +69,34 @@ def gradient(net, x, y, factor):
 
 def test_tiny_gradients_do_not_round_to_zero():
     """n is that of float64 to the precision of float16, where without a scale it is far off."""
-    x, y = batches()[0]
-    true = gradient(Small(), x, y, TINY)
+    true = [gradient(Small(), x, y, TINY) for x, y in batches()]  # steps so tiny leave the net
     scaled = norms(TINY, **half(torch.amp.GradScaler("cpu", init_scale=2.0**16)))
-    assert scaled[0] == pytest.approx(true, rel=5e-3)
+    assert scaled == pytest.approx(true, rel=5e-3)
     unscaled = norms(TINY, **half(torch.amp.GradScaler("cpu", init_scale=1.0)))
-    assert unscaled[0] != pytest.approx(true, rel=5e-2)  # this is what the scale is for
+    assert unscaled[0] != pytest.approx(true[0], rel=5e-2)  # this is what the scale is for
+
+
+def test_the_scale_is_that_of_the_step_after_an_overflow():
+    """The first scale is too large for float16; with the one that follows n is right at once."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**50, backoff_factor=2.0**-30)
+    first, *others = norms(TINY, **half(scaler))
+    assert not math.isfinite(first)
+    true = [gradient(Small(), x, y, TINY) for x, y in batches()[1:]]
+    assert others == pytest.approx(true, rel=5e-3)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "difference"])
+@pytest.mark.parametrize("scope", ["batch", "accumulated"])
+def test_a_scale_of_accumulated_micro_batches_changes_nothing(scope, estimator):
+    cb = callback("weight", estimator, scope=scope)
+    plugin = ScaledOnly(2.0**10)
+    made = fit(Plain(net()), cb, batches(8), accumulate_grad_batches=2, plugins=[plugin])
+    assert plugin.scaler.get_scale() > 2.0**10  # it has grown
+    again = callback("weight", estimator, scope=scope)
+    true = fit(Plain(net()), again, batches(8), accumulate_grad_batches=2)
+    assert_trained_as(made, true)
+    if scope == "accumulated":
+        assert_trained_as(made, train_pooled(net(), grouped(batches(8), 2), estimator=estimator))
 
 
 @pytest.mark.parametrize("estimator", ["exact", "difference"])

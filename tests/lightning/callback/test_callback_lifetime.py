@@ -251,6 +251,21 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path):
     assert not torch.equal(forgetful.net.head.weight, whole.net.head.weight)
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_checkpoint_of_other_penalties_is_taken_for_those_that_it_has(tmp_path):
+    """One was left out since, and one is new: it begins at its beginning."""
+    kept, dropped, new = penalty(), gpkit.jacobian(LAMBDA), gpkit.jacobian(LAMBDA, seed=5)
+    saved = ModelCheckpoint(tmp_path, "last", enable_version_counter=False)
+    options = {"enable_checkpointing": True}
+    cb = gpkit.GradientPenaltyCallback({"kept": kept, "dropped": dropped}, "net")
+    fit(Plain(net()), [cb, saved], batches(), **options)
+    cb = gpkit.GradientPenaltyCallback({"kept": penalty(), "new": new}, "net")
+    options["ckpt_path"] = tmp_path / "last.ckpt"
+    fit(Plain(net()), [cb, saved], batches(), epochs=2, **options)
+    assert {name: p.step for name, p in cb.penalties.items()} == {"kept": 12, "new": 12}
+    assert (new.draws, new.seed) == (6, 5)  # of its own epoch
+
+
 def test_a_checkpoint_holds_plain_types(tmp_path):
     resumable(tmp_path, 1)
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from fits import LAMBDA, assert_trained_as, batches, fit, loader, penalty
+from loggers import Record
 from modules import QUIET, SGD
 from torch import nn
 
@@ -151,6 +152,29 @@ def test_a_step_is_let_go_of_when_it_ends():
     cb = gpkit.GradientPenaltyCallback(gpkit.r1(LAMBDA, at="data"), "critic", manual_backward=0)
     fit(Looks(), cb, batches(2))
     assert gone == [True, True]
+
+
+def test_the_penalty_of_the_chosen_backward_is_logged():
+    record, critic, rows = Record(), nets()[0], []
+    optimizer = SGD(critic.parameters())
+    for x, _ in batches():
+        loss = F.softplus(-critic(x)).mean()
+        grads = torch.autograd.grad(loss, list(critic.parameters()), create_graph=True)
+        value = LAMBDA * by_hand.squares(grads)
+        rows.append(
+            {
+                "train/loss_total": (loss + value).item(),
+                "penalty/weight_grad_norm": value.item(),
+                "penalty/weight_grad_norm/weight": LAMBDA,
+                "penalty/weight_grad_norm/norm": by_hand.squares(grads).sqrt().item(),
+            }
+        )
+        optimizer.zero_grad()
+        (loss + value).backward()
+        optimizer.step()
+    cb = gpkit.GradientPenaltyCallback(penalty(), "critic", manual_backward=0)
+    fit(OneCall(), cb, batches(), logger=record)
+    assert record.rows == [pytest.approx(row, rel=1e-6) for row in rows]
 
 
 def test_schedules_count_training_steps_and_the_module_gets_its_methods_back():

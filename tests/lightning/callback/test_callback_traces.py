@@ -8,9 +8,11 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from fits import CLOSE, LAMBDA, assert_trained_as, batches, callback, fit, one_rank
+from loggers import Record
 from modules import SGD, Traced
-from nets import noisy
+from nets import net, noisy
 from torch import nn
+from torchmetrics import CatMetric, MeanMetric
 
 import gpkit
 
@@ -65,13 +67,14 @@ def test_dropout_and_batch_norm(where, estimator):
         torch.testing.assert_close(mine, other, **CLOSE)
 
 
-def traced(kind):
+def traced(kind, weight=LAMBDA):
     if kind.startswith("accumulated"):
         estimator = kind.partition("-")[2] or "exact"
-        return callback("weight", estimator, scope="accumulated"), {"accumulate_grad_batches": 2}
+        cb = callback("weight", estimator, weight, scope="accumulated")
+        return cb, {"accumulate_grad_batches": 2}
     if kind == "sample":
-        return gpkit.GradientPenaltyCallback(gpkit.per_sample_grad_norm(LAMBDA)), {}
-    return callback("weight", kind), {}
+        return gpkit.GradientPenaltyCallback(gpkit.per_sample_grad_norm(weight)), {}
+    return callback("weight", kind, weight), {}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -118,3 +121,53 @@ def test_a_metric_has_the_mean_of_the_losses_that_were_trained_on(estimator):
     tiny = gpkit.GradientPenaltyCallback(gpkit.weight_grad_norm(1e-300, estimator=estimator))
     fit(Traced(noisy()), [tiny, Keep(kept)], batches())
     assert kept[0]["mean"] == pytest.approx(sum(true) / len(true), rel=1e-6)
+
+
+class Reads(pl.LightningModule):
+    """Reads its metrics in the step and after it, and logs one of them on every step."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.mean, self.all = net, MeanMetric(), CatMetric()
+        self.register_buffer("steps", torch.zeros(()))
+        self.read = []
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = F.cross_entropy(self.net(x), y)
+        self.steps = self.steps + 1  # another tensor, where batch norm writes to its own
+        self.mean(loss.detach())
+        self.all.update(loss.detach())
+        self.mean.compute(), self.all.compute()  # which a metric keeps until its next update
+        self.log("now", self.mean, on_step=True, on_epoch=False)
+        return loss
+
+    def on_train_batch_end(self, *_):
+        counts = self.steps.item(), self.mean.update_count, self.all.update_count
+        self.read.append(
+            (*counts, self.mean.compute().item(), self.all.compute().reshape(-1).tolist())
+        )
+
+    def configure_optimizers(self):
+        return SGD(self.parameters())
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "exact"])
+def test_metrics_and_buffers_that_are_read_are_those_of_the_step(kind):
+    """Counts, and what a metric keeps, a step's value, a mean, a list, are of no rerun."""
+    cb, options = traced(kind, weight=1e-300)  # too small to change the losses
+    size, losses, record = options.get("accumulate_grad_batches", 1), [], Record()
+
+    def total(net, x, y, *_):
+        losses.append(F.cross_entropy(net(x), y))
+        return losses[-1]
+
+    windows = [size] * (len(batches()) // size)
+    by_hand.train(net(), one_rank(batches()), total, None, SGD, windows=windows)
+    losses = [loss.item() for loss in losses]
+    made = fit(Reads(net()), cb, batches(), logger=record, **options)
+    for i, (steps, of_mean, of_list, mean, values) in enumerate(made.read, 1):
+        assert steps == of_mean == of_list == i
+        assert values == pytest.approx(losses[:i], rel=1e-5)
+        assert mean == pytest.approx(sum(losses[:i]) / i, rel=1e-5)
+    assert record.columns("now") == [pytest.approx(losses[size - 1 :: size], rel=1e-5)]

@@ -6,6 +6,7 @@ from functools import partial
 
 import by_hand
 import pytest
+import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from fits import LAMBDA, assert_trained_as, batches, callback, difference, fit, one_rank, penalty
@@ -105,6 +106,7 @@ def test_modules_and_trainers_of_the_lightning_package(where, estimator):
             self.net = net
 
         training_step, configure_optimizers = Plain.training_step, Plain.configure_optimizers
+        loss, result = Plain.loss, Plain.result
         returns, optimizer = "tensor", SGD
 
     made = fit(Unified(net()), callback(where, estimator), batches(), lightning=lightning)
@@ -209,6 +211,27 @@ def test_a_share_of_the_gradient_is_measured(estimator):
     cb = callback("weight", estimator, weight)
     assert difference(fit(Plain(net()), cb, batches()), true) < 1e-12
     assert weight(len(batches())) == pytest.approx(math.exp(log_weight), rel=1e-10)
+
+
+class Unfreezes(pl.Callback):
+    """Lets the backbone be trained from the fourth batch on."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        module.net.backbone.requires_grad_(batch_idx >= 3)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "difference"])
+def test_weights_that_are_unfrozen_later_are_penalised_from_then_on(estimator):
+    def total(net, x, y, step, scale):
+        net.backbone.requires_grad_(step >= 3)
+        trained = net if step >= 3 else net.head
+        h = x if step >= 3 else net.backbone(x)
+        return by_hand.TOTALS["weight", estimator](trained, h, y, LAMBDA, scale)
+
+    frozen = net()
+    frozen.backbone.requires_grad_(False)
+    made = fit(Plain(frozen), [callback("weight", estimator), Unfreezes()], batches())
+    assert_trained_as(made, trained_by_hand(total=total, weight=lambda step: step))
 
 
 def test_no_penalty_is_plain_training():
