@@ -247,7 +247,8 @@ class PenalizedModule(pl.LightningModule):
         # Not double_backward(): it registers a new hook at every step, which compiles a new graph.
         order = max((n.order for n in needs.values()), default=0)
         with sdpa_kernel(SDPBackend.MATH), elementary() if order > 1 else nullcontext():
-            loss, parts = self._compiled(x, y, seeds)
+            scale = scale_of(scaler_of(trainer_of(self)), x.device)
+            loss, parts = self._compiled(x, y, seeds, scale)
         terms = {
             name: p.act_with(partial(_terms, parts.get(name)), step)
             for name, p in self.penalties.items()
