@@ -1,12 +1,15 @@
 """What every test shares: a seed, and one thread; nets so small would only wait for more."""
 
 import logging
+import os
 import sys
+from functools import partial
 
 import pytest
 import torch
 
 collect_ignore = ["typing"]  # programs for the type checker, which nothing runs
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of processes for one graph
 torch.set_num_threads(1)
 for name in ("pytorch_lightning", "lightning.pytorch"):  # "GPU available: False" and so on
     logging.getLogger(name).setLevel(logging.ERROR)
@@ -15,6 +18,12 @@ for name in ("pytorch_lightning", "lightning.pytorch"):  # "GPU available: False
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def graphs_alone(monkeypatch):
+    """Let torch.compile trace the graphs, forward and backward, and run them without a compiler."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -1,7 +1,6 @@
 """Norm layers have true derivatives at every order, and refuse graphs in which they would not."""
 
 import copy
-import shutil
 from functools import partial
 
 import oracles
@@ -250,8 +249,7 @@ def test_penalized_module(name, order):
         assert torch.equal(module.penalized_loss((x, y)), loss)
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
-@pytest.mark.filterwarnings("ignore::Warning")  # of the compiler's own
+@pytest.mark.usefixtures("graphs_alone")
 def test_compiled():
     eager, x = net_with("LayerNorm")
     eager.insert(3, nn.BatchNorm1d(3).double())

@@ -6,7 +6,7 @@ import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from compiling import losses_and_gradients, needs_compiler
+from compiling import losses_and_gradients
 from torch import nn
 from torch.func import functional_call
 
@@ -72,11 +72,24 @@ def test_draws_are_the_penaltys_own_and_resume():
     assert len(set(following)) == 3
 
 
-def test_in_the_inputs_too():
+def test_in_the_inputs_each_norm_is_that_of_one_label_of_the_sample():
+    """As often as the model has it: catches a label of another sample, and the given ones."""
     net, x = model(samples=4)
-    penalty = gpkit.GradientPenalty(of="sampled_loss", wrt="input", seed=0)
     x.requires_grad_()
-    assert penalty.terms(net(x), x).norms.shape == (4,)
+    logits = net(x)
+    losses = [-logits.log_softmax(1)[:, y].sum() for y in range(3)]
+    slopes = [torch.autograd.grad(loss, x, retain_graph=True)[0] for loss in losses]
+    known = torch.stack([g.norm(dim=1) for g in slopes], 1)  # [B, classes]
+    penalty = gpkit.GradientPenalty(of="sampled_loss", wrt="input", seed=0)
+    norms = []
+    for penalty.draws in range(400):  # each count of draws has its own labels
+        norms.append(penalty.terms(logits, x).norms)
+    norms = torch.stack(norms)  # [400, B]
+    drawn = (norms[:, :, None] - known).abs() < 1e-9
+    assert (drawn.sum(2) == 1).all()
+    shares, probabilities = drawn.double().mean(0), logits.softmax(1).detach()
+    sigma = (probabilities * (1 - probabilities) / 400).sqrt()
+    assert ((shares - probabilities).abs() <= 4 * sigma).all()
 
 
 def test_module_gives_it_the_training_logits():
@@ -87,8 +100,7 @@ def test_module_gives_it_the_training_logits():
     torch.testing.assert_close(module.penalized_loss((x, y)), expected)
 
 
-@needs_compiler
-@pytest.mark.filterwarnings("ignore::Warning")
+@pytest.mark.usefixtures("graphs_alone")
 def test_compiled_draws_labels_of_its_own():
     net, x = model(classes=2, samples=1)  # whose gradient is one of two
     batch = x.float(), torch.zeros(1, dtype=torch.long)

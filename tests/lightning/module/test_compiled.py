@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,41 +10,44 @@ from compiling import losses_and_gradients, needs_compiler
 from torch import nn
 
 import gpkit
-from gpkit.models import MLP
+
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=needs_compiler)]
 
 
-@needs_compiler
 @pytest.mark.filterwarnings("ignore::Warning")  # of the compiler's own
-def test_equals_eager_step_by_step():
-    """A schedule, a lazy penalty, projections with the same draws, and a smaller last batch."""
-    torch.manual_seed(0)
-    net = MLP((1, 8, 8), 10, width=16)
-    penalties = {
-        "weight": gpkit.weight_grad_norm(weight=gpkit.warmup(0.3, steps=3), match="*.weight"),
-        "input": gpkit.input_grad_norm(weight=0.7, every=2),
-    }
-    x, y = torch.rand(8, 1, 8, 8), torch.randint(10, (8,))
-    batches = [(x, y), (x.flip(0), y.flip(0)), (x, y), (x[:5], y[:5])]
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_eager_step_by_step(backend, monkeypatch):
+    """A schedule, a steered and a lazy weight, and a smaller last batch.
+
+    torch's own compiler takes seconds for each kernel; it gets one penalty, and one graph.
+    """
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    penalties = {"steered": gpkit.jacobian(gpkit.target_norm(0.5, rate=1.0), estimator="exact")}
+    x, y = torch.rand(8, 4), torch.randint(3, (8,))
+    batches = [(x, y), (x.flip(0), y.flip(0))]
+    if backend == "aot_eager":
+        warmup = gpkit.warmup(0.3, steps=3)
+        penalties["weight"] = gpkit.weight_grad_norm(weight=warmup, match="*.weight")
+        penalties["lazy"] = gpkit.input_grad_norm(weight=0.7, every=2)
+        batches += [(x, y), (x[:5], y[:5])]
     eager, compiled = (
         gpkit.PenalizedModule(
             copy.deepcopy(net), nn.CrossEntropyLoss(), copy.deepcopy(penalties), compile=compile
         )
         for compile in (False, True)
     )
-    for step, pair in enumerate(
-        zip(
-            losses_and_gradients(eager, batches),
-            losses_and_gradients(compiled, batches),
-            strict=True,
-        )
-    ):
+    results = [losses_and_gradients(module, batches) for module in (eager, compiled)]
+    for step, pair in enumerate(zip(*results, strict=True)):
         for expected, found in zip(*pair, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, msg=f"step {step}")
+    weights = [module.penalties["steered"].weight_at(len(batches)) for module in (eager, compiled)]
+    assert weights[1] == pytest.approx(weights[0], rel=1e-4)
+    assert weights[0] != pytest.approx(1.0, rel=0.1)  # it was steered
     assert not x.requires_grad
 
 
-@needs_compiler
-@pytest.mark.filterwarnings("ignore::Warning")
+@pytest.mark.usefixtures("graphs_alone")
 def test_projections_are_drawn_anew_and_unbiased():
     torch.manual_seed(0)
     net = nn.Linear(4, 3)
@@ -63,8 +67,7 @@ def test_refuses_points_whose_forward_would_leave_traces():
         gpkit.PenalizedModule(nn.Linear(2, 1), nn.MSELoss(), gpkit.wgan_gp(), compile=True)
 
 
-@needs_compiler
-@pytest.mark.filterwarnings("ignore::Warning")
+@pytest.mark.usefixtures("graphs_alone")
 def test_pixels_and_the_maximum_equal_eager():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 2))
