@@ -37,7 +37,8 @@ class CompiledLoss:
 
     Raises:
         ValueError: if a penalty cannot be in the graph: it runs a forward pass of its own, compares
-            environments, names an activation, or has a state that depends on gradients or norms.
+            environments, names an activation, has a weight that measures gradients, or a form with
+            a running average.
         RuntimeError: if this version of torch cannot trace a gradient.
     """
 
