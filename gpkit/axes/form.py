@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -245,6 +246,50 @@ class power(Form):
         positive = squared_norms > 0
         safe = torch.where(positive, squared_norms, torch.ones_like(squared_norms))
         return torch.where(positive, safe ** (self.exponent / 2), squared_norms * 0)
+
+
+@dataclass(frozen=True)
+class of_norm(Form):
+    """Any function of the norm n: what ``form=lambda n: (n - 1).abs()`` becomes.
+
+    The gradient of n itself is defined as zero at n = 0.
+
+    Args:
+        function: n ``[G]`` to values ``[G]``, differentiable.
+
+    Raises:
+        ValueError: in the call, if the values have another shape.
+
+    >>> of_norm(lambda n: (n - 1).abs())(torch.tensor([0.0, 4.0]))
+    tensor([1., 1.])
+    """
+
+    function: Callable[[Tensor], Tensor] = lambda n: n
+
+    def value(self, squared_norms: Tensor) -> Tensor:
+        values = self.function(root(squared_norms))
+        if not isinstance(values, Tensor) or values.shape != squared_norms.shape:
+            got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(
+                f"`form=...`, a function of the norms n {list(squared_norms.shape)}, must return a "
+                f"value for each; got {got}: leave the mean to reduce='mean'"
+            )
+        return values
+
+
+def as_form(where: str, form: Any) -> Form:
+    """Return a form for what the user gave: an object, a name, or a function of the norm.
+
+    Raises:
+        ValueError: if a name is none of `FORMS`.
+        TypeError: if it is anything else, or the class of a form.
+    """
+    if isinstance(form, type):
+        raise TypeError(f"`{where}` must be a form, not the class: {form.__name__}()")
+    if callable(form) and not isinstance(form, Form):
+        return of_norm(form)
+    given: Form = checks.piece(where, form, FORMS, Form)
+    return given
 
 
 FORMS = {f.__name__: f for f in (squared, norm, two_sided, one_sided, power)}

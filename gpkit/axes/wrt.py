@@ -308,7 +308,8 @@ class weights(Variables):
                     "a weight penalty takes a module or its parameters; "
                     f"number {name} is a {type(p).__name__}"
                 )
-        trained = tuple(p for p in chosen.values() if p.requires_grad)
+        # A tensor that is given twice, as tied weights of two modules are, counts once.
+        trained = tuple({id(p): p for p in chosen.values() if p.requires_grad}.values())
         if not trained:
             raise ValueError(f"none of the {len(chosen)} parameters requires grad: all are frozen")
         return trained
