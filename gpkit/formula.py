@@ -46,7 +46,7 @@ class Terms:
         squared_norms: n² ``[G]``, where n is the norm of each group's derivative.
         values: form(n) ``[G]``, before the reduction and the weight.
         weight: the factor of ``reduced`` at this step.
-        reduced: the mean of the values, a scalar; or their sum or maximum, as ``reduce`` says.
+        reduced: the mean of the values, a scalar; or their sum or maximum, by ``reduce``.
     """
 
     squared_norms: Tensor

@@ -152,8 +152,8 @@ class Penalty:
         """Return the norms and values of the penalty. Takes the arguments of a call.
 
         It evaluates on any step, also if ``every`` skips it, and counts no step. It does not
-        update a running average, and does not check that the penalty trains anything. Its random
-        numbers are those of the next call, which draws them again: looking changes no training.
+        update a running average, and does not check that the penalty trains anything. It uses the
+        random numbers of the next call without consuming them, so it does not change training.
         ``weight`` is the weight of the latest step, up to this one, that ``every`` does not skip.
         """
         step = self.step if step is None else step
@@ -240,8 +240,8 @@ class Penalty:
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain numbers.
 
-        The seed and ``draws``, the number of evaluations, determine the random numbers. The state
-        of an axis, such as a running average, is under the axis's name in "axes".
+        The seed and ``draws``, the number of evaluated calls, determine the random numbers. An
+        axis with a state, such as a running average, has it under its name in "axes".
         """
         state = {"step": self.step, "draws": self.draws, "seed": self.seed}
         axes = {name: axis.state_dict() for name, axis in self._with_state().items()}

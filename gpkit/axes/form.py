@@ -250,9 +250,9 @@ class power(Form):
 
 @dataclass(frozen=True)
 class of_norm(Form):
-    """Any function of the norm n: what ``form=lambda n: (n - 1).abs()`` becomes.
+    """A function of the norm n, such as ``form=lambda n: (n - 1).abs()``.
 
-    The gradient of n itself is defined as zero at n = 0.
+    The gradient of n at n = 0 is defined as zero.
 
     Args:
         function: n ``[G]`` to values ``[G]``, differentiable.
@@ -272,17 +272,17 @@ class of_norm(Form):
             got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(
                 f"`form=...`, a function of the norms n {list(squared_norms.shape)}, must return a "
-                f"value for each; got {got}: leave the mean to reduce='mean'"
+                f"value for each; got {got}: use reduce='mean' for the mean"
             )
         return values
 
 
 def as_form(where: str, form: Any) -> Form:
-    """Return a form for what the user gave: an object, a name, or a function of the norm.
+    """Return a `Form` for an object, a name in `FORMS`, or a function of the norm n.
 
     Raises:
-        ValueError: if a name is none of `FORMS`.
-        TypeError: if it is anything else, or the class of a form.
+        ValueError: if the name is not in `FORMS`.
+        TypeError: if it is anything else, or a class instead of an object.
     """
     if isinstance(form, type):
         raise TypeError(f"`{where}` must be a form, not the class: {form.__name__}()")

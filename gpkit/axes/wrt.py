@@ -308,7 +308,7 @@ class weights(Variables):
                     "a weight penalty takes a module or its parameters; "
                     f"number {name} is a {type(p).__name__}"
                 )
-        # A tensor that is given twice, as tied weights of two modules are, counts once.
+        # A tensor that is passed twice, such as a tied weight of two modules, counts once.
         trained = tuple({id(p): p for p in chosen.values() if p.requires_grad}.values())
         if not trained:
             raise ValueError(f"none of the {len(chosen)} parameters requires grad: all are frozen")
