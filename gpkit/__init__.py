@@ -3,7 +3,7 @@
 Importing gpkit loads nothing else. Each name below loads its module on first use; torch, Lightning
 and Hydra are loaded only if that module needs them.
 
-- The penalty: GradientPenalty.
+- The two kinds of penalty: GradientPenalty, EnvironmentPenalty.
 - Presets for weights: weight_grad_norm, per_sample_grad_norm, fisher, hessian, gnp, none.
 - Presets for inputs: input_grad_norm, eikonal, duq, cure, jacobian, curvature, contractive,
   spectral_jacobian.
@@ -31,6 +31,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "At",
+    "EnvironmentPenalty",
     "Estimator",
     "Form",
     "GANModule",
@@ -128,6 +129,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` has the same names 
     from gpkit.axes.weight import warmup as warmup
     from gpkit.axes.wrt import Variables as Variables
     from gpkit.axes.wrt import weights as weights
+    from gpkit.environment_penalty import EnvironmentPenalty as EnvironmentPenalty
     from gpkit.estimators.base import Estimator as Estimator
     from gpkit.estimators.exact import exact as exact
     from gpkit.estimators.finite_difference import finite_difference as finite_difference
@@ -183,6 +185,7 @@ else:
         "gpkit.axes.weight": "Weight cosine lazy_adam rescaled switch warmup",
         "gpkit.axes.activation": "activation",
         "gpkit.axes.wrt": "Variables weights",
+        "gpkit.environment_penalty": "EnvironmentPenalty",
         "gpkit.estimators.base": "Estimator",
         "gpkit.estimators.exact": "exact",
         "gpkit.estimators.finite_difference": "finite_difference",

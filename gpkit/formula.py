@@ -22,7 +22,11 @@ from gpkit.axes.form import Form
 from gpkit.estimators.base import Estimator, Target
 
 # amax splits its gradient among tied groups. The mean over ranks is taken by DDP.
-REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"mean": Tensor.mean, "max": Tensor.amax}
+REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": Tensor.mean,
+    "sum": Tensor.sum,
+    "max": Tensor.amax,
+}
 
 
 class Axes(Protocol):
@@ -42,7 +46,7 @@ class Terms:
         squared_norms: n² ``[G]``, where n is the norm of each group's derivative.
         values: form(n) ``[G]``, before the reduction and the weight.
         weight: the factor of ``reduced`` at this step.
-        reduced: the mean of the values, a scalar; or their maximum, with ``reduce="max"``.
+        reduced: the mean of the values, a scalar; or their sum or maximum, by ``reduce``.
     """
 
     squared_norms: Tensor
@@ -115,7 +119,7 @@ def terms(axes: Axes, n2: Tensor, weight: float, *, observe: bool = False) -> Te
 
 
 def reduced(values: Tensor, how: str = "mean") -> Tensor:
-    """Return the mean of the values ``[G]``, or their maximum: a scalar."""
+    """Return the mean of the values ``[G]``, their sum or their maximum: a scalar."""
     return values.reshape(()) if values.shape[0] == 1 else REDUCTIONS[how](values)
 
 

@@ -16,7 +16,7 @@ from gpkit.autodiff.random import Source, device_of, random_state
 from gpkit.axes import scope as scopes
 from gpkit.axes.at import At, as_at
 from gpkit.axes.call import Call
-from gpkit.axes.form import FORMS, Form
+from gpkit.axes.form import Form, as_form
 from gpkit.axes.of import Of
 from gpkit.axes.weight import Schedule
 from gpkit.axes.wrt import VARIABLES, Variables
@@ -42,7 +42,7 @@ class Axes(TypedDict, total=False):
     wrt: str | Variables
     scope: str | None
     order: int
-    form: str | Form
+    form: str | Form | Callable[[Tensor], Tensor]
     at: str | At | Callable[[Any, Any], Any]
     estimator: str | Estimator | None
     reduce: str
@@ -82,7 +82,8 @@ class GradientPenalty(Penalty):
         order: k >= 1, the order of the derivative; 1 is the gradient.
         form: the function of the norm n: "squared" n², "norm" n, ``gpkit.two_sided(c)`` (n - c)²,
             ``gpkit.one_sided(c)`` max(0, n - c)², ``gpkit.power(p)`` n^p; each takes
-            ``norm="l1"`` or ``norm="linf"`` instead of "l2".
+            ``norm="l1"`` or ``norm="linf"`` instead of "l2". Or any function of n ``[G]``, such as
+            ``lambda n: (n - 1).abs()``.
         at: the points where the derivative is taken: "data", "real", "fake", "interpolate",
             "perturb", an object such as ``gpkit.perturb(0.5)``, ``gpkit.uniform(-1, 1)`` or
             ``gpkit.mixture("real", "fake")``, or a function ``(real, fake) -> points``.
@@ -91,7 +92,7 @@ class GradientPenalty(Penalty):
             ``gpkit.taylor(n)``; or, for the largest singular value, "power_iteration" or
             ``gpkit.power_iteration(n)``. None is "exact", except for order >= 2 in the weights:
             the full derivative is too large there, and None is "projection".
-        reduce: "mean" over the groups, or "max": the largest value in the micro-batch.
+        reduce: "mean" over the groups, "sum", or "max": the largest value in the micro-batch.
         weight: λ >= 0, or a schedule: a function of the optimiser step.
         every: act on every k-th step, with the weight multiplied by k (lazy regularisation).
         seed: the seed of the penalty's random numbers; None uses torch's initial seed. Each rank
@@ -116,7 +117,7 @@ class GradientPenalty(Penalty):
         wrt: str | Variables = "input",
         scope: str | None = None,
         order: int = 1,
-        form: str | Form = "squared",
+        form: str | Form | Callable[[Tensor], Tensor] = "squared",
         at: str | At | Callable[[Any, Any], Any] = "data",
         estimator: str | Estimator | None = None,
         reduce: str = "mean",
@@ -131,7 +132,7 @@ class GradientPenalty(Penalty):
         self.wrt: Variables = checks.piece("wrt=...", wrt, VARIABLES, Variables)
         self.scope = checks.choice("scope=...", scope or self.wrt.scopes[0], self.wrt.scopes)
         self.order = checks.integer("order=...", order, 1)
-        self.form: Form = checks.piece("form=...", form, FORMS, Form)
+        self.form = as_form("form=...", form)
         self.at = as_at("at=...", at)
         if estimator is None:
             estimator = projection() if order > 1 and not self.wrt.batched else exact()

@@ -152,12 +152,13 @@ class Penalty:
         """Return the norms and values of the penalty. Takes the arguments of a call.
 
         It evaluates on any step, also if ``every`` skips it, and counts no step. It does not
-        update a running average, and does not check that the penalty trains anything. ``weight``
-        is the weight of the latest step, up to this one, that ``every`` does not skip.
+        update a running average, and does not check that the penalty trains anything. It uses the
+        random numbers of the next call without consuming them, so it does not change training.
+        ``weight`` is the weight of the latest step, up to this one, that ``every`` does not skip.
         """
         step = self.step if step is None else step
         weight = self.weight_at(step - step % self.every)
-        return self.evaluate(f, args, real, fake, weight, self.next_seed())
+        return self.evaluate(f, args, real, fake, weight, self._seed_of(self.draws + 1))
 
     def evaluate(
         self,
@@ -239,8 +240,8 @@ class Penalty:
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain numbers.
 
-        The seed and ``draws``, the number of evaluations, determine the random numbers. The state
-        of an axis, such as a running average, is under the axis's name in "axes".
+        The seed and ``draws``, the number of evaluated calls, determine the random numbers. An
+        axis with a state, such as a running average, has it under its name in "axes".
         """
         state = {"step": self.step, "draws": self.draws, "seed": self.seed}
         axes = {name: axis.state_dict() for name, axis in self._with_state().items()}
@@ -269,7 +270,10 @@ class Penalty:
 
     def next_seed(self) -> int:
         """Return the seed of the next evaluation, a function of the state and the rank only."""
+        self.draws += 1
+        return self._seed_of(self.draws)
+
+    def _seed_of(self, draws: int) -> int:
         if self.seed is None:
             self.seed = torch.initial_seed() % 2**63
-        self.draws += 1
-        return derived_seed(self.seed, rank(), self.draws)
+        return derived_seed(self.seed, rank(), draws)

@@ -55,7 +55,7 @@ def trains_pair(cfg: DictConfig) -> bool:
 def build_pair(cfg: DictConfig, data: Any, chosen: set[str]) -> dict[str, nn.Module]:
     """Return a generator and a critic, by name.
 
-    Each gets those of the following arguments that it takes. The generator: ``latent_dim`` and
+    Each gets the arguments below that it takes. The generator: ``latent_dim`` and
     ``output_shape``, the shape of a sample; or ``input_shape`` and ``num_outputs``, so that any net
     can generate flat samples. The critic: ``input_shape`` and ``num_outputs``, which is 1. With
     ``module.conditional`` both: ``num_classes``.

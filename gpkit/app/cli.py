@@ -70,8 +70,8 @@ def explain_composed(error: Exception) -> str:
     from hydra._internal.utils import get_args_parser
     from hydra.core.global_hydra import GlobalHydra
 
-    # hydra.main reads the command line itself, and hands none of it out once composing has failed;
-    # its parser of options is private. tests/app/test_cli.py fails where it is gone.
+    # hydra.main parses the command line itself, and gives no access to it when composing fails. Its
+    # parser is private; tests/app/test_cli.py fails if it disappears.
     typed = get_args_parser().parse_args(sys.argv[1:])
     overrides = list(typed.overrides)
     if typed.config_dir:

@@ -1,7 +1,7 @@
-"""All that gpkit uses of torch beside its public API, in one place.
+"""All private API of torch that gpkit uses.
 
-Each entry says what it is for, and which public way was tried.
-`tests/autodiff/test_torch_compat.py` fails with the name of the entry when a release removes it.
+Each entry says what it is for, and why the public API does not do. If a release of torch removes
+one, `tests/autodiff/test_torch_compat.py` fails with its name.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Trees of tensors, as batches are. torch has no public module for them, and optree, which has, is
-# one more dependency. All of torch is built on this one.
+# Trees of tensors, such as batches. torch has no public module for them, and optree would be one
+# more dependency. torch itself uses this module everywhere.
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 from torch.utils._pytree import tree_map_only as tree_map_only
@@ -28,11 +28,11 @@ Switch = tuple[Callable[[], bool], Callable[[bool], None]]
 
 
 def attention_switch(kind: str) -> Switch:
-    """Return two functions: whether a kind of attention kernel is enabled, and to enable it.
+    """Return two functions that read and set whether a kind of attention kernel is enabled.
 
-    They are called at every step, and `sdpa_kernel`, the public way, takes eight times as long.
-    torch.backends.cuda has public functions around these, a quarter slower; they serve where a
-    release has renamed these.
+    They run at every step, and the public `sdpa_kernel` takes eight times as long. The public
+    functions in torch.backends.cuda are a quarter slower; they are the fallback if a release
+    renames the private ones.
 
     Args:
         kind: "flash", "mem_efficient", "cudnn" or "math".
@@ -48,40 +48,40 @@ def attention_switch(kind: str) -> Switch:
     return enabled, enable
 
 
-# Nodes of an autograd graph, by their names: torch.autograd.graph.Node has `name()`, and nothing
-# that tells the kind of an operation.
+# Nodes of an autograd graph, by name: torch.autograd.graph.Node has `name()`, but no public
+# attribute for the kind of operation.
 
-# What @once_differentiable makes of any backward: all have the same code.
+# The wrapper that @once_differentiable returns: its code is the same for every backward.
 _ONCE: Any = once_differentiable(lambda ctx, *grads: None)
 
 _TRACKER = ModuleTracker()
 
-# The attribute of a node in which it has the leaf tensor whose gradient it accumulates. The way
-# back, `torch.autograd.graph.get_gradient_edge(leaf)`, asks for leaves to start from.
+# The attribute of a node that holds the leaf tensor whose gradient it accumulates. The public
+# `torch.autograd.graph.get_gradient_edge(leaf)` only goes the other way, from a leaf to its node.
 LEAF = "variable"
 
 
 def operation_of(node: Any) -> str:
-    """Return the operation that a node differentiates, once or more often: "Tanh" or "Relu"."""
+    """Return the operation that a node differentiates, such as "Tanh", for any derivative of it."""
     return node.name().partition("Backward")[0]
 
 
 def is_second_derivative(name: str) -> bool:
-    """Whether a node of this name differentiates a derivative that torch has in one kernel."""
+    """Whether a node with this name is the derivative of a fused backward."""
     return "BackwardBackward" in name
 
 
 def is_fused_attention(name: str) -> bool:
-    """Whether a node of this name is of attention in one kernel, which has no double backward."""
+    """Whether a node with this name is fused attention, which has no double backward."""
     return name.startswith("ScaledDotProduct")
 
 
 def is_layer_norm(name: str) -> bool:
-    """Whether a node of this name is of layer norm in one kernel, or of its derivative."""
+    """Whether a node with this name is fused layer norm, or its derivative."""
     return name.startswith("NativeLayerNorm")
 
 
-# What the nodes of batch norm call the mode; and those that have none, being of training alone.
+# Attributes of batch norm nodes that hold the mode; and nodes that exist in training mode only.
 _TRAINING_FLAGS = ("_saved_training", "_saved_train", "_saved_update")
 _IN_TRAINING_ALONE = (
     "CudnnBatchNormBackwardBackward",
@@ -91,16 +91,16 @@ _IN_TRAINING_ALONE = (
 
 
 def uses_batch_statistics(node: Any, name: str) -> bool:
-    """Whether a node is of batch norm in training mode, or of its derivative.
+    """Whether a node is batch norm in training mode, or its derivative.
 
-    The mode is only among what the node has saved for the backward pass.
+    The mode is only available among the values that the node saved for the backward pass.
 
     Args:
-        node: of a graph.
+        node: a node of an autograd graph.
         name: its name.
 
     Returns:
-        False in evaluation mode, and for any other operation.
+        False in eval mode, and for any other operation.
     """
     if "BatchNorm" not in name:
         return False
@@ -110,40 +110,39 @@ def uses_batch_statistics(node: Any, name: str) -> bool:
 
 
 def is_once_differentiable(node: Any) -> bool:
-    """Whether a node is of a Function whose backward is marked @once_differentiable.
+    """Whether a node is a custom Function whose backward is marked @once_differentiable.
 
-    torch leaves no mark. To differentiate and see does not do: where its argument is a constant,
-    such a backward is taken for one, and nothing is said.
+    torch has no flag for it. Trying a double backward does not detect it either: if the incoming
+    gradient is a constant, torch treats the backward as a constant, without an error.
 
     Args:
-        node: of a graph.
+        node: a node of an autograd graph.
 
     Returns:
-        Whether its backward has the code that the decorator gives to all.
+        Whether its backward has the code of the decorator's wrapper.
     """
     backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
     return getattr(backward, "__code__", None) is _ONCE.__code__
 
 
 def is_reentrant_checkpoint(node: Any) -> bool:
-    """Whether a node is of `checkpoint(..., use_reentrant=True)`, whose class is not public."""
+    """Whether a node is `checkpoint(..., use_reentrant=True)`, whose class is private."""
     return node.name() == "CheckpointFunctionBackward"
 
 
 def in_backward() -> bool:
-    """Whether a backward pass is under way in this thread: a forward in it is one made again."""
-    return bool(_TRACKER.is_bw)  # public; that it is exact is promised nowhere
+    """Whether this thread runs a backward pass: a forward pass in it is then a checkpoint rerun."""
+    return bool(_TRACKER.is_bw)  # public, but not documented to be exact
 
 
 # Modules and tensors.
 
-# buffers_of(module): the dictionary of a module's own buffers, in which they can be replaced.
-# `named_buffers` takes thirty times as long, and `setattr` may be a module's own, which does
-# anything else.
+# buffers_of(module): the dictionary of a module's own buffers, to replace them in.
+# `named_buffers` takes thirty times as long, and a module may override `setattr`.
 buffers_of: Callable[[nn.Module], dict[str, Tensor | None]] = attrgetter("_buffers")
 
-# write_count(tensor): how often a tensor was written to, which is not counted in inference mode.
-# torch.autograd.graph has `increment_version`, and nothing to read it with.
+# write_count(tensor): the number of in-place writes to a tensor, not counted in inference mode.
+# torch.autograd.graph has `increment_version`, but no function to read the version.
 write_count: Callable[[Tensor], int] = attrgetter("_version")
 
 
@@ -153,32 +152,34 @@ COMPILED_CLASS = "OptimizedModule"
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile stands behind a module's call, whichever way it was compiled.
+    """Whether a module is compiled, by ``torch.compile(module)`` or ``module.compile()``.
 
-    `torch.compiler` tells what is being compiled, not what was, and the class of what
-    ``torch.compile(module)`` returns is private, in a module that takes a second to import.
+    `torch.compiler` only tells what is being compiled now. The class that ``torch.compile(module)``
+    returns is private, in a module that takes a second to import.
 
     Args:
-        module: any; its children are not looked at.
+        module: any module; its children are not inspected.
 
     Returns:
-        True after ``torch.compile(module)``, for what it gave, and after ``module.compile()``.
+        True for the result of ``torch.compile(module)``, and after ``module.compile()``.
     """
     return compiled_call_of(module) is not None or type(module).__name__ == COMPILED_CLASS
 
 
 def is_compiled_function(function: Any) -> bool:
-    """Whether a function is what torch.compile has made of another."""
+    """Whether a function was returned by torch.compile."""
+    # inspect.unwrap goes through any decorator, and does not say which.
     return hasattr(function, "_torchdynamo_orig_callable")
 
 
 def uncompiled_name(name: str) -> str:
-    """Return the name of a submodule without those that torch.compile has put around others."""
+    """Return the name of a submodule without the wrappers of torch.compile."""
+    # What torch.compile(module) returns holds the module under a name of its own.
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def unscales_in_its_step(optimizer: Any) -> bool:
-    """Whether an optimiser unscales gradients itself, as fused ones do: torch tells it so alone."""
+    """Whether an optimiser unscales gradients itself, as fused ones do. It has no public flag."""
     return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
@@ -186,12 +187,12 @@ def unscales_in_its_step(optimizer: Any) -> bool:
 
 
 def traces_gradients() -> bool:
-    """Whether torch.compile can trace a gradient, as that of 2.13: it has an option for it.
+    """Whether torch.compile can trace torch.autograd.grad, from torch 2.13 on.
 
     There is no public way to ask, or to turn it on.
 
     Returns:
-        Whether the option is there.
+        Whether the option exists.
     """
     import torch._dynamo
 
@@ -201,28 +202,28 @@ def traces_gradients() -> bool:
 def tracing_gradients() -> AbstractContextManager[Any]:
     """Return a context in which torch.compile traces gradients, and compiles up to 256 graphs.
 
-    The limit counts the graphs of all modules in the process, as those of a sweep. It is public in
-    torch.compiler.config, but to patch two configs at every step takes twice as long.
+    The limit counts the graphs of all modules in the process, such as the runs of a sweep. It is
+    public in torch.compiler.config, but patching two configs at every step takes twice as long.
     """
     import torch._dynamo
 
     return torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=256)
 
 
-# Subclasses of Tensor: what "Extending PyTorch" says to use, though the names have an underscore.
+# Tensor subclasses: "Extending PyTorch" documents these, though the names have an underscore.
 
 
 def wrapper_tensor(cls: type, like: Tensor) -> Any:
-    """Return a tensor of a subclass that has no storage, of the shape and strides of another."""
+    """Return a tensor of a subclass without storage, with the shape and strides of ``like``."""
     options: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
     return Tensor._make_wrapper_subclass(cls, like.shape, strides=like.stride(), **options)
 
 
 def no_torch_function() -> Any:
-    """Return the ``__torch_function__`` of a subclass that answers elementary operations alone.
+    """Return the ``__torch_function__`` of a subclass that only uses ``__torch_dispatch__``.
 
-    torch knows this one and does not call it. One that runs the operation as it is takes longer; it
-    serves where a release has renamed this.
+    torch recognises this one and does not call it. A function that runs the operation unchanged is
+    slower; it is the fallback if a release renames this one.
     """
     return getattr(torch._C, "_disabled_torch_function_impl", classmethod(_as_it_is))
 

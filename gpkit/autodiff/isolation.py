@@ -56,9 +56,10 @@ def own_buffers(function: Any) -> Iterator[None]:
     """Let modules write to copies of their buffers, and put the originals back at the end.
 
     The original tensors are put back, and never written to, because graphs may have saved them.
-    Modules that the function refers to get their copies before it runs, and whatever their forward
-    has put in place is replaced. A global hook finds the others when they are called; torch.compile
-    would trace that hook, so it is left out for a function that refers to a compiled module.
+    Modules that the function refers to get copies before it runs, and get their originals back even
+    if the forward pass replaced a buffer. A global hook finds other modules when they are called.
+    torch.compile would trace that hook, so it is left out if the function refers to a compiled
+    module.
     """
     swapped: list[tuple[nn.Module, str, Tensor, Tensor]] = []
     seen: set[nn.Module] = set()
@@ -92,8 +93,8 @@ def own_buffers(function: Any) -> Iterator[None]:
         if hook is not None:
             hook.remove()
         for i, (module, name, original, copy) in enumerate(swapped):
-            # Of a module that was not known, functional_call may have swapped the buffers first: it
-            # puts the original back itself, and what the hook saw was its own tensor.
+            # For a module found by the hook, functional_call may have swapped in its own tensor
+            # first: it puts the original back itself, and `original` is the swapped-in tensor.
             if i < known or buffers_of(module).get(name) is copy:
                 buffers_of(module)[name] = original
 

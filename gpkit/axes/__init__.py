@@ -1,10 +1,10 @@
-"""The axes of `GradientPenalty`: each file has the name of the argument that it implements.
+"""The axes of `GradientPenalty`: most files have the name of the argument that they implement.
 
 - ``of``: what is differentiated.
-- ``wrt``: the variables of the derivative.
+- ``wrt``: the variables of the derivative; ``activation``: the output of a submodule, for both.
 - ``scope``: the groups; each group has one norm.
 - ``form``: the function of the norm.
-- ``at``: the points where the derivative is taken.
+- ``at``: the points where the derivative is taken; ``mixtures``: points in a box, and mixtures.
 - ``weight`` and ``adaptive``: the factor at each optimiser step.
 - ``environments``: the statistics of `EnvironmentPenalty`.
 

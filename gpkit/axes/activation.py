@@ -1,4 +1,4 @@
-"""The output of a submodule, by name: a choice on the axes `of` and `wrt`."""
+"""The output of a submodule, by name, for the axes `of` and `wrt`."""
 
 from __future__ import annotations
 

@@ -96,7 +96,8 @@ class interpolate(At):
 
     .. math:: \hat x_i = \alpha_i x_i + (1 - \alpha_i) y_i, \quad \alpha_i \sim U[0, 1]
 
-    Each sample has one α; with several inputs it is the same for all of them.
+    Each sample has one α; with several inputs it is the same for all of them. Integer samples, such
+    as one-hot tokens, take the dtype of the floating-point ones.
 
     Args:
         detach: cut the points off the graph that computed them.
@@ -120,6 +121,10 @@ class interpolate(At):
                 f"got {' and '.join(str(s[0] if len(s) == 1 else s) for s in shapes)}"
             )
         alpha = random.uniform(rng, [len(real[0])], real[0].device, torch.float32)  # [B]
+        dtypes = [torch.promote_types(x.dtype, y.dtype) for x, y in zip(real, fake, strict=True)]
+        real = tuple(x.to(dtype) for x, dtype in zip(real, dtypes, strict=True))
+        for x in real:
+            require_floating(x)  # before α, which would be rounded to integers
         return tuple(y + per_sample(alpha, x) * (x - y) for x, y in zip(real, fake, strict=True))
 
 

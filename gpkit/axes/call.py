@@ -99,11 +99,11 @@ class Call:
         return y
 
     def window(self) -> Window | None:
-        """Return the window of a scope that pools gradients; None for any other scope.
+        """Return the window if the scope is "accumulated" or "global", else None.
 
         Raises:
-            ValueError: for ``scope="accumulated"`` in a call that has no window, because only the
-                caller knows the micro-batches.
+            ValueError: if the scope is "accumulated" and the caller passed no window, because the
+                penalty does not know the micro-batches.
         """
         if self.axes.scope not in POOLED:
             return None

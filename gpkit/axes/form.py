@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,7 +117,10 @@ class squared(Form):
 
     Args:
         norm: "l2", "l1" or "linf".
-        scale: a constant factor.
+        scale: a constant factor, > 0.
+
+    Raises:
+        ValueError: if an argument is out of range.
 
     >>> squared(scale=0.5)(torch.tensor([4.0, 9.0]))
     tensor([2.0000, 4.5000])
@@ -132,7 +136,10 @@ class norm(Form):
 
     Args:
         norm: "l2", "l1" or "linf".
-        scale: a constant factor.
+        scale: a constant factor, > 0.
+
+    Raises:
+        ValueError: if an argument is out of range.
 
     >>> norm()(torch.tensor([4.0, 9.0]))
     tensor([2., 3.])
@@ -149,7 +156,10 @@ class two_sided(Form):
     Args:
         center: c, a number, or a ``gpkit.running_average()`` of the norms.
         norm: "l2", "l1" or "linf".
-        scale: a constant factor.
+        scale: a constant factor, > 0.
+
+    Raises:
+        ValueError: if an argument is out of range.
 
     >>> two_sided(1.0)(torch.tensor([0.0, 4.0, 9.0]))
     tensor([1., 1., 4.])
@@ -193,7 +203,10 @@ class one_sided(two_sided):
     Args:
         center: c, a number, or a ``gpkit.running_average()`` of the norms.
         norm: "l2", "l1" or "linf".
-        scale: a constant factor.
+        scale: a constant factor, > 0.
+
+    Raises:
+        ValueError: if an argument is out of range.
 
     >>> one_sided(1.0)(torch.tensor([0.0, 4.0, 9.0]))
     tensor([0., 1., 4.])
@@ -212,10 +225,10 @@ class power(Form):
     Args:
         exponent: p > 0.
         norm: "l2", "l1" or "linf".
-        scale: a constant factor.
+        scale: a constant factor, > 0.
 
     Raises:
-        ValueError: if ``exponent`` is not > 0.
+        ValueError: if an argument is out of range.
 
     >>> power(6)(torch.tensor([0.0, 4.0]))
     tensor([ 0., 64.])
@@ -233,6 +246,50 @@ class power(Form):
         positive = squared_norms > 0
         safe = torch.where(positive, squared_norms, torch.ones_like(squared_norms))
         return torch.where(positive, safe ** (self.exponent / 2), squared_norms * 0)
+
+
+@dataclass(frozen=True)
+class of_norm(Form):
+    """A function of the norm n, such as ``form=lambda n: (n - 1).abs()``.
+
+    The gradient of n at n = 0 is defined as zero.
+
+    Args:
+        function: n ``[G]`` to values ``[G]``, differentiable.
+
+    Raises:
+        ValueError: in the call, if the values have another shape.
+
+    >>> of_norm(lambda n: (n - 1).abs())(torch.tensor([0.0, 4.0]))
+    tensor([1., 1.])
+    """
+
+    function: Callable[[Tensor], Tensor] = lambda n: n
+
+    def value(self, squared_norms: Tensor) -> Tensor:
+        values = self.function(root(squared_norms))
+        if not isinstance(values, Tensor) or values.shape != squared_norms.shape:
+            got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(
+                f"`form=...`, a function of the norms n {list(squared_norms.shape)}, must return a "
+                f"value for each; got {got}: use reduce='mean' for the mean"
+            )
+        return values
+
+
+def as_form(where: str, form: Any) -> Form:
+    """Return a `Form` for an object, a name in `FORMS`, or a function of the norm n.
+
+    Raises:
+        ValueError: if the name is not in `FORMS`.
+        TypeError: if it is anything else, or a class instead of an object.
+    """
+    if isinstance(form, type):
+        raise TypeError(f"`{where}` must be a form, not the class: {form.__name__}()")
+    if callable(form) and not isinstance(form, Form):
+        return of_norm(form)
+    given: Form = checks.piece(where, form, FORMS, Form)
+    return given
 
 
 FORMS = {f.__name__: f for f in (squared, norm, two_sided, one_sided, power)}

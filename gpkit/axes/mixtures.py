@@ -1,4 +1,4 @@
-"""The axis `at`, continued: uniform points in a box, and several kinds of points at once."""
+"""More points for the axis `at`: uniform points in a box, and mixtures of several kinds."""
 
 from __future__ import annotations
 

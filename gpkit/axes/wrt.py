@@ -308,7 +308,8 @@ class weights(Variables):
                     "a weight penalty takes a module or its parameters; "
                     f"number {name} is a {type(p).__name__}"
                 )
-        trained = tuple(p for p in chosen.values() if p.requires_grad)
+        # A tensor that is passed twice, such as a tied weight of two modules, counts once.
+        trained = tuple({id(p): p for p in chosen.values() if p.requires_grad}.values())
         if not trained:
             raise ValueError(f"none of the {len(chosen)} parameters requires grad: all are frozen")
         return trained

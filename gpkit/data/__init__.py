@@ -12,7 +12,7 @@ To add one:
 1. a class, in the file of its kind or in a new one, exported below: subclass `ArrayDataModule` for
    tensors, `DataModule` for anything else;
 2. ``configs/data/<name>.yaml``: the class and its own options, the rest is in ``_data.yaml``;
-3. a row in ``MODULES`` of the tests of data, which check shapes, seeds, splits and loaders;
+3. a row in ``MODULES`` of ``tests/data/test_data.py``, which checks shapes, seeds and loaders;
 4. its name in the README's table of groups.
 
 >>> import torch

@@ -40,7 +40,7 @@ class ArrayDataModule(DataModule):
         val_size: the size of the validation part; 0 for none.
         test_size: the size of the test part; 0 for none.
         num_workers: the number of processes that load data; 0 loads in the main process.
-        seed: of all randomness: the split, the order of the batches, and whatever the data draws.
+        seed: of the split, of the order of the batches, and of data that is drawn at random.
 
     Raises:
         ValueError: if an option is out of its range; and in ``setup``, if the sizes do not fit.

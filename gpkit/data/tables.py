@@ -14,7 +14,7 @@ class BreastCancer(ArrayDataModule):
     """569 tumours: 30 measurements each, malignant (0) or benign (1).
 
     The measurements are standardised with the mean and the standard deviation of the training part.
-    The options are those of `ArrayDataModule`.
+    The options are the same as in `ArrayDataModule`.
 
     >>> data = BreastCancer()
     >>> data.setup("fit")
@@ -37,8 +37,8 @@ class Diabetes(ArrayDataModule):
     """442 patients: 10 measurements each, and how far the disease is a year later.
 
     Measurements and target are standardised with the mean and the standard deviation of the
-    training part, so a constant prediction has a squared error of 1. The options are those of
-    `ArrayDataModule`.
+    training part, so a constant prediction has a squared error of 1. The options are the same as
+    in `ArrayDataModule`.
 
     >>> data = Diabetes()
     >>> data.setup("fit")

@@ -15,7 +15,9 @@ from gpkit.estimators.base import Estimator, Target
 
 @dataclass(frozen=True)
 class exact(Estimator):
-    """All entries of the derivative, by nested double backward.
+    r"""All entries of the derivative, by nested double backward.
+
+    .. math:: n = \|D^k f\|, \text{ the l2, l1 or linf norm of the form}
 
     For m outputs, n variables and order k it takes m·(1 + n + ... + n^(k-1)) backward passes: one
     for the gradient of a scalar, m for a Jacobian, n + 1 for the Hessian of a scalar.

@@ -52,8 +52,9 @@ class finite_difference(Estimator):
     wrong if samples are coupled, as by batch norm in training mode.
 
     Each graph is differentiated once, so it works with compiled nets, fused attention, cuDNN's
-    recurrent nets and once-differentiable Functions. Give the penalty a callable, not a tensor. In
-    the weights it takes one forward and backward pass for the gradient and one for each other
+    recurrent nets and once-differentiable Functions; a net compiled for dynamic shapes needs
+    ``torch._functorch.config.donated_buffer = False``. Give the penalty a callable, not a tensor.
+    In the weights it takes one forward and backward pass for the gradient and one for each other
     point; with `GradientPenalty.with_loss` two in total, including the loss. The weights are moved
     in place and restored bit for bit, also after an error. With norm="l1" or "linf", v is the dual
     direction: the signs of the gradient, or the sign of its largest entry.
@@ -62,7 +63,7 @@ class finite_difference(Estimator):
         step: the Euclidean length of the step, h·‖v‖. None is 2√ε, or ε^(1/3)/2 for "central",
             where ε is the machine epsilon of the coarsest dtype used (autocast included), times
             the root mean square of the entries that are moved, if that is above 1. In float32 this
-            is 7e-4 and 2e-3. Papers that write the step as ε‖∇L‖ mean h = ε‖∇L‖.
+            is 7e-4 and 2e-3. A step of ε∇L, as some papers write it, has h = ε‖∇L‖.
         side: "forward", "backward" or "central".
 
     Raises:

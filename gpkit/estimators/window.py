@@ -12,7 +12,7 @@ from gpkit.autodiff.derivatives import as_rows, first_gradients, gradients
 from gpkit.autodiff.known_gradient import known_gradient
 from gpkit.autodiff.numerics import reduce_rows, root, steepest, wide, zeros_for_none
 
-POOLED = ("accumulated", "global")  # scopes whose gradients are averaged over a window
+POOLED = ("accumulated", "global")  # scopes that average gradients over a window
 
 
 class Window:

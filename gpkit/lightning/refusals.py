@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+# Titles of the errors of the two callbacks.
 CALLBACK_REFUSAL = "GradientPenaltyCallback cannot add its penalties"
-
 MONITOR_REFUSAL = "GradientNormMonitor cannot log its norms"
 
 

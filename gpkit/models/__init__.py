@@ -16,7 +16,8 @@ To add one:
 
 1. a class in a file of its own, exported below, whose options are keyword arguments with defaults;
 2. ``configs/model/<name>.yaml``: the class and the same defaults;
-3. a row in ``NETS`` of the tests of models, which check shapes, independent samples and curvature;
+3. a row in ``NETS`` of ``tests/models/test_models.py``, which checks shapes, independent samples
+   and curvature;
 4. its name in the README's table of groups.
 
 >>> import math, torch

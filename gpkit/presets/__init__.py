@@ -27,10 +27,10 @@ A preset belongs in the file of what it differentiates, and with respect to what
 
 To add one:
 
-1. a function in its file, as below, named in ``PRESETS`` here and in ``gpkit/__init__.py``;
+1. a function in its file, as below, named in both lists of this file and in ``gpkit/__init__.py``;
 2. ``configs/penalty/<name>.yaml``: the function, its weight and its own options;
-3. a row in the table ``ROWS`` of the tests' ``cases.py``: how it is built and called, and its norms
-   and values from an independent formula. All tests of presets then run for it;
+3. a row in the table ``ROWS`` of ``tests/support/cases.py``: how it is built and called, and its
+   norms and values from an independent formula. All tests of presets then run for it;
 4. a row in the README's table: formula, defaults, paper.
 
 >>> import torch

@@ -1,4 +1,4 @@
-"""What every preset does: merge its own choices with those of the caller."""
+"""What every preset does: merge its own choices with the caller's."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def eikonal(
         weight: λ, the paper's λ.
         center: the slope that costs nothing, 1 in the formula.
         low: the lower end of the box, a number, or one for each dimension; None for no box.
-        high: the upper end of the box, likewise.
+        high: the upper end of the box, in the same way.
         **axes: see `gpkit.presets`.
 
     Returns:

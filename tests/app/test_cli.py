@@ -222,7 +222,7 @@ WRONG = {  # command line: what the one line of the error says, in this order
     "model=gan_points": ["gpkit.PenalizedModule trains one net", "generator and critic", "=gan"],
     "module=gan module.compile=true": ["no option 'compile' of module", "critic_steps"],
     f"{GAN} data=diabetes model=gan_images": ["must be an image (C, H, W)", "`PointGenerator`"],
-    f"{GAN} penalty=irm": ["'irm' is on environments", "use PenalizedModule"],
+    f"{GAN} penalty=irm": ["'irm' compares environments", "use PenalizedModule"],
     f"{GAN} penalty=fisher": ["'fisher' draws labels from a classifier's", "weight_grad_norm"],
     f"{GAN} penalty=per_sample_grad_norm": ["needs the loss of each sample", "scope='batch'"],
     f"{GAN} penalty=curvature": ["piecewise-linear net (Relu)", "softplus"],

@@ -122,6 +122,7 @@ def test_fused_attention(kind):
 @functorch_config.patch(donated_buffer=False)  # as the error says; once inductor is there
 def test_compiled_net(kind):
     # catches a trace that takes in the hooks of the isolation, and is made anew at every call
+    torch.compiler.reset()  # shapes that other tests compiled would make these dynamic
     net, x, graphs = mlp(*[nn.BatchNorm1d(6)] * (kind == "weight")), data(), []
 
     def backend(graph, inputs):

@@ -72,7 +72,7 @@ def test_is_a(package, name):
 
 
 def test_all_sharded_strategies_are_tested():
-    assert set(monitor_findings.SHARDED) <= {
+    assert set(monitor_findings.SHARDING_STRATEGIES) <= {
         "FSDPStrategy",
         "ModelParallelStrategy",
         "DeepSpeedStrategy",

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Scene, rows
+from cases import rows
 from compare import gradients, relative_error
 from omegaconf import OmegaConf
+from scenes import Scene
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpkit.data import Digits

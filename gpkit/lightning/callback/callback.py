@@ -20,10 +20,11 @@ class GradientPenaltyCallback(Callback):
 
     .. math:: L_\text{total} = \frac1s \Big(L + \sum_p P_p\Big)
 
-    L is the loss that ``training_step`` returns, as a tensor or as the "loss" of a dict. s is 1, or
-    max(1, λ(t)) with a `rescaled` weight (of several, the greatest). Training is the same as if
-    ``training_step`` returned the total itself, also with gradient clipping, gradient accumulation,
-    mixed precision, data parallelism and LBFGS. A penalty can be
+    L is the loss that ``training_step`` returns, as a tensor or as the "loss" of a dict. P_p is a
+    penalty with its weight λ_p(t), see `gpkit.GradientPenalty`. s is 1, or max(1, λ_p(t)) with a
+    `rescaled` weight (of several, the greatest). Training is the same as if ``training_step``
+    returned the total itself, also with gradient clipping, gradient accumulation, mixed precision,
+    data parallelism and LBFGS. A penalty can be
 
     - in the weights of the module, or of the submodule ``module=...``;
     - in the input of that submodule (with None, of the module's own ``forward``): the first tensor
@@ -65,8 +66,8 @@ class GradientPenaltyCallback(Callback):
 
     Raises:
         TypeError: if ``penalty`` or ``module`` has another type.
-        ValueError: if ``manual_backward`` is negative; and, as a ``RefusalError`` at the start or
-            the first step of a fit, if a penalty cannot act.
+        ValueError: if two penalties have the same name, or ``manual_backward`` is negative; and, as
+            a ``RefusalError`` at the start or the first step of a fit, if a penalty cannot act.
 
     >>> import gpkit, torch
     >>> import pytorch_lightning as pl

@@ -1,4 +1,4 @@
-"""Evaluate penalties on a training step of somebody else's module, and rerun it for them."""
+"""Evaluate penalties on a training step, and rerun the step for those that need it."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ def may_shard(strategy: Any) -> bool:
 
 
 def _mixture_parts(at: At) -> list[At]:
-    """Return the parts of a mixture, nested ones too; of any other ``at`` a list of it alone."""
+    """Return the parts of a mixture, also of nested ones; for any other ``at`` a list with it."""
     return [p for part in at.ats for p in _mixture_parts(part)] if isinstance(at, mixture) else [at]
 
 

@@ -27,11 +27,11 @@ class Plan:
     probe: Probe
 
     def __post_init__(self) -> None:
-        """Work out once what every step asks of the penalties together."""
+        """Compute once what every step needs."""
         needs = self.needs.items()
         #: names of the penalties that pool the gradients of micro-batches or ranks
         self.pooled = tuple(name for name, own in needs if own.pooled)
-        #: names of those that take first gradients of the loss at two points
+        #: names of the penalties that take first gradients of the loss at two points
         self.two_points = tuple(name for name, own in needs if own.loss_at_two_points)
         #: whether a penalty may rerun the training step, with the same random numbers
         self.runs_again = any(own.runs_again for _, own in needs)
@@ -78,7 +78,7 @@ class PenalizedNet:
             module: the LightningModule. It is an argument so that `isolated` finds its buffers.
             call: the step.
             needs: of the penalty.
-            *xs: the input, or the activation, to compute with; none for that of the batch.
+            *xs: the input or activation to compute with; if missing, those of the batch.
 
         Returns:
             The loss, or the output or activation of the net.

@@ -53,14 +53,16 @@ class PenalizedStep:
         net = dict(module.named_modules()).get(submodule or "", module)
         itself = f"the {type(module).__name__} itself"
         title = f"the submodule {submodule!r}" if submodule else itself
-        self.watched = PenalizedNet(net, title, runs_compiled(module), Silencer(module))
         self.findings = findings
-        if self.watched.compiled and probe_spec(self.needs.values()).eager:
+        compiled = runs_compiled(module)
+        if compiled and probe_spec(self.needs.values()).eager:
             rank_zero_warn(
                 "the penalties run the compiled module uncompiled, because torch.compile has no "
                 "double backward and no hooks; estimator='finite_difference' in the weights runs "
                 "it compiled"
             )
+        # After the warning, which may be an error: the silencer wraps methods of the module.
+        self.watched = PenalizedNet(net, title, compiled, Silencer(module))
         self.evaluator = Evaluator(trainer, module, self.watched, penalties, self.needs)
         self._automatic = module.automatic_optimization
         self._optimizer_step: int | None = 0
@@ -150,7 +152,7 @@ class PenalizedStep:
         return acting
 
     def _plan(self, acting: Iterable[str]) -> Plan:
-        """Return what the penalties that act need together. On most steps the same ones act."""
+        """Return the plan for the penalties that act. Plans are kept, since few sets occur."""
         names = tuple(acting)
         if names not in self._plans:
             needs = {name: self.needs[name] for name in names}

@@ -40,14 +40,19 @@ from gpkit.sums import Penalties, PenaltySum, as_sum
 
 
 class GANModule(pl.LightningModule):
-    """Trains a critic D and a generator G against each other, with batches ``x`` or ``(x, y)``.
+    r"""Trains a critic D and a generator G against each other, with batches ``x`` or ``(x, y)``.
 
-    Every batch is one step of the critic, and every ``critic_steps``-th batch also one step of the
-    generator, each with its own latents z ~ N(0, I). A net is trained on
+    Each net is trained on its loss L and its penalties P_p,
 
-        (its loss + Σ its penalties) / s,  with s = 1, or max(1, λ(t)) with a `rescaled` weight.
+    .. math:: L_\text{total} = \frac1s \Big(L + \sum_p P_p\Big).
 
-    A penalty counts the steps of its own net. ``trainer.global_step``, and so ``max_steps``, counts
+    The losses are in `gpkit.lightning.gan.losses.gan_loss`. P_p is a penalty with its weight
+    λ_p(t), see `gpkit.GradientPenalty`. s is 1, or max(1, λ_p(t)) with a `rescaled` weight (of
+    several, the greatest).
+
+    Every batch is one step of the critic (with ``accumulate``, several batches are), and every
+    ``critic_steps``-th step also one of the generator, each with its own latents z ~ N(0, I). A
+    penalty counts the steps of its own net. ``trainer.global_step``, and so ``max_steps``, counts
     the steps of all optimisers.
 
     On the steps that the trainer logs, and on the last batch of an epoch, it logs the latest value
@@ -91,9 +96,9 @@ class GANModule(pl.LightningModule):
         critic_optimizer: parameters -> optimiser; None is Adam(lr=1e-4, betas=(0, 0.9)). For lazy
             penalties with ``penalty_steps=True`` use
             ``partial(Adam, **gpkit.lazy_adam(lr, betas, every))``.
-        generator_optimizer: likewise.
+        generator_optimizer: the same for the generator.
         critic_scheduler: optimiser -> learning-rate scheduler, stepped after each optimiser step.
-        generator_scheduler: likewise.
+        generator_scheduler: the same for the generator.
         critic_steps: steps of the critic for each step of the generator.
         conditional: whether the nets take labels: ``generator(z, y)`` and ``critic(x, y)``. If not,
             labels in a batch are ignored.
@@ -112,6 +117,11 @@ class GANModule(pl.LightningModule):
     Raises:
         TypeError: if an argument has the wrong type.
         ValueError: if an argument is out of range, or two arguments exclude each other.
+        RuntimeError: at the start of a fit, if strategy or precision of the trainer do not work.
+
+    Sources: Gulrajani et al. (2017), arXiv:1704.00028 (critic steps and optimisers); Arjovsky et
+    al. (2017), arXiv:1701.07875 (``clip``); Karras et al. (2020), arXiv:1912.04958
+    (``penalty_steps``).
 
     >>> import gpkit
     >>> module = GANModule(nn.Linear(2, 3), nn.Linear(3, 1), latent_dim=2, penalty=gpkit.wgan_gp())
@@ -255,7 +265,7 @@ class GANModule(pl.LightningModule):
             checkpoint[key] = penalties.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Load them. A penalty that is not in the checkpoint keeps its own state."""
+        """Load the same. A penalty that is not in the checkpoint keeps its own state."""
         counts = dict(checkpoint["gpkit_gan"])
         self.seed = counts.pop("seed")
         self.counts = counts

@@ -186,7 +186,7 @@ def generate(generator: nn.Module, z: Tensor, real: Tensor, labels: Any) -> Tens
         Fake samples, ``[B, *S]``.
 
     Raises:
-        ValueError: if the generator returns another shape than that of the real samples.
+        ValueError: if its output does not have the shape of the real samples.
     """
     fake = conditioned(generator, labels)(z)
     if not isinstance(fake, Tensor) or fake.shape != real.shape:

@@ -27,7 +27,7 @@ class Scores:
         fake: fake samples y, ``[B, *S]``.
         labels: of the samples, or None.
         of_real: D(x), ``[B, ...]``; None if penalties must run the critic themselves.
-        of_fake: D(y), ``[B, ...]``; likewise.
+        of_fake: D(y), ``[B, ...]``; None in the same case.
     """
 
     real: Tensor

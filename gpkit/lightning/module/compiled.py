@@ -37,7 +37,8 @@ class CompiledLoss:
 
     Raises:
         ValueError: if a penalty cannot be in the graph: it runs a forward pass of its own, compares
-            environments, names an activation, or has a state that depends on gradients or norms.
+            environments, names an activation, has a weight that measures gradients, or a form with
+            a running average.
         RuntimeError: if this version of torch cannot trace a gradient.
     """
 
@@ -63,13 +64,16 @@ class CompiledLoss:
         self.net = net
         self._graphs: dict[tuple[str, ...], Callable[..., LossAndParts]] = {}
 
-    def __call__(self, x: Tensor, y: Any, seeds: dict[str, Tensor]) -> LossAndParts:
+    def __call__(
+        self, x: Tensor, y: Any, seeds: dict[str, Tensor], scale: Tensor | None = None
+    ) -> LossAndParts:
         """Return the loss without penalties, and the parts of each penalty that acts.
 
         Args:
             x: ``[B, *S]``; it must require grad if a penalty differentiates in it.
             y: the target.
             seeds: the seed of each penalty that acts, by name, each an integer tensor.
+            scale: the factor of a gradient scaler, for the gradients inside of the penalties.
 
         Returns:
             The loss; and for each penalty n² ``[G]``, the values ``[G]`` and their mean or maximum,
@@ -82,7 +86,7 @@ class CompiledLoss:
             compute = partial(self._compute, variables)
             self._graphs[acting] = torch.compile(compute, fullgraph=True)
         with tracing_gradients():
-            return self._graphs[acting](x, y, seeds)
+            return self._graphs[acting](x, y, seeds, scale)
 
     def _in_weights(self, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
         return ((n, self.penalties[n]) for n in names if needs_of(self.penalties[n]).in_weights)
@@ -93,6 +97,7 @@ class CompiledLoss:
         x: Tensor,
         y: Any,
         seeds: dict[str, Tensor],
+        scale: Tensor | None,
     ) -> LossAndParts:
         outputs, loss = self.forward(x, y)
         parts: Parts = {}
@@ -101,7 +106,7 @@ class CompiledLoss:
             call = Call(penalty, outputs[name], (), None, None, SeededDraws(seed), 0)
             xs = variables.get(name, (x,))
             targets = penalty.wrt.targets_of(call.selected(call.f), xs, penalty)
-            n2 = formula.squared_norms(penalty, targets, call.rng)
+            n2 = formula.squared_norms(penalty, targets, call.rng, scale)
             term = formula.terms(penalty, n2, 1.0)
             parts[name] = term.squared_norms, term.values, term.reduced
         return loss, parts

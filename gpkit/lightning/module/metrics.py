@@ -32,7 +32,7 @@ class Accuracy(MeanMetric):
         """Add a batch.
 
         Args:
-            logits: ``[B, C, ...]``, or binary ones of the shape of the target.
+            logits: ``[B, C, ...]``; or binary logits, in the shape of the target.
             target: class indices ``[B, ...]``, or 0 and 1.
         """
         if logits.ndim > target.ndim:

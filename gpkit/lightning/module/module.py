@@ -41,7 +41,8 @@ class PenalizedModule(pl.LightningModule):
     .. math:: L_\text{total} = \frac1s \Big(L + \sum_p P_p\Big),
               \quad L = \mathrm{loss}(\mathrm{net}(x), y)
 
-    s is 1, or max(1, λ(t)) with a `rescaled` weight (of several, the greatest).
+    P_p is a penalty with its weight λ_p(t), see `gpkit.GradientPenalty`. s is 1, or max(1, λ_p(t))
+    with a `rescaled` weight (of several, the greatest).
 
     Penalties in the weights, and penalties in the inputs at the data, reuse the graph of the
     training forward, unless their estimator evaluates the net itself (finite differences, Taylor
@@ -81,7 +82,9 @@ class PenalizedModule(pl.LightningModule):
 
     Raises:
         TypeError: if an argument has the wrong type.
-        ValueError: if ``histogram_every_n_epochs`` is negative, or a penalty cannot be compiled.
+        ValueError: if two penalties have the same name, ``histogram_every_n_epochs`` is negative,
+            or with ``compile=True`` a penalty cannot be compiled.
+        RuntimeError: if this version of torch cannot compile gradients.
 
     >>> import gpkit, torch
     >>> net = torch.nn.Linear(2, 1)
@@ -244,7 +247,8 @@ class PenalizedModule(pl.LightningModule):
         # Not double_backward(): it registers a new hook at every step, which compiles a new graph.
         order = max((n.order for n in needs.values()), default=0)
         with sdpa_kernel(SDPBackend.MATH), elementary() if order > 1 else nullcontext():
-            loss, parts = self._compiled(x, y, seeds)
+            scale = scale_of(scaler_of(trainer_of(self)), x.device)
+            loss, parts = self._compiled(x, y, seeds, scale)
         terms = {
             name: p.act_with(partial(_terms, parts.get(name)), step)
             for name, p in self.penalties.items()

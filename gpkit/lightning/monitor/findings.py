@@ -26,7 +26,7 @@ def findings_of_strategy(strategy: Any, *, reads: bool, differentiates: bool) ->
     Args:
         strategy: of the trainer.
         reads: whether the monitor reads the gradients of the parameters.
-        differentiates: whether it differentiates a loss, in a backward pass beside the training.
+        differentiates: whether the monitor differentiates a loss in a backward pass of its own.
 
     Yields:
         One line for each finding.

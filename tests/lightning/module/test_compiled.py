@@ -1,6 +1,7 @@
 """compile=True: the penalised loss as one graph equals the eager one."""
 
 import copy
+import math
 from functools import partial
 
 import pytest
@@ -86,3 +87,21 @@ def test_pixels_and_the_maximum_equal_eager():
     )
     for expected, found in zip(eager[1], compiled[1], strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore::Warning")
+def test_a_weight_that_steers_the_norm_is_shown_the_norms():
+    """log λ moves by rate · clip(log(n / target), -1, 1) at every step, with n by hand."""
+    torch.manual_seed(0)
+    net, target, rate, weight = nn.Linear(4, 3), 0.5, 0.7, 0.2
+    penalty = gpkit.weight_grad_norm(gpkit.target_norm(target, weight=weight, rate=rate))
+    module = gpkit.PenalizedModule(net, nn.MSELoss(), penalty, compile=True)
+    for size in (0.3, 1.0, 3.0, 0.1, 2.0):
+        x, y = size * torch.randn(6, 4), size * torch.randn(6, 3)
+        loss = nn.functional.mse_loss(net(x), y)
+        grads = torch.autograd.grad(loss, list(net.parameters()))
+        n = math.sqrt(sum(g.square().sum().item() for g in grads))
+        found = module.penalized_loss((x, y)).item()
+        assert found == pytest.approx(loss.item() + weight * n**2, rel=1e-5)
+        weight *= math.exp(rate * min(1.0, max(-1.0, math.log(n / target))))

@@ -1,5 +1,7 @@
 """PenalizedModule under a gradient scaler: the gradient inside of a penalty is scaled too."""
 
+from functools import partial
+
 import by_hand
 import matrix
 import nets
@@ -30,8 +32,8 @@ class Watching(gpkit.Weight):
 TINY = 1e-6  # of the loss: its gradients round to zero in float16, unless they are scaled
 
 
-def fit(penalty, loss):
-    module = gpkit.PenalizedModule(nets.net(torch.float32), loss, penalty, optimizer=SGD)
+def fit(penalty, loss, **options):
+    module = gpkit.PenalizedModule(nets.net(torch.float32), loss, penalty, optimizer=SGD, **options)
     module.log = lambda *args, **kwargs: None
     scaler = torch.amp.GradScaler("cpu")
     trainer = pl.Trainer(
@@ -44,6 +46,23 @@ def fit(penalty, loss):
     )
     trainer.fit(module, matrix.Shares())
     return list(module.parameters())
+
+
+@pytest.mark.parametrize("build", [gpkit.weight_grad_norm, gpkit.input_grad_norm])
+def test_a_compiled_loss_is_scaled_as_the_eager_one(build, monkeypatch):
+    """On every step: at this size of the loss an unscaled gradient is zero in float16."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+
+    def loss(output, y):
+        return 0.1 * TINY * F.cross_entropy(output, y, reduction="none")
+
+    seen = {False: [], True: []}
+    for compile, norms in seen.items():
+        fit(build(Watching(norms)), loss, compile=compile)
+    assert len(seen[True]) == len(seen[False]) == matrix.BATCHES
+    for compiled, eager in zip(seen[True], seen[False], strict=True):
+        assert (eager > 0).all()
+        torch.testing.assert_close(compiled, eager, rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize("estimator", ["exact", "difference"])
@@ -88,5 +107,7 @@ def test_a_small_gradient_does_not_round_to_zero(penalty):
 def test_finite_differences_in_the_inputs_need_the_losses_of_the_samples():
     penalty = gpkit.input_grad_norm(estimator="finite_difference")
     module = gpkit.PenalizedModule(nn.Linear(5, 1), lambda o, y: ((o - y) ** 2).mean(), penalty)
-    with pytest.raises(ValueError, match=r"the loss of each sample, and `loss=...` gives one numb"):
+    with pytest.raises(
+        ValueError, match=r"the loss of each sample; got a `loss=...` that returns one"
+    ):
         module.penalized_loss((torch.randn(4, 5), torch.randn(4, 1)))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gpkit import checks
 from gpkit.autodiff.random import random_state, set_random_state
+from gpkit.lightning.gan.ema import evaluating
 from gpkit.lightning.gan.figures import drawings
 from gpkit.lightning.gan.figures.coverage import modes_covered
 
@@ -195,12 +196,9 @@ def scores(critic: nn.Module, points: Tensor, y: Tensor | None) -> Tensor:
 @contextmanager
 def undisturbed(module: pl.LightningModule) -> Iterator[None]:
     """Put all nets into evaluation mode; at the end restore their modes and the RNG state."""
-    modes = [(part, part.training) for part in module.modules()]
     state = random_state(module.device)
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
-        set_random_state(state, module.device)
+    with evaluating(module):
+        try:
+            yield
+        finally:
+            set_random_state(state, module.device)
