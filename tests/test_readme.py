@@ -26,6 +26,7 @@ def test_python_block_runs(block, capsys):
     exec(compile(block, "README.md", "exec"), {})
 
 
+@pytest.mark.app
 @pytest.mark.parametrize("line", SHELL)
 def test_command_composes(line, tmp_path):
     words = shlex.split(line.partition("train.py")[2], comments=True)

@@ -13,6 +13,8 @@ from hydra.core.global_hydra import GlobalHydra
 
 from gpkit.app.cli import main
 
+pytestmark = pytest.mark.app
+
 ROOT = Path(__file__).resolve().parents[2]
 FAST = ["device=cpu", "trainer=fast_dev_run", "trainer.enable_progress_bar=false"]
 HINT = "(HYDRA_FULL_ERROR=1 shows the traceback)"

@@ -15,6 +15,8 @@ import gpkit
 from gpkit.app.overrides import CONFIG_DIR, check_types
 from gpkit.presets import PRESETS
 
+pytestmark = pytest.mark.app
+
 FILES = sorted(CONFIG_DIR.rglob("*.yaml"))
 COMMAND = re.compile(r"python train\.py (.+?)(?:\s{2,}|$)", re.MULTILINE)
 COMMANDS = [

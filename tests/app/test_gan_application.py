@@ -18,6 +18,8 @@ from gpkit.app.overrides import CONFIG_DIR
 from gpkit.data import Digits, EightGaussians
 from gpkit.models import PointCritic, PointGenerator
 
+pytestmark = pytest.mark.app
+
 QUIET = ["device=cpu", "trainer.enable_progress_bar=false", "trainer.log_every_n_steps=1"]
 PAIR = ["module=gan", "model=gan_points", "data=eight_gaussians", "penalty=wgan_gp"]
 SMALL = [

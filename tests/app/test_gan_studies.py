@@ -10,6 +10,8 @@ import gpkit
 from gpkit.data import SwissRoll
 from gpkit.models import PointCritic, PointGenerator
 
+pytestmark = pytest.mark.app
+
 QUIET = ["device=cpu", "trainer.enable_progress_bar=false"]
 slow = pytest.mark.slow
 CLIPPING, PENALTY = "experiment=critic_clipping", "experiment=critic_penalty"

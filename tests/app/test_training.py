@@ -17,6 +17,8 @@ from gpkit.app.overrides import CONFIG_DIR
 from gpkit.data import Digits
 from gpkit.models import MLP
 
+pytestmark = pytest.mark.app
+
 QUIET = ["device=cpu", "trainer.enable_progress_bar=false"]
 SMALL = [*QUIET, "data.train_size=256", "trainer.log_every_n_steps=1", "model.width=32"]
 FAST = [*QUIET, "trainer=fast_dev_run"]

@@ -28,6 +28,7 @@ def of_rank(rank):
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
+@pytest.mark.ddp
 def test_two_ranks_have_the_joint_deviation():
     # catches the deviation of each rank, their mean, and the weight of unequal ranks
     results = ranks.run(of_rank)

@@ -249,6 +249,7 @@ def test_penalized_module(name, order):
         assert torch.equal(module.penalized_loss((x, y)), loss)
 
 
+@pytest.mark.compiler
 @pytest.mark.usefixtures("graphs_alone")
 def test_compiled():
     eager, x = net_with("LayerNorm")

@@ -100,6 +100,7 @@ def test_module_gives_it_the_training_logits():
     torch.testing.assert_close(module.penalized_loss((x, y)), expected)
 
 
+@pytest.mark.compiler
 @pytest.mark.usefixtures("graphs_alone")
 def test_compiled_draws_labels_of_its_own():
     net, x = model(classes=2, samples=1)  # whose gradient is one of two

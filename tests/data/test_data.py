@@ -106,6 +106,7 @@ def in_order(rank, data):
     return torch.cat([x for x, _ in data.train_dataloader()])
 
 
+@pytest.mark.ddp
 def test_it_survives_pickling_and_a_spawned_process():
     # catches a generator among the attributes, which strategy=ddp_spawn cannot send
     data = ready(TwoMoons, n=100)

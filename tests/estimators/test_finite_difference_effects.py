@@ -118,6 +118,7 @@ def test_fused_attention(kind):
     assert relative_error(found, gradients(penalise(kind, net, x, "exact"), net)) < 1e-6
 
 
+@pytest.mark.compiler
 @kinds
 @functorch_config.patch(donated_buffer=False)  # as the error says; once inductor is there
 def test_compiled_net(kind):

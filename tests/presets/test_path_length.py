@@ -254,6 +254,7 @@ def of_rank(rank):
     return penalty.form.center.value, value.item()
 
 
+@pytest.mark.ddp
 def test_the_mean_is_over_all_ranks():
     # catches ranks whose centres drift apart
     a = 0.5 * (1 + 1 + 4 + 6) / 4

@@ -14,6 +14,8 @@ from modules import Plain
 
 import gpkit
 
+pytestmark = pytest.mark.compiler
+
 UNCOMPILED = "ignore:the penalties run the compiled module uncompiled"
 
 

@@ -10,6 +10,8 @@ from modules import QUIET, SGD, Plain
 from nets import net
 from torch.nn.parallel import DistributedDataParallel
 
+pytestmark = pytest.mark.ddp
+
 FITS = [(estimator, size) for estimator in ("exact", "difference") for size in (1, 2)]
 LOOPS = ["exact", "difference", "with_loss"]
 

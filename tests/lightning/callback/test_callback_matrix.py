@@ -74,6 +74,7 @@ def test_one_process(cell, record_property):
     check(cell, record_property, matrix.trained(cell))
 
 
+@pytest.mark.ddp
 @pytest.mark.parametrize("cell", marked(c for c in DDP if c not in TORCH))
 def test_two_processes(cell, record_property, trained):
     first, second = (rank[cell] for rank in trained)
@@ -83,6 +84,7 @@ def test_two_processes(cell, record_property, trained):
         assert torch.equal(mine, other)
 
 
+@pytest.mark.ddp
 @pytest.mark.parametrize("cell", marked(TORCH))
 def test_what_torch_refuses_it_refuses_without_the_callback(cell, record_property, trained):
     record_property("cell", (str(cell), "torch"))

@@ -30,6 +30,8 @@ from gpkit.autodiff.random import random_state
 from gpkit.estimators.base import Recomputable
 from gpkit.lightning.callback.sharded import ShardedWeights
 
+pytestmark = pytest.mark.ddp
+
 
 def large():
     """Weights above one, to which the default step is in proportion."""

@@ -14,6 +14,8 @@ from gpkit.autodiff.random import random_state
 from gpkit.estimators.base import Recomputable
 from gpkit.lightning.callback.sharded import ShardedWeights, findings_of_sharding, is_sharded
 
+pytestmark = pytest.mark.ddp
+
 
 def fail(rank):
     """Let the second forward fail, and go on; train without a gradient; return what was said."""

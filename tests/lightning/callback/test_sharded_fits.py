@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 import gpkit
 from gpkit.lightning.callback.sharded import is_sharded
 
+pytestmark = pytest.mark.ddp
+
 
 class ShardsItself(pl.LightningModule):
     """A module that knows nothing of penalties; it logs, and shards itself."""

@@ -42,6 +42,7 @@ def recurrence(derivative, *, wasserstein):
     return path
 
 
+@pytest.mark.app
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_experiment_is_the_recurrence(variant, tmp_path):
     # catches another loss, penalty or step, steps one after another, float32, and a lost sign

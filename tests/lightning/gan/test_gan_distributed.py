@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader, Subset
 
 import gpkit
 
+pytestmark = pytest.mark.ddp
+
 N = 32  # samples of an epoch
 STRATEGIES = {
     "ddp": {},

@@ -11,6 +11,8 @@ from torch import nn
 
 import gpkit
 
+pytestmark = pytest.mark.compiler
+
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=needs_compiler)]
 
 
@@ -89,8 +91,7 @@ def test_pixels_and_the_maximum_equal_eager():
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@needs_compiler
-@pytest.mark.filterwarnings("ignore::Warning")
+@pytest.mark.usefixtures("graphs_alone")
 def test_a_weight_that_steers_the_norm_is_shown_the_norms():
     """log λ moves by rate · clip(log(n / target), -1, 1) at every step, with n by hand."""
     torch.manual_seed(0)

@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 import gpkit
 from gpkit.presets import PRESETS
 
+pytestmark = pytest.mark.ddp
+
 B = 4
 SGD = partial(torch.optim.SGD, lr=0.05)
 

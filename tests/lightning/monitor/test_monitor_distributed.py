@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import gpkit
 
+pytestmark = pytest.mark.ddp
+
 STRATEGIES = {
     "ddp": DDPStrategy,
     "static_graph": partial(DDPStrategy, static_graph=True),

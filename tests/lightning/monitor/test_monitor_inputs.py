@@ -109,6 +109,7 @@ def test_a_closure_that_is_called_again_is_looked_into_once(net, monkeypatch):
     assert len(passes) == 1 + B  # the monitor's, and those of the line before
 
 
+@pytest.mark.compiler
 def test_a_compiled_net(net):
     module = Plain(torch.compile(copy.deepcopy(net), backend="eager"))
     monitor = gpkit.GradientNormMonitor("layer", inputs="net", activations="net._orig_mod.backbone")
@@ -124,6 +125,7 @@ def test_a_compiled_net(net):
         assert logged.columns(f"grad_norm/{name}") == [approx(seen_by_hand(net, one)[:2])]
 
 
+@pytest.mark.compiler
 @pytest.mark.parametrize("asked", [{"inputs": "net"}, {"activations": "net.backbone"}], ids=str)
 def test_a_compiled_net_runs_compiled_on_the_steps_that_are_not_logged(net, asked):
     """Of six steps the first is looked into, and every second; hooks that stay on would compile."""
