@@ -78,7 +78,7 @@ def test_the_gradient_tends_to_the_exact_one(form, norm, reduce, side, power):
     assert errors[0] / errors[1] == pytest.approx(2.0**power, rel=0.15)
 
 
-def test_what_comes_in_from_the_loss_is_a_factor():
+def test_the_gradient_scales_with_the_factor_of_the_penalty():
     _, once = difference("two_sided", "l2", 1e-3, "forward")
     _, thrice = difference("two_sided", "l2", 1e-3, "forward", factor=3.0)
     torch.testing.assert_close(thrice, 3 * once, rtol=1e-12, atol=0)

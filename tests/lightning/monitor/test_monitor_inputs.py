@@ -79,19 +79,13 @@ def test_of_the_last_micro_batch(net, monkeypatch):
     assert logged.columns("grad_norm/input") == [approx(true)]
 
 
-def test_steps_that_are_not_logged_cost_nothing(net, monkeypatch):
-    passes, grad, norm = [], torch.autograd.grad, torch.linalg.vector_norm
-    monkeypatch.setattr(
-        torch.autograd, "grad", lambda *a, **k: passes.append("grad") or grad(*a, **k)
-    )
-    monkeypatch.setattr(
-        torch.linalg, "vector_norm", lambda *a, **k: passes.append("norm") or norm(*a, **k)
-    )
+def test_steps_that_are_not_logged_cost_no_backward_pass(net, monkeypatch):
+    passes, grad = [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: passes.append(1) or grad(*a, **k))
     monitor = gpkit.GradientNormMonitor(inputs="net")
     logged = fit(Plain(copy.deepcopy(net)), monitor, log_every_n_steps=2)
     assert len(logged.columns("grad_norm/input")[0]) == 3  # of six
-    assert passes.count("grad") == 1 + 3  # the first step is looked into, to see that it can be
-    assert passes.count("norm") == 3 * (1 + 4 + 1)  # the input, four parameters, all
+    assert len(passes) == 1 + 3  # the first step is looked into, to see that it can be
 
 
 def test_a_closure_that_is_called_again_is_looked_into_once(net, monkeypatch):
