@@ -249,7 +249,9 @@ def test_samples_that_tie_share_the_gradient():
 
 
 def test_unknown_reduction():
-    with pytest.raises(ValueError, match=r"`reduce=...` must be one of 'mean', 'sum', 'max'; got 'maxi'"):
+    with pytest.raises(
+        ValueError, match=r"`reduce=...` must be one of 'mean', 'sum', 'max'; got 'maxi'"
+    ):
         gpkit.GradientPenalty(reduce="maxi")
 
 
