@@ -124,7 +124,7 @@ def test_a_metric_has_the_mean_of_the_losses_that_were_trained_on(estimator):
 
 
 class Reads(pl.LightningModule):
-    """Reads its metrics in the step and after it, and logs one of them on every step."""
+    """Reads its metrics in the step and after it, and logs one of them both times."""
 
     def __init__(self, net):
         super().__init__()
@@ -143,6 +143,7 @@ class Reads(pl.LightningModule):
         return loss
 
     def on_train_batch_end(self, *_):
+        self.log("after", self.mean, on_step=True, on_epoch=False)
         counts = self.steps.item(), self.mean.update_count, self.all.update_count
         self.read.append(
             (*counts, self.mean.compute().item(), self.all.compute().reshape(-1).tolist())
@@ -170,4 +171,5 @@ def test_metrics_and_buffers_that_are_read_are_those_of_the_step(kind):
         assert steps == of_mean == of_list == i
         assert values == pytest.approx(losses[:i], rel=1e-5)
         assert mean == pytest.approx(sum(losses[:i]) / i, rel=1e-5)
-    assert record.columns("now") == [pytest.approx(losses[size - 1 :: size], rel=1e-5)]
+    logged = pytest.approx(losses[size - 1 :: size], rel=1e-5)
+    assert record.columns("now", "after") == [logged, logged]
