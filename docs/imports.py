@@ -134,7 +134,7 @@ if __name__ == "__main__":
     raw, here = argparse.RawDescriptionHelpFormatter, Path(__file__).resolve().parent.parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("checkout", nargs="?", type=Path, default=here, help="its root")
-    parser.add_argument("--json", action="store_true", help="tell it as JSON, with all arrows")
+    parser.add_argument("--json", action="store_true", help="print JSON, with all arrows")
     parser.add_argument("--draw", type=Path, metavar="FILE", help="draw it, as .svg or .png")
     options = parser.parse_args()
     told = survey(options.checkout.resolve())

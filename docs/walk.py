@@ -2,9 +2,9 @@
 
     python docs/walk.py [checkout]
 
-Three calls are followed, each made twice, as the first does what is done once: a penalty in the
-inputs, one in the weights, and the training step of a small Lightning fit with a callback. It is
-the call alone: neither imports, nor the making of the penalty, the net and the trainer.
+It follows three calls, each of them twice, because the first one does some work once: an input
+penalty, a weight penalty, and the training step of a small Lightning fit with a callback. Imports
+and constructors are left out.
 
 A file is entered when one of its functions is called from another file. Code of others is looked
 through: what torch calls is called by the file that called torch. To return into a file, or to go
