@@ -2,11 +2,11 @@
 
     python docs/imports.py [checkout] [--json] [--draw imports.svg]
 
-A module is a file. An arrow goes from a module to one that it imports, be it in a function or for
-type checkers alone; what an ``__init__.py`` imports from its own package is left out, as it only
-passes names on. Modules that import nothing are floor 0, the others one above the highest that they
-import; a circle, modules that all lead to each other, is on one floor. The files directly in gpkit/
-are the folder "gpkit". Lines are all lines of a file, and files are a folder's own .py files.
+A module is a file. An arrow goes from a module to one that it imports, also inside of a function
+or for type checkers only. The imports of an ``__init__.py`` from its own package are left out,
+because they only pass names on. A module that imports nothing is on floor 0; any other is one floor
+above the highest that it imports. The modules of a circle are on one floor. The files directly in
+gpkit/ are the folder "gpkit".
 """
 
 import argparse

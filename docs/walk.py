@@ -6,11 +6,10 @@ It follows three calls, each of them twice, because the first one does some work
 penalty, a weight penalty, and the training step of a small Lightning fit with a callback. Imports
 and constructors are left out.
 
-A file is entered when one of its functions is called from another file. Code of others is looked
-through: what torch calls is called by the file that called torch. To return into a file, or to go
-on with a generator, is not to enter it. An entry is a way back, marked "<", if a call in that file
-is under way already, below the file that it is called from. A line is indented by the files that
-are under way; "x3" says that an entry was made three times in a row.
+A file is entered when one of its functions is called from another file of gpkit; code of other
+libraries in between is skipped. Returning into a file, or resuming a generator, is not an entry. An
+entry is a way back, marked "<", if a call in that file is already running further up. A line is
+indented by the number of files that are running; "x3" means three entries in a row.
 """
 
 from __future__ import annotations
