@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from typing import Any
 
 from torch import Tensor
@@ -41,6 +41,20 @@ class PenaltySum(Mapping[str, Penalty]):
 
     def __len__(self) -> int:
         return len(self.parts)
+
+    # Those of the dict itself: the ones of Mapping look every part up again, at every step.
+
+    def keys(self) -> KeysView[str]:
+        """Return the names of the parts."""
+        return self.parts.keys()
+
+    def values(self) -> ValuesView[Penalty]:
+        """Return the parts."""
+        return self.parts.values()
+
+    def items(self) -> ItemsView[str, Penalty]:
+        """Return the names with their parts."""
+        return self.parts.items()
 
     @property
     def name(self) -> str:

@@ -147,8 +147,9 @@ class PenalizedStep:
         """
         self._optimizer_step = now = self.trainer.global_step if self._automatic else None
         acting = [name for name, penalty in self.penalties.items() if penalty.acts_at(now)]
-        for name in self.penalties.keys() - acting:
-            self.penalties[name].skip(now)
+        if len(acting) < len(self.penalties):
+            for name in self.penalties.keys() - acting:
+                self.penalties[name].skip(now)
         return acting
 
     def _plan(self, acting: Iterable[str]) -> Plan:
