@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from gpkit import checks
 from gpkit.autodiff import graph
@@ -138,6 +139,26 @@ def gradients(y: Tensor, xs: tuple[Tensor, ...], times: Tensor | None = None) ->
     except RuntimeError as error:
         raise RuntimeError(graph.explain(error)) from error
     return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, xs, strict=True))
+
+
+def gradients_at(y: Tensor, edges: Sequence[GradientEdge]) -> tuple[Tensor | None, ...]:
+    """Return the gradients of one number at edges of its graph, differentiable, None if unused.
+
+    Args:
+        y: one number.
+        edges: from `torch.autograd.graph.get_gradient_edge`.
+
+    Returns:
+        A gradient for each edge.
+
+    Raises:
+        RuntimeError: if an operation has no derivative; the message says what to do.
+    """
+    with torch.autocast(y.device.type, enabled=False):
+        try:
+            return torch.autograd.grad(y, edges, create_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            raise RuntimeError(graph.explain(error)) from error
 
 
 def first_gradients(

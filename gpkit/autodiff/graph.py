@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,6 +61,17 @@ def leaves(tensor: Tensor) -> list[Tensor]:
         return [tensor] if tensor.requires_grad else []
     found = (getattr(node, compat.LEAF, None) for node in nodes(tensor))
     return [leaf for leaf in found if leaf is not None]
+
+
+def uses(tensor: Tensor) -> Counter[int]:
+    """Return how many operations in the graph of ``tensor`` take each leaf, by the leaf's id."""
+    found: Counter[int] = Counter()
+    for node in nodes(tensor):
+        for parent, _ in node.next_functions:
+            leaf = getattr(parent, compat.LEAF, None)
+            if leaf is not None:
+                found[id(leaf)] += 1
+    return found
 
 
 def depends(y: Tensor, x: Tensor) -> bool:

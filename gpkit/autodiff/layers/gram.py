@@ -1,0 +1,172 @@
+"""Norms of gradients in the weights from layer inputs and output gradients, without the gradients.
+
+A linear layer z = W a has the gradient Σ_t δ_t ⊗ a_t, with δ = ∂L/∂z and t over the positions that
+share W. Its squared norm is Σ_{s,t} (δ_s·δ_t)(a_s·a_t), so the gradient itself need not exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpkit.autodiff.numerics import widened
+
+
+@dataclass(frozen=True)
+class Outer:
+    """A gradient of a matrix in each group, ``Σ_t left_t ⊗ right_t``.
+
+    Args:
+        left: ``[G, T, p]``; or integers ``[G, T]``, which stand for rows of the identity.
+        right: ``[G, T, q]``.
+        rows: p.
+    """
+
+    left: Tensor
+    right: Tensor
+    rows: int
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the left factors are rows of the identity."""
+        return not self.left.is_floating_point()
+
+    @property
+    def cheaper(self) -> bool:
+        """Whether the norm costs less than the gradient."""
+        groups, positions, width = self.right.shape
+        return self.sparse or gram_is_cheaper(groups, positions, self.rows, width)
+
+    def pooled(self) -> Outer:
+        """Return the sum over the groups, as one group."""
+        return Outer(self.left.flatten(0, 1)[None], self.right.flatten(0, 1)[None], self.rows)
+
+    def dense(self) -> Tensor:
+        """Return the gradients, ``[G, p·q]``."""
+        if not self.sparse:
+            return (self.left.transpose(1, 2) @ self.right).flatten(1)
+        groups, width = len(self.left), self.right.shape[-1]
+        out = self.right.new_zeros(groups, self.rows, width)
+        index = self.left.unsqueeze(-1).expand_as(self.right)
+        return out.scatter_add(1, index, self.right).flatten(1)
+
+
+@dataclass(frozen=True)
+class Direct:
+    """A gradient in each group, ``[G, n]``."""
+
+    grad: Tensor
+
+    def pooled(self) -> Direct:
+        """Return the sum over the groups, as one group."""
+        return Direct(self.grad.sum(0, keepdim=True))
+
+    def dense(self) -> Tensor:
+        """Return the gradients, ``[G, n]``."""
+        return self.grad
+
+
+Part = Outer | Direct
+
+
+def squared_norm(parts: Sequence[Part]) -> Tensor:
+    """Return the squared norm ``[G]`` of the sum of several parts of one parameter's gradient.
+
+    Args:
+        parts: from every call of the layers that share the parameter.
+
+    Returns:
+        n² ``[G]``, differentiable.
+    """
+    outers = [part for part in parts if isinstance(part, Outer)]
+    if len(outers) < len(parts) or not all(part.cheaper for part in outers):
+        grads = [part.dense() for part in parts]
+        return torch.stack(grads).sum(0).square().sum(1) if len(grads) > 1 else _squares(grads[0])
+    matrices = [part for part in outers if not part.sparse]
+    tokens = [part for part in outers if part.sparse]
+    joined = [_joined(group) for group in (matrices, tokens) if group]
+    total = _square(joined[0])
+    for other in joined[1:]:
+        total = total + _square(other) + 2 * _product(joined[0], other)
+    return total
+
+
+def gram_is_cheaper(groups: int, positions: int, p: int, q: int) -> bool:
+    """Whether the Gram matrices of T positions cost less than the gradient ``[p, q]``.
+
+    For many groups, T² numbers against p·q, for the two products and for the memory; for one
+    group, where T is the whole batch, the products of the forward and backward pass.
+    """
+    if groups > 1:
+        return 2 * positions**2 <= p * q
+    return 2 * positions * (p + q) < 3 * p * q
+
+
+def _joined(parts: list[Outer]) -> Outer:
+    if len(parts) == 1:
+        return parts[0]
+    left, right = (torch.cat(ts, 1) for ts in zip(*((p.left, p.right) for p in parts), strict=True))
+    return Outer(left, right, parts[0].rows)
+
+
+def _square(part: Outer) -> Tensor:
+    if part.right.shape[1] == 1:
+        right = _squares(part.right.flatten(1))
+        return right if part.sparse else right * _squares(part.left.flatten(1))
+    return _product(part, part)
+
+
+def _squares(rows: Tensor) -> Tensor:
+    return rows.square().sum(1)
+
+
+def _product(one: Outer, other: Outer) -> Tensor:
+    """Return the inner product ``[G]`` of two gradients."""
+    if one is other and not one.sparse:
+        return gram_product(one.left, one.right)
+    return (_left_products(one, other) * (one.right @ other.right.transpose(1, 2))).sum((1, 2))
+
+
+def _left_products(one: Outer, other: Outer) -> Tensor:
+    if one.sparse and other.sparse:
+        return one.left.unsqueeze(2) == other.left.unsqueeze(1)
+    if other.sparse:  # row s of the left factors at the entry that the other's row t selects
+        index = other.left.unsqueeze(1).expand(-1, one.left.shape[1], -1)
+        return one.left.gather(2, index)
+    return _left_products(other, one).transpose(1, 2)
+
+
+class _GramProduct(torch.autograd.Function):
+    """Σ_{s,t} (l_s·l_t)(r_s·r_t). Its backward takes two products; autograd's own takes four."""
+
+    @staticmethod
+    def forward(ctx, left, right):  # type: ignore[no-untyped-def]
+        of_left, of_right = left @ left.transpose(1, 2), right @ right.transpose(1, 2)
+        ctx.save_for_backward(left, right, of_left, of_right)
+        return (of_left * of_right).sum((1, 2))
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        left, right, of_left, of_right = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a third derivative: the saved products have no graph
+            of_left, of_right = left @ left.transpose(1, 2), right @ right.transpose(1, 2)
+        factor = 2 * grad[:, None, None]
+        return (factor * of_right) @ left, (factor * of_left) @ right
+
+
+def gram_product(left: Tensor, right: Tensor) -> Tensor:
+    """Return Σ_{s,t} (l_s·l_t)(r_s·r_t) ``[G]``, the squared norm of Σ_t l_t ⊗ r_t.
+
+    Args:
+        left: l, ``[G, T, p]``.
+        right: r, ``[G, T, q]``.
+
+    >>> l, r = torch.tensor([[[1.0, 2.0], [0.0, 1.0]]]), torch.tensor([[[3.0], [1.0]]])
+    >>> gram_product(l, r)  # ‖(1, 2)·3 + (0, 1)·1‖² = 3² + 7²
+    tensor([58.])
+    """
+    total: Tensor = _GramProduct.apply(widened(left), widened(right))  # type: ignore[no-untyped-call]
+    return total

@@ -1,0 +1,93 @@
+"""Record the calls of a net's layers in a forward pass: their inputs, and edges to their outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from gpkit.autodiff.compat import write_count
+
+
+@dataclass(eq=False)
+class LayerCall:
+    """One call of a layer.
+
+    Args:
+        layer: the module.
+        a: its input.
+        z: the edge of its output in the graph. An in-place operation on the output, such as
+            ``ReLU(inplace=True)``, does not change it.
+        version: the number of in-place writes to ``a`` before the call.
+    """
+
+    layer: nn.Module
+    a: Tensor
+    z: GradientEdge
+    version: int
+
+    @property
+    def intact(self) -> bool:
+        """Whether ``a`` still holds the values of the call."""
+        return write_count(self.a) == self.version
+
+
+@dataclass(eq=False)
+class Recording:
+    """The calls of the layers of a net in one forward pass.
+
+    Args:
+        calls: in the order of the forward pass.
+        missing: names of the layers whose call could not be recorded, with the reason.
+    """
+
+    calls: list[LayerCall] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+
+class recorded_layers:
+    """A context that records the calls of the layers whose parameters are trained.
+
+    Args:
+        net: the module. Its submodules that own one of the parameters are recorded.
+        parameters: those to look for.
+
+    >>> net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
+    >>> with recorded_layers(net, net.parameters()) as recording:
+    ...     _ = net(torch.ones(4, 2))
+    >>> [list(call.a.shape) for call in recording.calls]
+    [[4, 2], [4, 3]]
+    """
+
+    def __init__(self, net: nn.Module, parameters: Iterable[Tensor]) -> None:
+        wanted = set(map(id, parameters))
+        self.owners = {
+            module: name
+            for name, module in net.named_modules()
+            if any(id(p) in wanted for p in module.parameters(recurse=False))
+        }
+
+    def __enter__(self) -> Recording:
+        self.recording = Recording()
+        self.hooks = ExitStack()
+        for module in self.owners:
+            handle = module.register_forward_hook(self._record, with_kwargs=True)
+            self.hooks.callback(handle.remove)
+        return self.recording
+
+    def __exit__(self, *exception: object) -> None:
+        self.hooks.close()
+
+    def _record(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        given = [*args, *kwargs.values()]
+        if len(given) != 1 or not all(isinstance(t, Tensor) for t in (*given, output)):
+            self.recording.missing.append(self.owners[layer])
+        elif output.requires_grad:
+            a = given[0]
+            call = LayerCall(layer, a, get_gradient_edge(output), write_count(a))
+            self.recording.calls.append(call)
