@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from gpkit.autodiff import activations
-from gpkit.axes.wrt import inputs
+from gpkit.axes.wrt import inputs, reads_layers
 from gpkit.environment_penalty import EnvironmentPenalty
 from gpkit.estimators.exact import exact
 from gpkit.estimators.taylor import taylor
@@ -35,6 +35,7 @@ class Needs:
         per_sample: whether each sample or pixel has a norm.
         pooled: whether gradients are averaged over micro-batches or ranks before the norm.
         plain: whether it is the exact gradient of the loss, in all weights or in the input.
+        layers: whether it reads the inputs and outputs of the layers.
         features: whether it needs the input of the last linear layer.
         measures: whether its weight measures the gradients of loss and penalty.
     """
@@ -50,6 +51,7 @@ class Needs:
     per_sample: bool = False
     pooled: bool = False
     plain: bool = False
+    layers: bool = False
     features: bool = False
     measures: bool = False
 
@@ -149,5 +151,6 @@ def needs_of(penalty: Penalty) -> Needs:
         and whole
         and loss
         and penalty.order == 1,
+        layers=reads_layers(penalty),
         measures=penalty.measures,
     )

@@ -12,6 +12,7 @@ from gpkit.autodiff import activations
 from gpkit.autodiff.isolation import isolated
 from gpkit.autodiff.random import RandomState, Source
 from gpkit.axes.at import Points
+from gpkit.axes.form import Form
 from gpkit.axes.of import Of, sampled_losses
 from gpkit.estimators.base import Estimator, Recomputable
 from gpkit.estimators.window import POOLED, Window
@@ -21,10 +22,12 @@ class Axes(Protocol):
     """The axes of a `GradientPenalty` that a call is read with."""
 
     of: Of
+    wrt: Any
     at: Any
     named: tuple[str, ...]  # the activations that ``of`` and ``wrt`` name
     scope: str
     order: int
+    form: Form
     estimator: Estimator
 
 

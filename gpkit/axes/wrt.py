@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from gpkit import checks
+from gpkit.autodiff.layers.norms import applies
+from gpkit.autodiff.layers.recording import recorded_layers
 from gpkit.axes.at import Points, as_points, require_floating
 from gpkit.axes.call import Axes, Call
 from gpkit.axes.of import Of
@@ -226,18 +229,24 @@ class weights(Variables):
                 f"penalty(loss, net.parameters()); got {len(call.args)} arguments after the loss"
             )
         params = self.chosen(call.args[0])
-        device, rerun = params[0].device, None
+        device, rerun, layers = params[0].device, None, None
         if isinstance(call.f, Recomputable):
-            y = call.selected(call.f.value)
+            y, layers = call.selected(call.f.value), call.f.layers
             rerun = partial(self.evaluated, call, device, y)
         elif call.has_graph:
             y = call.selected(call.f)
         elif callable(call.f):
-            y = self.evaluated(call, device)
+            net = call.args[0]
+            record = isinstance(net, nn.Module) and reads_layers(call.axes)
+            with recorded_layers(net) if record else nullcontext() as layers:
+                y = self.evaluated(call, device)
             rerun = partial(self.evaluated, call, device, y)
         else:
             raise TypeError(f"expected a tensor or a callable; got a {type(call.f).__name__}")
-        yield from self.targets_of(y, params, call.axes, rerun, call.window())
+        if layers is not None and y.ndim and y.numel() == len(y) and applies(layers, y, params):
+            yield Target(y.reshape(-1, 1), params, False, layers=layers)
+        else:
+            yield from self.targets_of(y, params, call.axes, rerun, call.window())
 
     def targets_of(
         self,
@@ -313,6 +322,12 @@ class weights(Variables):
         if not trained:
             raise ValueError(f"none of the {len(chosen)} parameters requires grad: all are frozen")
         return trained
+
+
+def reads_layers(axes: Axes) -> bool:
+    """Whether each sample's norm can be taken from the inputs and outputs of the layers."""
+    by_layer = axes.scope == "sample" and axes.estimator.by_layer and not axes.wrt.batched
+    return by_layer and axes.order == 1 and axes.form.norm == "l2"
 
 
 VARIABLES: dict[str, type[Variables]] = {"input": inputs, "weight": weights}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpkit.autodiff.layers.recording import Recording
 from gpkit.autodiff.numerics import per_pixel, wide
 from gpkit.autodiff.random import RandomState, Source
 from gpkit.estimators.window import Window
@@ -31,6 +32,8 @@ class Target:
         share: n² ``[G]`` -> ∂P/∂n² ``[G]``, constants, where P is the reduced value of the penalty.
         times: a constant factor of the gradient of a one-number ``y``, as in ``grad_outputs``; only
             `exact` supports it. It saves a multiplication node in the graph of ``y``.
+        layers: of the forward pass. Then ``y`` is ``[B, 1]`` with parameters as variables, and each
+            sample has a norm; only for an estimator with ``by_layer``.
     """
 
     y: Tensor
@@ -43,6 +46,7 @@ class Target:
     scale: Tensor | float | None = None
     share: Callable[[Tensor], Tensor] | None = None
     times: Tensor | None = None
+    layers: Recording | None = None
 
     @property
     def device(self) -> torch.device:
@@ -78,6 +82,7 @@ class Recomputable:
         state: of the random numbers before ``value`` was computed.
         mean: whether the value of an input penalty is one number, the mean over the samples.
         window: the micro-batches whose gradients are averaged with this one's.
+        layers: the calls of the net's layers in the forward pass of ``value``.
     """
 
     value: Any
@@ -85,6 +90,7 @@ class Recomputable:
     state: RandomState
     mean: bool = False
     window: Window | None = None
+    layers: Recording | None = None
 
     @property
     def device(self) -> torch.device | None:
@@ -111,6 +117,8 @@ class Estimator:
     pools = False
     # Whether it can give each pixel of an image a norm.
     by_pixel = False
+    # Whether it takes l2 norms of each sample's gradient in the weights from recorded layers.
+    by_layer = False
 
     def check(self, order: int, norm: str, batched: bool) -> None:
         """Refuse what it does not support; ``batched`` is True for inputs, False for weights."""

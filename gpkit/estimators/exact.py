@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gpkit.autodiff.derivatives import as_rows, derivative_rows, gradients
+from gpkit.autodiff.layers.norms import sample_norms
 from gpkit.autodiff.numerics import reduce_rows
 from gpkit.autodiff.random import Source
 from gpkit.estimators.base import Estimator, Target
@@ -30,9 +31,12 @@ class exact(Estimator):
 
     pools = True
     by_pixel = True
+    by_layer = True
 
     def squared_norms(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:
         """Return n² ``[G]``, differentiable, in float32 or better."""
+        if target.layers is not None:
+            return sample_norms(target.y.reshape(-1), target.xs, target.layers)
         if target.window is not None:
             return target.window.squared_norms(target.y, target.xs, target.scale, norm)
         if order > 1 or target.y.numel() > 1:

@@ -75,9 +75,14 @@ def per_sample_grad_norm(
     .. math:: \lambda \, \text{mean}_i \, \|\nabla_\theta \ell_i\|^2
 
     This is λ times the trace of the empirical Fisher matrix. It exceeds `weight_grad_norm` by λ
-    times the variance of the samples' gradients. Call ``penalty(losses, net.parameters())`` with
-    losses ``[B]``, or ``penalty(closure, net)``; a scalar loss is an error. It takes B backward
-    passes.
+    times the variance of the samples' gradients. A scalar loss is an error. Call
+
+    - ``penalty(closure, net)``, where the closure returns losses ``[B]``. The norms are computed
+      from the inputs of the layers and the gradients of their outputs ("ghost norms"): one backward
+      pass for all samples, and no gradient of a sample is stored. Linear, convolutional, embedding
+      and norm layers have rules. With other parameters, or if the samples depend on each other, as
+      in batch norm in training mode, a warning says so once, and it takes B backward passes.
+    - ``penalty(losses, net.parameters())``: it takes B backward passes.
 
     Args:
         weight: λ, a factor of the whole square.

@@ -97,8 +97,15 @@ def squared_norm(parts: Sequence[Part]) -> Tensor:
 def gram_is_cheaper(groups: int, positions: int, p: int, q: int) -> bool:
     """Whether the Gram matrices of T positions cost less than the gradient ``[p, q]``.
 
-    For many groups, T² numbers against p·q, for the two products and for the memory; for one
-    group, where T is the whole batch, the products of the forward and backward pass.
+    Args:
+        groups: G. With several, T² numbers are compared with p·q, for time and memory. With one,
+            where T is the whole batch, the products of the forward and backward pass are.
+        positions: T.
+        p: the number of rows of the gradient.
+        q: the number of its columns.
+
+    Returns:
+        Whether it is so.
     """
     if groups > 1:
         return 2 * positions**2 <= p * q
@@ -168,5 +175,5 @@ def gram_product(left: Tensor, right: Tensor) -> Tensor:
     >>> gram_product(l, r)  # ‖(1, 2)·3 + (0, 1)·1‖² = 3² + 7²
     tensor([58.])
     """
-    total: Tensor = _GramProduct.apply(widened(left), widened(right))  # type: ignore[no-untyped-call]
+    total: Tensor = _GramProduct.apply(widened(left), widened(right))
     return total

@@ -1,18 +1,22 @@
-"""Norms of each sample's gradient in the weights, from one gradient in the outputs of the layers."""
+"""Norms of each sample's gradient in the weights, from one gradient in the layers' outputs."""
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
 from gpkit.autodiff import graph
-from gpkit.autodiff.derivatives import gradients_at
+from gpkit.autodiff.derivatives import first_gradients, gradients_at
 from gpkit.autodiff.layers.gram import Part, squared_norm
 from gpkit.autodiff.layers.recording import Recording
 from gpkit.autodiff.layers.rules import has_rule, parts_of
-from gpkit.autodiff.numerics import wide
+from gpkit.autodiff.numerics import wide, widened
 
 
 def sample_norms(losses: Tensor, parameters: Sequence[Tensor], recording: Recording) -> Tensor:
@@ -42,18 +46,60 @@ def sample_norms(losses: Tensor, parameters: Sequence[Tensor], recording: Record
     return total
 
 
-def refusal(losses: Tensor, parameters: Sequence[Tensor], recording: Recording) -> str:
-    """Return why `sample_norms` does not apply to a forward pass; "" if it does.
+def applies(recording: Recording, losses: Tensor, parameters: Sequence[Tensor]) -> bool:
+    """Whether `sample_norms` is right for a forward pass. If not, the reason is a warning, once.
 
-    Every use of a parameter must be a recorded call of a layer with a rule, on rows of samples.
+    Args:
+        recording: of the forward pass.
+        losses: ℓ, ``[B]``.
+        parameters: θ.
+
+    Returns:
+        Whether every use of a parameter is a recorded call of a layer with a rule, on rows of
+        samples, and the samples do not depend on each other. The latter is measured in the first
+        pass of a net in each mode.
     """
+    losses = losses.reshape(-1)
+    found = _refusal(recording, losses, parameters)
+    seen = SEEN.setdefault(recording.net, {})
+    if not found:
+        mode = recording.net.training
+        if mode not in seen:
+            seen[mode] = _agrees(recording, losses, parameters)
+        found = "" if seen[mode] else "the samples depend on each other"
+    if found and "warned" not in seen:
+        seen["warned"] = True
+        warnings.warn(
+            f"the norms of each sample's gradient take a backward pass for each sample: {found}",
+            stacklevel=2,
+        )
+    return not found
+
+
+# What is known of a net: whether `sample_norms` was right in training and in eval mode.
+SEEN: WeakKeyDictionary[Any, dict[Any, bool]] = WeakKeyDictionary()
+
+
+def _agrees(recording: Recording, losses: Tensor, parameters: Sequence[Tensor]) -> bool:
+    """Whether the norms of the first and the last sample are those of their own gradients."""
+    n2 = sample_norms(losses, parameters, recording).detach()
+    for i in (0, -1):
+        grads = first_gradients(losses[i], tuple(parameters))
+        own = sum(widened(g).square().sum() for g in grads if g is not None)
+        if not torch.allclose(n2[i], torch.as_tensor(own).to(n2), rtol=1e-2, atol=1e-30):
+            return False
+    return True
+
+
+def _refusal(recording: Recording, losses: Tensor, parameters: Sequence[Tensor]) -> str:
+    """Return why `sample_norms` does not apply, as far as the graph shows it; "" if it does."""
     if recording.missing:
-        return f"the call of {recording.missing[0]!r} has other arguments than one tensor"
+        return f"{recording.missing[0]} was called with other arguments than one tensor"
     recorded: Counter[int] = Counter()
     for call in recording.calls:
         kind = type(call.layer).__name__
         if not has_rule(call.layer) or "forward" in vars(call.layer):
-            return f"there is no rule for {kind}"
+            return f"{kind} has no rule for them"
         if call.a.ndim < 2 or len(call.a) != len(losses):
             return f"the input of {kind}, {list(call.a.shape)}, has no row for each sample"
         if not call.intact:
@@ -61,6 +107,6 @@ def refusal(losses: Tensor, parameters: Sequence[Tensor], recording: Recording) 
         recorded.update(id(p) for p in call.layer.parameters(recurse=False))
     used = graph.uses(losses)
     for p in parameters:
-        if used[id(p)] != recorded[id(p)] * (id(p) in used):
-            return f"a parameter {list(p.shape)} is used outside of its layer"
+        if id(p) in used and used[id(p)] != recorded[id(p)]:
+            return f"a parameter {list(p.shape)} is used outside of a layer's own call"
     return ""

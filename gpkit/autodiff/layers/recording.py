@@ -1,13 +1,10 @@
-"""Record the calls of a net's layers in a forward pass: their inputs, and edges to their outputs."""
+"""Record the calls of a net's layers in a forward pass: inputs, and places in the graph."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
@@ -42,51 +39,49 @@ class Recording:
     """The calls of the layers of a net in one forward pass.
 
     Args:
+        net: the module.
         calls: in the order of the forward pass.
-        missing: names of the layers whose call could not be recorded, with the reason.
+        missing: names of layers that were called with other arguments than one tensor.
     """
 
+    net: nn.Module
     calls: list[LayerCall] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
 
 class recorded_layers:
-    """A context that records the calls of the layers whose parameters are trained.
+    """A context that records the calls of the layers of a net that own parameters.
 
     Args:
-        net: the module. Its submodules that own one of the parameters are recorded.
-        parameters: those to look for.
+        net: the module.
 
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
-    >>> with recorded_layers(net, net.parameters()) as recording:
+    >>> with recorded_layers(net) as recording:
     ...     _ = net(torch.ones(4, 2))
     >>> [list(call.a.shape) for call in recording.calls]
     [[4, 2], [4, 3]]
     """
 
-    def __init__(self, net: nn.Module, parameters: Iterable[Tensor]) -> None:
-        wanted = set(map(id, parameters))
-        self.owners = {
-            module: name
-            for name, module in net.named_modules()
-            if any(id(p) in wanted for p in module.parameters(recurse=False))
-        }
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
 
     def __enter__(self) -> Recording:
-        self.recording = Recording()
-        self.hooks = ExitStack()
-        for module in self.owners:
-            handle = module.register_forward_hook(self._record, with_kwargs=True)
-            self.hooks.callback(handle.remove)
+        self.recording = Recording(self.net)
+        self.hooks = [
+            module.register_forward_hook(self._record, with_kwargs=True)
+            for module in self.net.modules()
+            if any(p.requires_grad for p in module.parameters(recurse=False))
+        ]
         return self.recording
 
     def __exit__(self, *exception: object) -> None:
-        self.hooks.close()
+        for hook in self.hooks:
+            hook.remove()
 
     def _record(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         given = [*args, *kwargs.values()]
         if len(given) != 1 or not all(isinstance(t, Tensor) for t in (*given, output)):
-            self.recording.missing.append(self.owners[layer])
+            self.recording.missing.append(type(layer).__name__)
         elif output.requires_grad:
             a = given[0]
             call = LayerCall(layer, a, get_gradient_edge(output), write_count(a))

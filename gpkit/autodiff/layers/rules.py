@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from gpkit.autodiff.layers.gram import Direct, Outer, Part, gram_is_cheaper
 from gpkit.autodiff.layers.recording import LayerCall
@@ -79,7 +79,7 @@ def _embedding(layer: nn.Embedding, a: Tensor, delta: Tensor) -> Parts:
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-WEIGHT_GRADIENTS = {1: nn.grad.conv1d_weight, 2: nn.grad.conv2d_weight, 3: nn.grad.conv3d_weight}
+WEIGHT_GRADIENTS = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
 
 @rule(*CONVOLUTIONS)

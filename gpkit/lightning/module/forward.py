@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from gpkit.autodiff.activations import features
+from gpkit.autodiff.layers.recording import Recording, recorded_layers
 from gpkit.autodiff.random import RandomState
 from gpkit.estimators.base import Recomputable
 from gpkit.formula import Terms
@@ -31,6 +33,7 @@ class ForwardPass:
         activations: the activations that penalties name, ``[B, *H]`` each.
         rng_state: state of the random number generators before the pass; None if no penalty reruns
             the pass with the same random numbers.
+        layers: the calls of the net's layers; None if no penalty needs them.
     """
 
     x: Tensor
@@ -40,6 +43,7 @@ class ForwardPass:
     features: Tensor | None = None
     activations: Mapping[str, Tensor] = field(default_factory=dict)
     rng_state: RandomState | None = None
+    layers: Recording | None = None
 
     def differentiated(self, needs: Needs) -> Any:
         """Return what a penalty differentiates: the output, an activation, or the loss."""
@@ -65,12 +69,14 @@ class ForwardRunner:
         loss: ``(output, y) -> loss``.
         sample_losses: ``(output, y) -> losses``, ``[B]``.
         features: whether to capture the input of the last linear layer.
+        layers: whether to record the calls of the layers.
     """
 
     net: nn.Module
     loss: LossFunction
     sample_losses: LossFunction
     features: bool = False
+    layers: bool = False
 
     def __call__(self, x: Tensor, y: Any, *, graph_in_x: bool, per_sample: bool) -> ForwardPass:
         """Run a forward pass.
@@ -87,10 +93,13 @@ class ForwardRunner:
         """
         if graph_in_x and x.is_floating_point():
             x = x.detach().requires_grad_()
-        output, a = features(self.net, x) if self.features else (self.net(x), None)
+        with recorded_layers(self.net) if self.layers else nullcontext() as layers:
+            output, a = features(self.net, x) if self.features else (self.net(x), None)
         losses = self.sample_losses(output, y) if per_sample else None
         loss = self.loss(output, y)
-        return ForwardPass(x, output, loss if loss.ndim == 0 else loss.mean(), losses, a)
+        return ForwardPass(
+            x, output, loss if loss.ndim == 0 else loss.mean(), losses, a, layers=layers
+        )
 
     def act(
         self,
@@ -117,7 +126,10 @@ class ForwardRunner:
         if needs.environments:
             return penalty.act(forward.differentiated(needs), y, env, **options)
         if needs.in_weights and needs.reuses_graph:
-            return penalty.act(forward.differentiated(needs), self.net, **options)
+            value = forward.differentiated(needs)
+            if needs.layers:
+                value = Recomputable(value, self.net, (), layers=forward.layers)
+            return penalty.act(value, self.net, **options)
         if needs.input_graph:
             return penalty.act(forward.differentiated(needs), forward.variable(needs), **options)
         x = forward.x.detach()

@@ -267,7 +267,8 @@ class PenalizedModule(pl.LightningModule):
 
     def _runner(self, needs: dict[str, Needs]) -> ForwardRunner:
         features = any(own.features for own in needs.values())
-        return ForwardRunner(self.net, self.loss, self.per_sample_loss, features)
+        layers = any(own.layers for own in needs.values())
+        return ForwardRunner(self.net, self.loss, self.per_sample_loss, features, layers)
 
     def _optimizer_step(self) -> int | None:
         """Return the optimiser step; None without a trainer: then the penalties count the steps."""
