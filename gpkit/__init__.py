@@ -121,6 +121,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` has the same names 
     from gpkit.axes.form import two_sided as two_sided
     from gpkit.axes.mixtures import mixture as mixture
     from gpkit.axes.mixtures import uniform as uniform
+    from gpkit.axes.parameters import weights as weights
     from gpkit.axes.weight import Weight as Weight
     from gpkit.axes.weight import cosine as cosine
     from gpkit.axes.weight import lazy_adam as lazy_adam
@@ -128,7 +129,6 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` has the same names 
     from gpkit.axes.weight import switch as switch
     from gpkit.axes.weight import warmup as warmup
     from gpkit.axes.wrt import Variables as Variables
-    from gpkit.axes.wrt import weights as weights
     from gpkit.environment_penalty import EnvironmentPenalty as EnvironmentPenalty
     from gpkit.estimators.base import Estimator as Estimator
     from gpkit.estimators.exact import exact as exact
@@ -184,7 +184,8 @@ else:
         "gpkit.axes.form": "Form norm one_sided power running_average squared two_sided",
         "gpkit.axes.weight": "Weight cosine lazy_adam rescaled switch warmup",
         "gpkit.axes.activation": "activation",
-        "gpkit.axes.wrt": "Variables weights",
+        "gpkit.axes.parameters": "weights",
+        "gpkit.axes.wrt": "Variables",
         "gpkit.environment_penalty": "EnvironmentPenalty",
         "gpkit.estimators.base": "Estimator",
         "gpkit.estimators.exact": "exact",

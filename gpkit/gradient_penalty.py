@@ -18,8 +18,9 @@ from gpkit.axes.at import At, as_at
 from gpkit.axes.call import Call
 from gpkit.axes.form import Form, as_form
 from gpkit.axes.of import Of
+from gpkit.axes.parameters import weights
 from gpkit.axes.weight import Schedule
-from gpkit.axes.wrt import VARIABLES, Variables
+from gpkit.axes.wrt import Variables, inputs
 from gpkit.estimators import ESTIMATORS
 from gpkit.estimators.base import Estimator, Recomputable, Target
 from gpkit.estimators.exact import exact
@@ -28,6 +29,7 @@ from gpkit.estimators.window import summarised
 from gpkit.formula import Terms
 from gpkit.penalty import Penalty
 
+VARIABLES: dict[str, type[Variables]] = {"input": inputs, "weight": weights}
 AXES = ("of", "wrt", "scope", "order", "form", "at", "estimator", "reduce", "weight", "every")
 NO_GRAPH = (
     "the penalty has nothing to differentiate: the tensor has no graph. Was it computed under "

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from gpkit.autodiff import activations
-from gpkit.axes.wrt import inputs, reads_layers
+from gpkit.axes.parameters import reads_layers
+from gpkit.axes.wrt import inputs
 from gpkit.environment_penalty import EnvironmentPenalty
 from gpkit.estimators.exact import exact
 from gpkit.estimators.taylor import taylor

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from gpkit import checks
 from gpkit.axes.form import norm
+from gpkit.axes.parameters import weights
 from gpkit.axes.weight import Schedule
-from gpkit.axes.wrt import weights
 from gpkit.estimators.finite_difference import finite_difference
 from gpkit.estimators.projection import projection
 from gpkit.gradient_penalty import Axes, GradientPenalty

@@ -15,7 +15,7 @@ from gpkit.autodiff import graph
 from gpkit.autodiff.compat import is_reentrant_checkpoint
 from gpkit.axes.at import At, fake, interpolate
 from gpkit.axes.mixtures import mixture
-from gpkit.axes.wrt import weights
+from gpkit.axes.parameters import weights
 from gpkit.gradient_penalty import GradientPenalty
 from gpkit.lightning.compat import holds_fsdp2_shards, is_a
 from gpkit.lightning.watch.probe import Capture, ProbeSpec
