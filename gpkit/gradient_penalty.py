@@ -18,7 +18,7 @@ from gpkit.axes.at import At, as_at
 from gpkit.axes.call import Call
 from gpkit.axes.form import Form, as_form
 from gpkit.axes.of import Of
-from gpkit.axes.parameters import weights
+from gpkit.axes.parameters import layers_for, weights
 from gpkit.axes.weight import Schedule
 from gpkit.axes.wrt import Variables, inputs
 from gpkit.estimators import ESTIMATORS
@@ -276,14 +276,16 @@ def with_loss(
             total = total + penalty(closure, net, step=step)
         return total
     state = random_state(device_of(net))
-    given: Any = closure()
+    with layers_for(in_weights, net) as layers:
+        given: Any = closure()
     y = _loss(first, given)
     if len(in_weights) == 1 and not first.estimator.reuses_graph:
         y = summarised(y) if y.numel() == 1 and y.requires_grad else y
         given = y
     total = y.mean()
     for penalty in in_weights:
-        f = given if penalty.estimator.reuses_graph else Recomputable(given, closure, state)
+        plain = penalty.estimator.reuses_graph and layers is None
+        f = given if plain else Recomputable(given, closure, state, layers=layers)
         terms = penalty.act(f, net, step=step)
         total = total if terms is None else terms.added_to(total)
     return total

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from gpkit import checks
 from gpkit.autodiff import graph
@@ -141,12 +141,12 @@ def gradients(y: Tensor, xs: tuple[Tensor, ...], times: Tensor | None = None) ->
     return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, xs, strict=True))
 
 
-def gradients_at(y: Tensor, edges: Sequence[GradientEdge]) -> tuple[Tensor | None, ...]:
+def gradients_at(y: Tensor, edges: Sequence[Any]) -> tuple[Tensor | None, ...]:
     """Return the gradients of one number at edges of its graph, differentiable, None if unused.
 
     Args:
         y: one number.
-        edges: from `torch.autograd.graph.get_gradient_edge`.
+        edges: from `torch.autograd.graph.get_gradient_edge`, or tensors.
 
     Returns:
         A gradient for each edge.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from gpkit import checks
+from gpkit.autodiff.layers.batch import may_be_wide
 from gpkit.autodiff.layers.norms import applies
-from gpkit.autodiff.layers.recording import recorded_layers
+from gpkit.autodiff.layers.recording import Recording, recorded_layers
 from gpkit.axes.call import Axes, Call
 from gpkit.axes.of import Of
 from gpkit.axes.wrt import Variables
@@ -68,17 +69,26 @@ class weights(Variables):
         elif call.has_graph:
             y = call.selected(call.f)
         elif callable(call.f):
-            net = call.args[0]
-            record = isinstance(net, nn.Module) and reads_layers(call.axes)
-            with recorded_layers(net) if record else nullcontext() as layers:
+            with layers_for([call.axes], call.args[0]) as layers:
                 y = self.evaluated(call, device)
             rerun = partial(self.evaluated, call, device, y)
         else:
             raise TypeError(f"expected a tensor or a callable; got a {type(call.f).__name__}")
-        if layers is not None and y.ndim and y.numel() == len(y) and applies(layers, y, params):
+        if layers is not None and self.by_layers(y, params, call.axes, layers):
+            y = y if call.axes.scope == "sample" else y.mean()
             yield Target(y.reshape(-1, 1), params, False, layers=layers)
         else:
             yield from self.targets_of(y, params, call.axes, rerun, call.window())
+
+    def by_layers(
+        self, y: Tensor, params: tuple[Tensor, ...], axes: Axes, layers: Recording
+    ) -> bool:
+        """Whether the norms can be taken from the inputs and outputs of the layers."""
+        if not reads_layers(axes) or y.numel() != (len(y) if y.ndim else 1):
+            return False
+        if axes.scope == "batch":
+            return bool(layers.calls)
+        return y.ndim > 0 and applies(layers, y, params)
 
     def targets_of(
         self,
@@ -157,6 +167,14 @@ class weights(Variables):
 
 
 def reads_layers(axes: Axes) -> bool:
-    """Whether each sample's norm can be taken from the inputs and outputs of the layers."""
-    by_layer = axes.scope == "sample" and axes.estimator.by_layer and not axes.wrt.batched
-    return by_layer and axes.order == 1 and axes.form.norm == "l2"
+    """Whether the norms can be taken from the inputs and outputs of layers."""
+    by_layer = axes.scope in ("sample", "batch") and axes.estimator.by_layer
+    return by_layer and not axes.wrt.batched and axes.order == 1 and axes.form.norm == "l2"
+
+
+def layers_for(penalties: Iterable[Axes], net: Any) -> AbstractContextManager[Recording | None]:
+    """Return a context for a forward pass that records the layers that penalties can use."""
+    scopes = {axes.scope for axes in penalties if reads_layers(axes)}
+    if not scopes or not isinstance(net, nn.Module):
+        return nullcontext()
+    return recorded_layers(net, None if "sample" in scopes else may_be_wide)

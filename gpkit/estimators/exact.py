@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from gpkit.autodiff.derivatives import as_rows, derivative_rows, gradients
+from gpkit.autodiff.layers.batch import batch_norm
 from gpkit.autodiff.layers.norms import sample_norms
-from gpkit.autodiff.numerics import reduce_rows
+from gpkit.autodiff.numerics import reduce_rows, squared_length
 from gpkit.autodiff.random import Source
 from gpkit.estimators.base import Estimator, Target
 
@@ -36,7 +36,8 @@ class exact(Estimator):
     def squared_norms(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:
         """Return n² ``[G]``, differentiable, in float32 or better."""
         if target.layers is not None:
-            return sample_norms(target.y.reshape(-1), target.xs, target.layers)
+            norms = sample_norms if len(target.y) > 1 else batch_norm
+            return norms(target.y.reshape(-1), target.xs, target.layers)
         if target.window is not None:
             return target.window.squared_norms(target.y, target.xs, target.scale, norm)
         if order > 1 or target.y.numel() > 1:
@@ -47,17 +48,3 @@ class exact(Estimator):
             return squared_length(grads)
         row = tuple(as_rows(g, target.batched) for g in grads)
         return reduce_rows(target.split([row]), norm)
-
-
-def squared_length(parts: tuple[Tensor, ...]) -> Tensor:
-    """Return the sum of all squares ``[1]``, in float32 or better."""
-    if sum(part.numel() for part in parts) < SMALL:
-        parts = (torch.cat([part.reshape(-1) for part in parts]),)
-    squares = [(p if p.dtype.itemsize > 2 else p.float()).square().sum() for p in parts]
-    total = squares[0]
-    for square in squares[1:]:
-        total = total + square
-    return total.reshape(1)
-
-
-SMALL = 2**18  # entries; below this, one copy is cheaper than a sum for each parameter

@@ -77,7 +77,8 @@ def per_sample_grad_norm(
     This is λ times the trace of the empirical Fisher matrix. It exceeds `weight_grad_norm` by λ
     times the variance of the samples' gradients. A scalar loss is an error. Call
 
-    - ``penalty(closure, net)``, where the closure returns losses ``[B]``. The norms are computed
+    - ``penalty(closure, net)`` or ``penalty.with_loss(closure, net)``, where the closure returns
+      losses ``[B]``. The norms are computed
       from the inputs of the layers and the gradients of their outputs ("ghost norms"): one backward
       pass for all samples, and no gradient of a sample is stored. Linear, convolutional, embedding
       and norm layers have rules. With other parameters, or if the samples depend on each other, as

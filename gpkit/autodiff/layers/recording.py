@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ class LayerCall:
         version: the number of in-place writes to ``a`` before the call.
     """
 
-    layer: nn.Module
+    layer: Any
     a: Tensor
     z: GradientEdge
     version: int
@@ -54,6 +55,7 @@ class recorded_layers:
 
     Args:
         net: the module.
+        only: which of those layers to record, from a function of the layer; None is all.
 
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
     >>> with recorded_layers(net) as recording:
@@ -62,8 +64,9 @@ class recorded_layers:
     [[4, 2], [4, 3]]
     """
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, only: Callable[[nn.Module], bool] | None = None) -> None:
         self.net = net
+        self.only = only
 
     def __enter__(self) -> Recording:
         self.recording = Recording(self.net)
@@ -71,6 +74,7 @@ class recorded_layers:
             module.register_forward_hook(self._record, with_kwargs=True)
             for module in self.net.modules()
             if any(p.requires_grad for p in module.parameters(recurse=False))
+            and (self.only is None or self.only(module))
         ]
         return self.recording
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from gpkit.autodiff.activations import features
-from gpkit.autodiff.layers.recording import Recording, recorded_layers
+from gpkit.autodiff.layers.recording import Recording
 from gpkit.autodiff.random import RandomState
+from gpkit.axes.parameters import layers_for
 from gpkit.estimators.base import Recomputable
 from gpkit.formula import Terms
 from gpkit.lightning.batches import repeated
@@ -69,14 +69,14 @@ class ForwardRunner:
         loss: ``(output, y) -> loss``.
         sample_losses: ``(output, y) -> losses``, ``[B]``.
         features: whether to capture the input of the last linear layer.
-        layers: whether to record the calls of the layers.
+        layers: the penalties that can use the calls of the layers.
     """
 
     net: nn.Module
     loss: LossFunction
     sample_losses: LossFunction
     features: bool = False
-    layers: bool = False
+    layers: Sequence[Any] = ()
 
     def __call__(self, x: Tensor, y: Any, *, graph_in_x: bool, per_sample: bool) -> ForwardPass:
         """Run a forward pass.
@@ -93,7 +93,7 @@ class ForwardRunner:
         """
         if graph_in_x and x.is_floating_point():
             x = x.detach().requires_grad_()
-        with recorded_layers(self.net) if self.layers else nullcontext() as layers:
+        with layers_for(self.layers, self.net) as layers:
             output, a = features(self.net, x) if self.features else (self.net(x), None)
         losses = self.sample_losses(output, y) if per_sample else None
         loss = self.loss(output, y)

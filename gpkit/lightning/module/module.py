@@ -262,12 +262,13 @@ class PenalizedModule(pl.LightningModule):
 
     def _differentiated(self, x: Tensor, y: Any) -> tuple[dict[str, Tensor], Tensor]:
         """Return what each penalty differentiates, by name, and the loss: what is compiled."""
-        forward = self._runner(self.needs)(x, y, graph_in_x=False, per_sample=True)
+        runner = replace(self._runner(self.needs), layers=())  # a graph holds no hooks
+        forward = runner(x, y, graph_in_x=False, per_sample=True)
         return {name: forward.differentiated(own) for name, own in self.needs.items()}, forward.loss
 
     def _runner(self, needs: dict[str, Needs]) -> ForwardRunner:
         features = any(own.features for own in needs.values())
-        layers = any(own.layers for own in needs.values())
+        layers = [self.penalties[name] for name, own in needs.items() if own.layers]
         return ForwardRunner(self.net, self.loss, self.per_sample_loss, features, layers)
 
     def _optimizer_step(self) -> int | None:

@@ -1,0 +1,76 @@
+"""The norm of a batch's gradient in the weights, by Gram matrices in wide linear layers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gpkit.autodiff import graph
+from gpkit.autodiff.derivatives import gradients_at
+from gpkit.autodiff.layers.gram import gram_is_cheaper, gram_product
+from gpkit.autodiff.layers.recording import LayerCall, Recording
+from gpkit.autodiff.layers.rules import positions
+from gpkit.autodiff.numerics import squared_length
+
+
+def may_be_wide(layer: nn.Module) -> bool:
+    """Whether Gram matrices may pay in a layer: linear, with a harmonic mean of widths over 64."""
+    if type(layer) is not nn.Linear or "forward" in vars(layer) or layer.weight.is_complex():
+        return False
+    p, q = layer.out_features, layer.in_features
+    return p * q > 32 * (p + q)
+
+
+def batch_norm(loss: Tensor, parameters: Sequence[Tensor], recording: Recording) -> Tensor:
+    r"""Return ‖∂L/∂θ‖² for the loss of a batch.
+
+    .. math:: \|\partial L / \partial W\|^2 = \sum_{i,j} (a_i \cdot a_j)(\delta_i \cdot \delta_j)
+
+    in a linear layer with inputs a_i and gradients δ_i of its outputs, if it is wide compared with
+    the batch. Other parameters have their gradient computed.
+
+    Args:
+        loss: L, one number.
+        parameters: θ.
+        recording: of the forward pass.
+
+    Returns:
+        n² ``[1]``, differentiable, in float32 or better.
+    """
+    calls = _wide_calls(loss, parameters, recording)
+    covered = {id(call.layer.weight) for call in calls}
+    others = [p for p in parameters if id(p) not in covered]
+    grads = gradients_at(loss, [*(call.z for call in calls), *others])
+    deltas, others_grads = grads[: len(calls)], grads[len(calls) :]
+    found = tuple(g for g in others_grads if g is not None)
+    total = squared_length(found) if found else loss.new_zeros(1)
+    for call, delta in zip(calls, deltas, strict=True):
+        if delta is not None:
+            left, right = (positions(t).flatten(0, 1)[None] for t in (delta, call.a))
+            total = total + gram_product(left, right)
+    return total
+
+
+def _wide_calls(
+    loss: Tensor, parameters: Sequence[Tensor], recording: Recording
+) -> list[LayerCall]:
+    """Return the calls of linear layers in which Gram matrices are right, and pay."""
+    if torch.is_autocast_enabled(loss.device.type):
+        return []  # the products of the forward pass are in half precision, these would not be
+    wanted = {id(p) for p in parameters}
+    calls = [c for c in recording.calls if may_be_wide(c.layer) and id(c.layer.weight) in wanted]
+    calls = [c for c in calls if c.a.ndim > 1 and c.intact and _pays(c)]
+    if not calls:
+        return []
+    recorded = Counter(id(c.layer.weight) for c in calls)
+    used = graph.uses(loss)
+    # A layer that runs twice has products between its calls as well: its gradient is cheaper.
+    return [c for c in calls if recorded[id(c.layer.weight)] == used[id(c.layer.weight)] == 1]
+
+
+def _pays(call: LayerCall) -> bool:
+    q = call.a.shape[-1]
+    return gram_is_cheaper(1, call.a.numel() // q, call.layer.out_features, q)
