@@ -207,3 +207,17 @@ def gradient_norm(value: Tensor, parameters: list[Tensor]) -> Tensor:
     grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
     squares = [g.detach().to(wide(g)).square().sum() for g in grads if g is not None]
     return torch.stack(squares).sum().sqrt() if squares else value.new_zeros(())
+
+
+def squared_length(parts: tuple[Tensor, ...]) -> Tensor:
+    """Return the sum of all squares ``[1]``, in float32 or better."""
+    if sum(part.numel() for part in parts) < SMALL:
+        parts = (torch.cat([part.reshape(-1) for part in parts]),)
+    squares = [(p if p.dtype.itemsize > 2 else p.float()).square().sum() for p in parts]
+    total = squares[0]
+    for square in squares[1:]:
+        total = total + square
+    return total.reshape(1)
+
+
+SMALL = 2**18  # entries; below this, one copy is cheaper than a sum for each parameter

@@ -37,20 +37,6 @@ def reduce_rows(rows: Iterable[tuple[Tensor, ...]], norm: str) -> Tensor:
     return total if norm == "l2" else total.square()
 
 
-def squared_length(parts: tuple[Tensor, ...]) -> Tensor:
-    """Return the sum of all squares ``[1]``, in float32 or better."""
-    if sum(part.numel() for part in parts) < SMALL:
-        parts = (torch.cat([part.reshape(-1) for part in parts]),)
-    squares = [(p if p.dtype.itemsize > 2 else p.float()).square().sum() for p in parts]
-    total = squares[0]
-    for square in squares[1:]:
-        total = total + square
-    return total.reshape(1)
-
-
-SMALL = 2**18  # entries; below this, one copy is cheaper than a sum for each parameter
-
-
 def root(squared_norms: Tensor) -> Tensor:
     """Return the square root, with the derivative zero at zero instead of infinity.
 

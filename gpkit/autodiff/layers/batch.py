@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from gpkit.autodiff import graph
-from gpkit.autodiff.derivatives import gradients_at
+from gpkit.autodiff.derivatives import gradients_at, squared_length
 from gpkit.autodiff.layers.gram import gram_is_cheaper, gram_product
 from gpkit.autodiff.layers.recording import LayerCall, Recording
 from gpkit.autodiff.layers.rules import positions
-from gpkit.autodiff.numerics import squared_length
 
 
 def may_be_wide(layer: nn.Module) -> bool:
