@@ -70,3 +70,8 @@ def piece(where: str, value: Any, kinds: Mapping[str, Callable[[], Any]], kind: 
         return kinds[choice(where, value, kinds)]()
     listed = ", ".join(repr(name) for name in kinds)
     raise TypeError(f"`{where}` must be one of {listed} or a gpkit object; got {value!r}")
+
+
+def optional_integer(where: str, value: Any, low: int) -> int | None:
+    """Return ``value`` if it is None, or an integer >= ``low``."""
+    return None if value is None else integer(where, value, low)

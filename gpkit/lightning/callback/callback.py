@@ -63,10 +63,14 @@ class GradientPenaltyCallback(Callback):
             ``module.named_modules()``; None is the module itself.
         manual_backward: under manual optimisation, the index from 0 of the ``manual_backward`` call
             in a training step whose loss gets the penalties. That loss tensor is not changed.
+        call: if a training step calls the submodule several times, as a critic on real samples and
+            on fakes, the index from 0 of the call whose input, output or activation is meant. The
+            calls of a submodule that an activation names are counted likewise.
 
     Raises:
         TypeError: if ``penalty`` or ``module`` has another type.
-        ValueError: if two penalties have the same name, or ``manual_backward`` is negative; and, as
+        ValueError: if two penalties have the same name, or ``manual_backward`` or ``call`` is
+            negative; and, as
             a ``RefusalError`` at the start or the first step of a fit, if a penalty cannot act.
 
     >>> import gpkit, torch
@@ -90,6 +94,7 @@ class GradientPenaltyCallback(Callback):
         module: str | None = None,
         *,
         manual_backward: int | None = None,
+        call: int | None = None,
     ) -> None:
         self.penalties = as_sum(penalty)
         if module is not None and not isinstance(module, str):
@@ -99,11 +104,8 @@ class GradientPenaltyCallback(Callback):
         self.module = module
         self._key = state_key(self, module=module)  # kept: Lightning reads it at every hook
         self._is_set_up = False
-        self.manual_backward = (
-            manual_backward
-            if manual_backward is None
-            else checks.integer("manual_backward=...", manual_backward, 0)
-        )
+        self.manual_backward = checks.optional_integer("manual_backward=...", manual_backward, 0)
+        self.call = checks.optional_integer("call=...", call, 0)
         self._unwrap: list[Callable[[], None]] = []  # functions that undo on_fit_start
 
     @property
@@ -128,7 +130,7 @@ class GradientPenaltyCallback(Callback):
             # No training step first: sharded weights may fail in it, and manual optimisation
             # would step the optimisers. In other cases the first step adds its own findings.
             refuse(CALLBACK_REFUSAL, found)
-        step = PenalizedStep(trainer, pl_module, self.penalties, self.module, found)
+        step = PenalizedStep(trainer, pl_module, self.penalties, self.module, found, self.call)
         if pl_module.automatic_optimization:
             self._unwrap = [step.remove, wrap(pl_module, "training_step", step)]
             return

@@ -147,14 +147,16 @@ class Evaluator:
         if needs.in_weights:
             window = self._window(name) if needs.pooled else None
             return [Recomputable(value, rerun, call.rng_state, window=window), self.watched.net]
+        rerun = partial(rerun, index=self.watched.index(needs, capture))
         if needs.at_data and not needs.calls_net:
             x = capture.activations[needs.in_activation] if needs.in_activation else capture.x
             return [Recomputable(value, rerun, call.rng_state, mean=needs.of_loss), x]
         assert capture.x is not None
+        module = [self.watched.net] if needs.activations else []
         if needs.calls_net:
-            return [self.watched.net, capture.x.detach()]
+            return [capture.net_at(self.watched.net), capture.x.detach(), *module]
         if needs.in_activation:  # the mean loss for every sample: their sum is right
-            return [lambda z: rerun(z).expand(len(z)), capture.x.detach(), self.watched.net]
+            return [lambda z: rerun(z).expand(len(z)), capture.x.detach(), *module]
         return [Recomputable(None, rerun, call.rng_state, mean=True), capture.x.detach()]
 
     def _target(self, needs: Needs, capture: Capture, loss: Tensor) -> Target:

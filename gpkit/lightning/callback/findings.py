@@ -17,7 +17,9 @@ from gpkit.axes.at import At, fake, interpolate
 from gpkit.axes.mixtures import mixture
 from gpkit.axes.parameters import weights
 from gpkit.gradient_penalty import GradientPenalty
+from gpkit.lightning.callback.plan import PenalizedNet
 from gpkit.lightning.compat import holds_fsdp2_shards, is_a
+from gpkit.lightning.watch.calls import SeenCalls, findings_of_calls
 from gpkit.lightning.watch.probe import Capture, ProbeSpec
 from gpkit.needs import needs_of
 from gpkit.penalty import Penalty
@@ -178,33 +180,31 @@ def _mixture_parts(at: At) -> list[At]:
     return [p for part in at.ats for p in _mixture_parts(part)] if isinstance(at, mixture) else [at]
 
 
-def findings_of_net(module: nn.Module, title: str, capture: Capture, spec: ProbeSpec) -> list[str]:
+def findings_of_net(
+    module: nn.Module,
+    watched: PenalizedNet,
+    capture: Capture,
+    spec: ProbeSpec,
+    seen: SeenCalls | None = None,
+) -> list[str]:
     """Return the findings about the net that one training step has shown.
 
     Args:
         module: the LightningModule.
-        title: how messages call the net that was captured from, such as "the submodule 'net'".
+        watched: the net that was captured from.
         capture: what the probe captured.
         spec: what it had to capture.
+        seen: the submodules that the step calls; None if they were not noted.
 
     Returns:
         One line for each finding.
     """
-    found = list(capture.problems)
-    names = [*[""] * spec.x, *spec.activations, *capture.calls]
-    called = {name: f"activation({name!r})" if name else title for name in names}
-    children = ", ".join(repr(n) for n, _ in module.named_children())
-    for name, what in called.items():
-        count = capture.calls.get(name, 0)
-        if count == 0:
-            hint = "name one that it calls"
-            hint = hint if name else f"set module=... to one that it calls, of {children}"
-            found.append(f"the training step does not call {what}: {hint}")
-        elif count > 1 and module.automatic_optimization:
-            found.append(
-                f"the training step calls {what} {count} times: name one that is called once"
-            )
-    return found
+    names = [(n, f"activation({n!r})" if n else watched.title) for n in spec.names]
+    inside = next((n for n, part in module.named_modules() if part is watched.net), "")
+    calls = findings_of_calls(
+        capture, names, watched.call, seen, step="the training step", inside=inside
+    )
+    return [*capture.problems.values(), *calls]
 
 
 def findings_of_loss(loss: Tensor) -> list[str]:

@@ -48,15 +48,17 @@ class PenalizedNet:
         title: how error messages call it, such as "the submodule 'net'".
         compiled: whether the LightningModule, or a part of it, runs compiled.
         silencer: keeps reruns of the LightningModule's training step silent.
+        call: which call of a submodule is meant that a training step calls several times, from 0.
     """
 
     net: nn.Module
     title: str
     compiled: bool
     silencer: Silencer
+    call: int | None = None
 
     def probe(
-        self, needs: Iterable[Needs], replacements: Mapping[str, Tensor] | None = None
+        self, needs: Iterable[Needs], replacements: Mapping[str, tuple[Tensor, int]] | None = None
     ) -> Probe:
         """Return a probe that captures what penalties need.
 
@@ -69,9 +71,11 @@ class PenalizedNet:
         """
         spec = probe_spec(needs)
         eager = self.compiled and spec.eager
-        return Probe(self.net, self.title, spec, replacements, eager=eager)
+        return Probe(self.net, self.title, spec, replacements, call=self.call, eager=eager)
 
-    def rerun(self, module: nn.Module, call: StepCall, needs: Needs, *xs: Tensor) -> Any:
+    def rerun(
+        self, module: nn.Module, call: StepCall, needs: Needs, *xs: Tensor, index: int = 0
+    ) -> Any:
         """Rerun the training step, and return what a penalty differentiates.
 
         Args:
@@ -79,14 +83,19 @@ class PenalizedNet:
             call: the step.
             needs: of the penalty.
             *xs: the input or activation to compute with; if missing, those of the batch.
+            index: the call of the submodule that gets them.
 
         Returns:
             The loss, or the output or activation of the net.
         """
-        replacements = {"" if needs.moves else needs.in_activation: xs[0]} if xs else None
+        replacements = {_moved(needs): (xs[0], index)} if xs else None
         with self.silencer.silenced(), self.probe([needs], replacements) as capture:
             output = call.training_step(*call.args, **call.kwargs)
         return differentiated(needs, capture, loss_of(output))
+
+    def index(self, needs: Needs, capture: Capture) -> int:
+        """Return which call of the submodule was captured whose tensor a penalty moves."""
+        return (self.call or 0) if len(capture.calls.get(_moved(needs), ())) > 1 else 0
 
     def rerun_isolated(self, module: Any, call: StepCall, needs: Needs) -> Tensor:
         """Rerun the training step with the same random numbers, and return the loss."""
@@ -95,6 +104,11 @@ class PenalizedNet:
         ):
             loss: Tensor = self.rerun(module, call, needs)
         return loss
+
+
+def _moved(needs: Needs) -> str:
+    """Return the name of the tensor that a penalty moves: an activation, or "" for the input."""
+    return "" if needs.moves else needs.in_activation
 
 
 def probe_spec(needs: Iterable[Needs]) -> ProbeSpec:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from pytorch_lightning.utilities import rank_zero_warn
@@ -19,6 +20,7 @@ from gpkit.lightning.callback.plan import PenalizedNet, Plan, probe_spec
 from gpkit.lightning.compat import last_of_step, logs_now
 from gpkit.lightning.recording import penalty_scalars
 from gpkit.lightning.refusals import CALLBACK_REFUSAL, RefusalError, refuse
+from gpkit.lightning.watch.calls import SeenCalls
 from gpkit.lightning.watch.probe import Capture, runs_compiled
 from gpkit.lightning.watch.replay import Silencer, StepCall, TrainingStep, loss_of, replace_loss
 from gpkit.needs import needs_of
@@ -36,6 +38,7 @@ class PenalizedStep:
             about; None is the module itself.
         findings: what was found against the penalties before the first step. It is raised at the
             first step, together with what that step shows.
+        call: which call of the submodule is meant in a step that calls it several times, from 0.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class PenalizedStep:
         penalties: PenaltySum,
         submodule: str | None,
         findings: list[str],
+        call: int | None = None,
     ) -> None:
         self.trainer = trainer
         self.module = module
@@ -62,11 +66,12 @@ class PenalizedStep:
                 "it compiled"
             )
         # After the warning, which may be an error: the silencer wraps methods of the module.
-        self.watched = PenalizedNet(net, title, compiled, Silencer(module))
+        self.watched = PenalizedNet(net, title, compiled, Silencer(module), call)
         self.evaluator = Evaluator(trainer, module, self.watched, penalties, self.needs)
         self._automatic = module.automatic_optimization
         self._optimizer_step: int | None = 0
         self._not_acted_yet = set(penalties)
+        self._seen: SeenCalls | None = None  # in the first step of a penalty
         self._draws_before: tuple[int, list[int]] = (-1, [])  # a batch index, and penalty.draws
         self._plans: dict[tuple[str, ...], Plan] = {}  # by the names of the penalties that act
         self._manual: tuple[StepCall, Capture, Plan] | None = None
@@ -83,16 +88,16 @@ class PenalizedStep:
             if plan.runs_again:
                 call.rng_state = random_state(self.module.device)
                 versions = call.tensor_versions()
-            with plan.probe as capture:
+            with self._noting_calls(plan), plan.probe as capture:
                 output = training_step(*args, **kwargs)
         except RefusalError as error:  # from the wrapper of another callback, inside this one
-            net = findings_of_net(self.module, self.watched.title, capture, plan.probe.spec)
+            net = self._findings_of_net(capture, plan)
             refuse(CALLBACK_REFUSAL, [*self.findings, *net, *error.found], error)
         except Exception as error:
             refuse(CALLBACK_REFUSAL, self.findings, error)  # they may be the cause of the error
             raise
         if versions and versions != call.tensor_versions():
-            capture.problems.append(BATCH_WRITTEN_IN_PLACE)
+            capture.problems["batch"] = BATCH_WRITTEN_IN_PLACE
         loss = loss_of(output)
         if loss is None:  # Lightning skips the micro-batch
             if last_of_step(self.trainer):
@@ -104,7 +109,7 @@ class PenalizedStep:
         """Run a training step with manual optimisation, and capture what the penalties need."""
         self._backward_calls = 0
         plan = self._plan(self.penalties)
-        with plan.probe as capture:
+        with self._noting_calls(plan), plan.probe as capture:
             self._manual = StepCall(training_step, args, kwargs), capture, plan
             try:
                 return training_step(*args, **kwargs)
@@ -136,6 +141,20 @@ class PenalizedStep:
         self.watched.silencer.remove()
         for plan in self._plans.values():
             plan.probe.remove()
+
+    # What a step shows.
+
+    @contextmanager
+    def _noting_calls(self, plan: Plan) -> Iterator[None]:
+        """Note the submodules that a step calls, for messages, if a penalty is new in it."""
+        new = plan.probe.spec.names and not self._not_acted_yet.isdisjoint(plan.needs)
+        self._seen = SeenCalls(self.module) if new else None
+        with self._seen or nullcontext():
+            yield
+
+    def _findings_of_net(self, capture: Capture, plan: Plan) -> list[str]:
+        spec = plan.probe.spec
+        return findings_of_net(self.module, self.watched, capture, spec, self._seen)
 
     # Which penalties act.
 
@@ -179,8 +198,9 @@ class PenalizedStep:
     def _add_penalties(self, call: StepCall, capture: Capture, plan: Plan, loss: Tensor) -> Tensor:
         """Return the loss with the penalties that act added, and log both."""
         first = self._not_acted_yet.intersection(plan.needs)
-        if self.findings or capture.problems or first:
-            net = findings_of_net(self.module, self.watched.title, capture, plan.probe.spec)
+        clear = capture.is_clear(plan.probe.spec, self.watched.call) and not capture.problems
+        if first or self.findings or not clear:
+            net = self._findings_of_net(capture, plan)
             found = [*self.findings, *net, *findings_of_loss(loss)]
             if found:
                 refuse(CALLBACK_REFUSAL, found)

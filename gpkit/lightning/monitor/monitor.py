@@ -78,6 +78,7 @@ class GradientNormMonitor(Callback):
         histogram_every_n_epochs: the epochs 0, n, 2n, ... have histograms; 0 means that none has.
         manual_backward: under manual optimisation, the index from 0 of the ``manual_backward`` call
             in a training step whose loss is differentiated in inputs and activations.
+        call: the index from 0 of the call of a watched submodule, if a step calls it several times.
 
     Raises:
         TypeError: if ``inputs`` or ``activations`` are not names.
@@ -106,6 +107,7 @@ class GradientNormMonitor(Callback):
         validation: bool = False,
         histogram_every_n_epochs: int = 5,
         manual_backward: int | None = None,
+        call: int | None = None,
     ) -> None:
         self.weights = None if weights is None else checks.choice("weights=...", weights, WEIGHTS)
         self.inputs = _names("inputs", () if inputs is None else inputs)
@@ -114,11 +116,8 @@ class GradientNormMonitor(Callback):
         self.histogram_every_n_epochs = checks.integer(
             "histogram_every_n_epochs=...", histogram_every_n_epochs, 0
         )
-        self.manual_backward = (
-            manual_backward
-            if manual_backward is None
-            else checks.integer("manual_backward=...", manual_backward, 0)
-        )
+        self.manual_backward = checks.optional_integer("manual_backward=...", manual_backward, 0)
+        self.call = checks.optional_integer("call=...", call, 0)
         self._unwrap: dict[
             str, Callable[[], None]
         ] = {}  # functions that undo a wrapping, by method
@@ -256,8 +255,7 @@ class GradientNormMonitor(Callback):
         """Log the norms of a loss; at validation those of the weights as well."""
         validating = prefix != "grad_norm"
         step = "validation_step" if validating else "training_step"
-        once = validating or module.automatic_optimization
-        refuse(MONITOR_REFUSAL, (f for item in watched for f in item.findings(step, once=once)))
+        refuse(MONITOR_REFUSAL, (f for item in watched for f in item.findings(step)))
         log = validating or _logs_batch(trainer)
         self._norms.log_loss(trainer, module, loss, watched, prefix, validating=validating, log=log)
         self._unchecked = self._unchecked and validating
@@ -275,7 +273,7 @@ class GradientNormMonitor(Callback):
         self, trainer: Any, module: Any, name: str, wrapper: Any, innermost: bool
     ) -> None:
         """Wrap a step by a method of this class, which gets the watched tensors."""
-        tensors = WatchedTensors(module, self.inputs, self.activations)
+        tensors = WatchedTensors(module, self.inputs, self.activations, self.call)
         bound = partial(wrapper, tensors, trainer, module)
         self._unwrap[name] = wrap(module, name, bound, innermost=innermost)
         self._unwrap[f"{name}'s hooks"] = tensors.remove

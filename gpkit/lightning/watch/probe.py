@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gpkit.autodiff.compat import in_backward, is_compiled, is_compiled_function
 from gpkit.autodiff.isolation import double_backward
+from gpkit.lightning.batches import repeated
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class ProbeSpec:
     activations: tuple[str, ...] = ()
     moves: bool = False
 
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The submodules whose calls are captured: "" is the net itself, then the activations."""
+        return (*[""] * (self.x or self.output), *self.activations)
+
     @property
     def eager(self) -> bool:
         """Whether a compiled net must run uncompiled: it has no hooks and no double backward."""
@@ -43,21 +49,38 @@ class ProbeSpec:
 
 @dataclass
 class Capture:
-    """What a `Probe` captured in one training step: of several calls of the net, the last one.
+    """What a `Probe` captured in one training step.
 
     Args:
         x: the first tensor in the input of the net, ``[B, *S]``. It requires grad.
         output: the output of the net.
         activations: outputs of submodules by name, ``[B, *H]`` each. They require grad.
-        calls: number of calls by submodule name; the name of the net itself is "".
-        problems: messages about inputs and activations that cannot be differentiated.
+        calls: the shape of the tensor in each call, by submodule name; the net itself is "".
+        problems: messages about inputs and activations that cannot be differentiated, by name.
+        arguments: the arguments of the net, and the position or name of ``x`` in them.
     """
 
     x: Tensor | None = None
+    arguments: tuple[tuple[Any, ...], dict[str, Any], int | str] = ((), {}, 0)
     output: Any = None
     activations: dict[str, Tensor] = field(default_factory=dict)
-    calls: dict[str, int] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
+    calls: dict[str, list[list[int]]] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+
+    def net_at(self, net: nn.Module) -> Callable[[Tensor], Any]:
+        """Return the net as a function of ``x`` alone, with the other arguments of this step."""
+        args, kwargs, where = self.arguments
+        return net if len(args) + len(kwargs) == 1 else partial(_call, net, args, kwargs, where)
+
+    def is_clear(self, spec: ProbeSpec, call: int | None) -> bool:
+        """Whether each submodule was called once, or often enough for the chosen call."""
+        often = not call  # a module that is called once has no other call than that
+        for name in spec.names:
+            count = len(self.calls.get(name, ()))
+            if count != 1 and (call is None or count <= call):
+                return False
+            often = often or count != 1
+        return often or not spec.names
 
 
 class Probe:
@@ -78,8 +101,10 @@ class Probe:
         net: the module to capture from.
         title: how error messages call it, such as "the submodule 'net'".
         spec: what to capture.
-        replacements: tensors to compute with instead: of the input under the name "", of
-            activations under their names.
+        replacements: tensors to compute with instead, each with the index of the call: of the input
+            under the name "", of activations under their names.
+        call: which call is captured of a submodule that is called several times, from 0. With None
+            it is the last.
         eager: whether compiled modules run uncompiled within the context.
     """
 
@@ -88,11 +113,12 @@ class Probe:
         net: nn.Module,
         title: str,
         spec: ProbeSpec,
-        replacements: Mapping[str, Tensor] | None = None,
+        replacements: Mapping[str, tuple[Tensor, int]] | None = None,
         *,
+        call: int | None = None,
         eager: bool = False,
     ) -> None:
-        self.net, self.title, self.spec = net, title, spec
+        self.net, self.title, self.spec, self.call = net, title, spec, call
         self.replacements = replacements or {}
         self.eager = eager
         self.kernels = double_backward(spec.order) if spec.order else None
@@ -148,7 +174,7 @@ class Probe:
     def _register(self) -> None:
         spec, net = self.spec, self.net
         named = [(name, net.get_submodule(name)) for name in spec.activations]
-        if spec.x:
+        if spec.x or spec.output:
             self.hooks.append(net.register_forward_pre_hook(self._on_input, with_kwargs=True))
         if spec.output:
             self.hooks.append(net.register_forward_hook(self._on_output))
@@ -179,49 +205,91 @@ class Probe:
         capture = self._current_capture()
         if capture is None:
             return None
-        capture.calls[""] = capture.calls.get("", 0) + 1
         where, x = (0, args[0]) if args else (None, None)
         if not isinstance(x, Tensor):
             places = [*enumerate(args), *kwargs.items()]
             where, x = next(((k, v) for k, v in places if isinstance(v, Tensor)), (None, None))
+        chosen, index = self._count(capture, "", x)
+        if not self.spec.x:
+            return None
         if x is None or not x.is_floating_point():
             found = "holds no tensor" if x is None else f"is {x.dtype}, which has no gradient"
-            capture.problems.append(
-                f"the input of {self.title} {found}: name a submodule whose input is a "
-                "floating-point tensor, such as the one after an embedding"
-            )
+            if chosen:
+                capture.problems[""] = (
+                    f"the input of {self.title} {found}: name a submodule whose input is a "
+                    "floating-point tensor, such as the one after an embedding"
+                )
             return args, kwargs
-        capture.x = used = self._tensor_to_use("", x)
-        if isinstance(where, int):
-            args = (*args[:where], used.clone(), *args[where + 1 :])
-        else:
-            kwargs = {**kwargs, where: used.clone()}
-        return args, kwargs
+        used = self._tensor_to_use("", x, index)
+        assert where is not None
+        if chosen:
+            capture.x, capture.arguments = used, (args, kwargs, where)
+        return _with(args, kwargs, where, used.clone())
 
     def _on_output(self, _: nn.Module, args: Any, output: Any) -> None:
-        if self.capture is not None and not in_backward():
-            self.capture.output = output
+        capture = self.capture
+        if capture is None or in_backward():
+            return
+        if self._is_chosen(len(capture.calls[""]) - 1):
+            capture.output = output
 
     def _on_activation(self, name: str, module: nn.Module, _: Any, output: Any) -> Any:
         capture = self._current_capture()
         if capture is None:
             return None
-        capture.calls[name] = capture.calls.get(name, 0) + 1
+        chosen, index = self._count(capture, name, output)
         if not isinstance(output, Tensor) or not output.is_floating_point():
             found = output.dtype if isinstance(output, Tensor) else f"a {type(output).__name__}"
-            capture.problems.append(
-                f"activation({name!r}) must be a floating-point tensor; got {found}: name another "
-                f"submodule, such as one inside that {type(module).__name__}"
-            )
+            if chosen:
+                capture.problems[name] = (
+                    f"activation({name!r}) must be a floating-point tensor; got {found}: name "
+                    f"another submodule, such as one inside that {type(module).__name__}"
+                )
             return output
-        capture.activations[name] = used = self._tensor_to_use(name, output)
+        used = self._tensor_to_use(name, output, index)
+        if chosen:
+            capture.activations[name] = used
         return used.clone()
 
-    def _tensor_to_use(self, name: str, x: Tensor) -> Tensor:
-        """Return the replacement for ``x`` if there is one, or ``x`` itself, requiring grad."""
+    def _count(self, capture: Capture, name: str, x: Any) -> tuple[bool, int]:
+        """Count a call; return whether it is captured, and its index."""
+        calls = capture.calls.setdefault(name, [])
+        calls.append(list(x.shape) if isinstance(x, Tensor) else [])
+        index = len(calls) - 1
+        chosen = self._is_chosen(index)
+        if chosen:
+            capture.problems.pop(name, None)  # of a call before the chosen one
+        return chosen, index
+
+    def _is_chosen(self, index: int) -> bool:
+        """Whether a call is captured. The first always is: it may be the only one."""
+        return self.call is None or index in (0, self.call)
+
+    def _tensor_to_use(self, name: str, x: Tensor, index: int) -> Tensor:
+        """Return the replacement for ``x`` if there is one, or ``x`` itself, requiring grad.
+
+        Every call gets a tensor that requires grad, also one that is not captured: when
+        checkpointing reruns a call it cannot be known which one it was.
+        """
         if name in self.replacements:
-            return self.replacements[name]
+            replacement, at = self.replacements[name]
+            if at == index:
+                return replacement
         return x if x.requires_grad else x.detach().requires_grad_()
+
+
+def _with(args: Any, kwargs: Any, where: Any, x: Tensor) -> tuple[Any, Any]:
+    """Return arguments with another tensor at a position or under a name."""
+    if isinstance(where, int):
+        return (*args[:where], x, *args[where + 1 :]), kwargs
+    return args, {**kwargs, where: x}
+
+
+def _call(net: nn.Module, args: Any, kwargs: Any, where: Any, x: Tensor) -> Any:
+    here = args[where] if isinstance(where, int) else kwargs[where]
+    others = repeated((args, kwargs), len(here), len(x))
+    args, kwargs = _with(others[0], others[1], where, x)
+    return net(*args, **kwargs)
 
 
 def runs_compiled(module: nn.Module) -> bool:

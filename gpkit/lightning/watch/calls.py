@@ -1,0 +1,105 @@
+"""The calls of submodules in a training step: which are seen, and which one is meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from gpkit.lightning.watch.probe import Capture
+
+LISTED = 8  # names in a message
+
+
+class SeenCalls:
+    """A context that notes which submodules are called with floating-point tensors.
+
+    It is for messages only, so it is entered around the first step of a fit.
+
+    Args:
+        module: the module whose submodules are noted.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.names = {part: name for name, part in module.named_modules()}
+        self.inputs: dict[str, None] = {}  # names, without repetition
+        self.outputs: dict[str, None] = {}
+
+    def __enter__(self) -> SeenCalls:
+        """Register one hook for all modules."""
+        self.hook = register_module_forward_hook(self._note, with_kwargs=True)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Remove the hook."""
+        self.hook.remove()
+
+    def _note(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if module not in self.names:
+            return
+        if is_floating(next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)):
+            self.inputs[self.names[module]] = None
+        if is_floating(output):
+            self.outputs[self.names[module]] = None
+
+    def hint(self, name: str, inside: str = "") -> str:
+        """Return ", such as 'a', 'b'", the outermost first; "" if there is no submodule to name.
+
+        Args:
+            name: "" for submodules whose input can be taken, else those whose output can.
+            inside: the submodule that names of activations start from.
+        """
+        start = f"{inside}." if inside else ""
+        seen = self.outputs if name else self.inputs
+        names = [n.removeprefix(start) for n in seen if not name or n.startswith(start)]
+        names = sorted((n for n in names if n), key=lambda n: n.count("."))
+        listed = ", ".join(map(repr, names[:LISTED]))
+        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+        return f", such as {listed}{more}" if listed else ""
+
+
+def is_floating(x: Any) -> bool:
+    """Whether ``x`` is a tensor with a gradient."""
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+def findings_of_calls(
+    capture: Capture,
+    names: Sequence[tuple[str, str]],
+    call: int | None,
+    seen: SeenCalls | None,
+    *,
+    step: str,
+    inside: str = "",
+) -> Iterator[str]:
+    """Yield what keeps the calls of submodules from showing the tensor that is meant.
+
+    Args:
+        capture: what was captured in the step.
+        names: the names of the submodules in the capture, and how messages call each.
+        call: the index of the call that is meant, from 0; None if there must be only one.
+        seen: the submodules that the step calls; None if they were not noted.
+        step: how messages call the step.
+        inside: the submodule that names of activations start from.
+
+    Yields:
+        One line for each finding.
+    """
+    often = max((len(capture.calls.get(name, ())) for name, _ in names), default=0)
+    for name, what in names:
+        shapes = capture.calls.get(name, [])
+        count = len(shapes)
+        listed = ", ".join(f"call={i} {shape}" for i, shape in enumerate(shapes[:LISTED]))
+        if count == 0:
+            hint = seen.hint(name, inside) if seen else ""
+            yield f"{step} does not call {what}: name one that it calls{hint}"
+        elif count > 1 and call is None:
+            yield (
+                f"{step} calls {what} {count} times: name one that is called once, or choose the "
+                f"call by its index from 0 and its shape, {listed}"
+            )
+        elif call is not None and call >= (count if count > 1 else often):
+            times = "once" if count == 1 else f"{count} times"
+            yield f"{step} calls {what} {times}, and call={call} is not one of these: {listed}"
