@@ -135,6 +135,8 @@ class PenalizedStep:
             loss = self._add_penalties(call, capture, Plan(needs, plan.probe), loss)
         self._backward_calls += 1
         backward(loss, *args, **kwargs)
+        if self._manual is not None:
+            self._manual[1].end_backward()
 
     def remove(self) -> None:
         """Remove the hooks, and unwrap the log methods of the module."""

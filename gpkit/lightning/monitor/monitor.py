@@ -225,6 +225,8 @@ class GradientNormMonitor(Callback):
             self._log_loss(trainer, module, loss, self._manual)
         self._backward_calls += 1
         call(loss, *args, **kw)
+        for item in self._manual or ():
+            item.capture.end_backward()
 
     def _validation_step(
         self, tensors: WatchedTensors, trainer: Any, module: Any, call: Any, *args: Any, **kw: Any

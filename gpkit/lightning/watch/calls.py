@@ -95,7 +95,7 @@ def findings_of_calls(
         if count == 0:
             hint = seen.hint(name, inside) if seen else ""
             yield f"{step} does not call {what}: name one that it calls{hint}"
-        elif count > 1 and call is None:
+        elif call is None and capture.count(name) != 1:
             yield (
                 f"{step} calls {what} {count} times: name one that is called once, or choose the "
                 f"call by its index from 0 and its shape, {listed}"

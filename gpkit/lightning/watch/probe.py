@@ -58,10 +58,21 @@ class Capture:
         calls: the shape of the tensor in each call, by submodule name; the net itself is "".
         problems: messages about inputs and activations that cannot be differentiated, by name.
         arguments: the arguments of the net, and the position or name of ``x`` in them.
+        earlier: the number of calls before the last backward pass, under manual optimisation.
     """
 
     x: Tensor | None = None
     arguments: tuple[tuple[Any, ...], dict[str, Any], int | str] = ((), {}, 0)
+    earlier: dict[str, int] = field(default_factory=dict)
+
+    def count(self, name: str) -> int:
+        """Return the number of calls of a submodule since the last backward pass of the step."""
+        return len(self.calls.get(name, ())) - self.earlier.get(name, 0)
+
+    def end_backward(self) -> None:
+        """Note that a backward pass has ended: the calls so far belong to it."""
+        self.earlier = {name: len(calls) for name, calls in self.calls.items()}
+
     output: Any = None
     activations: dict[str, Tensor] = field(default_factory=dict)
     calls: dict[str, list[list[int]]] = field(default_factory=dict)
@@ -74,13 +85,11 @@ class Capture:
 
     def is_clear(self, spec: ProbeSpec, call: int | None) -> bool:
         """Whether each submodule was called once, or often enough for the chosen call."""
-        often = not call  # a module that is called once has no other call than that
-        for name in spec.names:
-            count = len(self.calls.get(name, ()))
-            if count != 1 and (call is None or count <= call):
-                return False
-            often = often or count != 1
-        return often or not spec.names
+        if call is None:
+            return all(self.count(name) == 1 for name in spec.names)
+        counts = [len(self.calls.get(name, ())) for name in spec.names]
+        # A module that is called once has no other call than that.
+        return all(n == 1 or n > call for n in counts) and max(counts, default=call + 1) > call
 
 
 class Probe:

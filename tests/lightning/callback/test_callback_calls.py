@@ -263,7 +263,7 @@ def test_submodules_that_can_be_named_are_listed():
     trainer = pl.Trainer(
         accelerator="cpu", max_epochs=1, callbacks=[monitor], logger=False, **QUIET
     )
-    with pytest.raises(ValueError, match="name one that it calls, such as 'body', 'body.0'"):
+    with pytest.raises(ValueError, match=r"it calls, such as 'body', 'body\.0'"):
         trainer.fit(Deep(), loader(batches()))
 
 
@@ -282,3 +282,21 @@ def test_the_monitor_has_the_same_choice(automatic):
     (slopes,) = torch.autograd.grad(F.softplus(-score).sum(), x)
     (row,) = record.rows
     assert row["grad_norm/input"] == pytest.approx(slopes.norm(dim=1).mean().item(), rel=1e-6)
+
+
+def test_one_call_for_each_backward_needs_no_choice():
+    """The second backward's only call is meant, not the first one of the step."""
+
+    class TwoBackwards(OneBackward):
+        def training_step(self, batch, batch_idx):
+            x, optimizer = batch[0], self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(F.softplus(-self.discriminator(x)).mean())
+            self.manual_backward(F.softplus(self.discriminator(x.flip(0)[:4] * 2 + 1)).mean())
+            optimizer.step()
+
+    module = TwoBackwards()
+    made = gpkit.r1(2 * LAMBDA, at="data")
+    cb = gpkit.GradientPenaltyCallback(made, "discriminator", manual_backward=1)
+    trained = fit(module, cb, batches())
+    assert_trained_as(trained.discriminator, trained_by_hand(module, 1))
