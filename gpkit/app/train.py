@@ -23,6 +23,9 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from gpkit import checks
 from gpkit.app.build import build_callbacks, build_module, trains_pair
+from gpkit.app.checkpoints import Checkpoints, RandomStates, WholeFiles, require_checkpoint
+from gpkit.app.guard import FiniteGuard
+from gpkit.app.interrupts import StopAtSignal
 from gpkit.app.overrides import CONFIG_DIR, check_types, set_keys
 
 
@@ -79,7 +82,9 @@ def run(
     data.setup("fit")
     module = build_module(cfg, data, set_keys(overrides))
     has_best = bool(data.val_dataloader()) and not trains_pair(cfg)  # a pair has no val/loss
-    trainer = build_trainer(cfg, folder, has_best=has_best, sweep=sweep)
+    if cfg.ckpt_path is not None:
+        require_checkpoint(Path(cfg.ckpt_path), module, cfg.trainer.max_epochs)
+    trainer = build_trainer(cfg, folder, overrides, has_best=has_best, sweep=sweep)
     trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path)
     metrics: dict[str, Any] = dict(trainer.callback_metrics)
     checkpoint = trainer.checkpoint_callback
@@ -99,27 +104,20 @@ def run(
                 last = trainer.fit_loop.total_batch_idx
                 logger.log_hyperparams(hyperparameters(cfg), results(final), step=last)
                 logger.finalize("success")
-        _write(folder, final)
+        write_metrics(folder, final)
         _report(folder, final)
     return final
 
 
-class Checkpoints(ModelCheckpoint):
-    """Checkpoints that keep the best score of a resumed run, though the folder is a new one."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a state from another folder, if its best checkpoint still exists."""
-        if Path(state_dict["best_model_path"]).is_file():
-            state_dict = {**state_dict, "dirpath": self.dirpath}
-        super().load_state_dict(state_dict)
-
-
-def build_trainer(cfg: DictConfig, folder: Path, *, has_best: bool, sweep: bool) -> pl.Trainer:
+def build_trainer(
+    cfg: DictConfig, folder: Path, overrides: Sequence[str], *, has_best: bool, sweep: bool
+) -> pl.Trainer:
     """Return the trainer, which writes into the run's folder.
 
     Args:
         cfg: the composed config.
         folder: the run's folder.
+        overrides: the options that the user set.
         has_best: whether there is a val/loss, which defines the best checkpoint.
         sweep: whether more jobs follow. Then ddp becomes ddp_spawn, since ddp runs the command
             again in each process.
@@ -134,6 +132,8 @@ def build_trainer(cfg: DictConfig, folder: Path, *, has_best: bool, sweep: bool)
     )
     last = ModelCheckpoint(folder / "checkpoints", "last", enable_version_counter=False)
     callbacks: list[Callback] = [best, last] if has_best else [last]
+    callbacks += [FiniteGuard(), RandomStates()]
+    callbacks.append(StopAtSignal(folder / "checkpoints/last.ckpt", overrides))
     callbacks += build_callbacks(cfg.callbacks)
     if cfg.trainer.enable_progress_bar and sys.stdout.isatty():
         callbacks.append(RichProgressBar(leave=False))
@@ -143,6 +143,7 @@ def build_trainer(cfg: DictConfig, folder: Path, *, has_best: bool, sweep: bool)
         **device,
         logger=TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
         callbacks=callbacks,
+        plugins=[WholeFiles()],
         default_root_dir=str(folder),
     )
 
@@ -189,7 +190,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", "The dirpath has changed from .*")  # Checkpoints handles it
 
 
-def _write(folder: Path, metrics: dict[str, float]) -> None:
+def write_metrics(folder: Path, metrics: dict[str, float]) -> None:
     """Write metrics.json. NaN and infinities, which JSON does not have, become null."""
     plain = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
     (folder / "metrics.json").write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n")

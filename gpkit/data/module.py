@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gpkit import checks
+from gpkit.data.loader import ResumableLoader
 
 
 class DataModule(pl.LightningDataModule):
@@ -20,7 +21,7 @@ class DataModule(pl.LightningDataModule):
     below. A batch is x ``[B, *input_shape]``, float32, and y: classes ``[B]``, int64, or values
     ``[B, num_outputs]``, float32. The order of the training batches comes from a generator of its
     own: ``setup("fit")`` seeds it, and checkpoints keep its state, so a run that resumes sees the
-    same batches as one that was never stopped.
+    same batches as one that was never stopped, also from the middle of an epoch.
 
     Args:
         batch_size: the number of samples of a batch; the last batch of an epoch may be smaller.
@@ -62,7 +63,7 @@ class DataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Return the loader of the training set; it shuffles."""
-        return self._loader(self._loaded()[0], shuffle=True, generator=self.order)
+        return self._loader(self._loaded()[0], ResumableLoader, shuffle=True, generator=self.order)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Return the loader of the validation set, or [] if the set is empty."""
@@ -97,8 +98,11 @@ class DataModule(pl.LightningDataModule):
             )
         return self._sets
 
-    def _loader(self, dataset: Dataset, **options: Any) -> DataLoader:
-        return DataLoader(
+    def _loader(self, dataset: Dataset, kind: Any = DataLoader, **options: Any) -> DataLoader:
+        # An iterator draws a seed for its workers. From the global random numbers, a resumed run,
+        # which makes new iterators, would have others than one that was never stopped.
+        options.setdefault("generator", torch.Generator())
+        return kind(
             dataset,
             batch_size=self.batch_size,
             num_workers=self.num_workers,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,6 +37,32 @@ def penalty_scalars(
         if term is not None:
             scalars[f"penalty/{name}/norm"] = term.norms.detach().mean()
     return scalars
+
+
+@dataclass
+class LatestStep:
+    """What a module computed in its latest training step, to say which part is not finite.
+
+    Args:
+        scalars: the losses and penalties, by the names that they are logged under.
+        terms: of each penalty by name; None if it did not act.
+    """
+
+    scalars: Mapping[str, Tensor | float]
+    terms: Mapping[str, Terms | None]
+
+    def not_finite(self) -> str:
+        """Return the first loss or penalty that is not finite, in words; "" if all are finite."""
+        for name, value in self.scalars.items():
+            if torch.as_tensor(value).isfinite():
+                continue
+            found = f"{name} is {float(value)}"
+            terms = self.terms.get(name.removeprefix("penalty/"))
+            if terms is not None and len(terms.squared_norms) > 1:
+                bad = int((~terms.squared_norms.isfinite()).sum())
+                found += f" (the norms of {bad} of {len(terms.squared_norms)} samples)"
+            return found
+        return ""
 
 
 class Histograms:

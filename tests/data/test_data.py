@@ -123,7 +123,7 @@ def test_loaders_are_plain_so_that_lightning_can_distribute_them():
     data = ready(TwoMoons)
     samplers = {data.train_dataloader: RandomSampler, data.test_dataloader: SequentialSampler}
     for loader, sampler in ((make(), sampler) for make, sampler in samplers.items()):
-        assert type(loader) is DataLoader
+        assert isinstance(loader, DataLoader)
         assert type(loader.batch_sampler) is BatchSampler
         assert type(loader.sampler) is sampler
         assert not loader.drop_last

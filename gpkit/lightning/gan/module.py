@@ -35,6 +35,7 @@ from gpkit.lightning.recording import (
     EVALUATION,
     Histograms,
     LatestScalars,
+    LatestStep,
 )
 from gpkit.sums import Penalties, PenaltySum, as_sum
 
@@ -187,6 +188,7 @@ class GANModule(pl.LightningModule):
         self.simultaneous, self.penalty_steps = simultaneous, penalty_steps
         self.seed = seed if seed is None else checks.integer("seed=...", seed, 0)
         self.scalars = LatestScalars()
+        self.latest_step = LatestStep({}, {})
         self.histograms = Histograms(
             checks.integer("histogram_every_n_epochs=...", histogram_every_n_epochs, 0)
         )

@@ -15,7 +15,7 @@ from gpkit.lightning.gan.ema import update_average
 from gpkit.lightning.gan.logging import optimality_scalars, slope_scalars
 from gpkit.lightning.gan.objectives import MicroBatch, Objective
 from gpkit.lightning.gan.stepping import accumulate_gradients, step_optimizer
-from gpkit.lightning.recording import penalty_scalars
+from gpkit.lightning.recording import LatestStep, penalty_scalars
 
 Evaluate = Callable[[MicroBatch], Tensor | None]  # the total of an objective, or None
 
@@ -96,7 +96,10 @@ class GANStep:
         module = self.module
         if found.loss is not None:
             module.scalars.add({name: found.loss})
-        module.scalars.add(penalty_scalars(penalties, found.terms))
+        scalars = penalty_scalars(penalties, found.terms)
+        module.scalars.add(scalars)
+        losses = {} if found.loss is None else {name: found.loss.detach()}
+        module.latest_step = LatestStep({**losses, **scalars}, found.terms)
         module.histograms.collect_norms(module.trainer, found.terms)
         return found.total
 

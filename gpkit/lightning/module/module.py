@@ -28,7 +28,7 @@ from gpkit.lightning.module.forward import ForwardPass, ForwardRunner
 from gpkit.lightning.module.losses import LossFunction, per_sample
 from gpkit.lightning.module.metrics import as_metrics, prediction
 from gpkit.lightning.norms import input_norms, weight_norm
-from gpkit.lightning.recording import EVALUATION, Histograms, penalty_scalars
+from gpkit.lightning.recording import EVALUATION, Histograms, LatestStep, penalty_scalars
 from gpkit.needs import Needs, needs_of
 from gpkit.sums import Penalties, as_sum
 
@@ -132,6 +132,7 @@ class PenalizedModule(pl.LightningModule):
             CompiledLoss(self._differentiated, self.penalties, net) if compile else None
         )
         self._first = True
+        self.latest_step = LatestStep({}, {})
 
     def forward(self, x: Any) -> Any:
         """Return the output of the net."""
@@ -152,9 +153,10 @@ class PenalizedModule(pl.LightningModule):
         """Return the total loss, and log it and its parts."""
         log_norms = self.gradient_norms and logs_now(self.trainer)
         total, forward, terms = self._total(batch, log_norms=log_norms)
-        self.log("train/loss", forward.loss.detach())
+        scalars = {"train/loss": forward.loss.detach(), **penalty_scalars(self.penalties, terms)}
+        self.latest_step = LatestStep(scalars, terms)
         self.log("train/loss_total", total.detach(), prog_bar=True)
-        self.log_dict(penalty_scalars(self.penalties, terms))
+        self.log_dict(scalars)
         self.histograms.collect_norms(self.trainer, terms)
         if log_norms:
             self._log_norms(forward, "grad_norm", collect=True)

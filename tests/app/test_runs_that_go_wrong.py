@@ -1,0 +1,261 @@
+"""Runs that do not end well: values that are not finite, signals, wrong checkpoints."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from pytorch_lightning.callbacks import Callback
+from torch import nn
+
+import gpkit
+from gpkit.app.checkpoints import WholeFiles
+from gpkit.app.guard import NonFiniteError
+from gpkit.data import TwoMoons
+
+pytestmark = pytest.mark.app
+
+ROOT = Path(__file__).resolve().parents[2]
+QUIET = ["device=cpu", "trainer.enable_progress_bar=false", "data.train_size=256", "model.width=16"]
+
+
+class NetWithDropout(nn.Sequential):
+    def __init__(self, input_shape, num_outputs):
+        super().__init__(
+            nn.Flatten(), nn.Linear(64, 16), nn.GELU(), nn.Dropout(0.3), nn.Linear(16, num_outputs)
+        )
+
+
+class Loud(NetWithDropout):
+    """A net with large outputs."""
+
+    def forward(self, x):
+        return 100 * super().forward(x)
+
+
+class RootAtZero(nn.Module):
+    """A net whose gradient is infinite where its output is finite."""
+
+    def __init__(self, input_shape, num_outputs):
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(num_outputs))
+
+    def forward(self, x):
+        return self.scale.sqrt() + x.flatten(1)[:, :1] * 0
+
+
+class TurnsNaN(TwoMoons):
+    """Data of which three samples turn NaN in the third epoch."""
+
+    def setup(self, stage=None):
+        super().setup(stage)
+        x = self.train_set.tensors[0]
+        loader, epochs = self.train_dataloader, []
+
+        def train_dataloader():
+            made = loader()
+            original = made.__class__.__iter__
+
+            def iterate(self):
+                epochs.append(1)
+                if len(epochs) == 3:
+                    x[:3] = torch.nan
+                return original(self)
+
+            made.__class__ = type("Loader", (made.__class__,), {"__iter__": iterate})
+            return made
+
+        self.train_dataloader = train_dataloader
+
+
+class BadValidation(TwoMoons):
+    """Data with a validation sample that is NaN."""
+
+    def setup(self, stage=None):
+        super().setup(stage)
+        self.val_set.tensors[0][0] = torch.nan
+
+
+def checkpoint(folder, name="last"):
+    return torch.load(Path(folder) / f"checkpoints/{name}.ckpt", weights_only=True)
+
+
+def weights(folder):
+    return checkpoint(folder)["state_dict"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    words = r"train/loss is (nan|inf).* at step \d+ in epoch 0: .*smaller optimizer\.lr"
+    with pytest.raises(NonFiniteError, match=words):
+        gpkit.train([*QUIET, "penalty=none", "optimizer.lr=1e30", "trainer.max_epochs=2"], tmp_path)
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_a_penalty_that_is_not_finite_is_named(tmp_path):
+    options = [f"model._target_={__name__}.Loud", "penalty=jacobian", "penalty.weight=3e38"]
+    with pytest.raises(NonFiniteError, match=r"penalty/jacobian is inf.* at step 0 in epoch 0"):
+        gpkit.train([*QUIET[:3], *options, "trainer.max_epochs=1"], tmp_path)
+
+
+def test_a_gradient_that_is_not_finite_is_named(tmp_path):
+    options = [f"model._target_={__name__}.RootAtZero", "penalty=none", "trainer.max_epochs=1"]
+    with pytest.raises(NonFiniteError, match=r"the gradient of net\.scale is not finite, though"):
+        gpkit.train(["~model.width", *QUIET[:3], *options], tmp_path)
+
+
+def test_data_that_turn_nan_leave_the_last_good_checkpoint(tmp_path):
+    options = [f"data._target_={__name__}.TurnsNaN", "data=two_moons", "trainer.max_epochs=5"]
+    words = r"train/loss is nan.* in epoch 2: \d of \d+ samples of the batch have a value that is"
+    with pytest.raises(NonFiniteError, match=words) as error:
+        gpkit.train([*QUIET, *options, "penalty=none"], tmp_path)
+    assert str(error.value).endswith("last.ckpt")
+    assert checkpoint(tmp_path)["epoch"] == 1
+    assert all(w.isfinite().all() for w in weights(tmp_path).values())
+
+
+def test_a_validation_loss_that_is_not_finite_is_named(tmp_path):
+    options = [f"data._target_={__name__}.BadValidation", "data=two_moons", "trainer.max_epochs=1"]
+    words = r"val/loss is nan, though the weights are finite.*look at the validation data"
+    with pytest.raises(NonFiniteError, match=words):
+        gpkit.train([*QUIET, *options, "penalty=none"], tmp_path)
+
+
+def test_a_gan_stops_too(tmp_path):
+    options = [
+        "experiment=wgan_gp_8gaussians",
+        "trainer.max_epochs=2",
+        "trainer.limit_train_batches=4",
+    ]
+    with pytest.raises(NonFiniteError, match=r"(loss|wgan_gp) is (nan|inf|-inf)"):
+        gpkit.train([*QUIET[:2], *options, "optimizer.lr=1e30"], tmp_path)
+
+
+class StopAt(Callback):
+    """Sends a signal to this process during a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("step", [7, 5], ids=["end of an epoch", "within an epoch"])
+def test_a_resumed_run_is_the_run_with_dropout_and_workers(step, workers, tmp_path):
+    options = [
+        *QUIET[:3],
+        f"model._target_={__name__}.NetWithDropout",
+        "penalty=jacobian",
+        f"data.num_workers={workers}",
+        "trainer.max_epochs=4",
+    ]
+    stop = [f"+callbacks.stop._target_={__name__}.StopAt", f"+callbacks.stop.step={step}"]
+    whole = gpkit.train(options, tmp_path / "whole")
+    with pytest.raises(SystemExit) as stopped:
+        gpkit.train([*options, *stop], tmp_path / "part")
+    assert stopped.value.code == 130
+    assert checkpoint(tmp_path / "part")["global_step"] == step + 1
+    go_on = f"ckpt_path={tmp_path / 'part/checkpoints/last.ckpt'}"
+    resumed = gpkit.train([*options, go_on], tmp_path / "resumed")
+    torch.testing.assert_close(
+        weights(tmp_path / "resumed"), weights(tmp_path / "whole"), rtol=0, atol=0
+    )
+    assert resumed == whole
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(number, tmp_path):
+    command = [sys.executable, ROOT / "train.py", *QUIET, "trainer.max_epochs=10000"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("outputs/*/*/checkpoints/last.ckpt")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(number)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert f"stopped by {number.name} in epoch" in errors
+    assert "Traceback" not in errors + out
+    again = errors.strip().splitlines()[-1].partition("python train.py ")[2].split()
+    found = torch.load(again[-1].partition("=")[2], weights_only=True)
+    assert found["global_step"] > 0
+    command = [
+        sys.executable,
+        ROOT / "train.py",
+        *again,
+        f"trainer.max_epochs={found['epoch'] + 1}",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("outputs/*/*/metrics.json"))) == 1
+
+
+def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    WholeFiles().save_checkpoint({"epoch": 1}, path)
+
+    def half(checkpoint, file):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="No space"):
+        WholeFiles().save_checkpoint({"epoch": 2}, path)
+    assert torch.load(path) == {"epoch": 1}
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    gpkit.train([*QUIET, "penalty=none", "trainer.max_epochs=2"], folder)
+    return folder / "checkpoints/last.ckpt"
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+WRONG = {
+    "truncated": (cut, [], r"last\.ckpt is damaged, or no checkpoint: .*beside it there are best"),
+    "text": (lambda p: p.write_text("x"), [], r"is damaged, or no checkpoint"),
+    "weights alone": (lambda p: torch.save({"w": torch.ones(1)}, p), [], r"a file of torch\.save"),
+    "another model": (
+        None,
+        ["model.width=8"],
+        r"another model: net\.features\.0\.weight is \[16, 64\] there and \[8",
+    ),
+    "another optimizer": (None, ["optimizer=sgd"], r"another optimizer than SGD: .*betas"),
+    "the run has ended": (None, [], r"has 2 of 2 epochs: set trainer\.max_epochs to more"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_checkpoint_that_does_not_fit_is_named(what, finished, tmp_path):
+    spoil, options, words = WRONG[what]
+    path = tmp_path / "checkpoints/last.ckpt"
+    path.parent.mkdir()
+    for name in ("last", "best"):
+        (path.parent / f"{name}.ckpt").write_bytes(finished.read_bytes())
+    if spoil is not None:
+        spoil(path)
+    with pytest.raises(ValueError, match=words) as error:
+        gpkit.train(
+            [*QUIET, "penalty=none", "trainer.max_epochs=2", *options, f"ckpt_path={path}"],
+            tmp_path / "again",
+        )
+    assert "\n" not in str(error.value)
+
+
+def test_the_metrics_stay_strict_json(finished):
+    assert json.loads((finished.parents[1] / "metrics.json").read_text())["val/acc"] > 0
