@@ -12,7 +12,8 @@ and Hydra are loaded only if that module needs them.
 - Presets for environments: irm, fishr.
 - Several penalties: sum.
 - Variables (`wrt`): weights, activation, Variables.
-- Forms (`form`): squared, norm, two_sided, one_sided, power, running_average, Form.
+- Forms (`form`): squared, norm, two_sided, one_sided, absolute, power,
+  running_average, Form.
 - Points (`at`): interpolate, perturb, uniform, mixture, At.
 - Estimators: exact, projection, finite_difference, taylor, power_iteration, Estimator.
 - Weights (`weight`): warmup, cosine, switch, rescaled, lazy_adam, Weight, target_norm,
@@ -42,6 +43,7 @@ __all__ = [
     "Statistic",
     "Variables",
     "Weight",
+    "absolute",
     "activation",
     "contractive",
     "cosine",
@@ -111,12 +113,13 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` has the same names 
     from gpkit.axes.at import At as At
     from gpkit.axes.at import interpolate as interpolate
     from gpkit.axes.at import perturb as perturb
+    from gpkit.axes.average import running_average as running_average
     from gpkit.axes.environments import Statistic as Statistic
     from gpkit.axes.form import Form as Form
+    from gpkit.axes.form import absolute as absolute
     from gpkit.axes.form import norm as norm
     from gpkit.axes.form import one_sided as one_sided
     from gpkit.axes.form import power as power
-    from gpkit.axes.form import running_average as running_average
     from gpkit.axes.form import squared as squared
     from gpkit.axes.form import two_sided as two_sided
     from gpkit.axes.mixtures import mixture as mixture
@@ -181,7 +184,8 @@ else:
         "gpkit.axes.at": "At interpolate perturb",
         "gpkit.axes.mixtures": "mixture uniform",
         "gpkit.axes.environments": "Statistic",
-        "gpkit.axes.form": "Form norm one_sided power running_average squared two_sided",
+        "gpkit.axes.average": "running_average",
+        "gpkit.axes.form": "Form absolute norm one_sided power squared two_sided",
         "gpkit.axes.weight": "Weight cosine lazy_adam rescaled switch warmup",
         "gpkit.axes.activation": "activation",
         "gpkit.axes.parameters": "weights",

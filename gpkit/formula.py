@@ -76,7 +76,12 @@ class Terms:
 
 
 def squared_norms(
-    axes: Axes, targets: Sequence[Target], rng: Source, scale: Tensor | float | None = None
+    axes: Axes,
+    targets: Sequence[Target],
+    rng: Source,
+    scale: Tensor | float | None = None,
+    *,
+    observe: bool = False,
 ) -> Tensor:
     """Return n² ``[G]``: the squared norm of each group's derivative.
 
@@ -86,6 +91,7 @@ def squared_norms(
         rng: the random numbers of the estimator.
         scale: the factor of a gradient scaler: ``scale·y`` is differentiated, and n² is divided by
             ``scale²``.
+        observe: as in `terms`.
 
     Returns:
         n² ``[G]``, differentiable.
@@ -93,7 +99,7 @@ def squared_norms(
     if scale is not None:
         targets = [target.scaled(scale) for target in targets]
     if targets[0].mean and axes.estimator.first_order:
-        targets = [replace(target, share=partial(_share, axes)) for target in targets]
+        targets = [replace(target, share=partial(_share, axes, observe)) for target in targets]
     of = partial(axes.estimator.squared_norms, order=axes.order, norm=axes.form.norm, rng=rng)
     parts = [of(target) for target in targets]
     n2 = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -112,9 +118,11 @@ def terms(axes: Axes, n2: Tensor, weight: float, *, observe: bool = False) -> Te
     Returns:
         The terms.
     """
+    form = axes.form
     if observe:
+        form = form.for_call(n2)
         axes.form.observe(n2)
-    values = axes.form(n2)
+    values = form(n2)
     return Terms(n2, values, weight, reduced(values, axes.reduce))
 
 
@@ -123,10 +131,11 @@ def reduced(values: Tensor, how: str = "mean") -> Tensor:
     return values.reshape(()) if values.shape[0] == 1 else REDUCTIONS[how](values)
 
 
-def _share(axes: Axes, n2: Tensor) -> Tensor:
+def _share(axes: Axes, observe: bool, n2: Tensor) -> Tensor:
     """Return the derivative of the reduced value with respect to n², ``[G]``, without a graph."""
     n2 = n2.detach().requires_grad_()
-    return torch.autograd.grad(reduced(axes.form(n2), axes.reduce), n2)[0]
+    form = axes.form.for_call(n2) if observe else axes.form
+    return torch.autograd.grad(reduced(form(n2), axes.reduce), n2)[0]
 
 
 def trains(terms: Terms, targets: Sequence[Target], order: int, unused: str) -> bool:

@@ -83,9 +83,9 @@ class GradientPenalty(Penalty):
             "accumulated" and "global" need order 1.
         order: k >= 1, the order of the derivative; 1 is the gradient.
         form: the function of the norm n: "squared" n², "norm" n, ``gpkit.two_sided(c)`` (n - c)²,
-            ``gpkit.one_sided(c)`` max(0, n - c)², ``gpkit.power(p)`` n^p; each takes
-            ``norm="l1"`` or ``norm="linf"`` instead of "l2". Or any function of n ``[G]``, such as
-            ``lambda n: (n - 1).abs()``.
+            ``gpkit.one_sided(c)`` max(0, n - c)², ``gpkit.absolute(c)`` |n - c|,
+            ``gpkit.power(p)`` n^p; each takes ``norm="l1"`` or "linf" instead of "l2". Or any
+            function of n ``[G]``, such as ``lambda n: (n - 1).tanh()``.
         at: the points where the derivative is taken: "data", "real", "fake", "interpolate",
             "perturb", an object such as ``gpkit.perturb(0.5)``, ``gpkit.uniform(-1, 1)`` or
             ``gpkit.mixture("real", "fake")``, or a function ``(real, fake) -> points``.
@@ -181,8 +181,9 @@ class GradientPenalty(Penalty):
             rng = torch.Generator(device_of(f, args, real, fake)).manual_seed(seed)
             targets = self._targets(f, args, real, fake, rng, seed)
             self._require_derivatives(targets[0], trains=acts and train)
-            n2 = formula.squared_norms(self, targets, rng, scale)
-            terms = formula.terms(self, n2, weight, observe=acts)
+            observe = acts and train
+            n2 = formula.squared_norms(self, targets, rng, scale, observe=observe)
+            terms = formula.terms(self, n2, weight, observe=observe)
         if acts and train and not (self.effect_confirmed and terms.reduced.requires_grad):
             unused = f"{type(self.wrt).__name__}: {self.wrt.missing}"
             self.effect_confirmed |= formula.trains(terms, targets, self.order, unused)

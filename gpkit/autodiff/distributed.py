@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, distributed
 
@@ -24,7 +26,7 @@ def batch_std(x: Tensor) -> Tensor:
     tensor(1.)
     """
     x = x.detach()
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not several_ranks():
         return x.std(correction=0)
     wide = x.double()  # a difference of squares loses digits
     moments = torch.stack([wide.new_tensor(x.numel()), wide.sum(), wide.square().sum()])
@@ -35,9 +37,35 @@ def batch_std(x: Tensor) -> Tensor:
 
 def mean_of_ranks(measured: Tensor | float) -> float:
     """Return the mean of a scalar over the ranks of a distributed run."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed and isinstance(measured, Tensor):
+    if several_ranks() and isinstance(measured, Tensor):
         measured = measured.clone()
         torch.distributed.all_reduce(measured)
         measured = measured / torch.distributed.get_world_size()
     return float(measured)
+
+
+def sum_of_ranks(x: Tensor) -> Tensor:
+    """Return the sum of a tensor over the ranks of a distributed run.
+
+    Its gradient is the sum of the gradients of all ranks. Where ranks average their gradients, as
+    under DDP, the result is the gradient of the mean of the ranks' losses. So each rank must call
+    it, and run its backward pass.
+    """
+    return x if not several_ranks() else _SumOfRanks.apply(x)
+
+
+def several_ranks() -> bool:
+    """Whether this process is a rank of a distributed run."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
+class _SumOfRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return sum_of_ranks(grad.contiguous())

@@ -3,7 +3,7 @@
 - ``of``: what is differentiated.
 - ``wrt``: the variables of the derivative; ``activation``: the output of a submodule, for both.
 - ``scope``: the groups; each group has one norm.
-- ``form``: the function of the norm.
+- ``form``: the function of the norm; ``average``: a running average as its centre.
 - ``at``: the points where the derivative is taken; ``mixtures``: points in a box, and mixtures.
 - ``weight`` and ``adaptive``: the factor at each optimiser step.
 - ``environments``: the statistics of `EnvironmentPenalty`.

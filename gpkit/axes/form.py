@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,59 +11,7 @@ from torch import Tensor
 
 from gpkit import checks
 from gpkit.autodiff.numerics import root
-
-
-@dataclass
-class running_average:
-    """An exponential moving average of the mean norm: a ← d·a + (1 - d)·mean, once per call.
-
-    The mean is over this call's norms, detached, on all ranks of a distributed run; so each rank
-    must make the same calls. The average is updated first, and then used as the centre of the
-    same call. `GradientPenalty.terms` uses the average without an update. A mean that is not
-    finite, such as on a step that a gradient scaler skips, is ignored. The average is part of the
-    penalty's state; do not share one object between penalties.
-
-    Args:
-        decay: d in [0, 1].
-        value: the initial a.
-
-    Raises:
-        ValueError: if ``decay`` is not in [0, 1], or ``value`` is not a finite number.
-
-    >>> center = running_average(0.9)
-    >>> center.update(torch.tensor([1.0, 3.0]))
-    >>> round(center.value, 6)
-    0.2
-    """
-
-    decay: float = 0.99
-    value: float = 0.0
-
-    def __post_init__(self) -> None:
-        checks.number("running_average(decay=...)", self.decay, 0)
-        checks.number("running_average(value=...)", self.value)
-        if self.decay > 1:
-            raise ValueError(
-                f"`running_average(decay=...)` must be a number in [0, 1]; got {self.decay!r}"
-            )
-
-    def update(self, norms: Tensor) -> None:
-        """Update the average with the mean of norms ``[G]``."""
-        total = torch.stack([norms.detach().sum(), norms.new_tensor(len(norms))])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(total)
-        summed, count = total.tolist()
-        if math.isfinite(summed):
-            self.value = self.decay * self.value + (1 - self.decay) * (summed / count)
-
-    def state_dict(self) -> dict[str, float]:
-        """Return the average as a plain number."""
-        return {"value": self.value}
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Restore the average."""
-        self.value = state["value"]
-
+from gpkit.axes.average import running_average
 
 NORMS = ("l2", "l1", "linf")
 
@@ -103,8 +50,12 @@ class Form:
         values = self.value(squared_norms)
         return values if self.scale == 1 else values * self.scale
 
+    def for_call(self, squared_norms: Tensor) -> Form:
+        """Return the form of a call that trains, with n² ``[G]``: it may depend on all of them."""
+        return self
+
     def observe(self, squared_norms: Tensor) -> None:
-        """Update the state of the form with n² ``[G]`` of a call, before ``value``."""
+        """Update the state of the form with n² ``[G]`` of a call that trains."""
 
     def value(self, squared_norms: Tensor) -> Tensor:
         """Return the values ``[G]`` for n² ``[G]``, without ``scale``."""
@@ -131,10 +82,41 @@ class squared(Form):
 
 
 @dataclass(frozen=True, kw_only=True)
-class norm(Form):
+class Rooted(Form):
+    """A form that takes the root of n². The base class of `norm`, `two_sided` and their like.
+
+    Args:
+        eps: ε >= 0, inside of the root: n is √(n² + ε). With 0 the gradient at n = 0 is defined as
+            zero, so ε is only for parity with published code: 1e-12 and 1e-10 are common there.
+
+    Raises:
+        ValueError: if ``eps`` is negative.
+
+    >>> two_sided(1.0, eps=0.25)(torch.tensor([0.0]))  # (½ - 1)²
+    tensor([0.2500])
+    """
+
+    eps: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.number(f"{type(self).__name__}(eps=...)", self.eps, 0)
+
+    def shifted(self, squared_norms: Tensor) -> Tensor:
+        """Return n² + ε."""
+        return squared_norms + self.eps if self.eps else squared_norms
+
+    def root(self, squared_norms: Tensor) -> Tensor:
+        """Return √(n² + ε)."""
+        return root(self.shifted(squared_norms))
+
+
+@dataclass(frozen=True, kw_only=True)
+class norm(Rooted):
     """n. Its gradient at n = 0 is defined as zero.
 
     Args:
+        eps: ε inside of the root, √(n² + ε).
         norm: "l2", "l1" or "linf".
         scale: a constant factor, > 0.
 
@@ -146,15 +128,17 @@ class norm(Form):
     """
 
     def value(self, squared_norms: Tensor) -> Tensor:
-        return root(squared_norms)
+        return self.root(squared_norms)
 
 
 @dataclass(frozen=True)
-class two_sided(Form):
+class two_sided(Rooted):
     """(n - c)²: pulls the norm to the centre c from both sides.
 
     Args:
-        center: c, a number, or a ``gpkit.running_average()`` of the norms.
+        center: c: a number; a tensor, ``[]`` or one number for each norm ``[G]``, which may have a
+            graph; or a ``gpkit.running_average()`` of the norms.
+        eps: ε inside of the root, √(n² + ε).
         norm: "l2", "l1" or "linf".
         scale: a constant factor, > 0.
 
@@ -165,26 +149,49 @@ class two_sided(Form):
     tensor([1., 1., 4.])
     """
 
-    center: float | running_average = 1.0
+    center: float | Tensor | running_average = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.center, running_average):
+        if isinstance(self.center, Tensor):
+            if self.center.ndim > 1:
+                raise ValueError(
+                    f"`{type(self).__name__}(center=...)`, a tensor, must be [] or [G], one number "
+                    f"for each norm; got {list(self.center.shape)}"
+                )
+        elif not isinstance(self.center, running_average):
             checks.number(f"{type(self).__name__}(center=...)", self.center)
 
     @property
-    def c(self) -> float:
+    def c(self) -> float | Tensor:
         """The current centre."""
         return self.center.value if isinstance(self.center, running_average) else self.center
 
+    def above(self, squared_norms: Tensor) -> Tensor:
+        """Return n - c, ``[G]``."""
+        c = self.c
+        if isinstance(c, Tensor):
+            if c.ndim and c.shape != squared_norms.shape:
+                raise ValueError(
+                    f"`{type(self).__name__}(center=...)` has {len(c)} numbers, for "
+                    f"{len(squared_norms)} norms: give one for each norm, or a single number"
+                )
+            c = c.to(squared_norms)
+        return self.root(squared_norms) - c
+
     def value(self, squared_norms: Tensor) -> Tensor:
-        if self.c == 0:
-            return squared_norms
-        return (root(squared_norms) - self.c).square()
+        if not isinstance(self.c, Tensor) and self.c == 0:
+            return self.shifted(squared_norms)
+        return self.above(squared_norms).square()
+
+    def for_call(self, squared_norms: Tensor) -> Form:
+        if not isinstance(self.center, running_average):
+            return self
+        return replace(self, center=self.center.for_call(self.root(squared_norms)))
 
     def observe(self, squared_norms: Tensor) -> None:
         if isinstance(self.center, running_average):
-            self.center.update(squared_norms.detach().sqrt())
+            self.center.update(self.root(squared_norms.detach()))
 
     def state_dict(self) -> dict[str, float]:
         """Return the state of a running average, or {} if the centre is a number."""
@@ -201,7 +208,8 @@ class one_sided(two_sided):
     """max(0, n - c)²: penalises only norms above the centre c.
 
     Args:
-        center: c, a number, or a ``gpkit.running_average()`` of the norms.
+        center: c, as in `two_sided`.
+        eps: ε inside of the root, √(n² + ε).
         norm: "l2", "l1" or "linf".
         scale: a constant factor, > 0.
 
@@ -213,17 +221,41 @@ class one_sided(two_sided):
     """
 
     def value(self, squared_norms: Tensor) -> Tensor:
-        if self.c == 0:
-            return squared_norms
-        return (root(squared_norms) - self.c).relu().square()
+        if not isinstance(self.c, Tensor) and self.c == 0:
+            return self.shifted(squared_norms)
+        return self.above(squared_norms).relu().square()
 
 
 @dataclass(frozen=True)
-class power(Form):
+class absolute(two_sided):
+    """|n - c|: pulls the norm to the centre c with the same force from everywhere.
+
+    Its gradient at n = c, and at n = 0, is defined as zero.
+
+    Args:
+        center: c, as in `two_sided`.
+        eps: ε inside of the root, √(n² + ε).
+        norm: "l2", "l1" or "linf".
+        scale: a constant factor, > 0.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    >>> absolute(1.0)(torch.tensor([0.0, 4.0, 9.0]))
+    tensor([1., 1., 2.])
+    """
+
+    def value(self, squared_norms: Tensor) -> Tensor:
+        return self.above(squared_norms).abs()
+
+
+@dataclass(frozen=True)
+class power(Rooted):
     """n^p. Its gradient is finite at n = 0 for every p.
 
     Args:
         exponent: p > 0.
+        eps: ε inside of the root, √(n² + ε)^p.
         norm: "l2", "l1" or "linf".
         scale: a constant factor, > 0.
 
@@ -241,6 +273,7 @@ class power(Form):
         checks.number("power(exponent=...)", self.exponent, 0, strict=True)
 
     def value(self, squared_norms: Tensor) -> Tensor:
+        squared_norms = self.shifted(squared_norms)
         if self.exponent >= 2:
             return squared_norms ** (self.exponent / 2)
         positive = squared_norms > 0
@@ -249,13 +282,14 @@ class power(Form):
 
 
 @dataclass(frozen=True)
-class of_norm(Form):
+class of_norm(Rooted):
     """A function of the norm n, such as ``form=lambda n: (n - 1).abs()``.
 
     The gradient of n at n = 0 is defined as zero.
 
     Args:
         function: n ``[G]`` to values ``[G]``, differentiable.
+        eps: ε inside of the root, √(n² + ε).
 
     Raises:
         ValueError: in the call, if the values have another shape.
@@ -267,7 +301,7 @@ class of_norm(Form):
     function: Callable[[Tensor], Tensor] = lambda n: n
 
     def value(self, squared_norms: Tensor) -> Tensor:
-        values = self.function(root(squared_norms))
+        values = self.function(self.root(squared_norms))
         if not isinstance(values, Tensor) or values.shape != squared_norms.shape:
             got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(
@@ -292,4 +326,4 @@ def as_form(where: str, form: Any) -> Form:
     return given
 
 
-FORMS = {f.__name__: f for f in (squared, norm, two_sided, one_sided, power)}
+FORMS = {f.__name__: f for f in (squared, norm, two_sided, one_sided, absolute, power)}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gpkit.axes.form import running_average, two_sided
+from gpkit.axes.average import running_average
+from gpkit.axes.form import two_sided
 from gpkit.axes.of import per_pixel
 from gpkit.axes.weight import Schedule
 from gpkit.estimators.gaussian_product import gaussian_product
@@ -27,9 +28,12 @@ def path_length(
     Call ``penalty(generator, w)`` with latents w ``[B, D]``, or ``[B, L, D]`` for L layers: n² is
     then the mean of the squared lengths over L. The images are ``[B, C, *S]`` and H·W is the
     product of S; an output ``[B, C]`` has one pixel. At each call a is updated first,
-    a ← decay·a + (1 - decay)·mean n, over all ranks and from 0 on; the new a is the centre. It is a
-    constant, where StyleGAN2's code also differentiates through it. w is detached. To train what
-    made w too, call ``penalty(generator(w), w)``.
+    a ← decay·a + (1 - decay)·mean n, from 0 on; the new a is the centre, and the gradient passes
+    through it, as in StyleGAN2's code. There the mean is over the samples of one GPU; here it is
+    over all ranks, so that it does not depend on their number. For the new a as a constant, or the
+    a before the call, set ``form=gpkit.two_sided(gpkit.running_average(0.99))``, or
+    ``running_average(0.99, use="before")``. w is detached. To train what made w too, call
+    ``penalty(generator(w), w)``.
 
     Args:
         weight: λ, StyleGAN2's ``pl_weight``; as there, it acts on every 4th step, times 4.
@@ -54,7 +58,7 @@ def path_length(
         Axes(
             of=per_pixel(),
             wrt="input",
-            form=two_sided(running_average(decay)),
+            form=two_sided(running_average(decay, use="graph")),
             estimator=gaussian_product(),
             every=4,
         ),

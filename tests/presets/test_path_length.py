@@ -61,7 +61,7 @@ def lengths(net, params, w, y):
 @pytest.mark.parametrize("shape", [(6,), (3, 2)])
 @pytest.mark.parametrize("route", ["callable", "graph"])
 def test_value_and_gradient(generator, shape, route):
-    # catches a sum over L, an a that is differentiated, or that does not hold this call's mean
+    # catches a sum over L, an a that is a constant, or that does not hold this call's mean
     w, decay = latents(*shape), 0.7
     penalty = gpkit.path_length(weight=2.0, decay=decay, every=1)
     z = w.clone().requires_grad_()
@@ -71,7 +71,8 @@ def test_value_and_gradient(generator, shape, route):
     a = (1 - decay) * lengths(generator, params, w, y).mean().item()
 
     def formula(params):
-        return 2.0 * (lengths(generator, params, w, y) - a).square().mean()
+        n = lengths(generator, params, w, y)
+        return 2.0 * (n - (1 - decay) * n.mean()).square().mean()
 
     grads, value = torch.func.grad_and_value(formula)(params)
     assert relative_error(found.detach(), value) < 1e-10
@@ -126,9 +127,26 @@ def test_lazy_calls_alone_enter_the_average(generator):
     assert values[0] == values[3] != values[4] == values[7] != values[8]
 
 
-def slope(decay, form=gpkit.two_sided):
+def test_the_gradient_of_published_code():
+    # w ↦ θ w: n = θ |y|, a = 0.01 n, so d/dθ (0.99 n)² = 2·0.99²·n²/θ; with a constant 2·0.99·n²/θ
+    x = torch.ones(1, 1, dtype=torch.float64)
+    uses = {"graph": 0.99**2, "constant": 0.99, "before": 1.0}
+    for use, factor in {None: 0.99**2, **uses}.items():
+        form = {} if use is None else {"form": gpkit.two_sided(gpkit.running_average(use=use))}
+        theta = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+        penalty = gpkit.path_length(weight=1.0, every=1, seed=0, **form)
+        n = penalty.terms(lambda w, theta=theta: theta * w, x).norms.item()
+        value = penalty(lambda w, theta=theta: theta * w, x)
+        kept = 1.0 if use == "before" else 0.99
+        assert value.item() == pytest.approx((kept * n) ** 2, rel=1e-12)
+        (gradient,) = torch.autograd.grad(value, theta)
+        assert gradient.item() == pytest.approx(2 * factor * n**2 / 2, rel=1e-12)
+        assert penalty.form.center.value == pytest.approx(0.01 * n, rel=1e-12)
+
+
+def slope(decay, form=gpkit.two_sided, **options):
     """Return a penalty on a function of unequal slopes, one for each sample."""
-    return gpkit.GradientPenalty(form=form(gpkit.running_average(decay)))
+    return gpkit.GradientPenalty(form=form(gpkit.running_average(decay, **options)))
 
 
 def test_the_average_of_a_sequence():
@@ -142,6 +160,37 @@ def test_the_average_of_a_sequence():
         (gradient,) = torch.autograd.grad(value, s)
         torch.testing.assert_close(gradient, s.detach() - a)  # 2 (n - a) / 2: a is a constant
         assert penalty.form.center.value == pytest.approx(a, rel=1e-12)
+
+
+@pytest.mark.parametrize("form", [gpkit.two_sided, gpkit.one_sided, gpkit.absolute])
+@pytest.mark.parametrize("use", ["constant", "graph", "before"])
+def test_what_the_centre_of_a_call_is(form, use):
+    # catches a use that only two_sided knows, and an update before the old average is taken
+    function = {
+        gpkit.two_sided: lambda d: d.square(),
+        gpkit.one_sided: lambda d: d.relu().square(),
+        gpkit.absolute: lambda d: d.abs(),
+    }[form]
+    penalty, a = slope(0.75, form, use=use), 0.0
+    for slopes in ([1.0, 3.0], [0.5, 4.5], [2.0, 8.0]):
+        s = torch.tensor(slopes, dtype=torch.float64, requires_grad=True)
+        new = 0.75 * a + 0.25 * s.mean()
+        c = {"constant": new.detach(), "graph": new, "before": a}[use]
+        true = function(s - c).mean()
+        (expected,) = torch.autograd.grad(true, s)
+        value = penalty(lambda x, s=s: s * x[:, 0], torch.zeros(2, 1, dtype=torch.float64))
+        (gradient,) = torch.autograd.grad(value, s)
+        assert value.item() == pytest.approx(true.item(), rel=1e-12)
+        torch.testing.assert_close(gradient, expected)
+        a = new.item()
+        assert penalty.form.center.value == pytest.approx(a, rel=1e-12)
+
+
+def test_evaluation_leaves_the_average():
+    penalty, x = slope(0.5), torch.ones(2, 1)
+    with torch.no_grad():
+        assert penalty(lambda x: 2 * x[:, 0], x).item() == 4.0
+    assert penalty.form.center.value == 0.0
 
 
 def test_one_sided_about_an_average():
@@ -261,10 +310,28 @@ def test_the_mean_is_over_all_ranks():
     assert ranks.run(of_rank) == [(a, (1 - a) ** 2), (a, ((4 - a) ** 2 + (6 - a) ** 2) / 2)]
 
 
+def gradient_of_rank(rank):
+    slopes = torch.tensor([[1.0, 1.5], [4.0, 6.0]][rank], dtype=torch.float64, requires_grad=True)
+    penalty = slope(0.5, use="graph")
+    x = torch.zeros(2, 1, dtype=torch.float64)
+    (grad,) = torch.autograd.grad(penalty(lambda x: slopes * x[:, 0], x), slopes)
+    return grad.tolist()
+
+
+@pytest.mark.ddp
+def test_the_gradient_through_the_average_is_over_all_ranks():
+    # the mean over ranks, as DDP takes it, is the gradient of one process with all four samples
+    slopes = torch.tensor([1.0, 1.5, 4.0, 6.0], dtype=torch.float64, requires_grad=True)
+    whole = (slopes - 0.5 * slopes.mean()).square().mean()
+    (true,) = torch.autograd.grad(whole, slopes)
+    halves = ranks.run(gradient_of_rank)
+    assert [g / 2 for half in halves for g in half] == pytest.approx(true.tolist(), rel=1e-12)
+
+
 def test_is_a_value():
-    center = gpkit.running_average(0.9, 2.0)
+    center = gpkit.running_average(0.9, 2.0, use="before")
     assert pickle.loads(pickle.dumps(center)) == center
-    assert repr(center) == "running_average(decay=0.9, value=2.0)"
+    assert repr(center) == "running_average(decay=0.9, value=2.0, use='before')"
 
 
 @pytest.mark.parametrize(
@@ -275,6 +342,7 @@ def test_is_a_value():
             lambda: gpkit.running_average(-1),
             r"`running_average\(decay=...\)` must be a number >= 0",
         ),
+        (lambda: gpkit.running_average(use="new"), r"`running_average\(use=...\)` must be one of"),
         (lambda: gpkit.running_average(0.5, "a"), r"`running_average\(value=...\)` must be a numb"),
         (lambda: gpkit.path_length(order=2), r"the l2 norm of a first derivative; got order=2"),
         (

@@ -12,8 +12,8 @@ from torch import Tensor
 from gpkit import formula
 from gpkit.autodiff.compat import traces_gradients, tracing_gradients
 from gpkit.autodiff.random import SeededDraws
+from gpkit.axes.average import running_average
 from gpkit.axes.call import Call
-from gpkit.axes.form import running_average
 from gpkit.needs import needs_of
 from gpkit.penalty import Penalty
 
