@@ -12,6 +12,7 @@ from torch import Tensor
 from gpkit import checks, formula
 from gpkit.autodiff import graph
 from gpkit.autodiff.activations import names
+from gpkit.autodiff.isolation import FORWARDS
 from gpkit.autodiff.random import Source, device_of, random_state
 from gpkit.axes import scope as scopes
 from gpkit.axes.at import At, as_at
@@ -30,7 +31,9 @@ from gpkit.formula import Terms
 from gpkit.penalty import Penalty
 
 VARIABLES: dict[str, type[Variables]] = {"input": inputs, "weight": weights}
-AXES = ("of", "wrt", "scope", "order", "form", "at", "estimator", "reduce", "weight", "every")
+AXES = (
+    "of", "wrt", "scope", "order", "form", "at", "estimator", "forward", "reduce", "weight", "every"
+)  # fmt: skip
 NO_GRAPH = (
     "the penalty has nothing to differentiate: the tensor has no graph. Was it computed under "
     "no_grad, detached, or is it a gradient taken without create_graph=True?"
@@ -47,6 +50,7 @@ class Axes(TypedDict, total=False):
     form: str | Form | Callable[[Tensor], Tensor]
     at: str | At | Callable[[Any, Any], Any]
     estimator: str | Estimator | None
+    forward: str
     reduce: str
     every: int
     seed: int | None
@@ -94,6 +98,11 @@ class GradientPenalty(Penalty):
             ``gpkit.taylor(n)``; or, for the largest singular value, "power_iteration" or
             ``gpkit.power_iteration(n)``. None is "exact", except for order >= 2 in the weights:
             the full derivative is too large there, and None is "projection".
+        forward: how the penalty runs a function that it is given. "isolated": it leaves no trace,
+            and has dropout masks of its own. "training": as a training forward pass: batch norm
+            statistics and the vectors of spectral norm move, and dropout draws from torch's global
+            stream, as in a hand-written loop. "eval": the modules are in eval mode meanwhile.
+            A tensor was computed before, so it takes "isolated" only.
         reduce: "mean" over the groups, "sum", or "max": the largest value in the micro-batch.
         weight: λ >= 0, or a schedule: a function of the optimiser step.
         every: act on every k-th step, with the weight multiplied by k (lazy regularisation).
@@ -122,6 +131,7 @@ class GradientPenalty(Penalty):
         form: str | Form | Callable[[Tensor], Tensor] = "squared",
         at: str | At | Callable[[Any, Any], Any] = "data",
         estimator: str | Estimator | None = None,
+        forward: str = "isolated",
         reduce: str = "mean",
         weight: float | Schedule = 1.0,
         every: int = 1,
@@ -140,8 +150,9 @@ class GradientPenalty(Penalty):
             estimator = projection() if order > 1 and not self.wrt.batched else exact()
         self.estimator: Estimator = checks.piece("estimator=...", estimator, ESTIMATORS, Estimator)
         self.estimator.check(self.order, self.form.norm, self.wrt.batched)
-        scopes.check(self.scope, self.order, self.estimator)
         self.named = tuple(names(self.of, self.wrt))  # activations
+        self.forward = checks.choice("forward=...", forward, FORWARDS)
+        scopes.check(self.scope, self.order, self.estimator, self.forward)
         self.reduce = checks.choice("reduce=...", reduce, formula.REDUCTIONS)
         super().__init__(weight=weight, every=every, seed=seed, name=name)
 
@@ -179,7 +190,7 @@ class GradientPenalty(Penalty):
         train = torch.is_grad_enabled()
         with _graphs(train):
             rng = torch.Generator(device_of(f, args, real, fake)).manual_seed(seed)
-            targets = self._targets(f, args, real, fake, rng, seed)
+            targets = self._targets(f, args, real, fake, rng, seed, acts)
             self._require_derivatives(targets[0], trains=acts and train)
             observe = acts and train
             n2 = formula.squared_norms(self, targets, rng, scale, observe=observe)
@@ -190,13 +201,22 @@ class GradientPenalty(Penalty):
         return terms if train else terms.detached()
 
     def _targets(
-        self, f: Any, args: tuple[Any, ...], real: Any, fake: Any, rng: Source, seed: int
+        self,
+        f: Any,
+        args: tuple[Any, ...],
+        real: Any,
+        fake: Any,
+        rng: Source,
+        seed: int,
+        acts: bool,
     ) -> list[Target]:
         """Return y and x, at the points that ``at`` chooses."""
         if isinstance(f, Target):
             return [f]
         args = tuple(list(a) if isinstance(a, Iterator) else a for a in args)  # net.parameters()
-        targets = list(self.wrt.targets(Call(self, f, args, real, fake, rng, seed)))
+        call = Call(self, f, args, real, fake, rng, seed, acts=acts)
+        call.require_forward()
+        targets = list(self.wrt.targets(call))
         if not all(target.y.requires_grad for target in targets):
             raise RuntimeError(NO_GRAPH)
         return targets

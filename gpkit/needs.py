@@ -31,7 +31,7 @@ class Needs:
         activations: the names of the activations used by ``of`` and ``wrt``.
         order: k if kernels need a double backward, else 0.
         moves: whether the points differ from the samples.
-        reuses_graph: whether the graph of a forward pass at the points is enough.
+        reuses_graph: whether the graph of the training forward pass is enough.
         on_jets: whether the function runs on Taylor series.
         per_sample: whether each sample or pixel has a norm.
         pooled: whether gradients are averaged over micro-batches or ranks before the norm.
@@ -39,6 +39,7 @@ class Needs:
         layers: whether it reads the inputs and outputs of the layers.
         features: whether it needs the input of the last linear layer.
         measures: whether its weight measures the gradients of loss and penalty.
+        own_forward: whether it must run a forward pass of its own, in its own mode.
     """
 
     differentiates: str
@@ -55,6 +56,7 @@ class Needs:
     layers: bool = False
     features: bool = False
     measures: bool = False
+    own_forward: bool = False
 
     @cached_property
     def of_loss(self) -> bool:
@@ -90,7 +92,7 @@ class Needs:
     def loss_at_two_points(self) -> bool:
         """Whether it takes finite differences of the loss in the weights, not per sample."""
         once = self.in_weights and self.of_loss and not self.per_sample
-        return once and self.order == 0 and not self.reuses_graph
+        return once and self.order == 0 and not (self.reuses_graph or self.own_forward)
 
     @cached_property
     def calls_net(self) -> bool:
@@ -131,6 +133,7 @@ def needs_of(penalty: Penalty) -> Needs:
     assert isinstance(penalty, GradientPenalty), penalty
     of, wrt, estimator = penalty.of, penalty.wrt, penalty.estimator
     in_weights, loss = not wrt.batched, penalty.of == "loss"
+    own_forward = penalty.forward != "isolated"
     whole = (
         (penalty.scope == "batch" and getattr(wrt, "match", "") == "*")
         if in_weights
@@ -143,7 +146,7 @@ def needs_of(penalty: Penalty) -> Needs:
         activations=penalty.named,
         order=0 if estimator.first_order else penalty.order,
         moves=penalty.at.moves and not in_weights,
-        reuses_graph=estimator.reuses_graph,
+        reuses_graph=estimator.reuses_graph and not own_forward,
         on_jets=isinstance(estimator, taylor),
         per_sample=penalty.scope in ("sample", "pixel"),
         pooled=penalty.scope in POOLED,
@@ -151,7 +154,9 @@ def needs_of(penalty: Penalty) -> Needs:
         and type(estimator) is exact
         and whole
         and loss
-        and penalty.order == 1,
+        and penalty.order == 1
+        and not own_forward,
         layers=reads_layers(penalty),
         measures=penalty.measures,
+        own_forward=own_forward,
     )

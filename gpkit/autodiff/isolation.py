@@ -16,6 +16,8 @@ from gpkit.autodiff.compat import COMPILED_CLASS, attention_switch, buffers_of, 
 from gpkit.autodiff.norm_layers import elementary
 from gpkit.autodiff.random import RandomState, seeded
 
+FORWARDS = ("isolated", "training", "eval")  # the ways to run a forward pass of a penalty
+
 
 @contextmanager
 def isolated(
@@ -25,6 +27,7 @@ def isolated(
     order: int = 1,
     *,
     twice: bool = True,
+    evaluating: bool = False,
 ) -> Iterator[None]:
     """A context for a forward pass with its own buffers and random numbers, and a double backward.
 
@@ -39,6 +42,7 @@ def isolated(
         device: the device of the forward pass.
         order: k, the order of the penalty.
         twice: whether the graph will be differentiated twice. If not, any kernel is allowed.
+        evaluating: whether the modules are put in eval mode, and back in their own at the end.
 
     Yields:
         Nothing.
@@ -47,12 +51,12 @@ def isolated(
         stack.enter_context(seeded(seed, device))
         if twice:
             stack.enter_context(double_backward(order))
-        stack.enter_context(own_buffers(function))
+        stack.enter_context(own_buffers(function, evaluating=evaluating))
         yield
 
 
 @contextmanager
-def own_buffers(function: Any) -> Iterator[None]:
+def own_buffers(function: Any, *, evaluating: bool = False) -> Iterator[None]:
     """Let modules write to copies of their buffers, and put the originals back at the end.
 
     The original tensors are put back, and never written to, because graphs may have saved them.
@@ -60,7 +64,15 @@ def own_buffers(function: Any) -> Iterator[None]:
     if the forward pass replaced a buffer. A global hook finds other modules when they are called.
     torch.compile would trace that hook, so it is left out if the function refers to a compiled
     module.
+
+    Args:
+        function: the function to be called, or a module that it runs.
+        evaluating: whether the modules are put in eval mode meanwhile.
+
+    Yields:
+        Nothing.
     """
+    trained: list[nn.Module] = []
     swapped: list[tuple[nn.Module, str, Tensor, Tensor]] = []
     seen: set[nn.Module] = set()
     known = 0
@@ -72,6 +84,9 @@ def own_buffers(function: Any) -> Iterator[None]:
             if owner in seen:
                 continue
             seen.add(owner)
+            if evaluating and owner.training:
+                trained.append(owner)
+                owner.training = False
             for name, buffer in buffers_of(owner).items():
                 if buffer is not None:
                     swapped.append((owner, name, buffer, buffer.clone()))
@@ -92,6 +107,8 @@ def own_buffers(function: Any) -> Iterator[None]:
     finally:
         if hook is not None:
             hook.remove()
+        for owner in trained:
+            owner.training = True
         for i, (module, name, original, copy) in enumerate(swapped):
             # For a module found by the hook, functional_call may have swapped in its own tensor
             # first: it puts the original back itself, and `original` is the swapped-in tensor.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor
 
 from gpkit.autodiff import activations
-from gpkit.autodiff.isolation import isolated
-from gpkit.autodiff.random import RandomState, Source
+from gpkit.autodiff.isolation import double_backward, isolated
+from gpkit.autodiff.random import RandomState, Source, random_state
 from gpkit.axes.at import Points
 from gpkit.axes.form import Form
 from gpkit.axes.of import Of, sampled_losses
@@ -29,6 +30,7 @@ class Axes(Protocol):
     order: int
     form: Form
     estimator: Estimator
+    forward: str
 
 
 @dataclass(eq=False)
@@ -43,6 +45,7 @@ class Call:
         fake: fake samples, if passed by keyword.
         rng: the random numbers of points and estimators.
         seed: the seed of a forward pass.
+        acts: whether the penalty is trained on; a look at it leaves no trace.
     """
 
     axes: Axes
@@ -52,6 +55,7 @@ class Call:
     fake: Any
     rng: Source
     seed: int | RandomState
+    acts: bool = False
 
     @property
     def has_graph(self) -> bool:
@@ -84,9 +88,31 @@ class Call:
         self, function: Any, seed: int | RandomState, xs: Points, device: torch.device
     ) -> Any:
         """Return the output of a function in a forward pass without side effects."""
-        twice = not self.axes.estimator.first_order
-        with isolated(function, seed, device, self.axes.order, twice=twice):
+        twice, how = not self.axes.estimator.first_order, self.axes.forward
+        if how == "training" and isinstance(seed, int):
+            seed = self.seed = random_state(device)  # the runs at other points draw the same
+            if self.acts:
+                with double_backward(self.axes.order) if twice else nullcontext():
+                    return function(*xs)
+        with isolated(
+            function, seed, device, self.axes.order, twice=twice, evaluating=how == "eval"
+        ):
             return function(*xs)
+
+    def require_forward(self) -> None:
+        """Refuse ``forward=`` where the penalty runs no forward pass of its own.
+
+        Raises:
+            ValueError: if ``f`` is a value.
+        """
+        if self.axes.forward == "isolated":
+            return
+        if self.has_graph or getattr(self.f, "value", None) is not None:
+            raise ValueError(
+                f"forward={self.axes.forward!r} is about a forward pass that the penalty runs "
+                "itself; got a tensor, which was computed before: give the penalty the function, "
+                "penalty(f, x) or penalty(closure, net), or leave forward= out"
+            )
 
     def selected(self, y: Any) -> Tensor:
         """Return the tensor to differentiate: what ``of`` selects from the output of ``f``."""

@@ -63,12 +63,12 @@ class weights(Variables):
             )
         params = self.chosen(call.args[0])
         device, rerun, layers = params[0].device, None, None
-        if isinstance(call.f, Recomputable):
+        if isinstance(call.f, Recomputable) and call.f.value is not None:
             y, layers = call.selected(call.f.value), call.f.layers
             rerun = partial(self.evaluated, call, device, y)
         elif call.has_graph:
             y = call.selected(call.f)
-        elif callable(call.f):
+        elif callable(call.f) or isinstance(call.f, Recomputable):
             with layers_for([call.axes], call.args[0]) as layers:
                 y = self.evaluated(call, device)
             rerun = partial(self.evaluated, call, device, y)

@@ -8,8 +8,8 @@ from gpkit.estimators.base import Estimator
 from gpkit.estimators.window import POOLED
 
 
-def check(scope: str, order: int, estimator: Estimator) -> None:
-    """Refuse an order or an estimator that does not work with a scope.
+def check(scope: str, order: int, estimator: Estimator, forward: str = "isolated") -> None:
+    """Refuse an order, an estimator or a way to run the net that does not work with a scope.
 
     Raises:
         ValueError: if the derivative cannot be averaged over micro-batches before the norm is
@@ -19,6 +19,11 @@ def check(scope: str, order: int, estimator: Estimator) -> None:
         raise ValueError(
             f"scope={scope!r} takes order=1 with estimator='exact' or 'finite_difference'; got "
             f"order={order} with {estimator!r}"
+        )
+    if scope in POOLED and forward != "isolated":
+        raise ValueError(
+            f"scope={scope!r} averages gradients of the training forward passes, so it takes "
+            f"forward='isolated'; got {forward!r}: use scope='batch'"
         )
     if scope == "pixel" and order > 1:
         raise ValueError(

@@ -74,7 +74,7 @@ class inputs(Variables):
             )
         evaluate: Callable[..., Tensor] | None = None
         mean = isinstance(call.f, Recomputable) and call.f.mean
-        if isinstance(call.f, Recomputable) and not call.axes.at.moves:
+        if isinstance(call.f, Recomputable) and call.f.value is not None and not call.axes.at.moves:
             xs = self.given(call)
             y = call.selected(call.f.value)
             evaluate = partial(self.evaluated, call)

@@ -77,7 +77,8 @@ class Recomputable:
     """A value with its graph, and a function (with RNG state) that recomputes it.
 
     Args:
-        value: the value with its graph, such as a loss. None where ``at`` moves the points.
+        value: the value with its graph, such as a loss. None where ``at`` moves the
+            points, or ``forward`` asks for another forward pass.
         function: recomputes the value: at the current weights, or at the inputs passed to it.
         state: of the random numbers before ``value`` was computed.
         mean: whether the value of an input penalty is one number, the mean over the samples.

@@ -11,7 +11,8 @@ Each preset's docstring has the formula with all of its factors, how the penalty
 - ``weight`` is the factor λ, γ or k of the formula: a number >= 0, or a schedule, which is a
   function of the optimiser step. Where a paper writes γ/2, ``weight`` is γ and the ½ is inside.
 - ``**axes`` are the other arguments of `GradientPenalty`, such as ``order``, ``estimator``,
-  ``every``, ``scope``, ``reduce``, ``seed`` and ``name``. They replace the preset's own choices.
+  ``every``, ``scope``, ``forward``, ``reduce``, ``seed`` and ``name``. They replace the preset's
+  own choices.
 - An argument out of its range is a ValueError.
 
 A preset belongs in the file of what it differentiates, and with respect to what:

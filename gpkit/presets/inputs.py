@@ -133,7 +133,8 @@ def cure(weight: float | Schedule = 4.0, h: float = 1.5, **axes: Unpack[Axes]) -
     Args:
         weight: λ, the paper's γ: there is no factor 1/h² inside.
         h: the length of the step.
-        **axes: see `gpkit.presets`.
+        **axes: see `gpkit.presets`. The authors' code has the net in eval mode meanwhile:
+            ``forward="eval"``.
 
     Returns:
         The penalty.

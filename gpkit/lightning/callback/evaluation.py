@@ -106,6 +106,7 @@ class Evaluator:
                 penalty.skip(optimizer_step)
                 continue
             value = base if name in two_points else differentiated(needs, capture, loss)
+            value = None if needs.own_forward else value
             f, *args = self._penalty_arguments(name, call, capture, value)
             try:
                 terms[name] = penalty.act(f, *args, step=optimizer_step, scale=scale)

@@ -64,6 +64,8 @@ def findings_of_sharding(net: nn.Module, penalties: Mapping[str, Any]) -> list[s
                 f"{here} double backprop needs the gathered weights twice, and FSDP frees them "
                 f"after one backward; got {kind}(): use estimator='finite_difference', or DDP"
             )
+        if needs.own_forward:
+            found.append(f"{here} got forward={penalty.forward!r}: leave it out, or use DDP")
         if not needs.in_weights:
             continue
         if penalty.of not in ("loss", "output"):

@@ -121,6 +121,8 @@ def not_compiled_because(penalty: Penalty) -> str | None:
     needs, axes = needs_of(penalty), penalty.axes()
     if needs.environments:
         return "compares environments"
+    if needs.own_forward:
+        return f"runs the net itself, by forward={axes['forward']!r}"
     if not needs.reuses_graph:
         return f"evaluates the net again, by {axes['estimator']!r}"
     if needs.moves:
