@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gpkit import checks
 from gpkit.autodiff import graph
 from gpkit.autodiff.derivatives import gradients
 from gpkit.autodiff.isolation import isolated
@@ -16,7 +17,7 @@ from gpkit.autodiff.numerics import wide
 from gpkit.autodiff.random import device_of
 from gpkit.axes.environments import Samples, Statistic
 from gpkit.axes.weight import Schedule
-from gpkit.formula import Terms, reduced
+from gpkit.formula import REDUCTIONS, Terms, reduced
 from gpkit.penalty import Penalty
 
 Losses = Callable[[Tensor, Tensor], Tensor]
@@ -26,6 +27,7 @@ class Options(TypedDict, total=False):
     """Keyword arguments of `EnvironmentPenalty` except ``statistic`` and ``weight``."""
 
     loss: Losses | None
+    reduce: str
     every: int
     seed: int | None
     name: str
@@ -49,6 +51,7 @@ class EnvironmentPenalty(Penalty):
         statistic: computes one value for each environment.
         loss: ``(logits, y) -> [B]``. None is the cross-entropy, or the binary cross-entropy with
             logits if there is one logit per sample.
+        reduce: "mean" over the environments, "sum", or "max".
         weight: λ >= 0, or a schedule: a function of the optimiser step.
         every: act on every k-th step, with the weight multiplied by k (lazy regularisation).
         seed: the seed of a callable's forward pass; None uses torch's initial seed.
@@ -74,6 +77,7 @@ class EnvironmentPenalty(Penalty):
         statistic: Statistic,
         *,
         loss: Losses | None = None,
+        reduce: str = "mean",
         weight: float | Schedule = 1.0,
         every: int = 1,
         seed: int | None = None,
@@ -82,10 +86,11 @@ class EnvironmentPenalty(Penalty):
         super().__init__(weight=weight, every=every, seed=seed, name=name)
         self.statistic = statistic
         self.loss = loss or cross_entropies
+        self.reduce = checks.choice("reduce=...", reduce, REDUCTIONS)
 
     def axes(self) -> dict[str, Any]:
         """Return the choices on the axes by name."""
-        return {"statistic": self.statistic, **super().axes()}
+        return {"statistic": self.statistic, "reduce": self.reduce, **super().axes()}
 
     def evaluate(
         self,
@@ -106,7 +111,7 @@ class EnvironmentPenalty(Penalty):
             args: y and env, or empty for pairs.
             real: must be None.
             fake: must be None.
-            weight: the factor of the mean over environments.
+            weight: the factor of the reduced value.
             seed: the seed of a callable's forward pass.
             scale: ignored: δ = ∂ℓ/∂logits, in float32 or better, does not underflow.
             acts: whether the terms are trained on.
@@ -127,8 +132,9 @@ class EnvironmentPenalty(Penalty):
             logits, a = self._split(output)
             if train and not logits.requires_grad:
                 raise RuntimeError(CUT)
-            n2, values = self.statistic(self._samples(logits, a, y, env))
-            terms = Terms(n2, values, weight, reduced(values))
+            samples = self._samples(logits, a, y, env, trains=acts and train)
+            n2, values = self.statistic(samples)
+            terms = Terms(n2, values, weight, reduced(values, self.reduce))
         if acts and train and not self.effect_confirmed:
             if not graph.leaves(terms.reduced):
                 raise RuntimeError(CUT)
@@ -178,7 +184,9 @@ class EnvironmentPenalty(Penalty):
             raise TypeError(f"features must be a tensor [{len(logits)}, d]; got {found}")
         return logits, a
 
-    def _samples(self, logits: Tensor, a: Tensor | None, y: Tensor, env: Tensor) -> Samples:
+    def _samples(
+        self, logits: Tensor, a: Tensor | None, y: Tensor, env: Tensor, *, trains: bool
+    ) -> Samples:
         logits = logits.to(wide(logits))
         if not len(logits) == len(y) == len(env):
             raise ValueError(
@@ -197,12 +205,15 @@ class EnvironmentPenalty(Penalty):
             if not losses.requires_grad:
                 raise RuntimeError(CUT)
             (deltas,) = gradients(losses.sum(), (logits,))
-            same = (env.unique().unsqueeze(1) == env).to(logits)  # [E, B]
+            names = env.unique()
+            same = (names.unsqueeze(1) == env).to(logits)  # [E, B]
             return Samples(
                 logits.reshape(len(logits), -1),
                 deltas.reshape(len(logits), -1),
                 None if a is None else a.to(logits.dtype),
                 same / same.sum(1, keepdim=True),
+                tuple(names.tolist()),
+                trains,
             )
 
 

@@ -54,6 +54,24 @@ def sum_of_ranks(x: Tensor) -> Tensor:
     return x if not several_ranks() else _SumOfRanks.apply(x)
 
 
+def means_of_ranks(values: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Return the mean of each tensor over the ranks that have its key, for the keys of all ranks.
+
+    Args:
+        values: tensors of one shape, on the rank's device; at least one. The keys may differ.
+    """
+    if not several_ranks():
+        return values
+    keys: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(keys, sorted(values))
+    union = sorted({key for of_rank in keys for key in of_rank})
+    zero = torch.zeros_like(next(iter(values.values())))
+    total = torch.stack([values.get(key, zero) for key in union])
+    distributed.all_reduce(total)
+    counts = [sum(key in of_rank for of_rank in keys) for key in union]
+    return {key: t / n for key, t, n in zip(union, total, counts, strict=True)}
+
+
 def several_ranks() -> bool:
     """Whether this process is a rank of a distributed run."""
     return distributed.is_available() and distributed.is_initialized()

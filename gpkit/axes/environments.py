@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from gpkit import checks
+from gpkit.autodiff.distributed import means_of_ranks
 
 
 @dataclass(frozen=True)
@@ -18,18 +23,23 @@ class Samples:
         features: a, the input of the last linear layer, ``[B, d]``; or None.
         members: ``[E, B]``: 1 / n_e if sample i is in environment e (of n_e samples), else 0. Its
             product with values ``[B, ...]`` is their mean over each environment.
+        names: the E environments, as integers, in the order of ``members``.
+        trains: whether the values are trained on: then the state of a statistic is updated.
     """
 
     outputs: Tensor
     deltas: Tensor
     features: Tensor | None
     members: Tensor
+    names: tuple[int, ...] = ()
+    trains: bool = False
 
 
 class Statistic:
     """A statistic of the gradients in each environment of a batch. The base class.
 
-    A subclass defines one method, ``__call__``.
+    A subclass defines one method, ``__call__``. If it has ``state_dict`` and ``load_state_dict``,
+    its state is saved with the penalty's.
 
     >>> class mean_slope(Statistic):  # the squared mean of δ in each environment
     ...     def __call__(self, samples):
@@ -59,9 +69,10 @@ class scale_gradient(Statistic):
     halves: bool = False
 
     def __call__(self, samples: Samples) -> tuple[Tensor, Tensor]:
-        """Return n² and E times the values, ``[E]``: their mean is the sum over environments."""
+        """Return n² and the values, ``[E]``: n², or the product of two halves."""
         slopes = (samples.deltas * samples.outputs).sum(1)  # [B]
-        members, whole = samples.members, samples.members @ slopes
+        members = samples.members
+        whole = members @ slopes
         values = whole.square()
         if self.halves:
             inside = members > 0
@@ -74,18 +85,42 @@ class scale_gradient(Statistic):
                     f"environments of {[int(n) for n in inside.sum(1)]}"
                 )
             values = ((parts / counts) @ slopes).prod(0)
-        return whole.square(), len(members) * values
+        return whole.square(), values
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class gradient_variance(Statistic):
-    """‖Var_e - mean over e' of Var_e'‖², of the per-sample gradients of the last linear layer.
+    r"""The spread of the variances of the per-sample gradients of the last linear layer ω.
 
-    The gradient is δ_i ⊗ a_i for the weight, and δ_i for the bias. The variance of each entry over
-    an environment is the mean of its square minus the square of its mean.
+    .. math:: \frac{1}{|\omega|} \Big\|\hat v_e - \text{mean}_{e'} \hat v_{e'}\Big\|^2, \quad
+              \hat v_e = v_e + \frac{\gamma}{1 - \gamma} m_e
+
+    The gradient is δ_i ⊗ a_i for the weight, and δ_i for the bias. Its variance v_e has an entry
+    for each of ω: the mean of the square over an environment minus the square of the mean. m_e is
+    the moving average of v_e before this call, a constant, from 0 on. So v̂_e is the new moving
+    average γ m_e + (1 - γ) v_e, divided by 1 - γ: then its gradient does not depend on γ.
+
+    In a distributed run the moving average is that of the mean of v_e over the ranks that have the
+    environment, so that all ranks have the same one; each rank must make the same calls. A variance
+    that is not finite is left out of it. Do not share one object between penalties.
+
+    Args:
+        ema: γ in [0, 1); 0 is without a moving average.
+
+    Raises:
+        ValueError: if ``ema`` is not in [0, 1).
     """
 
+    ema: float = 0.0
+    averages: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+
     features = True
+
+    def __post_init__(self) -> None:
+        if checks.number("gradient_variance(ema=...)", self.ema, 0) >= 1:
+            raise ValueError(
+                f"`gradient_variance(ema=...)` must be a number in [0, 1); got {self.ema!r}"
+            )
 
     def __call__(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """Return the values ``[E]``, twice: n² is the value itself."""
@@ -95,5 +130,40 @@ class gradient_variance(Statistic):
         means = torch.einsum("eb,bc,bd->ecd", members, deltas, a)
         squares = torch.einsum("eb,bc,bd->ecd", members, deltas.square(), a.square())
         variances = squares - means.square()
-        values = (variances - variances.mean(0)).square().sum((1, 2))
+        averaged = self._with_average(samples.names, variances)
+        if samples.trains and self.ema:
+            self._update(dict(zip(samples.names, variances.detach(), strict=True)))
+        values = (averaged - averaged.mean(0)).square().mean((1, 2))
         return values, values
+
+    def _with_average(self, names: tuple[int, ...], variances: Tensor) -> Tensor:
+        """Return v_e + γ/(1 - γ) m_e, ``[E, C, d + 1]``."""
+        if not any(name in self.averages for name in names):
+            return variances
+        before = [self.averages.get(name, torch.zeros_like(variances[0])) for name in names]
+        for name, m in zip(names, before, strict=True):
+            if m.shape != variances.shape[1:]:
+                raise ValueError(
+                    f"the moving average of environment {name} is of a last layer "
+                    f"{list(m.shape)} (outputs, inputs + 1), this one is "
+                    f"{list(variances.shape[1:])}: use a penalty of its own for each net"
+                )
+        stacked = torch.stack([m.to(variances) for m in before])
+        return variances + self.ema / (1 - self.ema) * stacked
+
+    def _update(self, variances: dict[int, Tensor]) -> None:
+        """Update the moving averages: m ← γ m + (1 - γ) v."""
+        for name, v in means_of_ranks(variances).items():
+            m = self.averages.get(name, torch.zeros_like(v)).to(v)
+            new = self.ema * m + (1 - self.ema) * v
+            self.averages[name] = torch.where(v.isfinite().all(), new, m)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the moving average of each environment as plain numbers, or {} if none is."""
+        averages = {name: m.tolist() for name, m in self.averages.items()}
+        return {"averages": averages} if averages else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the moving averages."""
+        given = state.get("averages", {})  # JSON makes strings of the environments
+        self.averages = {int(e): torch.tensor(m, dtype=torch.float64) for e, m in given.items()}

@@ -141,8 +141,8 @@ ROWS = [
         groups=2,
     ),
     Row(
-        "fishr",
-        preset("fishr", 0.7),
+        "fishr",  # without the moving averages: test_environments.py
+        preset("fishr", 0.7, ema=0.0),
         partial(on_environments, features=True),
         partial(on_environments, features=True, graph=True),
         (of_variance(0.7),),

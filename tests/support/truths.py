@@ -110,7 +110,7 @@ def of_scale(weight: float, *, halves: bool = False) -> Oracle:
             return slope(x[::2], y[::2]) * slope(x[1::2], y[1::2])
 
         values = by_environment(s, product if halves else lambda x, y: slope(x, y) ** 2, z[0])
-        return weight, by_environment(s, slope, z[0]).abs(), 2 * values  # whose mean is the sum
+        return weight, by_environment(s, slope, z[0]).abs(), values
 
     return oracle
 
@@ -128,7 +128,7 @@ def of_variance(weight: float) -> Oracle:
             return torch.cat([g.flatten(1) for g in grads.values()], 1).var(0, correction=0)
 
         variances = by_environment(s, variance, z[0])
-        values = (variances - variances.mean(0)).square().sum(1)
+        values = (variances - variances.mean(0)).square().mean(1)
         return weight, values.detach().sqrt(), values
 
     return oracle
