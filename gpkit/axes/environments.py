@@ -88,7 +88,7 @@ class scale_gradient(Statistic):
         return whole.square(), values
 
 
-@dataclass(eq=False)
+@dataclass
 class gradient_variance(Statistic):
     r"""The spread of the variances of the per-sample gradients of the last linear layer ω.
 
@@ -112,7 +112,7 @@ class gradient_variance(Statistic):
     """
 
     ema: float = 0.0
-    averages: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+    averages: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     features = True
 
