@@ -10,7 +10,7 @@ and Hydra are loaded only if that module needs them.
 - Presets for critics and generators: wgan_gp, wgan_lp, r1, r2, r1_r2, dragan, zero_gp, wgan_div,
   max_gp, path_length.
 - Presets for environments: irm, fishr.
-- Several penalties: sum.
+- Several penalties: sum. In the state of a module: register_penalty.
 - Variables (`wrt`): weights, activation, Variables.
 - Forms (`form`): squared, norm, two_sided, one_sided, absolute, power,
   running_average, Form.
@@ -82,6 +82,7 @@ __all__ = [
     "r1",
     "r1_r2",
     "r2",
+    "register_penalty",
     "rescaled",
     "running_average",
     "spectral_jacobian",
@@ -171,6 +172,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` has the same names 
     from gpkit.presets import wgan_lp as wgan_lp
     from gpkit.presets import zero_gp as zero_gp
     from gpkit.presets.sum import sum as sum
+    from gpkit.sums import register_penalty as register_penalty
 else:
     from importlib import import_module as _import_module
 
@@ -208,6 +210,7 @@ else:
             "r1_r2 r2 spectral_jacobian weight_grad_norm wgan_div wgan_gp wgan_lp zero_gp"
         ),
         "gpkit.presets.sum": "sum",
+        "gpkit.sums": "register_penalty",
     }
     _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 

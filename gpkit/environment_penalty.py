@@ -134,7 +134,7 @@ class EnvironmentPenalty(Penalty):
                 raise RuntimeError(CUT)
             samples = self._samples(logits, a, y, env, trains=acts and train)
             n2, values = self.statistic(samples)
-            terms = Terms(n2, values, weight, reduced(values, self.reduce))
+            terms = Terms(n2, values, weight, reduced(values, self.reduce), (logits,))
         if acts and train and not self.effect_confirmed:
             if not graph.leaves(terms.reduced):
                 raise RuntimeError(CUT)

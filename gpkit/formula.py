@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from gpkit.autodiff import graph
+from gpkit.autodiff.distributed import require_dynamic_graph
 from gpkit.autodiff.numerics import root
-from gpkit.autodiff.random import Source
+from gpkit.autodiff.random import Source, has_ranks
 from gpkit.axes.form import Form
 from gpkit.estimators.base import Estimator, Target
 
@@ -47,12 +48,14 @@ class Terms:
         values: form(n) ``[G]``, before the reduction and the weight.
         weight: the factor of ``reduced`` at this step.
         reduced: the mean of the values, a scalar; or their sum or maximum, by ``reduce``.
+        outputs: what was differentiated, in a distributed run.
     """
 
     squared_norms: Tensor
     values: Tensor
     weight: float
     reduced: Tensor
+    outputs: Sequence[Tensor] = ()
 
     @property
     def norms(self) -> Tensor:
@@ -96,6 +99,8 @@ def squared_norms(
     Returns:
         n² ``[G]``, differentiable.
     """
+    if has_ranks():
+        require_dynamic_graph(targets[0].y)
     if scale is not None:
         targets = [target.scaled(scale) for target in targets]
     if targets[0].mean and axes.estimator.first_order:
@@ -106,7 +111,14 @@ def squared_norms(
     return n2 if scale is None else n2 / scale / scale
 
 
-def terms(axes: Axes, n2: Tensor, weight: float, *, observe: bool = False) -> Terms:
+def terms(
+    axes: Axes,
+    n2: Tensor,
+    weight: float,
+    *,
+    observe: bool = False,
+    targets: Sequence[Target] = (),
+) -> Terms:
     """Return the terms for given squared norms.
 
     Args:
@@ -114,6 +126,7 @@ def terms(axes: Axes, n2: Tensor, weight: float, *, observe: bool = False) -> Te
         n2: n², ``[G]``.
         weight: the factor of the reduced value.
         observe: whether to update the state of the form, such as a running average.
+        targets: the outputs that were differentiated.
 
     Returns:
         The terms.
@@ -123,7 +136,8 @@ def terms(axes: Axes, n2: Tensor, weight: float, *, observe: bool = False) -> Te
         form = form.for_call(n2)
         axes.form.observe(n2)
     values = form(n2)
-    return Terms(n2, values, weight, reduced(values, axes.reduce))
+    outputs = [target.y for target in targets] if has_ranks() else ()
+    return Terms(n2, values, weight, reduced(values, axes.reduce), outputs)
 
 
 def reduced(values: Tensor, how: str = "mean") -> Tensor:

@@ -194,7 +194,7 @@ class GradientPenalty(Penalty):
             self._require_derivatives(targets[0], trains=acts and train)
             observe = acts and train
             n2 = formula.squared_norms(self, targets, rng, scale, observe=observe)
-            terms = formula.terms(self, n2, weight, observe=observe)
+            terms = formula.terms(self, n2, weight, observe=observe, targets=targets)
         if acts and train and not (self.effect_confirmed and terms.reduced.requires_grad):
             unused = f"{type(self.wrt).__name__}: {self.wrt.missing}"
             self.effect_confirmed |= formula.trains(terms, targets, self.order, unused)

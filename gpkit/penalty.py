@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gpkit import checks
-from gpkit.autodiff.random import derived_seed, device_of, rank
+from gpkit.autodiff.distributed import tied
+from gpkit.autodiff.random import derived_seed, device_of, has_ranks, rank
 from gpkit.axes.weight import Schedule, as_weight
 from gpkit.formula import Terms
 
@@ -102,6 +103,8 @@ class Penalty:
         terms = self.act(f, *args, real=real, fake=fake, step=step, scale=scale)
         if terms is None:
             return torch.zeros((), device=device_of(f, args, real, fake))
+        if has_ranks() and terms.reduced.requires_grad:
+            return tied(terms.penalty, terms.outputs)
         return terms.penalty
 
     def act(

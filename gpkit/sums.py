@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
+from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpkit.formula import Terms
 from gpkit.gradient_penalty import with_loss
@@ -159,6 +160,51 @@ class PenaltySum(Mapping[str, Penalty]):
 
     def __repr__(self) -> str:
         return f"PenaltySum({self.parts!r})"
+
+
+def register_penalty(module: nn.Module, name: str, penalty: Penalty | PenaltySum) -> None:
+    """Make a penalty an attribute of a module, and its state a part of the module's state.
+
+    ``module.state_dict()`` holds the penalty's state, plain numbers, under ``name``, and
+    ``load_state_dict`` restores it, also with ``strict=True`` and as a part of other modules. A
+    state without it, as from before the penalty was registered, leaves the penalty as it is.
+
+    >>> import gpkit, torch
+    >>> critic = torch.nn.Linear(2, 1)
+    >>> register_penalty(critic, "slope", gpkit.r1())
+    >>> _ = critic.slope(critic, real=torch.ones(3, 2))
+    >>> critic.state_dict()["slope"]["step"]
+    1
+
+    Args:
+        module: any module. Copies of it have penalties of their own.
+        name: the attribute.
+        penalty: a penalty, or a `gpkit.sum`.
+
+    Raises:
+        TypeError: if ``penalty`` is no penalty.
+        ValueError: if the module has an attribute of that name.
+    """
+    if not isinstance(penalty, (Penalty, PenaltySum)):
+        raise TypeError(f"`register_penalty` takes a penalty, or a gpkit.sum; got {penalty!r}")
+    if not name.isidentifier() or hasattr(module, name):
+        raise ValueError(
+            f"`register_penalty` needs the name of a new attribute of the {type(module).__name__}; "
+            f"got {name!r}"
+        )
+    setattr(module, name, penalty)
+    module.register_state_dict_post_hook(partial(_save, name))
+    module.register_load_state_dict_pre_hook(partial(_load, name))
+
+
+def _save(name: str, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    state[prefix + name] = getattr(module, name).state_dict()
+
+
+def _load(name: str, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    saved = state.pop(prefix + name, None)  # else a strict load would not know the key
+    if saved is not None:
+        getattr(module, name).load_state_dict(saved)
 
 
 def shared(args: tuple[Any, ...]) -> tuple[Any, ...]:

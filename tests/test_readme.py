@@ -1,4 +1,4 @@
-"""Every block of the README runs as it stands."""
+"""Every block of the README, and of the page on loops, runs as it stands."""
 
 import re
 import shlex
@@ -11,8 +11,10 @@ import gpkit
 from gpkit.app.overrides import CONFIG_DIR
 from gpkit.presets import PRESETS
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+LOOPS = (ROOT / "docs" / "loops.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README + LOOPS, re.DOTALL)
 SHELL = [
     line
     for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)

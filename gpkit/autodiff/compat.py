@@ -130,6 +130,23 @@ def is_reentrant_checkpoint(node: Any) -> bool:
     return node.name() == "CheckpointFunctionBackward"
 
 
+def is_static_ddp(node: Any) -> bool:
+    """Whether a node is the output of a DistributedDataParallel module with a static graph.
+
+    On its first step such a module starts the reduction of gradients when a backward pass reaches
+    this node, also that of `torch.autograd.grad`. The node's class is private, and what the module
+    returns has no other sign of it.
+
+    Args:
+        node: a node of an autograd graph.
+
+    Returns:
+        False for any other node; and after the first step, when such a module is safe.
+    """
+    owner = getattr(node, "ddp_weakref", None)
+    return owner is not None and bool(getattr(owner(), "static_graph", False))
+
+
 def in_backward() -> bool:
     """Whether this thread runs a backward pass: a forward pass in it is then a checkpoint rerun."""
     return bool(_TRACKER.is_bw)  # public, but not documented to be exact

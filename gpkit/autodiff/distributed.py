@@ -1,11 +1,48 @@
-"""Statistics over the ranks of a distributed run."""
+"""Statistics over the ranks of a distributed run, and losses under DistributedDataParallel."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
+
+from gpkit.autodiff import graph
+from gpkit.autodiff.compat import is_static_ddp
+from gpkit.autodiff.random import has_ranks
+
+
+def require_dynamic_graph(y: Tensor) -> None:
+    """Refuse the output of a DistributedDataParallel module with a static graph, on its first step.
+
+    Raises:
+        RuntimeError: if ``y`` is, or was computed from, such an output.
+    """
+    if any(map(is_static_ddp, graph.nodes(y))):
+        raise RuntimeError(
+            "DistributedDataParallel(static_graph=True) takes the gradient inside of a penalty for "
+            "the backward pass, and would leave the gradients of the step un-reduced: leave out "
+            "static_graph=True"
+        )
+
+
+def tied(value: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+    """Return ``value`` plus zero times each leaf in the graph of ``outputs``.
+
+    DistributedDataParallel averages gradients once every parameter of its forward pass has one. The
+    last bias gets none from a gradient of the output, so ``penalty.backward()`` alone would leave
+    the gradients of each rank as they are.
+
+    Args:
+        value: one number with a graph.
+        outputs: what was differentiated.
+    """
+    for leaf in (leaf for y in outputs for leaf in graph.leaves(y)):
+        if not hasattr(leaf, "full_tensor"):  # FSDP averages the gradient of each parameter alone
+            real = torch.view_as_real(leaf) if leaf.is_complex() else leaf
+            value = value + real.reshape(-1)[:0].sum().to(value)
+    return value
 
 
 def batch_std(x: Tensor) -> Tensor:
@@ -26,7 +63,7 @@ def batch_std(x: Tensor) -> Tensor:
     tensor(1.)
     """
     x = x.detach()
-    if not several_ranks():
+    if not has_ranks():
         return x.std(correction=0)
     wide = x.double()  # a difference of squares loses digits
     moments = torch.stack([wide.new_tensor(x.numel()), wide.sum(), wide.square().sum()])
@@ -37,10 +74,10 @@ def batch_std(x: Tensor) -> Tensor:
 
 def mean_of_ranks(measured: Tensor | float) -> float:
     """Return the mean of a scalar over the ranks of a distributed run."""
-    if several_ranks() and isinstance(measured, Tensor):
+    if has_ranks() and isinstance(measured, Tensor):
         measured = measured.clone()
-        torch.distributed.all_reduce(measured)
-        measured = measured / torch.distributed.get_world_size()
+        distributed.all_reduce(measured)
+        measured = measured / distributed.get_world_size()
     return float(measured)
 
 
@@ -51,7 +88,7 @@ def sum_of_ranks(x: Tensor) -> Tensor:
     under DDP, the result is the gradient of the mean of the ranks' losses. So each rank must call
     it, and run its backward pass.
     """
-    return x if not several_ranks() else _SumOfRanks.apply(x)
+    return x if not has_ranks() else _SumOfRanks.apply(x)
 
 
 def means_of_ranks(values: dict[int, Tensor]) -> dict[int, Tensor]:
@@ -60,7 +97,7 @@ def means_of_ranks(values: dict[int, Tensor]) -> dict[int, Tensor]:
     Args:
         values: tensors of one shape, on the rank's device; at least one. The keys may differ.
     """
-    if not several_ranks():
+    if not has_ranks():
         return values
     keys: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(keys, sorted(values))
@@ -70,11 +107,6 @@ def means_of_ranks(values: dict[int, Tensor]) -> dict[int, Tensor]:
     distributed.all_reduce(total)
     counts = [sum(key in of_rank for of_rank in keys) for key in union]
     return {key: t / n for key, t, n in zip(union, total, counts, strict=True)}
-
-
-def several_ranks() -> bool:
-    """Whether this process is a rank of a distributed run."""
-    return distributed.is_available() and distributed.is_initialized()
 
 
 class _SumOfRanks(torch.autograd.Function):

@@ -21,10 +21,14 @@ def derived_seed(*parts: object) -> int:
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
+def has_ranks() -> bool:
+    """Whether this process is one of a distributed run."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def rank() -> int:
     """Return the rank of this process in a distributed run, else 0."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_rank() if distributed else 0
+    return torch.distributed.get_rank() if has_ranks() else 0
 
 
 def device_of(*values: Any) -> torch.device:

@@ -8,9 +8,11 @@ import subprocess
 import sys
 
 import pytest
+import ranks
 import torch
 from releases import attention, require
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import gpkit
 from gpkit.autodiff import compat, graph, isolation
@@ -101,6 +103,23 @@ def test_buffers_of():
     require(net[0].running_mean is other, "buffers_of", "penalties write to the net's own buffers")
     net[0].register_buffer("running_mean", None)
     assert own["running_mean"] is None
+
+
+def outputs_of_data_parallel_nets(rank):
+    """Whether the output of a net, static or not, is known for what it is; then on step two."""
+    found = []
+    for static in (True, False):
+        net = DistributedDataParallel(nn.Linear(2, 1), static_graph=static)
+        for _ in range(2):
+            loss = net(torch.ones(3, 2)).sum()
+            found.append(any(map(compat.is_static_ddp, graph.nodes(loss))))
+            loss.backward()
+    return found
+
+
+@pytest.mark.ddp
+def test_is_static_ddp():
+    assert ranks.run(outputs_of_data_parallel_nets) == [[True, False, False, False]] * 2
 
 
 def test_is_compiled():
