@@ -66,6 +66,38 @@ def operation_of(node: Any) -> str:
     return node.name().partition("Backward")[0]
 
 
+def saved(node: Any, name: str) -> Any:
+    """Return what a node has saved for its backward pass, or None if it has no such value.
+
+    The documentation shows these attributes for looking at a graph, and does not promise names.
+
+    Args:
+        node: a node of an autograd graph, whose backward pass has not freed it.
+        name: such as "indices", as in torch's derivatives.yaml.
+
+    Returns:
+        A tensor or a number.
+    """
+    return getattr(node, f"_saved_{name}", None)
+
+
+def packs_saved(node: Any) -> bool:
+    """Whether hooks pack what a node has saved, as in a checkpoint, which lets it be read once.
+
+    The private `SavedTensor` is the only one to tell. Where a release does not show its hook, the
+    answer is yes: then values are not read, and less is known of the node.
+
+    Args:
+        node: a node of an autograd graph.
+
+    Returns:
+        Whether reading a saved value would run a hook.
+    """
+    names = ("result", "self", "condition", "mask", "indices", "index", "result1")
+    found = (getattr(node, f"_raw_saved_{name}", None) for name in names)
+    return any(getattr(raw, "unpack_hook", True) is not None for raw in found if raw is not None)
+
+
 def is_second_derivative(name: str) -> bool:
     """Whether a node with this name is the derivative of a fused backward."""
     return "BackwardBackward" in name

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from gpkit import checks
 from gpkit.autodiff import graph
 from gpkit.autodiff.derivatives import as_rows, first_gradients
+from gpkit.autodiff.gates import Gates, recorded
 from gpkit.autodiff.known_gradient import known_gradient, perturbed, require_leaves
 from gpkit.autodiff.numerics import (
     Over,
@@ -29,8 +31,11 @@ from gpkit.autodiff.numerics import (
 )
 from gpkit.autodiff.random import Source
 from gpkit.estimators.base import Estimator, Target, require_function, require_gradient
+from gpkit.estimators.step_factor import Known, search
 
-SIDES = ("forward", "backward", "central")
+# The two ends of the step on each side.
+SIGNS = {"forward": (0.0, 1.0), "backward": (-1.0, 0.0), "central": (-1.0, 1.0)}
+FINE = 1e-10  # a machine epsilon, as of float64, at which the default step needs no check
 
 
 @dataclass(frozen=True)
@@ -41,47 +46,66 @@ class finite_difference(Estimator):
 
     .. math:: n = \frac{f(x + h v) - f(x)}{h}, \quad v = \nabla f(x) / \|\nabla f(x)\|,
 
-    and training differentiates this quotient. In the weights n = ‖∇L‖ is exact, and its gradient is
+    and training differentiates this quotient; with the default step, n itself is ‖∇f(x)‖, which no
+    rounding of f disturbs. In the weights n = ‖∇L‖ is exact, and its gradient is
 
     .. math:: \nabla_\theta \, n^2 = 2 H \nabla L
               \approx 2 n \, \frac{\nabla L(\theta + h v) - \nabla L(\theta)}{h}.
 
     "backward" uses (f(x) - f(x - hv)) / h, "central" (f(x + hv) - f(x - hv)) / 2h. The error is of
-    order h, or h² for "central". For a piecewise-linear net n is correct, but kinks within h change
-    its gradient by an amount that does not vanish as h -> 0. All samples move at once, so n is
-    wrong if samples are coupled, as by batch norm in training mode.
+    order h, or h² for "central". All samples move at once: they must not be coupled (batch norm).
+
+    Kinks: a ReLU that changes sides within h adds a spike of order 1/h, which double backprop does
+    not have. So at the moved point every unit keeps its piece of the first point, read off the
+    autograd graph: of ReLU and its kind, abs, clamp, ``torch.where``, maxima, sorting and max
+    pooling. Kinks that the graph hides, in a compiled net or a custom Function, are not held.
+
+    Curvature and rounding: on the first use with a net, in float32 or coarser, the differences at
+    the default h and h/2 are compared. If they differ by more than 2 %, other steps are tried and
+    the best is kept for this net (in distributed runs only under FSDP2); by 10 %, it warns.
 
     Each graph is differentiated once, so it works with compiled nets, fused attention, cuDNN's
     recurrent nets and once-differentiable Functions; a net compiled for dynamic shapes needs
     ``torch._functorch.config.donated_buffer = False``. Give the penalty a callable, not a tensor.
     In the weights it takes one forward and backward pass for the gradient and one for each other
     point; with `GradientPenalty.with_loss` two in total, including the loss. The weights are moved
-    in place and restored bit for bit, also after an error. With norm="l1" or "linf", v is the dual
-    direction: the signs of the gradient, or the sign of its largest entry.
+    in place and restored bit for bit. With norm="l1" or "linf", v is the dual direction: the signs
+    of the gradient, or the sign of its largest entry.
 
     Args:
         step: the Euclidean length of the step, h·‖v‖. None is 2√ε, or ε^(1/3)/2 for "central",
             where ε is the machine epsilon of the coarsest dtype used (autocast included), times
-            the root mean square of the entries that are moved, if that is above 1. In float32 this
-            is 7e-4 and 2e-3. A step of ε∇L, as some papers write it, has h = ε‖∇L‖.
+            the root mean square of the entries that are moved, if that is above 1, and times the
+            factor that the comparison found. In float32 this is 7e-4 and 2e-3. A step of ε∇L, as
+            some papers write it, has h = ε‖∇L‖.
         side: "forward", "backward" or "central".
+        cross_kinks: whether units may change pieces within the step, as in SAM, whose gradient is
+            the one at the moved weights.
+        check_every: compare the differences at h and h/2 at every k-th use with a net, with a
+            given ``step`` and in float64 too; a given step is only checked, not changed. 0: once.
 
     Raises:
-        ValueError: if ``step`` is not > 0, or ``side`` is another name.
+        ValueError: if ``step`` is not > 0, ``side`` is another name, or ``check_every`` < 0.
+
+    Warns:
+        UserWarning: if the differences at h and h/2 differ by more than 10 %, or the function has
+            other piecewise operations when it runs again.
 
     Source: Finlay and Oberman (2021), arXiv:1905.11468; in the weights Karakida et al. (2023),
     arXiv:2210.02720.
 
     >>> import gpkit
-    >>> x = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
-    >>> f = lambda x: (x**2).sum(1) / 2  # (|x + hv|² - |x|²) / 2h = 5 + h/2
+    >>> x, f = torch.tensor([[3.0, 4.0]]), lambda x: (x**2).sum(1) / 2
     >>> penalty = gpkit.input_grad_norm(form="norm", estimator=finite_difference(0.5))
-    >>> penalty(f, x).item()
+    >>> penalty(f, x).item()  # (|x + hv|² - |x|²) / 2h = 5 + h/2
     5.25
     """
 
     step: float | None = None
     side: str = "forward"
+    cross_kinks: bool = field(default=False, kw_only=True)
+    check_every: int = field(default=0, kw_only=True)
+    factors: Known = field(default_factory=Known, init=False, repr=False, compare=False)
 
     reuses_graph = False
     first_order = True
@@ -90,14 +114,11 @@ class finite_difference(Estimator):
     def __post_init__(self) -> None:
         if self.step is not None:
             checks.number("finite_difference(step=...)", self.step, 0, strict=True)
-        checks.choice("finite_difference(side=...)", self.side, SIDES)
+        checks.choice("finite_difference(side=...)", self.side, SIGNS)
+        checks.integer("finite_difference(check_every=...)", self.check_every, 0)
 
     def check(self, order: int, norm: str, batched: bool) -> None:
-        """Refuse orders above one.
-
-        Raises:
-            ValueError: if ``order`` > 1.
-        """
+        """Refuse orders above one."""
         require_gradient(self, order)
 
     def squared_norms(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:
@@ -110,33 +131,48 @@ class finite_difference(Estimator):
         return self.of_weights(target, evaluate, norm)
 
     def of_inputs(self, target: Target, evaluate: Callable[..., Tensor], norm: str) -> Tensor:
-        """Return ((f(x + hv) - f(x)) / h)² ``[G]``, or that of the chosen side."""
-        grads = first_gradients(target.y, target.xs)
+        """Return n² ``[G]``, whose gradient is that of ((f(x + hv) - f(x)) / h)²."""
+        with recorded(target.y) as gates:
+            grads = first_gradients(target.y, target.xs)
         rows = [as_rows(widened(g), True) for g in zeros_for_none(grads, target.xs)]
+        n2 = reduce_rows([tuple(rows)], norm)
+        if all(g is None for g in grads):
+            return n2  # y does not depend on x
         directions = steepest(rows, norm)
         lengths = self.lengths(target, directions)  # h, [G]
+        (a, b), n = SIGNS[self.side], root(n2)
 
-        def along(sign: float) -> Tensor:
-            if sign == 0:
-                y = target.y
-            else:
-                moves = [(lengths * sign).unsqueeze(1) * v for v in directions]
+        def slope(factor: float) -> Tensor:
+            h = lengths * factor
+
+            def along(sign: float) -> Tensor:
+                if sign == 0:
+                    return widened(target.y).squeeze(1)
+                moves = [(h * sign).unsqueeze(1) * v for v in directions]
                 pairs = zip(target.xs, moves, strict=True)
                 y = evaluate(*[x + move.reshape(x.shape).to(x.dtype) for x, move in pairs])
-            return widened(y).squeeze(1)
+                self.hold(gates, y)
+                return widened(y).squeeze(1)
 
-        (a, b), n2 = SIGNS[self.side], reduce_rows([tuple(rows)], norm)
-        if not any(g is not None for g in grads):
-            return n2  # y does not depend on x
-        slope = (along(b) - along(a)) / ((b - a) * lengths)
-        return (slope * nonzero_mask(n2)).square()
+            return (along(b) - along(a)) / ((b - a) * h) * nonzero_mask(n2)
+
+        def difference(factor: float) -> list[Tensor]:
+            total = (n * slope(factor)).sum()
+            return zeros_for_none(first_gradients(total, tuple(leaves)), leaves)
+
+        if self.step is not None:
+            return slope(1.0).square()
+        leaves = [p for p in graph.leaves(target.y) if not any(p is x for x in target.xs)]
+        change = slope(self.factor(spacing(target.y, *target.xs), leaves, difference))
+        return n2 + 2 * n * (change - change.detach())  # n is known, and its gradient is not
 
     def of_weights(self, target: Target, evaluate: Callable[..., Tensor], norm: str) -> Tensor:
         """Return ‖∇L‖² ``[1]``, whose gradient in all leaves is 2n (∇L(θ + hv) - ∇L(θ)) / h."""
         require_leaves(target.xs)
         leaves = graph.leaves(target.y)
         where = [next((i for i, p in enumerate(leaves) if p is x), None) for x in target.xs]
-        base = first_gradients(target.y, tuple(leaves))
+        with recorded(target.y) as gates:
+            base = first_gradients(target.y, tuple(leaves))
         grads = zeros_for_none([None if i is None else base[i] for i in where], target.xs)
         window, scale = target.window, target.scale
         if window is not None:
@@ -149,9 +185,13 @@ class finite_difference(Estimator):
                 here = [widened(g) for g in zeros_for_none(base, leaves)]
                 return pairwise_sums(here, window.earlier_sum(leaves, scale)) if window else here
             with perturbed(target.xs, moves):
-                moved = first_gradients(evaluate(), tuple(leaves), retain=False)
+                y = evaluate()
+                self.hold(gates, y)
+                moved = first_gradients(y, tuple(leaves), retain=False)
                 there = [widened(g) for g in zeros_for_none(moved, leaves)]
-                return pairwise_sums(there, window.rerun_sum(leaves, scale)) if window else there
+                if window is None:
+                    return there
+                return pairwise_sums(there, window.rerun_sum(leaves, scale, self.hold))
 
         epsilon = spacing(target.y, *target.xs)
         n, slopes = self.slopes(target.xs, grads, norm, epsilon, gradient)
@@ -170,12 +210,11 @@ class finite_difference(Estimator):
 
         Args:
             xs: the weights θ.
-            grads: ∇L with respect to ``xs``.
+            grads: ∇L in ``xs``.
             norm: "l2", "l1" or "linf".
-            epsilon: the machine epsilon of the dtype that the loss is computed in.
-            gradient: moves -> ∇L with respect to all leaves, at weights moved by ``moves``; None
-                is no move.
-            over: the sum or maximum over all entries of several tensors, see `over_all`.
+            epsilon: of the dtype that the loss is computed in.
+            gradient: moves (None: none) -> ∇L in all leaves, at weights moved by them.
+            over: the sum or maximum over all entries, see `over_all`.
 
         Returns:
             n, a scalar, and 2n (∇L(θ + hv) - ∇L(θ)) / h, one tensor for each leaf.
@@ -184,24 +223,29 @@ class finite_difference(Estimator):
         length = over(directions, torch.square, "sum").sqrt()
         weights = [x.detach() for x in xs]
         size = over(weights, torch.square, "sum").sqrt() / sum(x.numel() for x in xs) ** 0.5
-        h = self.length(size, epsilon) / torch.where(length > 0, length, torch.ones_like(length))
-
-        def along(sign: float) -> list[Tensor]:
-            if sign == 0:
-                return gradient(None)
-            pairs = zip(xs, directions, strict=True)
-            return gradient([(h * sign * v).to(x.dtype) for x, v in pairs])
-
+        unit = self.length(size, epsilon) / torch.where(length > 0, length, torch.ones_like(length))
         a, b = SIGNS[self.side]
-        factor = 2 * n / ((b - a) * h)
-        pairs = zip(along(a), along(b), strict=True)
-        return n, [(widened(after) - before) * factor for before, after in pairs]
+
+        def difference(factor: float) -> list[Tensor]:
+            h = unit * factor
+
+            def along(sign: float) -> list[Tensor]:
+                if sign == 0:
+                    return gradient(None)
+                pairs = zip(xs, directions, strict=True)
+                return gradient([(h * sign * v).to(x.dtype) for x, v in pairs])
+
+            times = 2 * n / ((b - a) * h)
+            pairs = zip(along(a), along(b), strict=True)
+            return [(widened(after) - before) * times for before, after in pairs]
+
+        return n, difference(self.factor(epsilon, xs, difference, over))
 
     def of_mean(self, target: Target, evaluate: Callable[..., Tensor], norm: str) -> Tensor:
         r"""Return n² ``[G]`` of the samples if only their mean loss L is known.
 
-        n_i is the norm of g_i = B ∂L/∂x_i. Training only needs the gradient of Σ c_i n_i², where
-        c_i = ∂P/∂n_i² is a constant. One moved loss gives it, because ⟨g_i, v_i⟩ = n_i:
+        n_i is the norm of g_i = B ∂L/∂x_i. Training needs the gradient of Σ c_i n_i² for constants
+        c_i = ∂P/∂n_i². One moved loss gives it, because ⟨g_i, v_i⟩ = n_i:
 
         .. math:: \nabla_\theta \sum_i c_i n_i^2 \approx
                   \frac{\nabla_\theta B L(x + h w) - \nabla_\theta B L(x)}{h}, \quad
@@ -209,7 +253,8 @@ class finite_difference(Estimator):
         """
         assert target.share is not None
         leaves = [p for p in graph.leaves(target.y) if not any(p is x for x in target.xs)]
-        all_grads = first_gradients(target.y, (*target.xs, *leaves))
+        with recorded(target.y) as gates:
+            all_grads = first_gradients(target.y, (*target.xs, *leaves))
         count = len(target.xs)
         grads = zeros_for_none(all_grads[:count], target.xs)
         base = zeros_for_none(all_grads[count:], leaves)
@@ -218,21 +263,56 @@ class finite_difference(Estimator):
         c = target.share(n2 if target.scale is None else n2 / target.scale / target.scale)
         ws = [(2 * c * root(n2)).unsqueeze(1) * v for v in steepest(rows, norm)]
         longest = length_of(ws).amax()
-        h = self.lengths(target, [torch.ones_like(n2).unsqueeze(1)]).amin()
-        h = h / torch.where(longest > 0, longest, torch.ones_like(longest))
-
-        def along(sign: float) -> list[Tensor]:
-            if sign == 0:
-                return [widened(g) for g in base]
-            pairs = zip(target.xs, ws, strict=True)
-            moved = [x + (sign * h * w).reshape(x.shape).to(x.dtype) for x, w in pairs]
-            there = zeros_for_none(first_gradients(evaluate(*moved), tuple(leaves)), leaves)
-            return [widened(g) for g in there]
-
+        unit = self.lengths(target, [torch.ones_like(n2).unsqueeze(1)]).amin()
+        unit = unit / torch.where(longest > 0, longest, torch.ones_like(longest))
         a, b = SIGNS[self.side]
-        pairs = zip(along(a), along(b), strict=True)
-        slopes = [(after - before) / ((b - a) * h) for before, after in pairs]
+
+        def difference(factor: float) -> list[Tensor]:
+            h = unit * factor
+
+            def along(sign: float) -> list[Tensor]:
+                if sign == 0:
+                    return [widened(g) for g in base]
+                pairs = zip(target.xs, ws, strict=True)
+                y = evaluate(*[x + (sign * h * w).reshape(x.shape).to(x.dtype) for x, w in pairs])
+                self.hold(gates, y)
+                there = first_gradients(y, tuple(leaves))
+                return [widened(g) for g in zeros_for_none(there, leaves)]
+
+            pairs = zip(along(a), along(b), strict=True)
+            return [(after - before) / ((b - a) * h) for before, after in pairs]
+
+        slopes = difference(self.factor(spacing(target.y, *target.xs), leaves, difference))
         return known_gradient(n2, leaves, slopes, c)
+
+    def hold(self, gates: Gates, y: Tensor) -> None:
+        """Keep a moved output on the pieces of the first point."""
+        if not self.cross_kinks:
+            gates.hold(y)
+
+    def factor(
+        self,
+        epsilon: float,
+        leaves: Sequence[Tensor],
+        difference: Callable[[float], list[Tensor]],
+        over: Over = over_all,
+    ) -> float:
+        """Return the factor of the step for this net, see `search`, and count a use."""
+        if not leaves or not (self.check_every or (self.step is None and epsilon > FINE)):
+            return 1.0
+        known, uses, factor = self.factors.get(id(leaves[0]), (None, 0, 1.0))
+        if known is None or known() is not leaves[0]:
+            uses, factor = 0, 1.0
+        if uses == 0 or (self.check_every and uses % self.check_every == 0):
+            looking = search(factor, over, self.step is not None)
+            try:
+                asked = next(looking)
+                while True:
+                    asked = looking.send(difference(asked))
+            except StopIteration as done:
+                factor = done.value
+        self.factors[id(leaves[0])] = ref(leaves[0]), uses + 1, factor
+        return factor
 
     def lengths(self, target: Target, directions: Rows) -> Tensor:
         """Return h ``[G]``, such that h·‖v‖ is the length of the step."""
@@ -243,16 +323,8 @@ class finite_difference(Estimator):
         return step / torch.where(length > 0, length, torch.ones_like(length))
 
     def length(self, size: Tensor, epsilon: float) -> Tensor:
-        """Return the Euclidean length of the step, in the shape of ``size``.
-
-        Args:
-            size: the root mean square of the entries that are moved.
-            epsilon: the machine epsilon of the dtype that the function is computed in.
-        """
+        """Return the length of the step for entries with that root mean square."""
         if self.step is not None:
             return torch.full_like(size, self.step)
         step = epsilon ** (1 / 3) / 2 if self.side == "central" else 2 * epsilon**0.5
         return step * size.clamp(min=1)
-
-
-SIGNS = {"forward": (0.0, 1.0), "backward": (-1.0, 0.0), "central": (-1.0, 1.0)}

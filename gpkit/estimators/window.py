@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gpkit.autodiff import graph
 from gpkit.autodiff.derivatives import as_rows, first_gradients, gradients
+from gpkit.autodiff.gates import Gates, carry, recorded
 from gpkit.autodiff.known_gradient import known_gradient
 from gpkit.autodiff.numerics import reduce_rows, root, steepest, wide, zeros_for_none
 
@@ -36,14 +37,18 @@ class Window:
     def __init__(self, size: int = 1, *, ranks: bool = False) -> None:
         self.size = size
         self.ranks = ranks
-        self._functions: list[Callable[[], Tensor]] = []
+        self._functions: list[tuple[Callable[[], Tensor], Gates]] = []
         self._sums: dict[Tensor, Tensor] = {}  # by parameter, of the earlier micro-batches
 
     def add(
-        self, function: Callable[[], Tensor], leaves: Iterable[Tensor], grads: Iterable[Tensor]
+        self,
+        function: Callable[[], Tensor],
+        leaves: Iterable[Tensor],
+        grads: Iterable[Tensor],
+        gates: Gates,
     ) -> None:
-        """Add a micro-batch: the function of its loss, the leaves, and their gradients."""
-        self._functions.append(function)
+        """Add a micro-batch: the function of its loss, the leaves, their gradients, its gates."""
+        self._functions.append((function, gates))
         for leaf, grad in zip(leaves, grads, strict=True):
             grad = grad.detach().to(wide(grad))
             self._sums[leaf] = self._sums[leaf] + grad if leaf in self._sums else grad
@@ -90,7 +95,7 @@ class Window:
 
         n2 = n2 + along(local)
         sums: dict[Tensor, Tensor] = {}
-        for function in self._functions:
+        for function, _ in self._functions:
             y = scaled(function(), scale)
             part = along(gradients(y, tuple(xs)))
             leaves = graph.leaves(part)
@@ -108,11 +113,26 @@ class Window:
             scaled(self._sums.get(x, zero), scale) for x, zero in zip(leaves, zeros, strict=True)
         ]
 
-    def rerun_sum(self, leaves: Sequence[Tensor], scale: Tensor | float | None) -> list[Tensor]:
-        """Return the same sum at the current weights: reruns each earlier micro-batch."""
+    def rerun_sum(
+        self,
+        leaves: Sequence[Tensor],
+        scale: Tensor | float | None,
+        hold: Callable[[Gates, Tensor], None],
+    ) -> list[Tensor]:
+        """Return the same sum at the current weights: reruns each earlier micro-batch.
+
+        Args:
+            leaves: the parameters.
+            scale: the factor that the loss was multiplied by, or None.
+            hold: keeps the output of a rerun on the gates of the first run.
+
+        Returns:
+            A tensor for each leaf.
+        """
         totals = [torch.zeros_like(x, dtype=wide(x)) for x in leaves]
-        for function in self._functions:
+        for function, gates in self._functions:
             y = scaled(function(), scale)
+            hold(gates, y)
             grads = zeros_for_none(first_gradients(y, tuple(leaves), retain=False), leaves)
             totals = [t + g for t, g in zip(totals, grads, strict=True)]
         return totals
@@ -142,11 +162,11 @@ def summarised(
         The loss, with the same value; its backward pass computes nothing.
     """
     leaves = graph.leaves(loss)
-    with torch.autocast(loss.device.type, enabled=False):
+    with torch.autocast(loss.device.type, enabled=False), recorded(loss) as gates:
         y = loss.sum() if scale is None else loss.sum() * scale
         grads = torch.autograd.grad(y, leaves, retain_graph=retain)
     if scale is not None:
         grads = tuple(g.to(wide(g)) / scale for g in grads)
     for window, function in windows:
-        window.add(function, leaves, grads)
-    return known_gradient(loss, leaves, grads)
+        window.add(function, leaves, grads, gates)
+    return carry(known_gradient(loss, leaves, grads), gates)

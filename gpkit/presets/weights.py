@@ -210,6 +210,8 @@ def gnp(
     return preset(
         "gnp",
         alpha * r if weight is None else weight,
-        Axes(of="loss", wrt="weight", form=norm(), estimator=finite_difference(r)),
+        Axes(
+            of="loss", wrt="weight", form=norm(), estimator=finite_difference(r, cross_kinks=True)
+        ),
         axes,
     )

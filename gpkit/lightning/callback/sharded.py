@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 from gpkit import formula
 from gpkit.autodiff import graph
+from gpkit.autodiff.gates import Gates, recorded
 from gpkit.autodiff.isolation import isolated
 from gpkit.autodiff.known_gradient import known_gradient, perturbed
 from gpkit.autodiff.numerics import spacing, widened, zeros_for_none
@@ -150,15 +151,22 @@ class ShardedWeights:
         if not given.value.requires_grad:
             raise RuntimeError(NO_GRAPH)
         epsilon = spacing(given.value, *graph.leaves(given.value))
-        base = self.gradient(given.value)
+        with recorded(given.value) as gates:
+            base = self.gradient(given.value)
         terms = {
-            name: penalty.act_with(partial(self.term, penalty, given, base, epsilon), step)
+            name: penalty.act_with(partial(self.term, penalty, given, base, gates, epsilon), step)
             for name, penalty in penalties.items()
         }
         return known_gradient(given.value, list(base), zeros_for_none(base.values(), base)), terms
 
     def term(
-        self, penalty: Any, given: Recomputable, base: Gradient, epsilon: float, weight: float
+        self,
+        penalty: Any,
+        given: Recomputable,
+        base: Gradient,
+        gates: Gates,
+        epsilon: float,
+        weight: float,
     ) -> Terms:
         """Return the terms of one penalty.
 
@@ -166,6 +174,7 @@ class ShardedWeights:
             penalty: in the weights, by finite differences.
             given: the loss, and a function that recomputes it.
             base: the gradient of the loss.
+            gates: of the loss.
             epsilon: machine epsilon of the dtype that the loss is computed in, see `spacing`.
             weight: the factor of the reduced value.
 
@@ -189,6 +198,7 @@ class ShardedWeights:
                 again = isolated(given.function, given.state, given.value.device, twice=False)
                 with torch.enable_grad(), again:
                     loss = given.function()
+                penalty.estimator.hold(gates, loss)
                 return zeros_for_none(self.gradient(loss).values(), base)
 
         grads = zeros_for_none([base[x] for x in chosen], chosen)

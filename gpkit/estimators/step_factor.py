@@ -1,0 +1,93 @@
+"""A factor of the step at which finite differences agree with those of half the step."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Generator, Sequence
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from gpkit.autodiff.numerics import Over, over_all
+
+AGREES, WARNS = 0.02, 0.1  # relative differences between two steps
+FURTHEST = 4.0**8
+
+# Yields factors of the step, is sent the difference quotients there, returns the factor to use.
+Search = Generator[float, Sequence[Tensor], float]
+
+
+class Known(dict[int, tuple["ref[Tensor]", int, float]]):
+    """Nets by the id of a parameter: the parameter, the uses, and the factor.
+
+    A copy knows none: it looks for itself.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Known, ()
+
+
+def search(start: float, over: Over, fixed: bool) -> Search:
+    """Look for the factor of the step where differences agree, and warn if they do not.
+
+    A difference over h has an error of order h by curvature, and one of order 1/h by rounding. If
+    the differences at h and h/2 agree within 2 %, h stays. Else smaller and larger steps are tried,
+    and the one where neighbours agree best is taken. In a distributed run h stays, because ranks
+    that decide by numbers of their own would run unequal numbers of passes.
+
+    Args:
+        start: the factor to look at first.
+        over: the sum over all entries of several tensors, see `over_all`. One over several
+            processes makes them decide alike.
+        fixed: whether to look at this step only.
+
+    Yields:
+        A factor; send it the difference quotient at that multiple of the default step.
+
+    Returns:
+        The factor.
+    """
+    here = yield start
+    apart = gap(here, (yield start / 2), over)
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if apart > AGREES and not fixed and not (distributed and over is over_all):
+        best, factor = math.inf, start
+        for ratio in (0.25, 4.0):
+            at, last, worse = start, here, 0
+            while worse < 2 and 1 / FURTHEST < at * ratio < FURTHEST:
+                at *= ratio
+                there = yield at
+                step = gap(last, there, over)
+                if step < best:
+                    best, factor, worse = step, at / ratio**0.5, 0
+                else:
+                    worse += 1
+                last = there
+        half = yield factor / 2
+        found = gap((yield factor), half, over)
+        if found < apart:
+            start, apart = factor, found
+    if apart > WARNS:
+        warnings.warn(
+            f"finite differences at the steps h and h/2 differ by {apart:.0%}, so the gradient of "
+            "the penalty is about as far off: the net is curved within h (batch norm at the "
+            "start), its numbers are coarse (bfloat16), or it has kinks that are hidden (a ReLU in "
+            "a compiled net or in a custom Function): use estimator='exact', "
+            "finite_difference(side='central'), or a smooth activation",
+            stacklevel=2,
+        )
+    return start
+
+
+def gap(a: Sequence[Tensor], b: Sequence[Tensor], over: Over) -> float:
+    """Return ‖a - b‖ over the larger of ‖a‖ and ‖b‖; zero if both are zero, or not finite."""
+    top = float(over([*a, *b], torch.abs, "max"))
+    if not 0 < top < math.inf:
+        return 0.0
+    pairs = [(x / top, y / top) for x, y in zip(a, b, strict=True)]  # squares may overflow
+    parts = ([x - y for x, y in pairs], [x for x, _ in pairs], [y for _, y in pairs])
+    change, *sizes = (float(over(part, torch.square, "sum").sqrt()) for part in parts)
+    return change / max(sizes)
