@@ -148,12 +148,13 @@ def classifier_inputs(net: nn.Module) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def features(net: nn.Module, x: Any) -> tuple[Tensor, Tensor]:
+def features(net: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """Return the output of a net and the input of its last linear layer, in one forward pass.
 
     Args:
         net: a module that ends with its last ``nn.Linear``.
-        x: its input.
+        *args: its inputs.
+        **kwargs: those by name.
 
     Returns:
         Logits ``[B, C]`` and features ``[B, d]``.
@@ -167,7 +168,7 @@ def features(net: nn.Module, x: Any) -> tuple[Tensor, Tensor]:
     [(5, 2), (5, 4)]
     """
     with classifier_inputs(net) as found:
-        logits = net(x)
+        logits = net(*args, **kwargs)
     if len(found) != 1:
         raise ValueError(f"the net's last nn.Linear must run once; it ran {len(found)} times")
     return logits, found[0]

@@ -14,6 +14,7 @@ from gpkit.autodiff.compat import traces_gradients, tracing_gradients
 from gpkit.autodiff.random import SeededDraws
 from gpkit.axes.average import running_average
 from gpkit.axes.call import Call
+from gpkit.formula import Terms
 from gpkit.needs import needs_of
 from gpkit.penalty import Penalty
 
@@ -134,3 +135,9 @@ def not_compiled_because(penalty: Penalty) -> str | None:
     if isinstance(getattr(axes["form"], "center", None), running_average):
         return "has a running average"
     return None
+
+
+def terms_of(parts: Any, weight: float) -> Terms:
+    """Return the terms from the output of a compiled graph: n², values and their reduction."""
+    n2, values, reduced = parts
+    return Terms(n2, values, weight, reduced)

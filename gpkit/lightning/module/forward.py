@@ -14,8 +14,8 @@ from gpkit.autodiff.random import RandomState
 from gpkit.axes.parameters import layers_for
 from gpkit.estimators.base import Recomputable
 from gpkit.formula import Terms
-from gpkit.lightning.batches import repeated
-from gpkit.lightning.module.losses import LossFunction
+from gpkit.lightning.batches import Batch, repeated
+from gpkit.lightning.module.losses import LossFunction, has_reduction, logits
 from gpkit.needs import Needs
 from gpkit.penalty import Penalty
 
@@ -70,6 +70,7 @@ class ForwardRunner:
         sample_losses: ``(output, y) -> losses``, ``[B]``.
         features: whether to capture the input of the last linear layer.
         layers: the penalties that can use the calls of the layers.
+        batch: supplies the other inputs of a net with several; None if it has one.
     """
 
     net: nn.Module
@@ -77,6 +78,21 @@ class ForwardRunner:
     sample_losses: LossFunction
     features: bool = False
     layers: Sequence[Any] = ()
+    batch: Batch | None = None
+
+    def run(self, x: Tensor) -> Any:
+        """Return the output of the net for an input ``x``."""
+        alone = self.batch is None or self.batch.alone
+        output = self.net(x) if alone else self.batch.call(self.net, x)  # type: ignore[union-attr]
+        if isinstance(output, Tensor) or not has_reduction(self.loss):
+            return output
+        return logits(output)
+
+    def run_with_features(self, x: Tensor) -> tuple[Any, Tensor]:
+        """Return the output, and the input of the last linear layer."""
+        if self.batch is None:
+            return features(self.net, x)
+        return features(self.net, *self.batch.args_at(x), **self.batch.kwargs_at(x))
 
     def __call__(self, x: Tensor, y: Any, *, graph_in_x: bool, per_sample: bool) -> ForwardPass:
         """Run a forward pass.
@@ -94,7 +110,7 @@ class ForwardRunner:
         if graph_in_x and x.is_floating_point():
             x = x.detach().requires_grad_()
         with layers_for(self.layers, self.net) as layers:
-            output, a = features(self.net, x) if self.features else (self.net(x), None)
+            output, a = self.run_with_features(x) if self.features else (self.run(x), None)
         losses = self.sample_losses(output, y) if per_sample else None
         loss = self.loss(output, y)
         return ForwardPass(
@@ -122,6 +138,9 @@ class ForwardRunner:
 
         Returns:
             The terms; None if the penalty does not act on this step.
+
+        Raises:
+            TypeError: if it differentiates in an input of integers.
         """
         if needs.environments:
             return penalty.act(forward.differentiated(needs), y, env, **options)
@@ -130,6 +149,12 @@ class ForwardRunner:
             if needs.layers:
                 value = Recomputable(value, self.net, (), layers=forward.layers)
             return penalty.act(value, self.net, **options)
+        if needs.reads_input and not needs.moves and not forward.x.is_floating_point():
+            raise TypeError(
+                f"a penalty in the input needs floating-point samples; got {forward.x.dtype}: "
+                "differentiate in an activation, as wrt=gpkit.activation('embedding'), or choose "
+                "other inputs=[...]"
+            )
         if needs.input_graph:
             return penalty.act(forward.differentiated(needs), forward.variable(needs), **options)
         x = forward.x.detach()
@@ -145,7 +170,7 @@ class ForwardRunner:
             return penalty.act(given, self.net, **options)
 
         def function(z: Tensor) -> Any:
-            output = self.net(z)
+            output = self.run(z)
             if not needs.of_loss:
                 return output
             losses = self.sample_losses(output, repeated(y, len(x), len(z)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,14 +30,29 @@ def per_sample(loss: LossFunction) -> LossFunction:
     Returns:
         A function ``(output, target) -> losses``, with losses ``[B]``.
     """
-    if isinstance(loss, nn.Module) and hasattr(loss, "reduction"):
+    if isinstance(loss, nn.Module) and has_reduction(loss):
         unreduced = copy.copy(loss)
         unreduced.reduction = "none"  # type: ignore[assignment]
         loss = unreduced
-    elif "reduction" in _parameters(loss):
+    elif has_reduction(loss):
         loss = functools.partial(loss, reduction="none")  # type: ignore[call-arg]
 
     return functools.partial(_losses, loss)  # a partial, unlike a closure, can be pickled
+
+
+def has_reduction(loss: LossFunction) -> bool:
+    """Whether a loss can be asked for the loss of each entry, as those of torch can."""
+    own = isinstance(loss, nn.Module) and hasattr(loss, "reduction")
+    return own or "reduction" in _parameters(loss)
+
+
+def logits(output: Any) -> Any:
+    """Return the ``logits`` of an output that has them, as Hugging Face's have; else the output."""
+    if isinstance(output, Tensor):
+        return output
+    found = output.get("logits") if isinstance(output, Mapping) else None
+    found = getattr(output, "logits", None) if found is None else found
+    return output if found is None else found
 
 
 def _losses(loss: LossFunction, output: Any, target: Any) -> Tensor:

@@ -15,17 +15,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpkit import checks
 from gpkit.autodiff.activations import captured
-from gpkit.autodiff.compat import tree_map_only
 from gpkit.autodiff.isolation import double_backward, isolated
 from gpkit.autodiff.norm_layers import elementary
 from gpkit.autodiff.random import random_state
 from gpkit.estimators.window import summarised
 from gpkit.formula import Terms
-from gpkit.lightning.batches import environments, unpack
+from gpkit.lightning.batches import Batch, Keys, unpack
 from gpkit.lightning.compat import logs_now, scale_of, scaler_of, trainer_of
-from gpkit.lightning.module.compiled import CompiledLoss
+from gpkit.lightning.module.compiled import CompiledLoss, terms_of
 from gpkit.lightning.module.forward import ForwardPass, ForwardRunner
-from gpkit.lightning.module.losses import LossFunction, per_sample
+from gpkit.lightning.module.losses import LossFunction, logits, per_sample
 from gpkit.lightning.module.metrics import as_metrics, prediction
 from gpkit.lightning.norms import input_norms, weight_norm
 from gpkit.lightning.recording import EVALUATION, Histograms, LatestStep, penalty_scalars
@@ -36,7 +35,7 @@ AllTerms = dict[str, Terms | None]
 
 
 class PenalizedModule(pl.LightningModule):
-    r"""Trains any net on a loss and gradient penalties, with batches ``(x, y)``.
+    r"""Trains any net on a loss and gradient penalties, with batches ``(x, y)`` or dicts.
 
     .. math:: L_\text{total} = \frac1s \Big(L + \sum_p P_p\Big),
               \quad L = \mathrm{loss}(\mathrm{net}(x), y)
@@ -51,6 +50,10 @@ class PenalizedModule(pl.LightningModule):
     points per sample, as in a mixture, share the target of the sample. Penalties on environments
     take batches ``(x, y, env)`` with integers env ``[B]``; without env, the two halves of the batch
     are the environments.
+
+    x may be a tuple or dict of the net's arguments. Of a mapping, a dataclass or a named tuple, as
+    ``{"input_ids": ..., "attention_mask": ..., "labels": ...}``, the labels are y, and the rest
+    goes to the net by keyword. A loss of torch gets the ``logits`` of an output that has them.
 
     It logs ``train/loss`` (L, without penalties), ``train/loss_total``, and for each penalty
     ``penalty/<name>`` (weighted, as it enters the loss), ``penalty/<name>/weight``, and where it
@@ -79,6 +82,10 @@ class PenalizedModule(pl.LightningModule):
             on; the first step runs uncompiled, to check that each penalty acts. Compiling takes
             tens of seconds, so it pays for long runs. Penalties must be in the weights, or in the
             inputs at the data.
+        inputs: the entries of a batch that are the net's inputs: names, passed by keyword, or
+            positions. None is all entries but the target. Penalties "in the input" are in the first
+            that is a floating-point tensor.
+        target: the entry that is y. None is "labels", "label", "targets", "target" or "y".
 
     Raises:
         TypeError: if an argument has the wrong type.
@@ -109,6 +116,8 @@ class PenalizedModule(pl.LightningModule):
         gradient_norms: bool = True,
         histogram_every_n_epochs: int = 5,
         compile: bool = False,
+        inputs: Keys = None,
+        target: Keys = None,
     ) -> None:
         super().__init__()
         if not isinstance(net, nn.Module):
@@ -131,18 +140,19 @@ class PenalizedModule(pl.LightningModule):
         self._compiled = (
             CompiledLoss(self._differentiated, self.penalties, net) if compile else None
         )
+        self.inputs, self.target = inputs, target
         self._first = True
         self.latest_step = LatestStep({}, {})
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output of the net."""
-        return self.net(x)
+        return self.net(*args, **kwargs)
 
     def penalized_loss(self, batch: Any) -> Tensor:
         """Return the total loss of a batch, penalties included, and count a step.
 
         Args:
-            batch: ``(x, y)`` or ``(x, y, env)``.
+            batch: ``(x, y)`` or ``(x, y, env)``; or a mapping, a dataclass or a named tuple.
 
         Returns:
             The total, one number.
@@ -171,8 +181,13 @@ class PenalizedModule(pl.LightningModule):
         self._evaluate(batch, "test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
-        """Return the output of the net for a batch ``(x, y)`` or ``x``."""
-        return self(batch[0] if isinstance(batch, (list, tuple)) else batch)
+        """Return the output of the net for a batch as in training, or for ``x``."""
+        if isinstance(batch, Tensor):
+            return self(batch)
+        if isinstance(batch, (list, tuple)) and len(batch) == 1:
+            return self(batch[0])
+        read = self._read(batch)
+        return self(*read.args, **read.kwargs)
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser of the parameters that require grad, and its scheduler."""
@@ -195,22 +210,26 @@ class PenalizedModule(pl.LightningModule):
 
     def _total(self, batch: Any, *, log_norms: bool) -> tuple[Tensor, ForwardPass, AllTerms]:
         """Return the total loss, the forward pass, and the terms of the penalties."""
-        (x, y), needs = unpack(batch), self.needs
+        read, needs = self._read(batch), self.needs
         compiled = self._compiled is not None and not self._first and torch.is_grad_enabled()
         self._first = False
         if compiled:
-            forward, terms = self._act_compiled(x, y, needs, log_norms=log_norms)
+            forward, terms = self._act_compiled(read, needs, log_norms=log_norms)
         else:
-            forward, terms = self._act(x, y, environments(batch), needs, log_norms=log_norms)
+            forward, terms = self._act(read, needs, log_norms=log_norms)
         total = self.penalties.total(forward.loss, terms, self.net.parameters)
         assert total is not None
         return total, forward, terms
 
+    def _read(self, batch: Any) -> Batch:
+        return unpack(batch, self.net, self.inputs, self.target)
+
     def _act(
-        self, x: Tensor, y: Any, env: Tensor, needs: dict[str, Needs], *, log_norms: bool
+        self, batch: Batch, needs: dict[str, Needs], *, log_norms: bool
     ) -> tuple[ForwardPass, AllTerms]:
         """Run the training forward, and evaluate each penalty on it."""
-        every, runner = list(needs.values()), self._runner(needs)
+        x, y, env = batch.x, batch.y, batch.environments()
+        every, runner = list(needs.values()), self._runner(needs, batch)
         named = [a for n in every if not n.moves for a in n.activations]
         alone = len(every) == 1 and every[0].loss_at_two_points and not every[0].pooled
         alone = alone and not (log_norms or every[0].measures) and torch.is_grad_enabled()
@@ -237,10 +256,13 @@ class PenalizedModule(pl.LightningModule):
         return forward, terms
 
     def _act_compiled(
-        self, x: Tensor, y: Any, needs: dict[str, Needs], *, log_norms: bool
+        self, batch: Batch, needs: dict[str, Needs], *, log_norms: bool
     ) -> tuple[ForwardPass, AllTerms]:
         """Do the same as `_act` in one compiled graph."""
         assert self._compiled is not None
+        if not batch.alone:
+            raise ValueError("`compile=True` takes a net with one input: leave compile=False")
+        x, y = batch.x, batch.y
         step = self._optimizer_step()
         acting = [n for n, p in self.penalties.items() if p.acts_at(step)]
         seeds = {n: torch.tensor(self.penalties[n].next_seed()) for n in acting}
@@ -252,7 +274,7 @@ class PenalizedModule(pl.LightningModule):
             scale = scale_of(scaler_of(trainer_of(self)), x.device)
             loss, parts = self._compiled(x, y, seeds, scale)
         terms = {
-            name: p.act_with(partial(_terms, parts.get(name)), step)
+            name: p.act_with(partial(terms_of, parts.get(name)), step)
             for name, p in self.penalties.items()
         }
         forward = ForwardPass(x, None, loss, None)
@@ -268,10 +290,11 @@ class PenalizedModule(pl.LightningModule):
         forward = runner(x, y, graph_in_x=False, per_sample=True)
         return {name: forward.differentiated(own) for name, own in self.needs.items()}, forward.loss
 
-    def _runner(self, needs: dict[str, Needs]) -> ForwardRunner:
+    def _runner(self, needs: dict[str, Needs], batch: Batch | None = None) -> ForwardRunner:
         features = any(own.features for own in needs.values())
         layers = [self.penalties[name] for name, own in needs.items() if own.layers]
-        return ForwardRunner(self.net, self.loss, self.per_sample_loss, features, layers)
+        loss = self.loss, self.per_sample_loss
+        return ForwardRunner(self.net, *loss, features, layers, batch)
 
     def _optimizer_step(self) -> int | None:
         """Return the optimiser step; None without a trainer: then the penalties count the steps."""
@@ -281,14 +304,14 @@ class PenalizedModule(pl.LightningModule):
     def _evaluate(self, batch: Any, stage: str) -> None:
         # Norms need a graph: leave inference mode, and clone its tensors.
         with torch.inference_mode(False), torch.set_grad_enabled(self.gradient_norms):
-            x, y = unpack(tree_map_only(Tensor, Tensor.clone, batch))
-            norms = self.gradient_norms
-            forward = self._runner({})(x, y, graph_in_x=norms, per_sample=norms)
+            read = self._read(batch).map(Tensor.clone)
+            x, y, norms = read.x, read.y, self.gradient_norms
+            forward = self._runner({}, read)(x, y, graph_in_x=norms, per_sample=norms)
             if norms:
                 self._log_norms(forward, f"{stage}/grad_norm", collect=False)
             self.log(f"{stage}/loss", forward.loss.detach(), batch_size=len(x), **EVALUATION)
             metrics = self.val_metrics if stage == "val" else self.test_metrics
-            metrics.update(prediction(forward.output, y), y)
+            metrics.update(prediction(logits(forward.output), y), y)
         for name, metric in metrics.items():
             self.log(f"{stage}/{name}", metric, batch_size=len(x), **EVALUATION)
 
@@ -302,9 +325,3 @@ class PenalizedModule(pl.LightningModule):
             self.log(f"{prefix}/input", norms.mean(), batch_size=size, **options)
             if collect:
                 self.histograms.collect(self.trainer, f"{prefix}/input", norms)
-
-
-def _terms(parts: Any, weight: float) -> Terms:
-    """Return the terms from the output of a compiled graph: n², values and their reduction."""
-    n2, values, reduced = parts
-    return Terms(n2, values, weight, reduced)
