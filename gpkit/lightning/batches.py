@@ -153,8 +153,8 @@ def _keys(keys: Keys) -> list[str | int]:
 def _unreadable(batch: Any, which: str = "", missing: Sequence[Any] = ()) -> str:
     absent = f", without {', '.join(map(repr, missing))}" if missing else ""
     return (
-        "PenalizedModule takes batches (x, y), or (x, y, env), with a tensor x [B, ...], or a tuple "
-        f"or dict of tensors; or a mapping with a target under one of {', '.join(TARGETS)}; got a "
+        "PenalizedModule takes batches (x, y), or (x, y, env), with a tensor x [B, ...], a tuple "
+        f"or dict of tensors; or a mapping with a target under one of {', '.join(TARGETS)}; got "
         f"{type(batch).__name__}{which}{absent}: say which entries are meant, inputs=... and "
         "target=..., or use GradientPenaltyCallback with your own LightningModule"
     )
