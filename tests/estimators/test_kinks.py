@@ -62,8 +62,9 @@ MODULES = {
     "PReLU": nn.PReLU,
     "ELU": lambda: nn.ELU(1.7),
     "SELU": nn.SELU,
-    "Hardswish": nn.Hardswish,
+    "Hardswish": lambda: Of(lambda x: F.hardswish(8 * x)),
 }
+FEW = ("max norm", "amin, kept", "max of all")  # so few kinks that often none is crossed
 ALL = {**MODULES, **{name: lambda f=f: Of(f) for name, f in FUNCTIONS.items()}}
 
 
@@ -98,15 +99,19 @@ def difference(kind, net, x, y, **options):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ALL)
 def test_the_pieces_are_those_of_the_first_point(name, kind):
-    """In float64 with a coarse step many units change sides; without gates the error is over 1."""
+    """At a coarse step many units change sides: without gates the error is 30 to 6000 %."""
     net, x, y = setting(ALL[name], torch.float64)
-    true = by_double_backprop(kind, net, x, y)
-    found = difference(kind, net, x, y)
-    assert relative_error(found, true) < 1e-12
-    true = gradients(true, net)
-    assert relative_error(gradients(found, net), true) < 1e-6
-    coarse = gradients(difference(kind, net, x, y, step=1e-4), net)
-    assert relative_error(coarse, true) < 0.1
+    value = by_double_backprop(kind, net, x, y)
+    true = gradients(value, net)
+    assert relative_error(difference(kind, net, x, y), value) < 1e-12
+    held, crossed = (
+        relative_error(
+            gradients(difference(kind, net, x, y, step=0.01, cross_kinks=cross), net), true
+        )
+        for cross in (False, True)
+    )
+    assert held < (0.4 if name in ("topk", "sort") else 0.1)  # of curvature, and of flipped values
+    assert crossed > 0.2 or name in FEW
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -122,11 +127,8 @@ def test_the_default_step_in_float32(name, kind):
 def test_kinks_are_crossed_on_request():
     net, x, y = setting(nn.ReLU, torch.float32)
     true = gradients(by_double_backprop("weight", net, x, y), net)
-    held, crossed = (
-        gradients(difference("weight", net, x, y, step=5e-3, cross_kinks=cross), net)
-        for cross in (False, True)
-    )
-    assert relative_error(crossed, true) > 5 * relative_error(held, true)
+    crossed = gradients(difference("weight", net, x, y, step=0.01, cross_kinks=True), net)
+    assert relative_error(crossed, true) > 0.5
     given = gpkit.gnp(r=0.05).estimator  # SAM: the plain gradient at the moved weights
     assert given == gpkit.finite_difference(0.05, cross_kinks=True)
 
@@ -136,10 +138,10 @@ def test_with_loss():
     net, x, y = setting(nn.ReLU, torch.float64)
     loss = losses(net, x, y).mean()
     true = gradients(loss + by_double_backprop("weight", net, x, y), net)
-    penalty = gpkit.weight_grad_norm(1.0, estimator=gpkit.finite_difference(1e-4))
+    penalty = gpkit.weight_grad_norm(1.0, estimator=gpkit.finite_difference(0.01))
     for _ in range(2):
         total = penalty.with_loss(lambda: losses(net, x, y).mean(), net)
-        assert relative_error(gradients(total, net), true) < 0.03
+        assert relative_error(gradients(total, net), true) < 0.06
 
 
 def test_checkpointing():
@@ -150,8 +152,8 @@ def test_checkpointing():
         out = torch.utils.checkpoint.checkpoint(net, x, use_reentrant=False)
         return F.cross_entropy(out, y)
 
-    penalty = gpkit.weight_grad_norm(1.0, estimator=gpkit.finite_difference(1e-4))
-    assert relative_error(gradients(penalty(loss, net), net), true) < 0.03
+    penalty = gpkit.weight_grad_norm(1.0, estimator=gpkit.finite_difference(0.01))
+    assert relative_error(gradients(penalty(loss, net), net), true) < 0.06
 
 
 def test_other_pieces_on_the_second_run_are_said():
