@@ -19,7 +19,7 @@ and Hydra are loaded only if that module needs them.
 - Weights (`weight`): warmup, cosine, switch, rescaled, lazy_adam, Weight, target_norm,
   gradient_share.
 - Environments: Statistic.
-- Derivatives: derivative, directional_derivative, elementary, features.
+- Derivatives: derivative, directional_derivative, elementary, features, in_penalty.
 - Lightning: GradientPenaltyCallback, GradientNormMonitor, PenalizedModule, GANModule.
 - The application: train.
 
@@ -63,6 +63,7 @@ __all__ = [
     "gnp",
     "gradient_share",
     "hessian",
+    "in_penalty",
     "input_grad_norm",
     "interpolate",
     "irm",
@@ -106,6 +107,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` has the same names 
     from gpkit.app.train import train as train
     from gpkit.autodiff.activations import features as features
     from gpkit.autodiff.derivatives import derivative as derivative
+    from gpkit.autodiff.isolation import in_penalty as in_penalty
     from gpkit.autodiff.norm_layers import elementary as elementary
     from gpkit.autodiff.taylor.directional import directional_derivative as directional_derivative
     from gpkit.axes.activation import activation as activation
@@ -180,6 +182,7 @@ else:
         "gpkit.app.train": "train",
         "gpkit.autodiff.activations": "features",
         "gpkit.autodiff.derivatives": "derivative",
+        "gpkit.autodiff.isolation": "in_penalty",
         "gpkit.autodiff.norm_layers": "elementary",
         "gpkit.autodiff.taylor.directional": "directional_derivative",
         "gpkit.axes.adaptive": "gradient_share target_norm",

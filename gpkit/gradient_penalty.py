@@ -13,7 +13,8 @@ from gpkit import checks, formula
 from gpkit.autodiff import graph
 from gpkit.autodiff.activations import names
 from gpkit.autodiff.isolation import FORWARDS
-from gpkit.autodiff.random import Source, device_of, random_state
+from gpkit.autodiff.random import Source, device_of
+from gpkit.autodiff.state import start_of
 from gpkit.axes import scope as scopes
 from gpkit.axes.at import At, as_at
 from gpkit.axes.call import Call
@@ -296,7 +297,7 @@ def with_loss(
         for penalty in in_weights:
             total = total + penalty(closure, net, step=step)
         return total
-    state = random_state(device_of(net))
+    state = start_of((closure, net), device_of(net))
     with layers_for(in_weights, net) as layers:
         given: Any = closure()
     y = _loss(first, given)

@@ -190,6 +190,15 @@ def in_backward() -> bool:
 # `named_buffers` takes thirty times as long, and a module may override `setattr`.
 buffers_of: Callable[[nn.Module], dict[str, Tensor | None]] = attrgetter("_buffers")
 
+
+def put_buffer(module: nn.Module, name: str, value: Tensor) -> None:
+    """Replace a buffer of a module. Those of a scripted or traced one are in C++, behind setattr."""
+    if isinstance(module, torch.jit.ScriptModule):
+        setattr(module, name, value)
+    else:
+        buffers_of(module)[name] = value
+
+
 # write_count(tensor): the number of in-place writes to a tensor, not counted in inference mode.
 # torch.autograd.graph has `increment_version`, but no function to read the version.
 write_count: Callable[[Tensor], int] = attrgetter("_version")

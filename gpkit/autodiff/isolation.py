@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from gpkit.autodiff.compat import COMPILED_CLASS, attention_switch, buffers_of, compiled_call_of
+from gpkit.autodiff.compat import attention_switch
 from gpkit.autodiff.norm_layers import elementary
 from gpkit.autodiff.random import RandomState, seeded
+from gpkit.autodiff.state import Start, own_state, own_streams
 
+RUNNING: list[bool] = []  # one entry for each forward pass of a penalty that is running now
 FORWARDS = ("isolated", "training", "eval")  # the ways to run a forward pass of a penalty
 
 
 @contextmanager
 def isolated(
     function: Any,
-    seed: int | RandomState,
+    seed: int | RandomState | Start,
     device: torch.device,
     order: int = 1,
     *,
@@ -31,14 +31,16 @@ def isolated(
 ) -> Iterator[None]:
     """A context for a forward pass with its own buffers and random numbers, and a double backward.
 
-    Modules write batch norm statistics and other buffers to copies. Dropout draws from ``seed``,
-    and the random states of ``device`` and of the CPU are restored at the end. Attention,
+    Modules write batch norm statistics and other buffers to copies, and so with plain attributes
+    of your own modules. Dropout draws from ``seed``,
+    and the random states of ``device``, of the CPU, of NumPy, of Python and of generators that the
+    function refers to are restored at the end. Attention,
     recurrent nets and norm layers use kernels that have the derivatives.
 
     Args:
         function: the function to be called, or a module that it runs. Other modules are found when
             they are called.
-        seed: the seed of this forward pass, or a random state to start from.
+        seed: the seed of this forward pass, or what a pass started from that is to be repeated.
         device: the device of the forward pass.
         order: k, the order of the penalty.
         twice: whether the graph will be differentiated twice. If not, any kernel is allowed.
@@ -48,84 +50,42 @@ def isolated(
         Nothing.
     """
     with ExitStack() as stack:
-        stack.enter_context(seeded(seed, device))
+        if isinstance(seed, tuple):  # the state of torch's random numbers alone
+            seed = Start(seed, [], {})
+        start = seed if isinstance(seed, Start) else None
+        stack.enter_context(running())
+        stack.enter_context(seeded(seed.torch if isinstance(seed, Start) else seed, device))
+        stack.enter_context(own_streams(function, seed))
         if twice:
             stack.enter_context(double_backward(order))
-        stack.enter_context(own_buffers(function, evaluating=evaluating))
+        stack.enter_context(own_state(function, start, evaluating=evaluating))
         yield
+
+
+def in_penalty() -> bool:
+    """Whether a penalty is running a forward pass of its own now, for a hook or a forward.
+
+    Your hooks run in that pass as in any other. One that counts or collects can leave it out:
+
+    >>> import gpkit, torch
+    >>> net, seen = torch.nn.Linear(3, 1), []
+    >>> handle = net.register_forward_hook(lambda *_: seen.append(gpkit.in_penalty()))
+    >>> x = torch.randn(4, 3)
+    >>> _ = net(x), gpkit.r1()(net, real=x)
+    >>> seen
+    [False, True]
+    """
+    return bool(RUNNING)
 
 
 @contextmanager
-def own_buffers(function: Any, *, evaluating: bool = False) -> Iterator[None]:
-    """Let modules write to copies of their buffers, and put the originals back at the end.
-
-    The original tensors are put back, and never written to, because graphs may have saved them.
-    Modules that the function refers to get copies before it runs, and get their originals back even
-    if the forward pass replaced a buffer. A global hook finds other modules when they are called.
-    torch.compile would trace that hook, so it is left out if the function refers to a compiled
-    module.
-
-    Args:
-        function: the function to be called, or a module that it runs.
-        evaluating: whether the modules are put in eval mode meanwhile.
-
-    Yields:
-        Nothing.
-    """
-    trained: list[nn.Module] = []
-    swapped: list[tuple[nn.Module, str, Tensor, Tensor]] = []
-    seen: set[nn.Module] = set()
-    known = 0
-
-    def swap(module: nn.Module, _: Any = None) -> None:
-        if module in seen:
-            return
-        for owner in module.modules():
-            if owner in seen:
-                continue
-            seen.add(owner)
-            if evaluating and owner.training:
-                trained.append(owner)
-                owner.training = False
-            for name, buffer in buffers_of(owner).items():
-                if buffer is not None:
-                    swapped.append((owner, name, buffer, buffer.clone()))
-                    buffers_of(owner)[name] = swapped[-1][-1]
-
-    named = named_modules(function)
-    compiled = any(
-        compiled_call_of(m) is not None or type(m).__name__ == COMPILED_CLASS
-        for owner in named
-        for m in owner.modules()
-    )
-    hook = None if compiled else register_module_forward_pre_hook(swap)
+def running() -> Iterator[None]:
+    """A context in which `in_penalty` is true."""
+    RUNNING.append(True)
     try:
-        for owner in named:
-            swap(owner)
-        known = len(swapped)
         yield
     finally:
-        if hook is not None:
-            hook.remove()
-        for owner in trained:
-            owner.training = True
-        for i, (module, name, original, copy) in enumerate(swapped):
-            # For a module found by the hook, functional_call may have swapped in its own tensor
-            # first: it puts the original back itself, and `original` is the swapped-in tensor.
-            if i < known or buffers_of(module).get(name) is copy:
-                buffers_of(module)[name] = original
-
-
-def named_modules(function: Any) -> list[nn.Module]:
-    """Return the modules that a function is, is a method of, or refers to from its closure."""
-    if isinstance(function, functools.partial):
-        named = [function.func, *function.args, *function.keywords.values()]
-        return [m for part in named for m in named_modules(part)]
-    found = [function, getattr(function, "__self__", None)]
-    if inspect.isfunction(function):
-        outside = inspect.getclosurevars(function)
-        found += [*outside.nonlocals.values(), *outside.globals.values()]
-    return [m for m in found if isinstance(m, nn.Module)]
+        RUNNING.pop()
 
 
 class double_backward:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor
 
 from gpkit.autodiff import activations
-from gpkit.autodiff.isolation import double_backward, isolated
-from gpkit.autodiff.random import RandomState, Source, random_state
+from gpkit.autodiff.isolation import double_backward, isolated, running
+from gpkit.autodiff.random import RandomState, Source
+from gpkit.autodiff.state import Start, recalls, remember, start_of
 from gpkit.axes.at import Points
 from gpkit.axes.form import Form
-from gpkit.axes.of import Of, sampled_losses
+from gpkit.axes.of import Of, draw_labels, sampled_losses
 from gpkit.estimators.base import Estimator, Recomputable
+from gpkit.estimators.repeats import SAME, require_same
 from gpkit.estimators.window import POOLED, Window
 
 
@@ -46,6 +49,7 @@ class Call:
         rng: the random numbers of points and estimators.
         seed: the seed of a forward pass.
         acts: whether the penalty is trained on; a look at it leaves no trace.
+        labels: those drawn for ``of="sampled_loss"``; None before.
     """
 
     axes: Axes
@@ -54,8 +58,9 @@ class Call:
     real: Any
     fake: Any
     rng: Source
-    seed: int | RandomState
+    seed: int | RandomState | Start
     acts: bool = False
+    labels: Tensor | None = None
 
     @property
     def has_graph(self) -> bool:
@@ -73,31 +78,56 @@ class Call:
             The output to differentiate, and the activations that ``of`` and ``wrt`` name.
         """
         if isinstance(self.f, Recomputable):
-            return self.selected(self.rerun(self.f.function, self.f.state, xs, device)), {}
+            with self.forward(self.f.function, self.f.state, device):
+                return self.selected(self.f.function(*xs)), {}
         wanted = self.axes.named
         if not wanted:
-            return self.selected(self.rerun(self.f, self.seed, xs, device)), {}
+            with self.forward(self.f, self.seed, device):
+                return self.selected(self.f(*xs)), {}
         net = activations.module_of(wanted[0], self.f, self.args)
-        with activations.captured(net, wanted) as caught:
-            y = self.rerun(self.f, self.seed, xs, device)
-        if isinstance(self.axes.of, activations.Named):
-            y = caught[self.axes.of.name]
-        return self.selected(y), caught
+        with self.forward(self.f, self.seed, device):
+            with activations.captured(net, wanted) as caught:
+                y = self.f(*xs)
+            if isinstance(self.axes.of, activations.Named):
+                y = caught[self.axes.of.name]
+            return self.selected(y), caught
 
-    def rerun(
-        self, function: Any, seed: int | RandomState, xs: Points, device: torch.device
-    ) -> Any:
-        """Return the output of a function in a forward pass without side effects."""
+    @contextmanager
+    def forward(
+        self, function: Any, seed: int | RandomState | Start, device: torch.device
+    ) -> Iterator[None]:
+        """A context for a forward pass of a function: without side effects, or as ``forward=``."""
         twice, how = not self.axes.estimator.first_order, self.axes.forward
         if how == "training" and isinstance(seed, int):
-            seed = self.seed = random_state(device)  # the runs at other points draw the same
+            seed = self.seed = start_of(function, device)  # the runs at other points repeat it
             if self.acts:
-                with double_backward(self.axes.order) if twice else nullcontext():
-                    return function(*xs)
+                with running(), double_backward(self.axes.order) if twice else nullcontext():
+                    yield
+                return
         with isolated(
             function, seed, device, self.axes.order, twice=twice, evaluating=how == "eval"
         ):
-            return function(*xs)
+            yield
+
+    def require_repeatable(
+        self, y: Tensor, again: Callable[[], Tensor], *, reruns: bool = False
+    ) -> None:
+        """Refuse a function that is run again and does not give the same value. Once for each.
+
+        Args:
+            y: the value.
+            again: runs the function again, at the same point.
+            reruns: whether it is run again whatever the estimator.
+
+        Raises:
+            RuntimeError: if the values differ.
+        """
+        if self.axes.estimator.reuses_graph and not reruns:
+            return
+        function = self.f.function if isinstance(self.f, Recomputable) else self.f
+        if not recalls(function, SAME):
+            require_same(y, again())
+            remember(function, SAME)
 
     def require_forward(self) -> None:
         """Refuse ``forward=`` where the penalty runs no forward pass of its own.
@@ -119,7 +149,9 @@ class Call:
         if callable(self.axes.of):
             y = self.axes.of(y)
         if self.axes.of == "sampled_loss" and isinstance(y, Tensor):
-            y = sampled_losses(y, self.rng)
+            if self.labels is None:  # the same at all points of an evaluation
+                self.labels = draw_labels(y, self.rng)
+            y = sampled_losses(y, self.labels)
         if not isinstance(y, Tensor):
             raise TypeError(
                 f"the function must return a tensor; got a {type(y).__name__}: select one with "

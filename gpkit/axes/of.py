@@ -17,17 +17,23 @@ from gpkit.autodiff.random import Source, uniform
 Of = str | Callable[[Any], Tensor]
 
 
-def sampled_losses(logits: Tensor, rng: Source) -> Tensor:
+def sampled_losses(logits: Tensor, labels: Tensor) -> Tensor:
     r"""Return the cross-entropy of each sample, with a label drawn from its own softmax.
 
     .. math:: \ell_i = -\log p_i(\hat y_i), \quad \hat y_i \sim p_i = \mathrm{softmax}(z_i)
 
     Args:
         logits: z, ``[B, C]``.
-        rng: the random numbers of the labels.
+        labels: ŷ, ``[B]``, see `draw_labels`.
 
     Returns:
         ℓ ``[B]``, in float32 or better.
+    """
+    return F.cross_entropy(logits.to(wide(logits)), labels, reduction="none")
+
+
+def draw_labels(logits: Tensor, rng: Source) -> Tensor:
+    """Return labels ``[B]`` drawn from the softmax of each row of ``[B, C]``, without a graph.
 
     Raises:
         ValueError: if the logits are not ``[B, C]`` with C >= 2.
@@ -37,12 +43,6 @@ def sampled_losses(logits: Tensor, rng: Source) -> Tensor:
             f'of="sampled_loss" draws labels from logits [B, C] with C >= 2; got '
             f"{list(logits.shape)}: give the penalty the logits, not the loss"
         )
-    logits = logits.to(wide(logits))
-    return F.cross_entropy(logits, draw_labels(logits, rng), reduction="none")
-
-
-def draw_labels(logits: Tensor, rng: Source) -> Tensor:
-    """Return labels ``[B]`` drawn from the softmax of each row of ``[B, C]``, without a graph."""
     cumulative = logits.detach().double().softmax(1).cumsum(1)  # [B, C]
     u = uniform(rng, [len(logits)], logits.device, torch.float32).double()
     return (cumulative[:, :-1] <= u.unsqueeze(1)).sum(1)

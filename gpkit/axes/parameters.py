@@ -74,6 +74,9 @@ class weights(Variables):
             rerun = partial(self.evaluated, call, device, y)
         else:
             raise TypeError(f"expected a tensor or a callable; got a {type(call.f).__name__}")
+        if rerun is not None:
+            pooled = isinstance(call.f, Recomputable) and call.f.window is not None
+            call.require_repeatable(y, rerun, reruns=pooled)
         if layers is not None and self.by_layers(y, params, call.axes, layers):
             y = y if call.axes.scope == "sample" else y.mean()
             yield Target(y.reshape(-1, 1), params, False, layers=layers)

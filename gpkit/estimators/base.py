@@ -12,6 +12,7 @@ from torch import Tensor
 from gpkit.autodiff.layers.recording import Recording
 from gpkit.autodiff.numerics import per_pixel, wide
 from gpkit.autodiff.random import RandomState, Source
+from gpkit.autodiff.state import Start
 from gpkit.estimators.window import Window
 
 
@@ -80,7 +81,7 @@ class Recomputable:
         value: the value with its graph, such as a loss. None where ``at`` moves the
             points, or ``forward`` asks for another forward pass.
         function: recomputes the value: at the current weights, or at the inputs passed to it.
-        state: of the random numbers before ``value`` was computed.
+        state: what the computation of ``value`` started from, see `start_of`.
         mean: whether the value of an input penalty is one number, the mean over the samples.
         window: the micro-batches whose gradients are averaged with this one's.
         layers: the calls of the net's layers in the forward pass of ``value``.
@@ -88,7 +89,7 @@ class Recomputable:
 
     value: Any
     function: Callable[..., Any]
-    state: RandomState
+    state: RandomState | Start
     mean: bool = False
     window: Window | None = None
     layers: Recording | None = None

@@ -129,7 +129,7 @@ class Evaluator:
             return loss, {}
         # Any name will do: all these penalties differentiate the loss.
         rerun = partial(self.watched.rerun, self.module, call, next(iter(plan.needs.values())))
-        given = Recomputable(loss, rerun, call.rng_state)
+        given = Recomputable(loss, rerun, call.start or ())
         terms: tuple[Tensor, dict[str, Terms | None]]
         terms = self._sharded_weights.terms(acting, given, optimizer_step)
         return terms
@@ -142,23 +142,26 @@ class Evaluator:
         if needs.plain and penalty.effect_confirmed:
             return [self._target(needs, capture, value)]
         rerun = partial(self.watched.rerun, self.module, call, needs)
+        state = call.start or ()
+        if needs.own_forward:  # after the training forward pass: of its start, the draws alone
+            state = call.start.torch if call.start else ()
         if needs.each_gradient:
             losses = partial(per_sample_losses, self.module, call, self.watched.silencer)
             return [losses, self.watched.net]
         if needs.in_weights:
             window = self._window(name) if needs.pooled else None
-            return [Recomputable(value, rerun, call.rng_state, window=window), self.watched.net]
+            return [Recomputable(value, rerun, state, window=window), self.watched.net]
         rerun = partial(rerun, index=self.watched.index(needs, capture))
         if needs.at_data and not needs.calls_net:
             x = capture.activations[needs.in_activation] if needs.in_activation else capture.x
-            return [Recomputable(value, rerun, call.rng_state, mean=needs.of_loss), x]
+            return [Recomputable(value, rerun, state, mean=needs.of_loss), x]
         assert capture.x is not None
         module = [self.watched.net] if needs.activations else []
         if needs.calls_net:
             return [capture.net_at(self.watched.net), capture.x.detach(), *module]
         if needs.in_activation:  # the mean loss for every sample: their sum is right
             return [lambda z: rerun(z).expand(len(z)), capture.x.detach(), *module]
-        return [Recomputable(None, rerun, call.rng_state, mean=True), capture.x.detach()]
+        return [Recomputable(None, rerun, call.start or (), mean=True), capture.x.detach()]
 
     def _target(self, needs: Needs, capture: Capture, loss: Tensor) -> Target:
         """Return the target of a plain penalty: a shortcut, equal to what a call would build."""

@@ -100,7 +100,7 @@ class PenalizedNet:
     def rerun_isolated(self, module: Any, call: StepCall, needs: Needs) -> Tensor:
         """Rerun the training step with the same random numbers, and return the loss."""
         with isolated(
-            module, call.rng_state, module.device, max(needs.order, 1), twice=needs.order > 0
+            module, call.start or (), module.device, max(needs.order, 1), twice=needs.order > 0
         ):
             loss: Tensor = self.rerun(module, call, needs)
         return loss

@@ -103,7 +103,7 @@ class ShardedWeights:
     place and restored bit for bit, also after an error; n and h take an all-reduce of a few
     numbers. In a training step::
 
-        before = random_state(device)
+        before = start_of(net, device)
         given = Recomputable(closure(), closure, before)
         loss, terms = sharded_weights.terms({"gp": penalty}, given)
 

@@ -9,7 +9,7 @@ from typing import Any
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
-from gpkit.autodiff.random import random_state
+from gpkit.autodiff.state import start_of
 from gpkit.lightning.callback.evaluation import Evaluator
 from gpkit.lightning.callback.findings import (
     BATCH_WRITTEN_IN_PLACE,
@@ -86,7 +86,7 @@ class PenalizedStep:
                 self._repeat_draws(plan.needs)
             versions = []
             if plan.runs_again:
-                call.rng_state = random_state(self.module.device)
+                call.start = start_of(self.module, self.module.device)
                 versions = call.tensor_versions()
             with self._noting_calls(plan), plan.probe as capture:
                 output = training_step(*args, **kwargs)

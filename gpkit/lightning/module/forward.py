@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gpkit.autodiff.activations import features
 from gpkit.autodiff.layers.recording import Recording
-from gpkit.autodiff.random import RandomState
+from gpkit.autodiff.state import Start
 from gpkit.axes.parameters import layers_for
 from gpkit.estimators.base import Recomputable
 from gpkit.formula import Terms
@@ -31,8 +31,7 @@ class ForwardPass:
         losses: the loss of each sample, ``[B]``; None if no penalty needs it.
         features: the input of the net's last linear layer, ``[B, d]``; None if no penalty needs it.
         activations: the activations that penalties name, ``[B, *H]`` each.
-        rng_state: state of the random number generators before the pass; None if no penalty reruns
-            the pass with the same random numbers.
+        start: what the pass started from; None if no penalty repeats the pass.
         layers: the calls of the net's layers; None if no penalty needs them.
     """
 
@@ -42,7 +41,7 @@ class ForwardPass:
     losses: Tensor | None
     features: Tensor | None = None
     activations: Mapping[str, Tensor] = field(default_factory=dict)
-    rng_state: RandomState | None = None
+    start: Start | None = None
     layers: Recording | None = None
 
     def differentiated(self, needs: Needs) -> Any:
@@ -164,9 +163,9 @@ class ForwardRunner:
                 again = self(x, y, graph_in_x=False, per_sample=needs.sample_losses)
                 return again.differentiated(needs)
 
-            if forward.rng_state is None:
+            if forward.start is None:
                 return penalty.act(closure, self.net, **options)
-            given = Recomputable(forward.loss, closure, forward.rng_state)
+            given = Recomputable(forward.loss, closure, forward.start)
             return penalty.act(given, self.net, **options)
 
         def function(z: Tensor) -> Any:

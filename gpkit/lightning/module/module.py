@@ -17,7 +17,7 @@ from gpkit import checks
 from gpkit.autodiff.activations import captured
 from gpkit.autodiff.isolation import double_backward, isolated
 from gpkit.autodiff.norm_layers import elementary
-from gpkit.autodiff.random import random_state
+from gpkit.autodiff.state import start_of
 from gpkit.estimators.window import summarised
 from gpkit.formula import Terms
 from gpkit.lightning.batches import Batch, Keys, unpack
@@ -233,7 +233,7 @@ class PenalizedModule(pl.LightningModule):
         named = [a for n in every if not n.moves for a in n.activations]
         alone = len(every) == 1 and every[0].loss_at_two_points and not every[0].pooled
         alone = alone and not (log_norms or every[0].measures) and torch.is_grad_enabled()
-        rng_state = random_state(x.device) if alone else None
+        start = start_of((self.net, self.loss), x.device) if alone else None
         order = max((n.order for n in every), default=0)
         with double_backward(order) if order else nullcontext():
             with captured(self.net, dict.fromkeys(named)) as activations:
@@ -243,7 +243,7 @@ class PenalizedModule(pl.LightningModule):
                     graph_in_x=log_norms or any(n.input_graph for n in every),
                     per_sample=log_norms or any(n.sample_losses for n in every),
                 )
-            forward = replace(forward, activations=activations, rng_state=rng_state)
+            forward = replace(forward, activations=activations, start=start)
             scale = scale_of(scaler_of(trainer_of(self)), x.device)
             if alone:  # one backward pass gives the gradient of the loss to both
                 forward = replace(forward, loss=summarised(forward.loss, scale))

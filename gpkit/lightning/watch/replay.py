@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from gpkit.autodiff.compat import tree_leaves, tree_map_only, write_count
-from gpkit.autodiff.random import RandomState
+from gpkit.autodiff.state import Start
 from gpkit.lightning.compat import metric_state
 from gpkit.lightning.watch.wrapping import wrap
 
@@ -21,20 +21,19 @@ TrainingStep = Callable[..., Any]
 
 @dataclass
 class StepCall:
-    """One call of ``training_step``: its arguments, and the RNG state needed to rerun it.
+    """One call of ``training_step``: its arguments, and what is needed to rerun it.
 
     Args:
         training_step: the module's own method.
         args: its positional arguments.
         kwargs: its keyword arguments.
-        rng_state: state of the random number generators before the call; empty if the step is not
-            rerun.
+        start: what the call started from; None if the step is not rerun.
     """
 
     training_step: TrainingStep
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    rng_state: RandomState = ()
+    start: Start | None = None
 
     def tensor_versions(self) -> list[int]:
         """Return the version counter of each tensor in the arguments.
