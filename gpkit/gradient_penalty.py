@@ -102,8 +102,7 @@ class GradientPenalty(Penalty):
         forward: how the penalty runs a function that it is given. "isolated": it leaves no trace,
             and has dropout masks of its own. "training": as a training forward pass: batch norm
             statistics and the vectors of spectral norm move, and dropout draws from torch's global
-            stream, as in a hand-written loop. "eval": the modules are in eval mode meanwhile.
-            A tensor was computed before, so it takes "isolated" only.
+            stream, as in a hand-written loop. "eval": in eval mode. Not for a tensor.
         reduce: "mean" over the groups, "sum", or "max": the largest value in the micro-batch.
         weight: λ >= 0, or a schedule: a function of the optimiser step.
         every: act on every k-th step, with the weight multiplied by k (lazy regularisation).

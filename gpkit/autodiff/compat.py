@@ -192,11 +192,8 @@ buffers_of: Callable[[nn.Module], dict[str, Tensor | None]] = attrgetter("_buffe
 
 
 def put_buffer(module: nn.Module, name: str, value: Tensor) -> None:
-    """Replace a buffer of a module. Those of a scripted or traced one are in C++, behind setattr."""
-    if isinstance(module, torch.jit.ScriptModule):
-        setattr(module, name, value)
-    else:
-        buffers_of(module)[name] = value
+    """Replace a buffer of a scripted or traced module: they are in C++, behind setattr."""
+    setattr(module, name, value)
 
 
 # write_count(tensor): the number of in-place writes to a tensor, not counted in inference mode.

@@ -74,6 +74,9 @@ def in_penalty() -> bool:
     >>> _ = net(x), gpkit.r1()(net, real=x)
     >>> seen
     [False, True]
+
+    Returns:
+        True in a forward pass of a penalty, also one in which it reruns a training step.
     """
     return bool(RUNNING)
 

@@ -29,8 +29,6 @@ def reached(function: Any) -> tuple[list[nn.Module], list[Any]]:
     Returns:
         The modules, without their children; and generators of torch, NumPy and Python.
     """
-    if isinstance(function, nn.Module):
-        return [function], []
     modules: list[nn.Module] = []
     generators: list[Any] = []
     seen: set[int] = set()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from gpkit.autodiff.compat import buffers_of, is_compiled, put_buffer
+from gpkit.autodiff.compat import COMPILED_CLASS, buffers_of, compiled_call_of, put_buffer
 from gpkit.autodiff.random import RandomState, random_state
 from gpkit.autodiff.reached import bookmark, is_generator, position, reached, reseed, shared
 
@@ -43,7 +43,7 @@ def start_of(function: Any, device: torch.device) -> Start:
         function: the function, or the module that it runs.
         device: the device of the forward pass.
     """
-    modules, streams = reached(function)
+    modules, streams = parts_of(function)
     kept = {}
     for owner in {part: None for module in modules for part in module.modules()}:
         attributes = own_attributes(owner)
@@ -63,7 +63,7 @@ def own_streams(function: Any, seed: int | Start) -> Iterator[None]:
     These are the generators that it refers to, and the streams of Python and NumPy: not torch's.
     Whether it draws from the latter two at all is found out in its first run.
     """
-    modules, streams = reached(function)
+    modules, streams = parts_of(function)
     for owner in (part for module in modules for part in module.modules()):
         streams += filter(is_generator, own_attributes(owner).values())
     new = not recalls(function, "draws from torch alone")
@@ -129,13 +129,17 @@ def own_state(
                 if buffer is not None:
                     copy = copied(buffer if then is None else then[0].get(name, buffer))
                     swapped.append((owner, name, buffer, copy))
-                    put_buffer(owner, name, copy)
+                    put(owner, name, copy)
             if now:
                 attributes.append((owner, now))
                 vars(owner).update({k: copied(v) for k, v in (then[1] if then else now).items()})
 
-    named = reached(function)[0]
-    compiled = any(is_compiled(m) for owner in named for m in owner.modules())
+    named = parts_of(function)[0]
+    compiled = any(
+        compiled_call_of(m) is not None or type(m).__name__ == COMPILED_CLASS
+        for owner in named
+        for m in owner.modules()
+    )
     hook = None if compiled else register_module_forward_pre_hook(swap)
     try:
         for owner in named:
@@ -151,11 +155,24 @@ def own_state(
             # For a module found by the hook, functional_call may have swapped in its own tensor
             # first: it puts the original back itself, and `original` is the swapped-in tensor.
             if i < known or getattr(module, name, None) is copy:
-                put_buffer(module, name, original)
+                put(module, name, original)
         for module, own in attributes:
             for name in own_attributes(module).keys() - own.keys():
                 del vars(module)[name]
             vars(module).update(own)
+
+
+def put(module: nn.Module, name: str, buffer: Tensor) -> None:
+    """Replace a buffer of a module."""
+    if isinstance(module, torch.jit.ScriptModule):
+        put_buffer(module, name, buffer)
+    else:
+        buffers_of(module)[name] = buffer
+
+
+def parts_of(function: Any) -> tuple[list[nn.Module], list[Any]]:
+    """Return the modules and generators that a function reaches; a module has its own alone."""
+    return ([function], []) if isinstance(function, nn.Module) else reached(function)
 
 
 def own_attributes(module: nn.Module) -> dict[str, Any]:
@@ -181,11 +198,11 @@ def _made_of(function: Any) -> list[Any]:
     while hasattr(function, "func"):
         function = function.func
     code = getattr(getattr(function, "__func__", function), "__code__", None)
-    return [*reached(function)[0], *([] if code is None else [code])] or [type(function)]
+    return [*parts_of(function)[0], *([] if code is None else [code])] or [type(function)]
 
 
 def recalls(function: Any, fact: str) -> bool:
-    """Whether a fact was remembered about a function: about its code, and all modules it reaches."""
+    """Whether a fact was remembered about the code of a function and all modules it reaches."""
     for part in _made_of(function):
         ref, facts = _KNOWN.get(id(part), (None, ()))
         if ref is None or ref() is not part or fact not in facts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -109,25 +109,32 @@ class Call:
         ):
             yield
 
-    def require_repeatable(
-        self, y: Tensor, again: Callable[[], Tensor], *, reruns: bool = False
-    ) -> None:
-        """Refuse a function that is run again and does not give the same value. Once for each.
+    def is_unproven(self, *, reruns: bool = False) -> bool:
+        """Whether the function is run again, and was not yet seen to repeat its value.
 
         Args:
-            y: the value.
-            again: runs the function again, at the same point.
             reruns: whether it is run again whatever the estimator.
+
+        Returns:
+            Whether to `prove` it.
+        """
+        if self.axes.estimator.reuses_graph and not reruns:
+            return False
+        return not recalls(self.function, SAME)
+
+    def prove(self, y: Tensor, again: Tensor) -> None:
+        """Refuse a function whose second value differs, and remember one whose does not.
 
         Raises:
             RuntimeError: if the values differ.
         """
-        if self.axes.estimator.reuses_graph and not reruns:
-            return
-        function = self.f.function if isinstance(self.f, Recomputable) else self.f
-        if not recalls(function, SAME):
-            require_same(y, again())
-            remember(function, SAME)
+        require_same(y, again)
+        remember(self.function, SAME)
+
+    @property
+    def function(self) -> Any:
+        """The function that is run."""
+        return self.f.function if isinstance(self.f, Recomputable) else self.f
 
     def require_forward(self) -> None:
         """Refuse ``forward=`` where the penalty runs no forward pass of its own.

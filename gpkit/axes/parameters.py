@@ -76,7 +76,8 @@ class weights(Variables):
             raise TypeError(f"expected a tensor or a callable; got a {type(call.f).__name__}")
         if rerun is not None:
             pooled = isinstance(call.f, Recomputable) and call.f.window is not None
-            call.require_repeatable(y, rerun, reruns=pooled)
+            if call.is_unproven(reruns=pooled):
+                call.prove(y, rerun())
         if layers is not None and self.by_layers(y, params, call.axes, layers):
             y = y if call.axes.scope == "sample" else y.mean()
             yield Target(y.reshape(-1, 1), params, False, layers=layers)

@@ -23,7 +23,7 @@ def require_same(first: Tensor, again: Tensor) -> None:
     values = f"{a.double().mean().item():.7g}, then {b.double().mean().item():.7g}"
     raise RuntimeError(
         f"the function gives another value when it is run again ({values}), so a penalty that runs "
-        "it again is of another function: it draws from random numbers that gpkit does not find, or "
+        "it again is of another function: it draws random numbers that gpkit does not find, or "
         "keeps a state. Draw the numbers, or read the state, before the function, and let it use "
         "them; or use estimator='exact', which does not run it again"
     )

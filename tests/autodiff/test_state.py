@@ -81,13 +81,13 @@ def test_what_cannot_be_repeated_is_refused(how):
     def losses(z):
         return net(z).square() * (1 + next(counts))
 
+    calls = {
+        "inputs": lambda: gpkit.input_grad_norm(estimator="finite_difference")(losses, x),
+        "penalty": lambda: penalty(lambda: losses(x).mean(), net),
+        "with_loss": lambda: penalty.with_loss(lambda: losses(x).mean(), net),
+    }
     with pytest.raises(RuntimeError, match=r"another value when it is run again .* state"):
-        if how == "inputs":
-            gpkit.input_grad_norm(estimator="finite_difference")(losses, x)
-        elif how == "penalty":
-            penalty(lambda: losses(x).mean(), net)
-        else:
-            penalty.with_loss(lambda: losses(x).mean(), net)
+        calls[how]()
     gpkit.weight_grad_norm(estimator="exact")(lambda: losses(x).mean(), net)  # as is advised
 
 

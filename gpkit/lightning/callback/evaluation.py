@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from gpkit.autodiff.numerics import wide
+from gpkit.autodiff.random import RandomState
+from gpkit.autodiff.state import Start
 from gpkit.estimators.base import Recomputable, Target
 from gpkit.estimators.window import Window, summarised
 from gpkit.formula import Terms
@@ -142,7 +144,7 @@ class Evaluator:
         if needs.plain and penalty.effect_confirmed:
             return [self._target(needs, capture, value)]
         rerun = partial(self.watched.rerun, self.module, call, needs)
-        state = call.start or ()
+        state: RandomState | Start = call.start or ()
         if needs.own_forward:  # after the training forward pass: of its start, the draws alone
             state = call.start.torch if call.start else ()
         if needs.each_gradient:
