@@ -38,6 +38,7 @@ class Needs:
         plain: whether it is the exact gradient of the loss, in all weights or in the input.
         layers: whether it reads the inputs and outputs of the layers.
         features: whether it needs the input of the last linear layer.
+        fakes: what to say where there are no fake samples; "" if its points need none.
         measures: whether its weight measures the gradients of loss and penalty.
         own_forward: whether it must run a forward pass of its own, in its own mode.
     """
@@ -55,6 +56,7 @@ class Needs:
     plain: bool = False
     layers: bool = False
     features: bool = False
+    fakes: str = ""
     measures: bool = False
     own_forward: bool = False
 

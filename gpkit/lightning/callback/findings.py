@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from gpkit import checks
 from gpkit.autodiff import graph
 from gpkit.autodiff.compat import is_reentrant_checkpoint
-from gpkit.axes.at import At, fake, interpolate
-from gpkit.axes.mixtures import mixture
 from gpkit.axes.parameters import weights
 from gpkit.gradient_penalty import GradientPenalty
 from gpkit.lightning.callback.plan import PenalizedNet
@@ -151,11 +149,8 @@ def _findings_of_penalty(
             "it reruns the training step on the same batch, and `dataloader_iter` gives another: "
             "write training_step(self, batch, batch_idx)"
         )
-    if any(isinstance(at, (interpolate, fake)) for at in _mixture_parts(penalty.at)):
-        yield (
-            f"at={type(penalty.at).__name__}() needs fake samples, which a training step does not "
-            "show: use gpkit.GANModule, or call penalty(critic, real=..., fake=...) in the step"
-        )
+    if needs.fakes:
+        yield needs.fakes
     for name in needs.activations if net is not None else ():
         options = [n for n, _ in net.named_modules() if n]  # type: ignore[union-attr]
         if name not in options:
@@ -173,11 +168,6 @@ def _findings_of_penalty(
 def may_shard(strategy: Any) -> bool:
     """Whether a strategy may shard the parameters."""
     return is_a(strategy, "FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
-
-
-def _mixture_parts(at: At) -> list[At]:
-    """Return the parts of a mixture, also of nested ones; for any other ``at`` a list with it."""
-    return [p for part in at.ats for p in _mixture_parts(part)] if isinstance(at, mixture) else [at]
 
 
 def findings_of_net(

@@ -129,6 +129,9 @@ class PenalizedModule(pl.LightningModule):
         self.per_sample_loss = per_sample(loss)
         self.penalties = as_sum(penalty)
         self.needs = {name: needs_of(part) for name, part in self.penalties.items()}
+        for name, own in self.needs.items():
+            if own.fakes:
+                pl.utilities.rank_zero_warn(f"penalty {name!r}: {own.fakes}. Here it is x_{{i-1}}")
         self.make_optimizer = optimizer or torch.optim.Adam
         self.make_scheduler = scheduler
         self.val_metrics = as_metrics(metrics, loss).clone()
