@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from gpkit.autodiff import activations
+from gpkit.axes.at import At, fake, interpolate
+from gpkit.axes.mixtures import mixture
 from gpkit.axes.parameters import reads_layers
 from gpkit.axes.wrt import inputs
 from gpkit.environment_penalty import EnvironmentPenalty
@@ -160,5 +162,18 @@ def needs_of(penalty: Penalty) -> Needs:
         and not own_forward,
         layers=reads_layers(penalty),
         measures=penalty.measures,
+        fakes=_without_fakes(penalty.at),
         own_forward=own_forward,
+    )
+
+
+def _without_fakes(at: At) -> str:
+    """Return what to say where there are no fake samples; "" if the points need none."""
+    if isinstance(at, mixture):
+        return next(filter(None, map(_without_fakes, at.ats)), "")
+    if not isinstance(at, (interpolate, fake)):
+        return ""
+    return (
+        f"at={type(at).__name__}() needs fake samples, which a training step does not show: use "
+        "gpkit.GANModule, or call penalty(critic, real=..., fake=...) in the step"
     )

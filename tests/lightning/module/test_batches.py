@@ -1,5 +1,6 @@
 """Batches that are dicts, dataclasses or named tuples, or have several inputs; sums by hand."""
 
+import warnings
 from collections import UserDict, namedtuple
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -172,3 +173,25 @@ def test_what_cannot_be_read_is_told_with_what_to_do():
     assert chosen.penalized_loss({**text(), "idx": torch.arange(6)}).ndim == 0
     with pytest.raises(TypeError, match=r"with the keys \['a'\]: say which .* inputs=\.\.\."):
         module.penalized_loss({"a": torch.zeros(3)})
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        (gpkit.wgan_gp(), "interpolate"),
+        (gpkit.r2(), "fake"),
+        (gpkit.r1_r2(), "fake"),
+        (gpkit.r1(), None),
+        (gpkit.input_grad_norm(), None),
+    ],
+)
+def test_points_that_need_fakes_are_told_of(made, told):
+    """In the words of the callback, once, when the module is made."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        gpkit.PenalizedModule(nn.Linear(4, 3), CE, {"mine": made})
+    said = [str(w.message) for w in caught if "fake" in str(w.message)]
+    assert len(said) == (told is not None)
+    if told:
+        words = f"penalty 'mine': at={told}() needs fake samples, which a training step does not"
+        assert said[0].startswith(words)
