@@ -15,7 +15,7 @@ from gpkit.autodiff.numerics import wide
 MAX_PASSES = 10_000
 
 
-def derivative(y: Tensor, x: Tensor, order: int = 1) -> Tensor:
+def derivative(y: Tensor, x: Tensor, order: int = 1, *, squeeze: bool = False) -> Tensor:
     r"""Return the exact, differentiable k-th derivative of ``y`` with respect to ``x``, per sample.
 
     .. math:: (D^k y)_{b, s_1 \dots s_k} =
@@ -31,13 +31,17 @@ def derivative(y: Tensor, x: Tensor, order: int = 1) -> Tensor:
         x: the variable: ``[B, *S]``; or ``[*S]`` if ``y`` is one number. It must require grad
             before ``y`` is computed from it.
         order: k >= 1.
+        squeeze: return the derivative in the shape of ``y``, ``[B]`` or ``[B, 1]``; for an x with
+            one entry per sample, such as a column ``[B, 1]``. Without it u_xx of u ``[B, 1]`` is
+            ``[B, 1, 1]``, and ``u_t - u_xx`` broadcasts to ``[B, B, 1]``.
 
     Returns:
         ``[B, *S, ..., *S]`` with ``S`` k times (without ``B`` if ``y`` is one number).
 
     Raises:
-        ValueError: if the shapes do not fit, ``x`` does not require grad, ``order`` < 1, or more
-            than ten thousand backward passes would be needed.
+        ValueError: if the shapes do not fit, ``x`` does not require grad, or ``y`` was not computed
+            from it but from the same leaf, as if x is a slice taken afterwards; if ``order`` < 1,
+            or more than ten thousand backward passes would be needed.
         RuntimeError: if torch has no derivative of that order through the graph, or a wrong one.
 
     >>> import torch
@@ -51,6 +55,11 @@ def derivative(y: Tensor, x: Tensor, order: int = 1) -> Tensor:
     <BLANKLINE>
             [[0., 8.],
              [8., 6.]]], grad_fn=<ViewBackward0>)
+    >>> x, t = torch.ones(4, 1, requires_grad=True), torch.ones(4, 1, requires_grad=True)
+    >>> u = x**3 * t
+    >>> u_t, u_xx = derivative(u, t), derivative(u, x, order=2, squeeze=True)
+    >>> (u_t - u_xx).shape  # 1 - 6
+    torch.Size([4, 1])
     """
     checks.integer("derivative(order=...)", order, 1)
     if not x.requires_grad:
@@ -64,13 +73,20 @@ def derivative(y: Tensor, x: Tensor, order: int = 1) -> Tensor:
             f"`derivative(y, x)` needs y [B] or [B, 1] for an x [B, ...], or a single number y []; "
             f"got y {list(y.shape)} and x {list(x.shape)}"
         )
+    if squeeze and x.numel() != y.numel():
+        raise ValueError(
+            "`derivative(squeeze=True)` needs an x with one entry per sample, such as a column "
+            f"[B, 1]; got {list(x.shape)}: compute y from its columns, x1, x2 = X.split(1, 1)"
+        )
+    graph.require_within(y, (x,))
     graph.require_derivatives(y, (x,), order)
     sample = x.shape[1:] if batched else x.shape
     column = y.reshape(-1, 1)  # [G, 1]
     rows = [entries for (entries,) in derivative_rows(column, (x,), order, batched=batched)]
     # The columns of a row run over the last index, and the rows over the first k - 1 indices.
     full = torch.stack(rows, dim=1)  # [G, n^(k-1), n]
-    return full.reshape(x.shape[: x.ndim - len(sample)] + sample * order)
+    shape = y.shape if squeeze else x.shape[: x.ndim - len(sample)] + sample * order
+    return full.reshape(shape)
 
 
 def derivative_rows(

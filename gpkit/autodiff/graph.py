@@ -81,6 +81,31 @@ def depends(y: Tensor, x: Tensor) -> bool:
     return any(leaf is x for leaf in leaves(y))
 
 
+def require_within(y: Tensor, xs: tuple[Tensor, ...]) -> None:
+    """Refuse a variable that was computed from the leaves of ``y`` and that ``y`` does not use.
+
+    Such as the slice ``x[:, :1]`` of a leaf, taken after ``y`` was computed from the whole leaf: a
+    slice is a new tensor. A leaf that ``y`` does not use is no mistake; its derivative is zero.
+
+    Args:
+        y: the differentiated output.
+        xs: the variables.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    for x in xs:
+        if x.grad_fn is None or y.grad_fn is None or depends(y, x):
+            continue
+        if any(depends(y, leaf) for leaf in leaves(x)):
+            raise ValueError(
+                f"the variable {list(x.shape)} ({x.grad_fn.name()}) was not used to compute the "
+                f"output {list(y.shape)}: is it a slice or a copy made afterwards? Differentiate "
+                "with respect to the whole tensor that the output was computed from, and slice the "
+                "derivative; or slice first, and compute the output from the slices"
+            )
+
+
 def between(y: Tensor, xs: tuple[Tensor, ...]) -> list[Any]:
     """Return the nodes on the paths from ``y`` to ``xs``, which a derivative passes through."""
     users: dict[Any, list[Any]] = {}

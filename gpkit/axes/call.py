@@ -16,7 +16,7 @@ from gpkit.autodiff.random import RandomState, Source
 from gpkit.autodiff.state import Start, recalls, remember, start_of
 from gpkit.axes.at import Points
 from gpkit.axes.form import Form
-from gpkit.axes.of import Of, draw_labels, sampled_losses
+from gpkit.axes.of import Of, draw_labels, named_parts, sampled_losses
 from gpkit.estimators.base import Estimator, Recomputable
 from gpkit.estimators.repeats import SAME, require_same
 from gpkit.estimators.window import POOLED, Window
@@ -161,8 +161,7 @@ class Call:
             y = sampled_losses(y, self.labels)
         if not isinstance(y, Tensor):
             raise TypeError(
-                f"the function must return a tensor; got a {type(y).__name__}: select one with "
-                "`of=lambda output: output[0]`"
+                f"the function must return a tensor; got a {type(y).__name__}: {named_parts(y)}"
             )
         return y
 

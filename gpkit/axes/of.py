@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,9 @@ from torch.nn import functional as F
 
 from gpkit.autodiff.numerics import wide
 from gpkit.autodiff.random import Source, uniform
+from gpkit.axes.average import running_average
+from gpkit.axes.form import Form
+from gpkit.estimators.base import Estimator
 
 Of = str | Callable[[Any], Tensor]
 
@@ -67,3 +70,62 @@ class per_pixel:
 def class_sum(output: Tensor) -> Tensor:
     """Return the sum of the outputs of each sample: ``[B, C]`` to ``[B]``."""
     return output.reshape(len(output), -1).sum(1)
+
+
+def require_one_output(of: Of, form: Form, estimator: Estimator, y: Tensor) -> None:
+    """Refuse a slope target for several outputs ``[G, m]`` that nobody chose.
+
+    Args:
+        of: a function of the output is taken at its word.
+        form: its target is a slope n > 0, such as the centre of `two_sided`.
+        estimator: its n is the norm of all outputs together, unless ``frobenius`` is False.
+        y: the outputs.
+
+    Raises:
+        ValueError: if the norm would be that of a Jacobian, and the form has a slope target.
+    """
+    several = y.shape[1] > 1 and estimator.frobenius and not callable(of)
+    if several and has_target(form, y.detach()):
+        raise ValueError(
+            f"`form={type(form).__name__}` has a slope target, which needs one output per sample; "
+            f"got {y.shape[1]}, and a target for the Frobenius norm of a Jacobian has no meaning: "
+            "choose with of=lambda o: o[:, 0] for one of the outputs, or "
+            "of=lambda s: s.flatten(1).sum(1) for scores of patches; flatten points [B, N, 3] to "
+            "[B*N, 3]"
+        )
+
+
+def has_target(form: Form, y: Tensor) -> bool:
+    """Whether a form pulls norms to a target above zero, for outputs ``y`` ``[G, m]``."""
+    # It does if some slope costs no more than none: (n - 1)² does, n² and √(n² + ε) do not.
+    center = getattr(form, "center", None)
+    if center is not None:
+        return isinstance(center, running_average) or bool(torch.as_tensor(center).any())
+    n2 = y.new_ones(len(y), dtype=wide(y))
+    with torch.no_grad():
+        zero, *costs = [form.value(n2 * n**2).sum() for n in (0.0, 0.1, 1.0, 10.0)]
+    return not all(cost > zero for cost in costs)
+
+
+def named_parts(output: Any) -> str:
+    """Return how to select a tensor from an output that is none, for an error message."""
+    if isinstance(output, Mapping):
+        found = {k: v for k, v in output.items() if isinstance(v, Tensor)}
+        chosen = {str(k): f"lambda output: output[{k!r}]" for k in found}
+    elif isinstance(output, (list, tuple)) and not hasattr(output, "_fields"):
+        chosen = {"0": "lambda output: output[0]"}
+    else:
+        names = getattr(output, "_fields", None) or getattr(output, "__dict__", {})
+        found = {n: getattr(output, n) for n in names}
+        chosen = {
+            n: f"lambda output: output.{n}" for n, v in found.items() if isinstance(v, Tensor)
+        }
+    likely = [n for word in LIKELY for n in chosen if word in n.lower()]
+    name = next(iter(likely or chosen), None)
+    if name is None:
+        return "return the tensor to differentiate"
+    listed = "" if isinstance(output, (list, tuple)) and name == "0" else ", ".join(chosen)
+    return f"{f'it has {listed}; ' if listed else ''}select one with `of={chosen[name]}`"
+
+
+LIKELY = ("logits", "score", "output", "prediction", "loss")  # the first of them is suggested

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gpkit import checks
+from gpkit.autodiff import graph
 from gpkit.autodiff.layers.batch import may_be_wide
 from gpkit.autodiff.layers.norms import applies
 from gpkit.autodiff.layers.recording import Recording, recorded_layers
@@ -78,6 +79,8 @@ class weights(Variables):
             pooled = isinstance(call.f, Recomputable) and call.f.window is not None
             if call.is_unproven(reruns=pooled):
                 call.prove(y, rerun())
+        if any(p.grad_fn is not None for p in params):
+            graph.require_within(y, params)
         if layers is not None and self.by_layers(y, params, call.axes, layers):
             y = y if call.axes.scope == "sample" else y.mean()
             yield Target(y.reshape(-1, 1), params, False, layers=layers)

@@ -8,9 +8,10 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from gpkit.autodiff import graph
 from gpkit.axes.at import Points, as_points, require_floating
 from gpkit.axes.call import Axes, Call
-from gpkit.axes.of import Of
+from gpkit.axes.of import Of, require_one_output
 from gpkit.axes.scope import require_images
 from gpkit.estimators.base import Recomputable, Target
 
@@ -77,11 +78,13 @@ class inputs(Variables):
         if isinstance(call.f, Recomputable) and call.f.value is not None and not call.axes.at.moves:
             xs = self.given(call)
             y = call.selected(call.f.value)
+            graph.require_within(y, xs)
             evaluate = partial(self.evaluated, call)
             self.prove(call, y, xs)
         elif call.has_graph:
             xs = self.given(call)
             y = call.selected(call.f)
+            graph.require_within(y, xs)
         elif callable(call.f) or isinstance(call.f, Recomputable):
             given = self.points(call)
             y, caught = call.run(given, given[0].device)
@@ -104,6 +107,7 @@ class inputs(Variables):
         if pixels:
             require_images(xs)
         columns = self.columns(y, len(xs[0]), axes.of)
+        require_one_output(axes.of, axes.form, axes.estimator, columns)
         return [Target(columns, xs, True, evaluate, pixels=pixels)]
 
     def points(self, call: Call) -> Points:

@@ -121,6 +121,8 @@ class Estimator:
     by_pixel = False
     # Whether it takes l2 norms of each sample's gradient in the weights from recorded layers.
     by_layer = False
+    # Whether n of several outputs is the norm of all of them together, not the slope of one number.
+    frobenius = True
 
     def check(self, order: int, norm: str, batched: bool) -> None:
         """Refuse what it does not support; ``batched`` is True for inputs, False for weights."""

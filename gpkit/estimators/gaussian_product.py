@@ -32,6 +32,8 @@ class gaussian_product(Estimator):
     9
     """
 
+    frobenius = False
+
     def check(self, order: int, norm: str, batched: bool) -> None:
         """Refuse all but the l2 norm of a first derivative.
 

@@ -46,6 +46,8 @@ class power_iteration(Estimator):
 
     iterations: int = 10
 
+    frobenius = False
+
     def __post_init__(self) -> None:
         checks.integer("power_iteration(iterations=...)", self.iterations, 1)
 

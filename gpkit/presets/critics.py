@@ -25,9 +25,9 @@ def wgan_gp(
 
     Each sample has one α and one norm, over all of its entries (channels and pixels). Call
     ``penalty(critic, real=x, fake=y)`` with samples ``[B, *S]`` of the same number; they are
-    detached. For a critic with several scores (patches) the norm is the Frobenius norm of the
-    Jacobian, at one backward pass for each score. For the gradient of the mean score set
-    ``of=lambda scores: scores.flatten(1).mean(1)``.
+    detached. A critic with several scores (patches) is refused until you say which slope is meant:
+    published code takes that of the sum, ``of=lambda scores: scores.flatten(1).sum(1)``. The slope
+    of the mean is 1 / (number of patches) of it, so its weight and centre are not comparable.
 
     Args:
         weight: λ, the paper's λ.

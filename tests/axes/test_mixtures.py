@@ -175,7 +175,8 @@ def test_outputs_need_no_labels(preset):
     net, x, y = mlp(2), samples(3)[0], samples(2)[0]
     at = {"at": gpkit.mixture("data", gpkit.uniform(-1, 1))} if preset == "duq" else {}
     box = {"low": -1, "high": 1.0} if preset == "eikonal" else {}
-    penalty = getattr(gpkit, preset)(**at, **box)
+    one = {"of": lambda out: out[:, 0]} if preset in ("eikonal", "dragan") else {}
+    penalty = getattr(gpkit, preset)(**at, **box, **one)
     module = gpkit.PenalizedModule(net, nn.MSELoss(), penalty)
     module.penalized_loss((x, y)).backward()
     assert net[0].weight.grad.any()

@@ -63,18 +63,19 @@ def patch_critic():
     return nn.Sequential(nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Conv2d(3, 1, 1)).double()  # [B, 1, 2, 2]
 
 
-@pytest.mark.parametrize("mean", [True, False])
-def test_patches(mean):
-    # the Frobenius norm over all patches, or the norm of the mean score's gradient
+@pytest.mark.parametrize(
+    ("of", "one"),
+    [
+        (lambda scores: scores.flatten(1).sum(1), torch.sum),
+        (lambda scores: scores.flatten(1).mean(1), torch.mean),
+        (lambda scores: scores, lambda scores: scores),
+    ],
+    ids=["sum", "mean", "Frobenius norm"],
+)
+def test_patches(of, one):
     critic, x = patch_critic(), images().real
-    of = {"of": lambda scores: scores.flatten(1).mean(1)} if mean else {}
-    terms = gpkit.wgan_gp(at="data", **of).terms(critic, x)
-
-    def one(x):
-        scores = critic(x[None])[0].flatten()
-        return scores.mean() if mean else scores
-
-    norms = oracles.input_norms(one, 1, x)
+    terms = gpkit.wgan_gp(at="data", of=of).terms(critic, x)
+    norms = oracles.input_norms(lambda x: one(critic(x[None])[0].flatten()), 1, x)
     assert relative_error(terms.norms, norms) < 1e-12
 
 
@@ -153,7 +154,7 @@ def test_a_norm_for_each_pixel(outputs, norm):
     # catches channels and pixels exchanged, which have the same number of entries when flattened
     s = images(outputs)
     penalty = gpkit.GradientPenalty(
-        scope="pixel", form=gpkit.two_sided(0.3, norm=norm), weight=2.0, reduce="mean"
+        of=lambda out: out, scope="pixel", form=gpkit.two_sided(0.3, norm=norm), weight=2.0
     )
     terms = penalty.terms(s.net, s.real)
     assert terms.norms.shape == terms.values.shape == (B * 9,)
