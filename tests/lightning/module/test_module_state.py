@@ -9,6 +9,7 @@ from penalised import LR, SGD, WEIGHT, B, classes, mlp, trainer
 from torch.utils.data import DataLoader
 
 import gpkit
+from gpkit.axes.of import class_sum
 
 
 def test_prediction_is_what_the_net_gives():
@@ -28,7 +29,11 @@ def test_scheduler_steps_every_epoch():
 
 
 def randomly_penalised(**more):
-    penalty = {"j": gpkit.jacobian(0.2), "line": gpkit.wgan_gp(1.0), "w": WEIGHT(every=3)}
+    penalty = {
+        "j": gpkit.jacobian(0.2),
+        "line": gpkit.wgan_gp(1.0, of=class_sum),
+        "w": WEIGHT(every=3),
+    }
     return gpkit.PenalizedModule(mlp(), F.cross_entropy, {**penalty, **more})
 
 
