@@ -15,7 +15,6 @@ from gpkit.autodiff.numerics import wide
 from gpkit.autodiff.random import Source, uniform
 from gpkit.axes.average import running_average
 from gpkit.axes.form import Form
-from gpkit.estimators.base import Estimator
 
 Of = str | Callable[[Any], Tensor]
 
@@ -72,20 +71,13 @@ def class_sum(output: Tensor) -> Tensor:
     return output.reshape(len(output), -1).sum(1)
 
 
-def require_one_output(of: Of, form: Form, estimator: Estimator, y: Tensor) -> None:
-    """Refuse a slope target for several outputs ``[G, m]`` that nobody chose.
-
-    Args:
-        of: a function of the output is taken at its word.
-        form: its target is a slope n > 0, such as the centre of `two_sided`.
-        estimator: its n is the norm of all outputs together, unless ``frobenius`` is False.
-        y: the outputs.
+def require_one_output(form: Form, y: Tensor) -> None:
+    """Refuse a form with a slope target for several outputs ``[G, m]`` that nobody chose.
 
     Raises:
-        ValueError: if the norm would be that of a Jacobian, and the form has a slope target.
+        ValueError: if the form pulls the norm, here that of a Jacobian, to a target above zero.
     """
-    several = y.shape[1] > 1 and estimator.frobenius and not callable(of)
-    if several and has_target(form, y.detach()):
+    if has_target(form, y.detach()):
         raise ValueError(
             f"`form={type(form).__name__}` has a slope target, which needs one output per sample; "
             f"got {y.shape[1]}, and a target for the Frobenius norm of a Jacobian has no meaning: "
