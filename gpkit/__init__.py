@@ -21,7 +21,7 @@ and Hydra are loaded only if that module needs them.
 - Environments: Statistic.
 - Derivatives: derivative, directional_derivative, elementary, features, in_penalty.
 - Lightning: GradientPenaltyCallback, GradientNormMonitor, PenalizedModule, GANModule.
-- The application: train.
+- The application: train, load.
 
 ``from gpkit import *`` does not import `sum`, which would shadow the builtin.
 """
@@ -69,6 +69,7 @@ __all__ = [
     "irm",
     "jacobian",
     "lazy_adam",
+    "load",
     "max_gp",
     "mixture",
     "none",
@@ -104,6 +105,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` has the same names at run time
+    from gpkit.app.load import load as load
     from gpkit.app.train import train as train
     from gpkit.autodiff.activations import features as features
     from gpkit.autodiff.derivatives import derivative as derivative
@@ -179,6 +181,7 @@ else:
     from importlib import import_module as _import_module
 
     _HOMES = {
+        "gpkit.app.load": "load",
         "gpkit.app.train": "train",
         "gpkit.autodiff.activations": "features",
         "gpkit.autodiff.derivatives": "derivative",

@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
@@ -86,23 +87,60 @@ class RandomStates(Callback):
             random.setstate((version, tuple(numbers), last))
 
 
-RANDOM = "gpkit_random"
+class Recipes(Callback):
+    """Saves the config, and how each net was made, as plain values.
+
+    Args:
+        cfg: the composed config.
+        nets: by the name of the net in the module, its ``_target_`` and arguments.
+    """
+
+    def __init__(self, cfg: DictConfig, nets: dict[str, dict[str, Any]]) -> None:
+        self.config = OmegaConf.to_container(cfg, resolve=True)
+        self.nets = nets
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Add both to a checkpoint."""
+        checkpoint[CONFIG], checkpoint[NETS] = self.config, self.nets
 
 
-def require_checkpoint(path: Path, module: pl.LightningModule, max_epochs: int) -> None:
+RANDOM, CONFIG, NETS = "gpkit_random", "gpkit_config", "gpkit_nets"
+
+
+def require_checkpoint(path: Path, module: pl.LightningModule, max_epochs: int | None) -> None:
     """Refuse a checkpoint that a run cannot go on from.
 
     Args:
         path: of the checkpoint.
         module: that is trained.
-        max_epochs: of the run.
+        max_epochs: of the run; None if it does not train.
 
     Raises:
         ValueError: if the file is no checkpoint, or one of another net or optimiser, or of a run
             that has ended.
     """
+    saved = read_checkpoint(path)
+    _require_weights(path, saved["state_dict"], module.state_dict())
+    if max_epochs is None:
+        return
+    _require_optimizers(path, saved.get("optimizer_states", []), module)
+    done = _epochs_done(saved["loops"]["fit_loop"])
+    if done >= max_epochs:
+        raise ValueError(
+            f"ckpt_path={path} has {done} of {max_epochs} epochs: set trainer.max_epochs to more"
+        )
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return what is in a checkpoint of a run; nothing in it is executed.
+
+    Raises:
+        ValueError: if the file is damaged, or no checkpoint.
+    """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"ckpt_path={path}: no such file{_others(path)}") from None
     except Exception as error:  # torch raises five kinds of errors, for as many kinds of files
         raise ValueError(
             f"ckpt_path={path} is damaged, or no checkpoint: {str(error).splitlines()[0][:80]}"
@@ -112,13 +150,7 @@ def require_checkpoint(path: Path, module: pl.LightningModule, max_epochs: int) 
         raise ValueError(
             f"ckpt_path={path} is a file of torch.save, but no checkpoint of a run{_others(path)}"
         )
-    _require_weights(path, saved["state_dict"], module.state_dict())
-    _require_optimizers(path, saved.get("optimizer_states", []), module)
-    done = _epochs_done(saved["loops"]["fit_loop"])
-    if done >= max_epochs:
-        raise ValueError(
-            f"ckpt_path={path} has {done} of {max_epochs} epochs: set trainer.max_epochs to more"
-        )
+    return saved
 
 
 def _require_weights(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+import gpkit
 from gpkit.app.overrides import CONFIG_DIR, check_types, explain
 
 # Without this variable Hydra prints an error and exits. It is set here, so that Hydra raises the
@@ -27,6 +28,9 @@ def main() -> None:
     sys.path.insert(0, os.getcwd())  # for model._target_=my_package.MyNet
     # Hydra's parser loses overrides that come before an option, so options go first.
     words = sys.argv[1:]
+    if words == ["--version"]:
+        print(f"gpkit {gpkit.__version__}")
+        return
     sys.argv[1:] = sorted(words, key=lambda w: not w.startswith("-") and ("=" in w or w[:1] == "~"))
     if os.environ.get(FULL_ERROR, "0") == "0":
         os.environ[ONE_LINE] = os.environ[FULL_ERROR] = "1"  # the processes of ddp inherit both

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,17 @@ TYPES: dict[type, tuple[str, tuple[type, ...]]] = {
 }
 
 
+SEVERAL = ("logger", "callbacks")  # groups of which several files can be chosen
+
+# What a file of configs can compute: a share of a count, and the name of a folder.
+OmegaConf.register_new_resolver(
+    "part", lambda count, share: count and max(1, round(count * share)), replace=True
+)
+OmegaConf.register_new_resolver(
+    "short", lambda name: re.sub(r"[^\w.,=+-]", "_", name)[:120], replace=True
+)
+
+
 def parse(overrides: Sequence[str]) -> list[Override]:
     """Return overrides as Hydra parses them."""
     return list(OverridesParser.create().parse_overrides(list(overrides)))
@@ -54,7 +66,10 @@ def check_types(cfg: DictConfig, overrides: Sequence[str]) -> None:
     typed = parse(overrides)
     for o in typed:
         if _is_group(o.key_or_group) and isinstance(o.value(), list):
-            raise TypeError(_one_name(o))
+            if o.key_or_group not in SEVERAL:
+                raise TypeError(_one_name(o))
+        elif o.is_add():
+            _require_reader(cfg, o.key_or_group)
     groups = [text for text, o in zip(overrides, typed, strict=True) if "." not in o.key_or_group]
     default = compose("train", [text for text in groups if not _is_sweep_or_value(text)])
     for key in (o.key_or_group for o in typed if not (o.is_add() or o.is_delete())):
@@ -66,6 +81,35 @@ def check_types(cfg: DictConfig, overrides: Sequence[str]) -> None:
         words, fits = TYPES.get(type(old), ("", (object,)))
         if not isinstance(new, fits) or (isinstance(new, bool) and not isinstance(old, bool)):
             raise TypeError(f"{key} must be {words}, like its default {old}; got {new!r}")
+
+
+TRAINER_KEYS = {
+    "logger": "logger=csv",
+    "callbacks": "callbacks=[early_stopping], or +callbacks.mine._target_=...",
+    "accelerator": "device.accelerator=cpu",
+    "devices": "device.devices=2",
+    "strategy": "device.strategy=ddp",
+    "plugins": "trainer.precision=... or device.strategy=...",
+    "default_root_dir": "hydra.run.dir=...",
+}
+
+
+def _require_reader(cfg: DictConfig, key: str) -> None:
+    """Refuse a key, added with +, that nothing reads.
+
+    Raises:
+        ValueError: for such a key; the message has the nearest that is read.
+    """
+    top, _, rest = key.partition(".")
+    known = {str(k) for k in compose("train", [])} | {"hydra"}
+    if top not in known:
+        hint = nearest(top, known)
+        raise ValueError(
+            f"+{key}: nothing reads {top!r}{hint}; there are {', '.join(sorted(known))}"
+        )
+    name = rest.partition(".")[0]
+    if top == "trainer" and name in TRAINER_KEYS:
+        raise ValueError(f"+{key}: the run sets trainer.{name}: use {TRAINER_KEYS[name]}")
 
 
 def _is_sweep_or_value(text: str) -> bool:
@@ -103,9 +147,10 @@ def explain(error: BaseException, overrides: Sequence[str]) -> str:
     text = str(error)
     if found := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(found[1], overrides)
-    if found := re.search(r"(?:In '[^']*': )?Could not find '([^']+)'", text):
+    if found := re.search(r"(?:In '[^']*': )?Could not (?:find|load) '([^']+)'", text):
         group, _, name = found[1].rpartition("/")
         options = re.findall(r"\n\t(\S+)", text.partition("Config search path")[0])
+        options = options or _names(group)  # of a group of which several can be chosen
         if not group:
             return f"there is no config {name!r}"
         return (
@@ -142,10 +187,11 @@ def _unknown_key(key: str, overrides: Sequence[str]) -> str:
     except Exception:  # another override is wrong too: take the names of the default config
         config = compose("train", [])
     parent, _, name = key.rpartition(".")
-    for group in (path.name for path in CONFIG_DIR.iterdir() if path.is_dir()):
-        for typed in (o for o in parse(overrides) if o.key_or_group == key and not parent):
-            if (CONFIG_DIR / group / f"{typed.value()}.yaml").is_file():
-                return f"{key}: there is no group {key!r} (did you mean '{group}={typed.value()}'?)"
+    for typed in (o for o in parse(overrides) if o.key_or_group == key and not parent):
+        groups = sorted(path.parent.name for path in CONFIG_DIR.glob(f"*/{typed.value()}.yaml"))
+        if groups:
+            group = next(iter(get_close_matches(key, groups, 1, 0.0)))
+            return f"{key}: there is no group {key!r} (did you mean '{group}={typed.value()}'?)"
     node: Any = OmegaConf.select(config, parent) if parent else config
     if not isinstance(node, DictConfig):
         top = key.split(".")[0]

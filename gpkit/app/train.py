@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import sys
-import warnings
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -19,14 +17,26 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.utilities import rank_zero_only
 
-from gpkit import checks
-from gpkit.app.build import build_callbacks, build_module, trains_pair
-from gpkit.app.checkpoints import Checkpoints, RandomStates, WholeFiles, require_checkpoint
+from gpkit.app.build import (
+    build_callbacks,
+    build_loggers,
+    build_module,
+    recipes,
+    trains_pair,
+)
+from gpkit.app.checkpoints import (
+    Checkpoints,
+    RandomStates,
+    Recipes,
+    WholeFiles,
+    require_checkpoint,
+)
 from gpkit.app.guard import FiniteGuard
 from gpkit.app.interrupts import StopAtSignal
-from gpkit.app.overrides import CONFIG_DIR, check_types, set_keys
+from gpkit.app.overrides import CONFIG_DIR, check_types, explain, set_keys
+from gpkit.app.report import results, say_results, say_what_runs
+from gpkit.app.settings import RequireMetric, check_values, quiet
 
 
 def train(overrides: Sequence[str] = (), output_dir: str | Path | None = None) -> dict[str, float]:
@@ -40,13 +50,22 @@ def train(overrides: Sequence[str] = (), output_dir: str | Path | None = None) -
         The final metrics by name, such as ``test/acc``; ``metrics.json`` has the same.
 
     Raises:
-        TypeError: if a value has another type than its default.
-        Exception: Hydra's own, for an override that does not fit the config.
+        TypeError: if ``overrides`` is no list of strings, or a value has another type than its
+            default.
+        ValueError: if an override does not fit the config; the message is the shell's.
     """
+    if isinstance(overrides, str) or not all(isinstance(o, str) for o in overrides):
+        raise TypeError(
+            f'`gpkit.train(overrides)` takes a list of strings, as ["model=mlp", "seed=1"]; got '
+            f"{overrides!r}"
+        )
     if output_dir is None:
         output_dir = Path("outputs", datetime.now().strftime("%Y-%m-%d/%H-%M-%S-%f"))
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3", job_name="train"):
-        cfg = compose("train", list(overrides))
+        try:
+            cfg = compose("train", list(overrides))
+        except Exception as error:
+            raise ValueError(explain(error, list(overrides))) from error
         check_types(cfg, list(overrides))
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +76,7 @@ def train(overrides: Sequence[str] = (), output_dir: str | Path | None = None) -
 def run(
     cfg: DictConfig, output_dir: str | Path, overrides: Sequence[str] = (), *, sweep: bool = False
 ) -> dict[str, float]:
-    """Train, test, and write the results.
+    """Train and test, or do one task with a checkpoint, and write the results.
 
     Args:
         cfg: the composed config.
@@ -73,51 +92,86 @@ def run(
         ValueError: if a value is out of its range.
         FileNotFoundError: if ``ckpt_path`` does not exist.
     """
-    _check_values(cfg)
-    _quiet()
+    check_values(cfg)
+    quiet()
     folder = Path(output_dir)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     data = instantiate(cfg.data)
     data.prepare_data()
     data.setup("fit")
+    cfg.run_dir, cfg.total_steps = str(folder), count_steps(cfg, len(data.train_dataloader()))
+    callbacks = build_callbacks(cfg)
     module = build_module(cfg, data, set_keys(overrides))
     has_best = bool(data.val_dataloader()) and not trains_pair(cfg)  # a pair has no val/loss
     if cfg.ckpt_path is not None:
-        require_checkpoint(Path(cfg.ckpt_path), module, cfg.trainer.max_epochs)
-    trainer = build_trainer(cfg, folder, overrides, has_best=has_best, sweep=sweep)
-    trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path)
-    metrics: dict[str, Any] = dict(trainer.callback_metrics)
-    checkpoint = trainer.checkpoint_callback
-    best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
+        epochs = cfg.trainer.max_epochs if cfg.task == "train" else None
+        require_checkpoint(Path(cfg.ckpt_path), module, epochs)
+    callbacks += [
+        FiniteGuard(),
+        RandomStates(),
+        Recipes(cfg, recipes(cfg, data, set_keys(overrides))),
+    ]
+    callbacks += [StopAtSignal(folder / "checkpoints/last.ckpt", overrides)]
+    if has_best:
+        callbacks.append(RequireMetric(cfg.optimized_metric))
+    trainer = build_trainer(cfg, folder, callbacks, has_best=has_best, sweep=sweep)
+    say_what_runs(cfg, module, trainer, data)
+    if cfg.task == "predict":
+        return predict(trainer, module, data, cfg.ckpt_path, folder)
+    metrics: dict[str, Any] = {}
+    tested = cfg.ckpt_path if cfg.task == "test" else None
+    if cfg.task == "train":
+        trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path)
+        metrics |= trainer.callback_metrics
+        checkpoint = trainer.checkpoint_callback
+        best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
+        tested = best if cfg.test_checkpoint == "best" and best else None
     if data.test_dataloader():
-        metrics |= trainer.test(
-            module,
-            datamodule=data,
-            ckpt_path=best if cfg.test_checkpoint == "best" and best else None,
-            verbose=False,
-        )[0]
+        metrics |= trainer.test(module, datamodule=data, ckpt_path=tested, verbose=False)[0]
     final = {name: float(value) for name, value in sorted(metrics.items())}
     if trainer.is_global_zero:
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                # A GAN logs some of these as curves: without a step they would get a point at 0.
-                last = trainer.fit_loop.total_batch_idx
-                logger.log_hyperparams(hyperparameters(cfg), results(final), step=last)
-                logger.finalize("success")
+            log_result(logger, cfg, final, trainer.fit_loop.total_batch_idx)
         write_metrics(folder, final)
-        _report(folder, final)
+        say_results(folder, final, str(tested or "the weights of the last step"), overrides)
     return final
 
 
+def predict(trainer: pl.Trainer, module: Any, data: Any, path: str, folder: Path) -> dict[str, Any]:
+    """Write the outputs of a checkpoint for the test set to ``predictions.pt``.
+
+    Returns:
+        No metrics.
+    """
+    outputs = trainer.predict(module, data.test_dataloader(), ckpt_path=path)
+    torch.save(torch.cat(cast(list[Any], outputs)), folder / "predictions.pt")
+    print(f"\n  predictions  {folder / 'predictions.pt'}")
+    return {}
+
+
+def count_steps(cfg: DictConfig, batches: int) -> int:
+    """Return the number of optimiser steps of a run; of the critic, for a generator and a critic.
+
+    Args:
+        cfg: the composed config.
+        batches: the number of batches of an epoch.
+    """
+    limit = cfg.trainer.get("limit_train_batches")
+    if limit is not None:
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    each = cfg.module.get("accumulate", 1) * cfg.trainer.accumulate_grad_batches
+    return max(1, math.ceil(batches / each) * cfg.trainer.max_epochs)
+
+
 def build_trainer(
-    cfg: DictConfig, folder: Path, overrides: Sequence[str], *, has_best: bool, sweep: bool
+    cfg: DictConfig, folder: Path, callbacks: list[Callback], *, has_best: bool, sweep: bool
 ) -> pl.Trainer:
     """Return the trainer, which writes into the run's folder.
 
     Args:
         cfg: the composed config.
         folder: the run's folder.
-        overrides: the options that the user set.
+        callbacks: those of the config and of the run.
         has_best: whether there is a val/loss, which defines the best checkpoint.
         sweep: whether more jobs follow. Then ddp becomes ddp_spawn, since ddp runs the command
             again in each process.
@@ -131,89 +185,54 @@ def build_trainer(
         folder / "checkpoints", "best", monitor="val/loss", enable_version_counter=False
     )
     last = ModelCheckpoint(folder / "checkpoints", "last", enable_version_counter=False)
-    callbacks: list[Callback] = [best, last] if has_best else [last]
-    callbacks += [FiniteGuard(), RandomStates()]
-    callbacks.append(StopAtSignal(folder / "checkpoints/last.ckpt", overrides))
-    callbacks += build_callbacks(cfg.callbacks)
+    callbacks = [*([best, last] if has_best else [last]), *callbacks]
     if cfg.trainer.enable_progress_bar and sys.stdout.isatty():
         callbacks.append(RichProgressBar(leave=False))
     return instantiate(
         cfg.trainer,
         _convert_="all",
         **device,
-        logger=TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
+        logger=build_loggers(cfg.logger),
         callbacks=callbacks,
         plugins=[WholeFiles()],
         default_root_dir=str(folder),
     )
 
 
+def log_result(logger: Any, cfg: DictConfig, final: dict[str, float], last: int) -> None:
+    """Give a logger the config and the final metrics.
+
+    Args:
+        logger: of the trainer.
+        cfg: the composed config.
+        final: the metrics.
+        last: the last step. A GAN logs some of the metrics as curves, and without a step they would
+            get a point at 0.
+    """
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_text("config", f"```yaml\n{OmegaConf.to_yaml(cfg)}```")
+        logger.log_hyperparams(hyperparameters(cfg), results(final), step=last)
+    else:
+        logger.log_hyperparams(hyperparameters(cfg))
+        logger.log_metrics(results(final), step=last)
+    logger.finalize("success")
+
+
 def hyperparameters(cfg: DictConfig) -> dict[str, Any]:
-    """Return the config as plain values, without the parts that do not describe the model."""
+    """Return what describes a run as plain values, the penalty and the seed first.
+
+    Args:
+        cfg: the composed config.
+    """
     with open_dict(cfg):
         plain = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(plain, dict)
-    return {str(k): v for k, v in plain.items() if k not in ("hydra", "ckpt_path", "trainer")}
-
-
-def _check_values(cfg: DictConfig) -> None:
-    """Refuse values that nothing else checks before the first step."""
-    if checks.integer("seed", cfg.seed, 0) >= 2**32:
-        raise ValueError(f"`seed` must be an integer in [0, 2**32); got {cfg.seed}")
-    checks.choice("test_checkpoint", cfg.test_checkpoint, ("best", "last"))
-    checks.integer("trainer.max_epochs", cfg.trainer.max_epochs, 1)
-    checks.integer("trainer.log_every_n_steps", cfg.trainer.log_every_n_steps, 1)
-    checks.integer("trainer.accumulate_grad_batches", cfg.trainer.accumulate_grad_batches, 1)
-    if "lr" in cfg.optimizer:
-        checks.number("optimizer.lr", cfg.optimizer.lr, 0)
-    if cfg.device.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            "device=gpu needs a CUDA device; found none: use device=cpu or device=auto"
-        )
-    if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
-        raise FileNotFoundError(
-            f"ckpt_path={cfg.ckpt_path}: no such file; it is RUN/checkpoints/last.ckpt of a run"
-        )
-
-
-def _quiet() -> None:
-    """Hide messages of Lightning that a user cannot act on."""
-    for name in ("pytorch_lightning.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
-    warnings.filterwarnings("ignore", ".*Total length of `list` across ranks is zero.*")
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
-    warnings.filterwarnings("ignore", ".*have no `val_dataloader`.*")
-    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
-    warnings.filterwarnings("ignore", ".*'modes/.*sync_dist=True.*")  # rank zero alone counts them
-    warnings.filterwarnings("ignore", "The dirpath has changed from .*")  # Checkpoints handles it
+    first = {"penalty": plain["penalty"], "seed": plain["seed"]}
+    left_out = ("hydra", "ckpt_path", "trainer", "run_dir", "total_steps", "logger", "task")
+    return {**first, **{str(k): v for k, v in plain.items() if k not in left_out}}
 
 
 def write_metrics(folder: Path, metrics: dict[str, float]) -> None:
     """Write metrics.json. NaN and infinities, which JSON does not have, become null."""
     plain = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
     (folder / "metrics.json").write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n")
-
-
-def results(metrics: dict[str, float]) -> dict[str, float]:
-    """Return the metrics that sum up a run: of the test, and of a GAN."""
-    shown = ("test/", "modes/", "wasserstein/", "critic_optimality", "dirac/distance")
-    return {k: v for k, v in metrics.items() if k.startswith(shown) or k == "slope/interpolates"}
-
-
-@rank_zero_only
-def _report(folder: Path, metrics: dict[str, float]) -> None:
-    """Print the results of the run, and where its files are."""
-    shown = results(metrics)
-    width = max(24, *map(len, shown)) if shown else 0
-    print()
-    for name, value in shown.items():
-        vanishes = 0 < abs(value) < 1e-3
-        print(f"  {name:<{width}} {value:{'.3g' if vanishes else '.4f'}}")
-    print()
-    print(f"  metrics      {folder / 'metrics.json'}")
-    print(f"  checkpoints  {folder / 'checkpoints'}")
-    if (folder / "figures").is_dir():
-        print(f"  figures      {folder / 'figures'}")
-    print(f"  TensorBoard  tensorboard --logdir {folder}")

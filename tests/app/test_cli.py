@@ -91,8 +91,10 @@ def test_the_end_says_where_everything_is(command):
     metrics = written()
     tested = [[k, f"{v:.4f}"] for k, v in metrics.items() if k.startswith("test/")]
     assert len(tested) == 4
-    assert lines[-7:] == [
+    assert lines[-9:] == [
         *tested,
+        ["options", *FAST],
+        ["tested", str(folder / "checkpoints/best.ckpt")],
         ["metrics", str(folder / "metrics.json")],
         ["checkpoints", str(folder / "checkpoints")],
         ["TensorBoard", "tensorboard", "--logdir", str(folder)],
@@ -158,14 +160,14 @@ def test_a_sweep_goes_on_after_a_job_that_fails(command):
     assert first.startswith("error: device=cpu trainer=fast_dev_run")  # the job
     assert first.endswith(f"model.width=0 {told}")
     assert len(others) == 1  # Hydra's: "Error executing job with overrides: [...]"
-    assert written("multirun/*/*/1")["test/acc"] >= 0
-    assert not list(Path().glob("multirun/*/*/0/metrics.json"))
+    assert written("multirun/*/*/1-*")["test/acc"] >= 0
+    assert not list(Path().glob("multirun/*/*/0-*/metrics.json"))
 
 
 def test_a_sweep_returns_its_metrics(command):
     code, _, errors = command("-m", *FAST, "penalty=none,jacobian", "seed=0,1")
     assert (code, errors) == (0, "")
-    losses = [written(f"multirun/*/*/{job}")["train/loss"] for job in range(4)]
+    losses = [written(f"multirun/*/*/{job}-*")["train/loss"] for job in range(4)]
     assert losses[0] == losses[2]  # the penalty changes nothing before the first step
     assert losses[0] != losses[1]
 
