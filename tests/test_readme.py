@@ -36,7 +36,8 @@ def test_command_composes(line, tmp_path):
     if "--config-dir" in words:
         overrides.remove("my_configs")
         overrides = [word.replace("model=mine", "model=mlp") for word in overrides]
-    overrides = [word.split(",")[0] for word in overrides]  # one job of a sweep
+    sweeps = "-m" in words
+    overrides = [word.split(",")[0] if sweeps else word for word in overrides]  # one job
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         compose("train", overrides)
 
