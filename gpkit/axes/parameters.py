@@ -70,7 +70,9 @@ class weights(Variables):
         elif call.has_graph:
             y = call.selected(call.f)
         elif callable(call.f) or isinstance(call.f, Recomputable):
-            with layers_for([call.axes], call.args[0]) as layers:
+            # What recomputes a value may run its samples one by one, as the callback does.
+            net = None if isinstance(call.f, Recomputable) else call.args[0]
+            with layers_for([call.axes], net) as layers:
                 y = self.evaluated(call, device)
             rerun = partial(self.evaluated, call, device, y)
         else:

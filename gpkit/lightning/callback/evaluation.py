@@ -149,7 +149,7 @@ class Evaluator:
             state = call.start.torch if call.start else ()
         if needs.each_gradient:
             losses = partial(per_sample_losses, self.module, call, self.watched.silencer)
-            return [losses, self.watched.net]
+            return [Recomputable(None, losses, state), self.watched.net]
         if needs.in_weights:
             window = self._window(name) if needs.pooled else None
             return [Recomputable(value, rerun, state, window=window), self.watched.net]
