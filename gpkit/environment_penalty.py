@@ -17,6 +17,7 @@ from gpkit.autodiff.numerics import wide
 from gpkit.autodiff.random import device_of
 from gpkit.axes.environments import Samples, Statistic
 from gpkit.axes.weight import Schedule
+from gpkit.estimators.base import Target
 from gpkit.formula import REDUCTIONS, Terms, reduced
 from gpkit.penalty import Penalty
 
@@ -135,10 +136,11 @@ class EnvironmentPenalty(Penalty):
             samples = self._samples(logits, a, y, env, trains=acts and train)
             n2, values = self.statistic(samples)
             terms = Terms(n2, values, weight, reduced(values, self.reduce), (logits,))
-        if acts and train and not self.effect_confirmed:
+        target = Target(logits, (), True)
+        if acts and train and target not in self.seen:
             if not graph.leaves(terms.reduced):
                 raise RuntimeError(CUT)
-            self.effect_confirmed = True
+            self.seen.add(target)
         return terms if train else terms.detached()
 
     def _read(self, f: Any, args: tuple[Any, ...]) -> tuple[Any, Tensor, Tensor]:

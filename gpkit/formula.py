@@ -15,7 +15,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gpkit.autodiff import graph
 from gpkit.autodiff.distributed import require_dynamic_graph
 from gpkit.autodiff.numerics import root
 from gpkit.autodiff.random import Source, has_ranks
@@ -150,47 +149,3 @@ def _share(axes: Axes, observe: bool, n2: Tensor) -> Tensor:
     n2 = n2.detach().requires_grad_()
     form = axes.form.for_call(n2) if observe else axes.form
     return torch.autograd.grad(reduced(form(n2), axes.reduce), n2)[0]
-
-
-def trains(terms: Terms, targets: Sequence[Target], order: int, unused: str) -> bool:
-    """Return whether a penalty depends on a trained parameter.
-
-    Args:
-        terms: the terms of an evaluation, with their graph.
-        targets: the differentiated outputs.
-        order: k, the order of the derivative.
-        unused: the variables and a hint, for the error if no output depends on them.
-
-    Returns:
-        True if it does; False if the outputs do not depend on any trained parameter either: then
-        the caller only wants the value.
-
-    Raises:
-        RuntimeError: if the outputs depend on trained parameters and the penalty does not.
-    """
-    given = [x for t in targets for x in t.xs if t.batched]
-
-    def trained(tensor: Tensor) -> bool:
-        return any(not any(p is x for x in given) for p in graph.leaves(tensor))
-
-    kink = None
-    if order > 1 and not terms.norms.any():
-        kink = next(filter(None, (graph.piecewise_linear(t.y) for t in targets)), None)
-    if trained(terms.reduced) and not kink:
-        return True
-    if not any(trained(t.y) for t in targets):
-        return False  # no trained parameters: the caller only wants the value
-    if not any(graph.depends(t.y, x) for t in targets for x in t.xs):
-        cause = f"the differentiated output does not depend on the {unused}"
-    elif kink:
-        cause = (
-            f"order {order} of a piecewise-linear net ({kink}) is zero everywhere: use a smooth "
-            "activation (GELU, SiLU, softplus, tanh), or order=1"
-        )
-    else:
-        cause = (
-            f"the derivative of order {order} does not depend on them. Is the function linear or a "
-            "polynomial of that degree, or does it use a gradient taken without "
-            "create_graph=True, a detached tensor, or reentrant checkpointing?"
-        )
-    raise RuntimeError(f"the penalty does not depend on any trained parameter: {cause}")

@@ -23,6 +23,7 @@ from gpkit.axes.of import Of
 from gpkit.axes.parameters import layers_for, weights
 from gpkit.axes.weight import Schedule
 from gpkit.axes.wrt import Variables, inputs
+from gpkit.effect import trains
 from gpkit.estimators import ESTIMATORS
 from gpkit.estimators.base import Estimator, Recomputable, Target
 from gpkit.estimators.exact import exact
@@ -191,13 +192,17 @@ class GradientPenalty(Penalty):
         with _graphs(train):
             rng = torch.Generator(device_of(f, args, real, fake)).manual_seed(seed)
             targets = self._targets(f, args, real, fake, rng, seed, acts)
-            self._require_derivatives(targets[0], trains=acts and train)
+            known = targets[0] in self.seen
             observe = acts and train
+            if not (known or self.estimator.first_order):
+                graph.require_derivatives(targets[0].y, targets[0].xs, self.order + observe)
             n2 = formula.squared_norms(self, targets, rng, scale, observe=observe)
             terms = formula.terms(self, n2, weight, observe=observe, targets=targets)
-        if acts and train and not (self.effect_confirmed and terms.reduced.requires_grad):
+        if observe and not (known and terms.reduced.requires_grad):
             unused = f"{type(self.wrt).__name__}: {self.wrt.missing}"
-            self.effect_confirmed |= formula.trains(terms, targets, self.order, unused)
+            twice = not self.estimator.first_order and scale is None
+            if trains(f, terms, targets, self.order, unused, twice=twice):
+                self.seen.add(targets[0])
         return terms if train else terms.detached()
 
     def _targets(
@@ -220,11 +225,6 @@ class GradientPenalty(Penalty):
         if not all(target.y.requires_grad for target in targets):
             raise RuntimeError(NO_GRAPH)
         return targets
-
-    def _require_derivatives(self, target: Target, *, trains: bool) -> None:
-        """Refuse a graph whose derivative of order k (k + 1 in training) is missing or wrong."""
-        if not (self.effect_confirmed or self.estimator.first_order):
-            graph.require_derivatives(target.y, target.xs, self.order + trains)
 
     def with_loss(self, closure: Callable[[], Any], net: Any, *, step: int | None = None) -> Tensor:
         """Return the loss and the weight penalty as one scalar, and count a step.

@@ -12,6 +12,7 @@ from gpkit import checks
 from gpkit.autodiff.distributed import tied
 from gpkit.autodiff.random import derived_seed, device_of, has_ranks, rank
 from gpkit.axes.weight import Schedule, as_weight
+from gpkit.effect import SeenNets
 from gpkit.formula import Terms
 
 
@@ -31,7 +32,8 @@ class Penalty:
         ValueError: if an argument is out of range.
 
     >>> import torch
-    >>> from gpkit.formula import Terms
+    >>> from gpkit.effect import SeenNets
+    from gpkit.formula import Terms
     >>> class weight_decay(Penalty):
     ...     def evaluate(self, f, args, real, fake, weight, seed, scale=None, *, acts=False):
     ...         n2 = f.square().sum().reshape(1)
@@ -54,7 +56,7 @@ class Penalty:
         self.name = name
         self.step = 0
         self.draws = 0
-        self.effect_confirmed = False
+        self.seen = SeenNets()
 
     @property
     def weight(self) -> float | Schedule:
@@ -210,6 +212,11 @@ class Penalty:
             return 0.0
         weight = self._given if self._schedule is None else self._schedule(step)
         return float(weight) * self.every  # type: ignore[arg-type]
+
+    @property
+    def effect_confirmed(self) -> bool:
+        """Whether the penalty has been found to train a net."""
+        return bool(self.seen)
 
     def acts_at(self, step: int | None = None) -> bool:
         """Whether the penalty acts at an optimiser step; None is the next step."""

@@ -225,5 +225,9 @@ def test_nan_is_not_masked():
 
 def test_repr_names_the_axes():
     said = repr(gpkit.wgan_gp(weight=3.0, every=4))
-    for part in ("two_sided(norm='l2', scale=1.0, center=1.0)", "interpolate", "weight=3.0"):
+    for part in (
+        "two_sided(norm='l2', scale=1.0, eps=0.0, center=1.0)",
+        "interpolate",
+        "weight=3.0",
+    ):
         assert part in said

@@ -215,9 +215,15 @@ def test_refuses_an_axis(axis, said):
             gpkit.r1(**axis)
 
 
-def test_a_frozen_net_has_a_value():
-    # nothing is trained, so nothing is refused
-    assert gpkit.r1()(FROZEN, real=X) > 0
+def test_a_frozen_net_is_refused_and_has_a_value_under_no_grad():
+    penalty = gpkit.r1()
+    with pytest.raises(RuntimeError, match=r"all parameters of the net are frozen: call net\.req"):
+        penalty(FROZEN, real=X)
+    with torch.no_grad():
+        assert penalty(FROZEN, real=X) > 0
+    assert penalty(FROZEN.requires_grad_(True), real=X).requires_grad
+    with pytest.raises(RuntimeError, match="all parameters of the net are frozen"):
+        penalty(FROZEN.requires_grad_(False), real=X)  # also after a good call
 
 
 def test_refuses_what_stops_to_act():

@@ -8,13 +8,14 @@ PACKAGE = Path(__file__).parents[1] / "gpkit"
 # What torch, and what Lightning and torchmetrics, do not promise.
 COMPAT = {"autodiff/compat.py", "lightning/compat.py"}
 
-# Hydra's parser of options, with its reason beside it; and keys of configs, which are public.
+# Hydra's parser of options, with its reason beside it. Keys of configs, and the names of a named
+# tuple, are public.
 ALLOWED = {("app/cli.py", "hydra._internal.utils")}
-CONFIG_KEYS = {"_target_"}
+PUBLIC = {"_target_", "_fields"}
 
 
 def private(name):
-    return name.startswith("_") and not name.startswith("__") and name not in CONFIG_KEYS
+    return name.startswith("_") and not name.startswith("__") and name not in PUBLIC
 
 
 def found(tree):

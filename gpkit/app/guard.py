@@ -103,8 +103,8 @@ def tells(module: Any) -> bool:
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether all entries of all tensors are finite."""
-    norms = torch._foreach_norm([t.detach() for t in tensors if not t.is_sparse], torch.inf)
-    return bool(torch.stack([n.float() for n in norms]).isfinite().all())
+    dense = [t.detach() for t in tensors if not t.is_sparse]
+    return bool(torch.nn.utils.get_total_norm(dense, torch.inf).isfinite())
 
 
 def bad_samples(batch: Any) -> str:

@@ -11,7 +11,26 @@ from torch import Tensor
 from gpkit.autodiff import compat
 
 # Operations with a zero second derivative: if a net has no others, an order >= 2 penalty is zero.
-PIECEWISE_LINEAR = ("Relu", "LeakyRelu", "Hardtanh", "Threshold", "PreluKernel", "Abs")
+PIECEWISE_LINEAR = (
+    "Relu",
+    "LeakyRelu",
+    "Hardtanh",
+    "Threshold",
+    "PreluKernel",
+    "RreluWithNoise",
+    "Abs",
+    "Clamp",
+    "ClampMin",
+    "ClampMax",
+    "Softshrink",
+    "Hardshrink",
+    "MaxPool2DWithIndices",
+    "MaxPool3DWithIndices",
+    "AdaptiveMaxPool2D",
+    "Max",
+    "Amax",
+    "Maximum",
+)
 
 
 # Words of torch's error messages, or names of nodes, and the hint for each.
@@ -32,6 +51,17 @@ HINTS = {
     "NativeLayerNorm": "torch's third derivative of layer norm, and of batch norm in training "
     "mode, is wrong: give the penalty a callable (gpkit then computes them in elementary "
     "operations), run the forward under gpkit.elementary(), use group norm, or use order=1",
+    "_cdist": "torch.cdist has no second derivative: use "
+    'compute_mode="use_mm_for_euclid_dist", or estimator="finite_difference"',
+    "_pdist": "torch.pdist has no second derivative: compute the distances by torch.cdist with "
+    'compute_mode="use_mm_for_euclid_dist"',
+    "ctc_loss": 'ctc_loss has no second derivative: use estimator="finite_difference"',
+    "embedding_bag": "embedding_bag has no second derivative: use nn.Embedding and a mean, or "
+    'estimator="finite_difference"',
+    "hardsigmoid": "hardsigmoid has no second derivative: use sigmoid, or "
+    'estimator="finite_difference"',
+    "is not implemented": "torch has no second derivative of this operation: use "
+    'estimator="finite_difference", or another operation',
     "donated buffers": "a compiled net frees its buffers after one backward: set "
     "torch._functorch.config.donated_buffer = False before it is compiled",
     "freed": "the graph of the loss has been freed: call the penalty before loss.backward()",
@@ -155,10 +185,45 @@ def require_derivatives(y: Tensor, xs: tuple[Tensor, ...], order: int) -> None:
             raise RuntimeError(f"there is no derivative of order {order} through {name}: {cause}")
 
 
-def piecewise_linear(y: Tensor) -> str | None:
-    """Return the name of a piecewise-linear operation in the graph of ``y``, or None."""
-    names = set(map(compat.operation_of, nodes(y)))
+def has_no_curvature(y: Tensor, order: int) -> str | None:
+    """Return the name of a piecewise-linear operation whose second derivative is taken, or None.
+
+    Args:
+        y: the output to differentiate; its graph may hold derivatives already.
+        order: of the derivative of y.
+    """
+    found = list(nodes(y))
+    if order == 1 and not any(node.name().count("Backward") > 1 for node in found):
+        return None
+    names = set(map(compat.operation_of, found))
     return next((name for name in PIECEWISE_LINEAR if name in names), None)
+
+
+def fingerprint(y: Tensor, xs: tuple[Tensor, ...]) -> tuple[Any, list[Tensor]]:
+    """Return what tells one net from another, and the parameters that are in it.
+
+    Args:
+        y: the output of a net.
+        xs: its inputs, which are new at every step and do not count.
+
+    Returns:
+        The first operations of the graph with the ids of their parameters; and the parameters.
+    """
+    names: list[str | int] = []
+    leaves: list[Tensor] = []
+    stack = [y.grad_fn]
+    while stack and len(names) < 16:
+        node = stack.pop()
+        if node is None:
+            continue
+        leaf = getattr(node, compat.LEAF, None)
+        if leaf is None:
+            stack.extend(parent for parent, _ in node.next_functions)
+            names.append(node.name())
+        elif not any(leaf is x for x in xs) or not leaf.is_leaf:
+            leaves.append(leaf)
+            names.append(id(leaf))
+    return tuple(names), leaves
 
 
 def explain(error: RuntimeError) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import SGD, Adam
 
 import gpkit
-from gpkit.app.build import build_callbacks, build_module, build_pair
+from gpkit.app.build import build_callbacks, build_module, make_net, recipes
 from gpkit.app.overrides import CONFIG_DIR
 from gpkit.data import Digits, EightGaussians
 from gpkit.models import PointCritic, PointGenerator
@@ -133,10 +133,10 @@ def test_the_last_weights_are_tested(run):
 
 
 def test_the_end_says_what_came_of_it(run, capsys):
-    from gpkit.app.train import _report
+    from gpkit.app.report import say_results
 
     metrics, folder = run
-    _report(folder, metrics)
+    say_results(folder, metrics, "last", [])
     told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line)
     shown = {
         *(f"test/{name}" for name in LOSSES | WASSERSTEIN),
@@ -229,17 +229,21 @@ def test_schedulers_are_of_their_own_net():
     assert generator["optimizer"].param_groups[0]["lr"] == 0.5 * 0.003
 
 
+def pair_of(cfg, data, chosen):
+    return {name: make_net(name, made) for name, made in recipes(cfg, data, chosen).items()}
+
+
 @pytest.mark.parametrize("model", ["gan_points", "gan_images"])
 def test_a_pair_makes_what_the_data_are(model):
     data = data_of(Digits)
-    nets = build_pair(config(f"model={model}", "module.latent_dim=7"), data, set())
+    nets = pair_of(config(f"model={model}", "module.latent_dim=7"), data, set())
     fake = nets["generator"](torch.zeros(5, 7))
     assert fake.shape == (5, 1, 8, 8)
     assert nets["critic"](fake).shape == (5, 1)
 
 
 def test_a_conditional_pair_has_the_labels_of_the_data():
-    nets = build_pair(config("module.conditional=true"), data_of(EightGaussians), set())
+    nets = pair_of(config("module.conditional=true"), data_of(EightGaussians), set())
     y = torch.arange(8)
     fake = nets["generator"](torch.zeros(8, 16), y)
     assert len(fake.unique(dim=0)) == 8
@@ -251,7 +255,7 @@ def test_a_conditional_pair_has_the_labels_of_the_data():
 def test_a_net_for_any_data_serves_as_generator_and_as_critic():
     mlp = ["model.generator._target_=gpkit.models.MLP", "model.critic._target_=gpkit.models.MLP"]
     options = [*mlp, "model.critic.depth=1", "module.latent_dim=3"]
-    nets = build_pair(config(*options), data_of(EightGaussians), {"critic.depth"})
+    nets = pair_of(config(*options), data_of(EightGaussians), {"model.critic.depth"})
     assert nets["generator"](torch.zeros(5, 3)).shape == (5, 2)
     assert nets["critic"](torch.zeros(5, 2)).shape == (5, 1)
     assert sum(isinstance(part, nn.Linear) for part in nets["critic"].modules()) == 2
@@ -305,7 +309,7 @@ def test_callbacks_are_made_in_order_and_null_is_none():
         "+callbacks.b=null",
         "+callbacks.c={_target_:pytorch_lightning.callbacks.LearningRateMonitor}",
     )
-    first, second = build_callbacks(cfg.callbacks)
+    first, second = build_callbacks(cfg)
     assert first.points == 7
     assert type(second).__name__ == "LearningRateMonitor"
     assert build_callbacks(config().callbacks) == []

@@ -162,9 +162,11 @@ def test_other_pieces_on_the_second_run_are_said():
 
     def loss():
         runs.append(1)
-        out = net(x) if len(runs) == 1 else net(x).relu()
+        out = net(x) + 9
+        out = out if len(runs) == 1 else out.relu()
         return F.cross_entropy(out, y)
 
+    # The output of the net is positive, so another ReLU changes no value.
     penalty = gpkit.weight_grad_norm(1.0, estimator="finite_difference")
     with pytest.warns(UserWarning, match="has other piecewise operations .* when it runs again"):
         penalty(loss, net)
@@ -187,4 +189,4 @@ def test_no_node_is_kept_alive():
     with warnings.catch_warnings():
         penalty(f, x).backward()
     gc.collect()
-    assert [out() for out in kept] == [None, None]
+    assert {out() for out in kept} == {None}

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import pickle
+from collections import UserList
 
 import oracles
 import pytest
@@ -29,7 +30,7 @@ class Generator(nn.Sequential):
             nn.Unflatten(1, (2, 3, 4)),
         )
         self.double()
-        self.drawn = []
+        self.drawn = UserList()  # a list would be put back after a pass of a penalty
 
     def forward(self, w):
         images = super().forward(w)

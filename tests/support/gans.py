@@ -1,5 +1,6 @@
 """Small GANs in float64, and how they are trained."""
 
+from collections import UserList
 from functools import partial
 
 import pytorch_lightning as pl
@@ -22,7 +23,7 @@ class Witness(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(*layers).double()
         self.labels = labels
-        self.seen = []
+        self.seen = UserList()  # a list would be put back after a pass of a penalty
 
     def forward(self, x, y=None):
         if self.training:

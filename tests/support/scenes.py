@@ -158,13 +158,13 @@ def outputs_graph(act: Any, s: Scene, of: str = "real") -> Any:
 
 
 def on_sampled(act: Any, s: Scene, *, graph: bool = False) -> Any:
-    original = gpkit.axes.of.draw_labels
+    original = gpkit.axes.call.draw_labels
 
     def draw(logits: Tensor, rng: Any) -> Tensor:
         s.labels = original(logits, rng) if s.labels is None else s.labels
         return s.labels
 
-    with mock.patch("gpkit.axes.of.draw_labels", draw):
+    with mock.patch("gpkit.axes.call.draw_labels", draw):
         return act(s.f(s.real) if graph else lambda: s.f(s.real), s.weights)
 
 

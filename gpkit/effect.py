@@ -1,0 +1,176 @@
+"""Does a penalty train anything? Asked for each net that a penalty meets, at its first step."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from gpkit.autodiff import graph
+from gpkit.autodiff.compat import operation_of, uses_batch_statistics
+from gpkit.autodiff.derivatives import first_gradients
+from gpkit.autodiff.reached import reached
+from gpkit.estimators.base import Target
+from gpkit.formula import Terms
+
+UNTRAINED = "the penalty does not depend on any trained parameter: "
+
+
+class SeenNets:
+    """The nets that a penalty has been found to train, told apart by their graphs.
+
+    A net is known by the first operations of its graph, and by the parameters that these use. So
+    another net, other layers, and a parameter that was frozen or released since count as new.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[Any, list[weakref.ref[Tensor]]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def __contains__(self, target: Target) -> bool:
+        key, leaves = graph.fingerprint(target.y, target.xs)
+        found = self._found.get(key)
+        return found is not None and all(
+            ref() is leaf for ref, leaf in zip(found, leaves, strict=True)
+        )
+
+    def add(self, target: Target) -> None:
+        """Remember the net of a target."""
+        if len(self._found) >= MANY:  # such as parameters that are made anew at every step
+            self._found.clear()
+        key, leaves = graph.fingerprint(target.y, target.xs)
+        self._found[key] = [weakref.ref(leaf) for leaf in leaves]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle as empty: the nets of a copy are other nets."""
+        return SeenNets, ()
+
+
+MANY = 64
+
+
+def trains(
+    f: Any, terms: Terms, targets: Sequence[Target], order: int, unused: str, *, twice: bool
+) -> bool:
+    """Return whether a penalty depends on a trained parameter.
+
+    Args:
+        f: what the penalty was called with.
+        terms: the terms of an evaluation, with their graph.
+        targets: the differentiated outputs.
+        order: k, the order of the derivative.
+        unused: the variables and a hint, for the error if no output depends on them.
+        twice: whether the penalty's backward pass goes through derivatives.
+
+    Returns:
+        True if it does; False if the outputs do not depend on any trained parameter either: then
+        the caller only wants the value.
+
+    Raises:
+        RuntimeError: if the outputs depend on trained parameters and the penalty does not, if all
+            parameters are frozen, or if the penalty has no gradient or one that is not finite.
+    """
+    given = [x for t in targets for x in t.xs if t.batched]
+
+    def trained(tensor: Tensor) -> list[Tensor]:
+        return [p for p in graph.leaves(tensor) if not any(p is x for x in given)]
+
+    kink = None
+    if not terms.norms.any():
+        kink = next(filter(None, (graph.has_no_curvature(t.y, order) for t in targets)), None)
+    if trained(terms.reduced) and not kink:
+        for target in targets:
+            require_independent_samples(target, terms)
+        if twice:
+            require_gradient(terms.reduced, trained(terms.reduced), targets)
+        return True
+    if not any(trained(t.y) for t in targets):
+        if is_frozen(f):
+            raise RuntimeError(
+                UNTRAINED + "all parameters of the net are frozen: call net.requires_grad_(True), "
+                "or use torch.no_grad() if only the value is wanted"
+            )
+        return False  # no trained parameters: the caller only wants the value
+    if not any(graph.depends(t.y, x) for t in targets for x in t.xs):
+        cause = f"the differentiated output does not depend on the {unused}"
+    elif kink:
+        cause = (
+            f"order {order} of a piecewise-linear net ({kink}) is zero everywhere: use a smooth "
+            "activation (GELU, SiLU, softplus, tanh), or order=1"
+        )
+        if order == 1:
+            cause = (
+                f"the expression holds derivatives of a piecewise-linear net ({kink}), and the "
+                "next one is zero everywhere: use a smooth activation (GELU, SiLU, softplus, tanh)"
+            )
+    else:
+        cause = (
+            f"the derivative of order {order} does not depend on them. Is the function linear or a "
+            "polynomial of that degree, or does it use a gradient taken without "
+            "create_graph=True, a detached tensor, or reentrant checkpointing?"
+        )
+    raise RuntimeError(UNTRAINED + cause)
+
+
+def is_frozen(f: Any) -> bool:
+    """Whether a function runs modules with parameters, and none of them requires grad."""
+    if not callable(f) or isinstance(f, Tensor):
+        return False
+    modules = [f] if isinstance(f, nn.Module) else reached(f)[0]
+    parameters = [p for module in modules for p in module.parameters()]
+    return bool(parameters) and not any(p.requires_grad for p in parameters)
+
+
+def require_gradient(penalty: Tensor, leaves: Sequence[Tensor], targets: Sequence[Target]) -> None:
+    """Take the gradient of a penalty once, to find what has none before the user's backward pass.
+
+    Raises:
+        RuntimeError: if an operation has no second derivative, or the gradient is not finite.
+    """
+    if not penalty.requires_grad:
+        return
+    grads = first_gradients(penalty, tuple(leaves))
+    if penalty.isfinite() and not all(g.isfinite().all() for g in grads if g is not None):
+        names = {operation_of(node) for t in targets for node in graph.nodes(t.y)}
+        hint = "is there a root or a norm of something that is zero?"
+        if "Mish" in names:
+            hint = (
+                "torch's second derivative of Mish is NaN above 89: give the penalty a callable "
+                "(gpkit then uses one that is right), or use SiLU or softplus"
+            )
+        raise RuntimeError(
+            f"the gradient of the penalty is not finite, though its value is: {hint}"
+        )
+
+
+def require_independent_samples(target: Target, terms: Terms) -> None:
+    """Warn if the output of one sample depends on another sample, as with batch norm.
+
+    Raises:
+        RuntimeError: if the gradient of the sum over the batch is zero because of it, as with batch
+            norm before the last linear layer.
+    """
+    groups = len(target.y)
+    if not target.batched or target.mean or groups < 2 or any(len(x) != groups for x in target.xs):
+        return
+    grads = [g for g in first_gradients(target.y[:1], target.xs) if g is not None]
+    own = sum(float(g[0].detach().abs().sum()) for g in grads)
+    others = sum(float(g[1:].detach().abs().sum()) for g in grads)
+    if not others > 1e-5 * own:
+        return
+    batch_norm = any(uses_batch_statistics(node, node.name()) for node in graph.nodes(target.y))
+    cause = "batch norm is in training mode" if batch_norm else "does a layer compare samples?"
+    fix = 'use forward="eval", net.eval(), or group norm or layer norm'
+    said = f"the outputs of a batch depend on each other ({cause})"
+    if float(terms.norms.detach().max()) < 1e-4 * own:
+        raise RuntimeError(f"{UNTRAINED}{said}, and the gradient of their sum is zero: {fix}")
+    warnings.warn(
+        f"{said}: each norm is of the gradient of the batch's sum, not of the sample's own output; "
+        f"{fix} changes that",
+        stacklevel=2,
+    )
