@@ -155,8 +155,8 @@ def require_independent_samples(target: Target, terms: Terms) -> None:
         RuntimeError: if the gradient of the sum over the batch is zero because of it, as with batch
             norm before the last linear layer.
     """
-    groups = len(target.y)
-    if not target.batched or target.mean or groups < 2 or any(len(x) != groups for x in target.xs):
+    groups = len(target.y) if target.batched and target.y.ndim else 0
+    if groups < 2 or target.mean or any(x.shape[:1] != (groups,) for x in target.xs):
         return
     grads = [g for g in first_gradients(target.y[:1], target.xs) if g is not None]
     own = sum(float(g[0].detach().abs().sum()) for g in grads)

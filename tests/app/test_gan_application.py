@@ -143,7 +143,9 @@ def test_the_end_says_what_came_of_it(run, capsys):
         *WASSERSTEIN,
         *("critic_optimality", "modes/covered", "modes/high_quality", "slope/interpolates"),
     }
-    assert told.keys() - shown == {"metrics", "checkpoints", "figures", "TensorBoard"}
+    assert told.keys() - shown == {
+        *("tested", "metrics", "checkpoints", "figures", "TensorBoard")
+    }
     for name in shown:
         assert told[name] == f"{metrics[name]:.4f}"
     assert told["figures"] == str(folder / "figures")
@@ -312,7 +314,7 @@ def test_callbacks_are_made_in_order_and_null_is_none():
     first, second = build_callbacks(cfg)
     assert first.points == 7
     assert type(second).__name__ == "LearningRateMonitor"
-    assert build_callbacks(config().callbacks) == []
+    assert build_callbacks(config()) == []
 
 
 # Experiments.
