@@ -143,9 +143,7 @@ def test_the_end_says_what_came_of_it(run, capsys):
         *WASSERSTEIN,
         *("critic_optimality", "modes/covered", "modes/high_quality", "slope/interpolates"),
     }
-    assert told.keys() - shown == {
-        *("tested", "metrics", "checkpoints", "figures", "TensorBoard")
-    }
+    assert told.keys() - shown == {*("tested", "metrics", "checkpoints", "figures", "TensorBoard")}
     for name in shown:
         assert told[name] == f"{metrics[name]:.4f}"
     assert told["figures"] == str(folder / "figures")
