@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gpkit.autodiff.distributed import require_dynamic_graph
+from gpkit.autodiff.mish import mended
 from gpkit.autodiff.numerics import root
 from gpkit.autodiff.random import Source, has_ranks
 from gpkit.axes.form import Form
@@ -105,7 +106,12 @@ def squared_norms(
     if targets[0].mean and axes.estimator.first_order:
         targets = [replace(target, share=partial(_share, axes, observe)) for target in targets]
     of = partial(axes.estimator.squared_norms, order=axes.order, norm=axes.form.norm, rng=rng)
-    parts = [of(target) for target in targets]
+    if axes.estimator.first_order:
+        parts = [of(target) for target in targets]
+    else:
+        # the targets of several samples are parts of one graph
+        with mended(*[t.y for t in (targets if targets[0].batched else targets[:1])]):
+            parts = [of(target) for target in targets]
     n2 = torch.cat(parts) if len(parts) > 1 else parts[0]
     return n2 if scale is None else n2 / scale / scale
 

@@ -113,6 +113,16 @@ def is_layer_norm(name: str) -> bool:
     return name.startswith("NativeLayerNorm")
 
 
+def is_mish(node: Any) -> bool:
+    """Whether a node is Mish. It is asked of all nodes; the class is faster to read than a name."""
+    return type(node).__name__ == "MishBackward0"
+
+
+# saved_input(node): the input of an elementwise operation, with its graph. torch documents these
+# attributes in its tutorial on saved tensors, though the names have an underscore.
+saved_input: Callable[[Any], Tensor] = attrgetter("_saved_self")
+
+
 # Attributes of batch norm nodes that hold the mode; and nodes that exist in training mode only.
 _TRAINING_FLAGS = ("_saved_training", "_saved_train", "_saved_update")
 _IN_TRAINING_ALONE = (

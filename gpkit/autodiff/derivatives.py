@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gpkit import checks
 from gpkit.autodiff import graph
+from gpkit.autodiff.mish import mended
 from gpkit.autodiff.numerics import wide
 
 MAX_PASSES = 10_000
@@ -82,7 +83,8 @@ def derivative(y: Tensor, x: Tensor, order: int = 1, *, squeeze: bool = False) -
     graph.require_derivatives(y, (x,), order)
     sample = x.shape[1:] if batched else x.shape
     column = y.reshape(-1, 1)  # [G, 1]
-    rows = [entries for (entries,) in derivative_rows(column, (x,), order, batched=batched)]
+    with mended(y):
+        rows = [entries for (entries,) in derivative_rows(column, (x,), order, batched=batched)]
     # The columns of a row run over the last index, and the rows over the first k - 1 indices.
     full = torch.stack(rows, dim=1)  # [G, n^(k-1), n]
     shape = y.shape if squeeze else x.shape[: x.ndim - len(sample)] + sample * order

@@ -98,15 +98,14 @@ class Call:
     ) -> Iterator[None]:
         """A context for a forward pass of a function: without side effects, or as ``forward=``."""
         twice, how = not self.axes.estimator.first_order, self.axes.forward
+        order = max(self.axes.order, 2 if self.axes.estimator.elementary else 1)
         if how == "training" and isinstance(seed, int):
             seed = self.seed = start_of(function, device)  # the runs at other points repeat it
             if self.acts:
-                with running(), double_backward(self.axes.order) if twice else nullcontext():
+                with running(), double_backward(order) if twice else nullcontext():
                     yield
                 return
-        with isolated(
-            function, seed, device, self.axes.order, twice=twice, evaluating=how == "eval"
-        ):
+        with isolated(function, seed, device, order, twice=twice, evaluating=how == "eval"):
             yield
 
     def is_unproven(self, *, reruns: bool = False) -> bool:

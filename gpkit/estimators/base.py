@@ -115,6 +115,8 @@ class Estimator:
     reuses_graph = True
     # Whether it differentiates each graph once, and so needs no double backward.
     first_order = False
+    # Whether it needs norm layers in elementary operations at order 1 as well.
+    elementary = False
     # Whether it can average gradients in the weights over micro-batches before the norm.
     pools = False
     # Whether it can give each pixel of an image a norm.

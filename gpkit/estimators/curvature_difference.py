@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gpkit import checks
 from gpkit.autodiff.derivatives import as_rows, gradients
+from gpkit.autodiff.mish import mended
 from gpkit.autodiff.numerics import length_of, nonzero_mask, reduce_rows, steepest, wide
 from gpkit.autodiff.random import Source
 from gpkit.estimators.base import Estimator, Target, require_function, require_gradient
@@ -64,7 +65,9 @@ class curvature_difference(Estimator):
         scale = (self.h / torch.where(length > 0, length, torch.ones_like(length))).unsqueeze(1)
         pairs = zip(target.xs, signs, strict=True)
         xs = tuple(x + (v * scale).reshape(x.shape).to(x.dtype) for x, v in pairs)
-        there = gradients(evaluate(*xs).sum(), xs)
+        moved_y = evaluate(*xs)
+        with mended(moved_y):
+            there = gradients(moved_y.sum(), xs)
         moved = nonzero_mask(length).unsqueeze(1)  # [G, 1]
         changes = [
             as_rows(b.to(wide(b)) - a, True) * moved for a, b in zip(here, there, strict=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gpkit import checks
 from gpkit.autodiff.derivatives import as_rows, gradients, products
-from gpkit.autodiff.numerics import normalized, wide, widened
+from gpkit.autodiff.numerics import length_of, normalized, wide, widened
 from gpkit.autodiff.random import Source, normal
 from gpkit.estimators.base import Estimator, Target
 
@@ -19,23 +19,26 @@ class power_iteration(Estimator):
     r"""The largest singular value σ of each group's Jacobian, instead of its Frobenius norm.
 
     .. math:: n^2 = \|J^\top u\|^2 \le \sigma_{\max}(J)^2, \quad
-              v \leftarrow \frac{J^\top u}{\|J^\top u\|}, \quad u \leftarrow \frac{J v}{\|J v\|}
+              u \propto J J^\top \arg\max_{w \in W} \|J^\top w\| / \|w\|, \quad
+              W = \mathrm{span}\{u_1, (J J^\top) u_1, \dots, (J J^\top)^{K-1} u_1\}
 
-    Each group starts from a random u. The final u is a constant, so the gradient of n² is
-    2σ uᵀ(dJ)v, the gradient of σ² if the largest singular value is simple. The error is of order
-    (σ₂/σ₁)^(4K) in the value and (σ₂/σ₁)^(2K) in the gradient. n² has no correct second derivative,
-    because u and v are constants. It takes 2K + 2 backward passes: one Jᵀu that is linear in u; a
-    Jv, by a backward pass through it, and a Jᵀu for each of K steps; and the last Jᵀu, which the
-    penalty trains. With one output only the last one is needed.
+    Each group starts from a random u₁. Plain power iteration keeps only the last of these vectors;
+    the best vector of their span (Lanczos) costs the same backward passes and is much nearer. With
+    K outputs or fewer n = σ up to rounding, also if the largest singular values are close, as they
+    are for a fresh ReLU net. The final u is a constant, so the gradient of n² is 2σ uᵀ(dJ)v, the
+    gradient of σ² if the largest singular value is simple. n² has no correct second derivative,
+    because u and v are constants. For m outputs it takes 2 min(K, m) + 2 backward passes: one Jᵀu
+    that is linear in u; a Jᵀu, and a Jv by a backward pass through it, for each step; and the last
+    Jᵀu, which the penalty trains. With one output only the last one is needed.
 
     Args:
-        iterations: K, the number of steps.
+        iterations: K, the largest number of steps.
 
     Raises:
         ValueError: if ``iterations`` < 1.
 
-    Source: Golub and van Loan, Matrix Computations, 7.3; for nets Johansson et al. (2022),
-    arXiv:2206.13581.
+    Source: Golub and van Loan, Matrix Computations, 10.1 and 10.4; for nets Johansson
+    et al. (2022), arXiv:2206.13581.
 
     >>> import gpkit
     >>> A = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
@@ -68,18 +71,31 @@ class power_iteration(Estimator):
         y, xs, batched = target.y, target.xs, target.batched
         u = torch.ones_like(y)
         if y.shape[1] > 1:
-            u = normalized([normal(rng, y.shape, y.device, wide(y))])[0].to(y.dtype)
-            u = self.iterate(y, xs, u, batched)
+            u = self.iterate(y, xs, normal(rng, y.shape, y.device, wide(y)), batched)
         rows = [as_rows(g, batched) for g in gradients((y * u).sum(), xs)]
         return torch.stack([widened(r).square().sum(1) for r in rows]).sum(0)
 
     def iterate(self, y: Tensor, xs: tuple[Tensor, ...], u: Tensor, batched: bool) -> Tensor:
         """Return the left singular vectors ``[G, m]``, starting from ``u``."""
+        u = normalized([u])[0].to(y.dtype)
         free = u.clone().requires_grad_()
         pulled = gradients((y * free).sum(), xs)  # Jᵀu as a function of u, linear in it
-        for _ in range(self.iterations):
-            v = products([y], xs, [u])
-            rows = normalized([as_rows(p, batched) for p in v])
-            v = [r.reshape(x.shape).to(x.dtype) for r, x in zip(rows, xs, strict=True)]
-            u = normalized(products(pulled, (free,), v))[0].to(y.dtype)
-        return u
+        basis, images = [], []  # orthonormal u_k, and J Jᵀ u_k / s²
+        scale = y.new_zeros(())  # s ``[G, 1]``, against underflow and overflow
+        for _ in range(min(self.iterations, y.shape[1])):
+            basis.append(widened(u))
+            rows = [as_rows(widened(p), batched) for p in products([y], xs, [u])]
+            if not basis[1:]:
+                scale = torch.stack([r.abs().amax(1, keepdim=True) for r in rows]).amax(0)
+                scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+            v = [r.reshape(x.shape).to(x.dtype) for r, x in zip(normalized(rows), xs, strict=True)]
+            w = widened(products(pulled, (free,), v)[0]) / scale
+            images.append(w * length_of([r / scale for r in rows]).unsqueeze(1))
+            for _ in range(2):  # once more, because rounding leaves a part of a short remainder
+                w = w - torch.stack([b * (b * w).sum(1, keepdim=True) for b in basis]).sum(0)
+                w = normalized([w])[0]
+            u = w.to(y.dtype)
+        ours, theirs = torch.stack(basis, 1), torch.stack(images, 1)  # [G, K, m]
+        inner = ours @ theirs.mT  # [G, K, K]
+        best = torch.linalg.eigh((inner + inner.mT) / 2)[1][:, :, -1:]  # of the largest eigenvalue
+        return normalized([(theirs * best).sum(1)])[0].to(y.dtype)

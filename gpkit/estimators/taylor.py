@@ -53,6 +53,7 @@ class taylor(Estimator):
     distribution: str = "rademacher"
 
     reuses_graph = False
+    elementary = True  # there are no rules for the fused ones
 
     def __post_init__(self) -> None:
         checks.integer("taylor(n=...)", self.n, 1)

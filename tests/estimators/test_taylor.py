@@ -371,3 +371,22 @@ def test_refuses_what_is_no_function_of_inputs():
         gpkit.taylor(distribution="normal")
     with pytest.raises(NotImplementedError, match="'relu' is piecewise"):
         penalty(mlp(nn.ReLU()), x)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_through_layer_norm_at_each_order(order):
+    # catches fused kernels at order 1, which have no rule
+    net = nn.Sequential(nn.Linear(1, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 1)).double()
+    x = torch.randn(5, 1, dtype=torch.float64)
+    found = gpkit.GradientPenalty(order=order, estimator="taylor")(net, x)
+
+    z = x.clone().requires_grad_()
+    h = net[0](z)
+    h = h - h.mean(1, keepdim=True)  # torch's third derivative of the fused layer is wrong
+    h = h / (h.square().mean(1, keepdim=True) + net[1].eps).sqrt()
+    y = net[3](torch.tanh(h * net[1].weight + net[1].bias))
+    for _ in range(order):
+        (y,) = torch.autograd.grad(y.sum(), z, create_graph=True)
+    expected = y.square().mean()
+    torch.testing.assert_close(found, expected)
+    assert relative_error(gradients(found, net), gradients(expected, net)) < 1e-9
