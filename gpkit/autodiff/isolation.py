@@ -7,8 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from gpkit.autodiff.compat import attention_switch
@@ -98,8 +97,7 @@ class double_backward:
     Fused attention has no double backward: the math kernel is used instead (entering is eight
     times cheaper than ``sdpa_kernel(SDPBackend.MATH)``). cuDNN's recurrent nets have none: torch's
     own are used, from the first call of a recurrent net on. Fused layer norm and batch norm have a
-    wrong third derivative: for order >= 2 they are computed in elementary operations. Mish is
-    computed in elementary operations for every order. The context
+    wrong third derivative: for order >= 2 they are computed in elementary operations. The context
     can be entered again after it has been left.
 
     Args:
@@ -111,7 +109,6 @@ class double_backward:
         self.others: ExitStack | None = None
 
     def __enter__(self) -> None:
-        self.mish, functional.mish = functional.mish, mish
         self.fused = [enable for enabled, enable in FUSED if enabled()]
         for enable in self.fused:
             enable(False)
@@ -127,28 +124,12 @@ class double_backward:
                 self.others.enter_context(elementary())
 
     def __exit__(self, *exception: object) -> None:
-        functional.mish = self.mish
         if self.others is not None:
             self.others.close()
         for enable in self.fused:
             enable(True)
         if not self.math:
             ENABLE_MATH(False)
-
-
-def mish(input: Tensor, inplace: bool = False) -> Tensor:
-    """Return x tanh(softplus(x)) of an input x, whose second derivative is finite everywhere.
-
-    That of torch's own is NaN above 89 in float32.
-
-    Args:
-        input: x, any floating-point tensor.
-        inplace: has no effect.
-
-    Returns:
-        A tensor in the shape of the input.
-    """
-    return input * functional.softplus(input).tanh()
 
 
 FUSED = [attention_switch(kind) for kind in ("flash", "mem_efficient", "cudnn")]
