@@ -40,6 +40,9 @@ class Needs:
         plain: whether it is the exact gradient of the loss, in all weights or in the input.
         layers: whether it reads the inputs and outputs of the layers.
         features: whether it needs the input of the last linear layer.
+        reads: the kinds of samples that its points are made of, "real" and "fake".
+        samples: the kinds of samples whose scores' graphs are enough for it; () if it must run the
+            critic itself.
         fakes: what to say where there are no fake samples; "" if its points need none.
         measures: whether its weight measures the gradients of loss and penalty.
         own_forward: whether it must run a forward pass of its own, in its own mode.
@@ -58,6 +61,8 @@ class Needs:
     plain: bool = False
     layers: bool = False
     features: bool = False
+    reads: tuple[str, ...] = ("real", "fake")
+    samples: tuple[str, ...] = ()
     fakes: str = ""
     measures: bool = False
     own_forward: bool = False
@@ -138,6 +143,8 @@ def needs_of(penalty: Penalty) -> Needs:
     of, wrt, estimator = penalty.of, penalty.wrt, penalty.estimator
     in_weights, loss = not wrt.batched, penalty.of == "loss"
     own_forward = penalty.forward != "isolated"
+    reuses_graph = estimator.reuses_graph and not own_forward
+    on_samples = reuses_graph and not (in_weights or penalty.named)
     whole = (
         (penalty.scope == "batch" and getattr(wrt, "match", "") == "*")
         if in_weights
@@ -150,7 +157,7 @@ def needs_of(penalty: Penalty) -> Needs:
         activations=penalty.named,
         order=0 if estimator.first_order else penalty.order,
         moves=penalty.at.moves and not in_weights,
-        reuses_graph=estimator.reuses_graph and not own_forward,
+        reuses_graph=reuses_graph,
         on_jets=isinstance(estimator, taylor),
         per_sample=penalty.scope in ("sample", "pixel"),
         pooled=penalty.scope in POOLED,
@@ -162,6 +169,8 @@ def needs_of(penalty: Penalty) -> Needs:
         and not own_forward,
         layers=reads_layers(penalty),
         measures=penalty.measures,
+        reads=("real", "fake") if in_weights else penalty.at.reads,
+        samples=penalty.at.samples if on_samples else (),
         fakes=_without_fakes(penalty.at),
         own_forward=own_forward,
     )

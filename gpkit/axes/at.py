@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -47,6 +47,10 @@ class At:
     # caller has, and no second forward pass is needed.
     moves = False
 
+    # The kinds of samples that ``choose`` reads, and those that the points are, in their order.
+    reads: ClassVar[tuple[str, ...]] = ("real", "fake")
+    samples: ClassVar[tuple[str, ...]] = ()
+
     def __call__(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
         """Return the points, detached if ``detach``, as tensors that require grad."""
         points = self.choose(real, fake, rng)
@@ -73,6 +77,8 @@ class At:
 class real(At):
     """The real samples: x."""
 
+    reads = samples = ("real",)
+
     def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
         return self.need(real, "real")
 
@@ -85,6 +91,8 @@ class data(real):
 @dataclass(frozen=True, kw_only=True)
 class fake(At):
     """The fake samples: y."""
+
+    reads = samples = ("fake",)
 
     def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
         return self.need(fake, "fake")
@@ -157,6 +165,7 @@ class perturb(At):
     along: bool = False
 
     moves = True
+    reads = ("real",)
 
     def __post_init__(self) -> None:
         checks.number("perturb(scale=...)", self.scale, 0)

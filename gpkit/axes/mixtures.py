@@ -39,6 +39,7 @@ class uniform(At):
     high: Bound = 1.0
 
     moves = True
+    reads = ("real",)
 
     def __post_init__(self) -> None:
         for name in ("low", "high"):  # as plain numbers, so that equal boxes compare equal
@@ -112,6 +113,9 @@ class mixture(At):
         object.__setattr__(self, "ats", tuple(as_at("mixture(...)", at) for at in ats))
         object.__setattr__(self, "equal", equal)
         object.__setattr__(self, "detach", False)  # each part has its own
+        parts = [at.samples for at in self.ats]
+        object.__setattr__(self, "reads", tuple({kind: 0 for at in self.ats for kind in at.reads}))
+        object.__setattr__(self, "samples", sum(parts, ()) if all(parts) else ())
 
     def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
         parts = [

@@ -73,6 +73,10 @@ class Target:
         return (tuple(map(per_pixel, row, self.xs)) for row in rows)
 
 
+class Targets(list[Target]):
+    """The targets of one evaluation of a penalty, for a caller that has made their graphs."""
+
+
 @dataclass(eq=False)
 class Recomputable:
     """A value with its graph, and a function (with RNG state) that recomputes it.

@@ -104,8 +104,8 @@ def train(
             def critic_gradient(window=window, step=step, only=""):
                 oC.zero_grad()
                 for x, y in window:
-                    skip = only == "penalty" and term is lazy_term and step % 2
-                    fake = x if skip else G(next(latents), y).detach()
+                    on_real = only == "penalty" and term in (r1_term, lazy_term)
+                    fake = None if on_real else G(next(latents), y).detach()
                     total = 0.0 if only == "penalty" else of_critic(C(x, y), C(fake, y))
                     total = total + (0 if only == "loss" else term(C, x, fake, y, points, step))
                     if torch.is_tensor(total):
@@ -141,6 +141,8 @@ def train(
             if apart:
                 critic_gradient(only="penalty")
                 if any(p.grad is not None for p in C.parameters()):
+                    for p in C.parameters():  # the last bias, which R1 does not reach
+                        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                     take(oC, C)
             if turn:
                 if not simultaneous:

@@ -85,6 +85,24 @@ def require_penalties(
         )
 
 
+def require_order(simultaneous: bool, **orders: bool) -> None:
+    """Check that steps have one order.
+
+    Args:
+        simultaneous: whether both nets are differentiated before either steps.
+        **orders: by argument name, whether another option orders the steps.
+
+    Raises:
+        ValueError: if both do.
+    """
+    for name, given in orders.items():
+        if simultaneous and given:
+            raise ValueError(
+                f"`{name}=True` takes one step after the other, and `simultaneous=True` both at "
+                "once: leave one of them out"
+            )
+
+
 def require_functions(**functions: Any) -> None:
     """Check that optimisers and schedulers are functions that create them.
 

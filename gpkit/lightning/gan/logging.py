@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from gpkit.autodiff.compat import tree_map_only
+from gpkit.autodiff.random import seeded
 from gpkit.formula import Terms
-from gpkit.lightning.gan.losses import WASSERSTEIN, GANLoss
-from gpkit.lightning.gan.scores import Scores, conditioned
+from gpkit.lightning.gan.checks import unpack_samples
+from gpkit.lightning.gan.losses import WASSERSTEIN, GANLoss, over_scales
+from gpkit.lightning.gan.scores import Scores, conditioned, scores_of
 from gpkit.lightning.gan.slopes import (
     optimality,
     scales_with_critic,
@@ -67,6 +72,7 @@ def slope_scalars(
     Returns:
         Scalars by name, and the slopes ``[B]`` by kind of points, see `slopes`.
     """
+    assert scores.fake is not None
     found = slopes(conditioned(critic, scores.labels), scores.real, scores.fake, seed)
     scalars = slope_statistics(penalties, found)
     if loss is WASSERSTEIN:
@@ -74,25 +80,30 @@ def slope_scalars(
     return scalars, found
 
 
-def evaluation_scalars(
-    critic: nn.Module, loss: GANLoss, scores: Scores, seed: int
-) -> dict[str, Tensor]:
+def evaluation_scalars(module: Any, batch: Any, seed: int) -> dict[str, Tensor]:
     """Return the scalars at validation and test: both losses, and Wasserstein estimates.
 
     Args:
-        critic: D.
-        loss: of both nets. Only the Wasserstein loss has Wasserstein estimates.
-        scores: of one batch.
-        seed: for the interpolates.
+        module: the `GANModule`. Only the Wasserstein loss has Wasserstein estimates.
+        batch: of the data.
+        seed: for the latents and the interpolates.
 
     Returns:
         Scalars by name.
     """
-    scalars = {
-        "critic_loss": loss.critic(*scores.both()),
-        "generator_loss": loss.generator(*scores.both()),
-    }
-    if loss is WASSERSTEIN:
-        found = slopes(conditioned(critic, scores.labels), scores.real, scores.fake, seed)
-        scalars |= wasserstein(*scores.both(), found)
+    critic, loss, objectives = module.critic, module.loss, module.objectives
+    # Slopes need a graph: leave inference mode, and clone its tensors.
+    with torch.inference_mode(False), torch.no_grad():
+        batch = tree_map_only(Tensor, Tensor.clone, batch)
+        with seeded(seed, module.device):
+            samples = objectives.samples(unpack_samples(batch, conditional=module.conditional))
+        scores = scores_of(critic, samples, [])
+        scalars = {
+            "critic_loss": over_scales(loss.critic, *scores.both()),
+            "generator_loss": over_scales(loss.generator, *scores.both()),
+        }
+        if loss is WASSERSTEIN:
+            assert scores.fake is not None
+            found = slopes(conditioned(critic, scores.labels), scores.real, scores.fake, seed)
+            scalars |= wasserstein(*scores.both(), found)
     return scalars

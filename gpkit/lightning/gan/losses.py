@@ -11,6 +11,8 @@ from torch.nn.functional import relu, softplus
 
 from gpkit import checks
 
+Scored = Tensor | list[Tensor]  # scores [B, ...]; a multi-scale critic has one tensor a scale
+
 
 @dataclass(frozen=True)
 class GANLoss:
@@ -18,6 +20,8 @@ class GANLoss:
 
     The critic's loss must push the scores of real samples up and those of fake samples down, and
     the generator's loss those of fake samples up.
+
+    The loss of a critic that returns a list of scores is the sum of the losses of its scales.
 
     Args:
         critic: ``(real scores, fake scores) -> loss``, with scores ``[B, ...]`` and one number as
@@ -37,6 +41,24 @@ class GANLoss:
     critic: Callable[[Tensor, Tensor], Tensor]
     generator: Callable[[Any, Tensor], Tensor]
     paired: bool = False
+
+
+def over_scales(loss: Callable[[Any, Tensor], Tensor], real: Scored | None, fake: Scored) -> Tensor:
+    """Return a loss of scores; for lists of scores the sum of the losses of all scales.
+
+    >>> import torch
+    >>> one, two = torch.ones(4), torch.full((4, 3), 2.0)
+    >>> over_scales(mean_score_gap, [two, two], [one, one]).item()
+    2.0
+    """
+    if isinstance(fake, Tensor):
+        return loss(real, fake)
+    reals = [None] * len(fake) if real is None else real
+    parts = [loss(a, b) for a, b in zip(reals, fake, strict=True)]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
 
 
 def mean_score_gap(real: Tensor, fake: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -9,34 +10,25 @@ import torch
 from torch import Tensor, nn
 
 from gpkit import checks
-from gpkit.autodiff.compat import tree_map_only
 from gpkit.autodiff.random import derived_seed, rank, seeded
 from gpkit.lightning.compat import logs_now, scaler_of
 from gpkit.lightning.gan.checks import (
     optional_number,
     require_functions,
     require_nets,
+    require_order,
     require_penalties,
     unpack_samples,
 )
 from gpkit.lightning.gan.ema import averaged_copy, evaluating
+from gpkit.lightning.gan.latents import Path, parts_of
 from gpkit.lightning.gan.logging import evaluation_scalars
 from gpkit.lightning.gan.losses import GANLoss, gan_loss
 from gpkit.lightning.gan.objectives import MicroBatch, Objectives
-from gpkit.lightning.gan.scores import conditioned, scores_of
-from gpkit.lightning.gan.stepping import (
-    MakeOptimizer,
-    MakeScheduler,
-    configured,
-    require_support,
-)
+from gpkit.lightning.gan.scores import conditioned
+from gpkit.lightning.gan.stepping import MakeOptimizer, MakeScheduler, configured, require_support
 from gpkit.lightning.gan.training import GANStep
-from gpkit.lightning.recording import (
-    EVALUATION,
-    Histograms,
-    LatestScalars,
-    LatestStep,
-)
+from gpkit.lightning.recording import EVALUATION, Histograms, LatestScalars, LatestStep
 from gpkit.sums import Penalties, PenaltySum, as_sum
 
 
@@ -87,13 +79,15 @@ class GANModule(pl.LightningModule):
     Args:
         generator: ``generator(z)`` with z ``[B, latent_dim]``. A generator without parameters that
             require grad is not trained.
-        critic: ``critic(x)``; it returns scores ``[B]``, ``[B, 1]`` or ``[B, ...]``.
+        critic: ``critic(x)``; it returns scores ``[B]``, ``[B, 1]`` or ``[B, ...]``, or a list of
+            them. Of a list the loss is the sum over these scales, as in pix2pixHD (SPADE has the
+            mean), and penalties differentiate the sum over the scales of a sample's mean score.
         latent_dim: the length of z.
         loss: "wasserstein", "non_saturating", "minimax", "hinge", "relativistic" (in pairs), or a
             `GANLoss`. See `gpkit.lightning.gan.losses.gan_loss` for the formulas.
         penalty: penalties of the critic: one, a list, a dict by name, a `gpkit.sum`, or None.
-        generator_penalty: penalties of the generator in z or in its weights, such as
-            ``gpkit.path_length()``.
+        generator_penalty: penalties of the generator, such as ``gpkit.path_length()``: in its
+            weights, or in its input, which is w where it has a mapping (see ``mapping``), else z.
         critic_optimizer: parameters -> optimiser; None is Adam(lr=1e-4, betas=(0, 0.9)). For lazy
             penalties with ``penalty_steps=True`` use
             ``partial(Adam, **gpkit.lazy_adam(lr, betas, every))``.
@@ -110,7 +104,17 @@ class GANModule(pl.LightningModule):
         gradient_clip: bound of the norm of the gradient of each optimiser step.
         simultaneous: whether to differentiate both nets before either optimiser steps.
         penalty_steps: whether penalties have optimiser steps of their own, after that of the loss,
-            as StyleGAN2 does with lazy penalties.
+            as StyleGAN2 does with lazy penalties. They step every trained parameter of the net,
+            with a gradient of zero where the penalties do not reach, as `gpkit.lazy_adam` supposes.
+        generator_first: whether the generator steps before the critic, as in StyleGAN2's code;
+            then it steps with the first of every ``critic_steps`` steps of the critic.
+        mapping: the names of two parts of the generator, for w = mapping(z) (or of z and y) and
+            synthesis(w). Its penalties are then in w, and train the mapping too, as in StyleGAN2.
+            "auto": ``("mapping", "synthesis")`` if it has both; None: in z.
+        generator_penalty_shrink: the generator's penalties act on the first B // shrink latents of
+            a batch of B; StyleGAN2's path length has 2.
+        pac: samples in a pack that the critic scores as one, as in PacGAN and CTGAN: it is given
+            ``[B / pac, pac * C, *S]``, and labels ``[B / pac, pac]``. A pack has one norm.
         seed: for the latents and all else that the nets draw; None is torch's initial seed. Each
             rank draws its own numbers.
         histogram_every_n_epochs: the epochs 0, n, 2n, ... have histograms; 0 means that none has.
@@ -122,7 +126,8 @@ class GANModule(pl.LightningModule):
 
     Sources: Gulrajani et al. (2017), arXiv:1704.00028 (critic steps and optimisers); Arjovsky et
     al. (2017), arXiv:1701.07875 (``clip``); Karras et al. (2020), arXiv:1912.04958
-    (``penalty_steps``).
+    (``penalty_steps``, ``mapping``); Lin et al. (2018), arXiv:1712.04086 (``pac``); Wang et al.
+    (2018), arXiv:1711.11585 (scales).
 
     >>> import gpkit
     >>> module = GANModule(nn.Linear(2, 3), nn.Linear(3, 1), latent_dim=2, penalty=gpkit.wgan_gp())
@@ -151,6 +156,10 @@ class GANModule(pl.LightningModule):
         gradient_clip: float | None = None,
         simultaneous: bool = False,
         penalty_steps: bool = False,
+        generator_first: bool = False,
+        mapping: str | Sequence[str] | None = "auto",
+        generator_penalty_shrink: int = 1,
+        pac: int = 1,
         seed: int | None = None,
         histogram_every_n_epochs: int = 5,
     ) -> None:
@@ -180,12 +189,12 @@ class GANModule(pl.LightningModule):
         self.accumulate = checks.integer("accumulate=...", accumulate, 1)
         self.clip = optional_number("clip=...", clip, 0)
         self.gradient_clip = optional_number("gradient_clip=...", gradient_clip, 0)
-        if simultaneous and penalty_steps:
-            raise ValueError(
-                "`penalty_steps=True` takes one step after the other, and `simultaneous=True` both "
-                "at once: leave one of them out"
-            )
+        require_order(simultaneous, penalty_steps=penalty_steps, generator_first=generator_first)
         self.simultaneous, self.penalty_steps = simultaneous, penalty_steps
+        self.generator_first = generator_first
+        self.path = Path(generator, parts_of(generator, mapping))
+        self.pac = checks.integer("pac=...", pac, 1)
+        self.shrink = checks.integer("generator_penalty_shrink=...", generator_penalty_shrink, 1)
         self.seed = seed if seed is None else checks.integer("seed=...", seed, 0)
         self.scalars = LatestScalars()
         self.latest_step = LatestStep({}, {})
@@ -289,6 +298,9 @@ class GANModule(pl.LightningModule):
             self.penalties,
             self.generator_penalties,
             self.latents,
+            self.path,
+            pac=self.pac,
+            shrink=self.shrink,
             penalty_steps=self.penalty_steps,
             full_precision=scaler_of(self.trainer) is not None,
         )
@@ -312,14 +324,7 @@ class GANModule(pl.LightningModule):
         }
 
     def _evaluate(self, batch: Any, batch_idx: int, stage: str) -> None:
-        # Slopes need a graph: leave inference mode, and clone its tensors.
-        with torch.inference_mode(False), torch.no_grad():
-            batch = tree_map_only(Tensor, Tensor.clone, batch)
-            real, labels = micro = unpack_samples(batch, conditional=self.conditional)
-            seed = self.seed_for(stage, batch_idx)
-            with seeded(seed, self.device):
-                fake = self.objectives.fakes(micro)
-            scores = scores_of(self.critic, real, fake, labels, [])
-            scalars = evaluation_scalars(self.critic, self.loss, scores, seed)
+        size = len(unpack_samples(batch, conditional=self.conditional)[0])
+        scalars = evaluation_scalars(self, batch, self.seed_for(stage, batch_idx))
         for name, scalar in scalars.items():
-            self.log(f"{stage}/{name}", scalar, batch_size=len(real), **EVALUATION)
+            self.log(f"{stage}/{name}", scalar, batch_size=size, **EVALUATION)

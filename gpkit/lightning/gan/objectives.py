@@ -10,10 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gpkit.autodiff.compat import tree_map_only
 from gpkit.formula import Terms
 from gpkit.lightning.gan.ema import frozen
-from gpkit.lightning.gan.losses import GANLoss
-from gpkit.lightning.gan.scores import Scores, conditioned, samples_reused, score, scores_of
+from gpkit.lightning.gan.latents import Path
+from gpkit.lightning.gan.losses import GANLoss, over_scales
+from gpkit.lightning.gan.scores import (
+    Scores,
+    conditioned,
+    differentiated,
+    packed,
+    score,
+    scores_of,
+    targets_on,
+)
 from gpkit.needs import needs_of
 from gpkit.penalty import Penalty
 from gpkit.sums import PenaltySum
@@ -49,6 +59,9 @@ class Objectives:
         penalties: of the critic.
         generator_penalties: of the generator.
         latents: draws latents: ``n -> [n, latent_dim]``.
+        path: from latents to samples, for the generator's penalties.
+        pac: samples in a pack, which the critic scores as one.
+        shrink: the generator's penalties act on the first B // shrink latents of a batch.
         penalty_steps: whether penalties have steps of their own.
         full_precision: whether penalties are evaluated without autocast, in forward passes of their
             own. Under float16 their inner gradient would vanish, since no scaler scales it.
@@ -60,6 +73,9 @@ class Objectives:
     penalties: PenaltySum
     generator_penalties: PenaltySum
     latents: Callable[[int], Tensor]
+    path: Path
+    pac: int = 1
+    shrink: int = 1
     penalty_steps: bool = False
     full_precision: bool = False
 
@@ -73,23 +89,22 @@ class Objectives:
         Returns:
             The objective.
         """
-        (real, labels), fake = micro, self.fakes(micro)
+        samples = self.samples(micro)
         penalties = PenaltySum({}) if self.penalty_steps else self.penalties
-        reusing = [p for p in penalties.values() if samples_reused(p) and p.acts_at(step)]
+        reusing = [p for p in penalties.values() if needs_of(p).samples and p.acts_at(step)]
         apart = self.full_precision
-        scores = scores_of(self.critic, real, fake, labels, [] if apart else reusing)
-        loss = self.loss.critic(*scores.both())
-        on = Scores(real, fake, labels) if apart else scores
+        scores = scores_of(self.critic, samples, [] if apart else reusing)
+        loss = over_scales(self.loss.critic, *scores.both())
+        on = samples if apart else scores
         terms = self._act(penalties, on, step)
         total = penalties.total(loss, terms, self.critic.parameters)
         return Objective(total, terms, loss, scores)
 
     def critic_penalties_alone(self, micro: MicroBatch, step: int) -> Objective:
         """Return the critic's penalties alone; the arguments are those of `critic_objective`."""
-        real, labels = micro
-        acting = any(p.acts_at(step) for p in self.penalties.values())
-        fake = self.fakes(micro) if acting else real  # unused if none acts
-        terms = self._act(self.penalties, Scores(real, fake, labels), step)
+        acting = [p for p in self.penalties.values() if p.acts_at(step)]
+        samples = self.samples(micro, fakes=any("fake" in needs_of(p).reads for p in acting))
+        terms = self._act(self.penalties, samples, step)
         return Objective(self.penalties.total(None, terms, self.critic.parameters), terms)
 
     def generator_objective(self, micro: MicroBatch, step: int) -> Objective:
@@ -118,17 +133,27 @@ class Objectives:
     def generator_loss(self, micro: MicroBatch, z: Tensor) -> Tensor:
         """Return the generator's loss, one number. It has no gradient in the critic's weights."""
         real, labels = micro
+        of = packed(labels, self.pac)
         with frozen(self.critic):
-            fake = generate(self.generator, z, real, labels)
-            real_scores = score(self.critic, real, labels) if self.loss.paired else None
-            return self.loss.generator(real_scores, score(self.critic, fake, labels))
+            fake = packed(generate(self.generator, z, real, labels), self.pac)
+            paired = self.loss.paired
+            real_scores = score(self.critic, packed(real, self.pac), of) if paired else None
+            return over_scales(self.loss.generator, real_scores, score(self.critic, fake, of))
 
-    def fakes(self, micro: MicroBatch) -> Tensor:
-        """Return as many fake samples as there are real ones, without a graph: ``[B, *S]``."""
+    def samples(self, micro: MicroBatch, *, fakes: bool = True) -> Scores:
+        """Return real samples and as many fake ones, without a graph, in packs; not yet scored.
+
+        Args:
+            micro: a micro-batch.
+            fakes: whether to generate the fake samples.
+        """
         real, labels = micro
-        z = self.latents(len(real))
-        with torch.no_grad():
-            return generate(self.generator, z, real, labels)
+        fake = None
+        if fakes:
+            with torch.no_grad():
+                fake = generate(self.generator, self.latents(len(real)), real, labels)
+        pac = self.pac
+        return Scores(packed(real, pac), packed(fake, pac), packed(labels, pac))
 
     def _act(self, penalties: PenaltySum, scores: Scores, step: int) -> dict[str, Terms | None]:
         with self._precision(scores.real.device):
@@ -137,21 +162,22 @@ class Objectives:
     def _act_on(self, penalty: Penalty, scores: Scores, step: int) -> Terms | None:
         """Evaluate one penalty of the critic, on the graph of the scores if it can reuse that."""
         real, fake, labels, critic = scores.real, scores.fake, scores.labels, self.critic
-        needs, reused = needs_of(penalty), samples_reused(penalty)
+        needs, loss = needs_of(penalty), self.loss.critic
         if needs.in_weights:
 
             def closure() -> Tensor:
-                return self.loss.critic(score(critic, real, labels), score(critic, fake, labels))
+                assert fake is not None  # a penalty in the weights needs them
+                of_real, of_fake = score(critic, real, labels), score(critic, fake, labels)
+                return over_scales(loss, of_real, of_fake)
 
             if scores.of_real is None or not needs.reuses_graph:
                 return penalty.act(closure, critic, step=step)
-            return penalty.act(self.loss.critic(*scores.both()), critic, step=step)
-        if scores.of_real is not None and reused == "real":
-            return penalty.act(scores.of_real, real=real, step=step)
-        if scores.of_fake is not None and reused == "fake":
-            return penalty.act(scores.of_fake, fake=fake, step=step)
+            return penalty.act(over_scales(loss, *scores.both()), critic, step=step)
+        if needs.samples and scores.of_real is not None and penalty.acts_at(step):
+            return penalty.act(targets_on(scores, penalty, needs.samples), step=step)
         net = [critic] if needs.activations else []
-        return penalty.act(conditioned(critic, labels), *net, real=real, fake=fake, step=step)
+        f = differentiated(critic, labels, penalty)
+        return penalty.act(f, *net, real=real, fake=fake, step=step)
 
     def _act_on_generator(
         self, penalties: PenaltySum, micro: MicroBatch, z: Tensor, step: int
@@ -163,11 +189,12 @@ class Objectives:
         self, penalty: Penalty, micro: MicroBatch, z: Tensor, step: int
     ) -> Terms | None:
         """Evaluate one penalty of the generator."""
-        needs = needs_of(penalty)
-        if needs.in_weights:
+        if self.shrink > 1:
+            some = max(1, len(z) // self.shrink)
+            z, micro = z[:some], tree_map_only(Tensor, lambda t: t[:some], micro)
+        if needs_of(penalty).in_weights:
             return penalty.act(lambda: self.generator_loss(micro, z), self.generator, step=step)
-        net = [self.generator] if needs.activations else []
-        return penalty.act(conditioned(self.generator, micro[1]), z, *net, step=step)
+        return self.path.act(penalty, z, micro[1], step)
 
     def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
         return torch.autocast(device.type, enabled=False) if self.full_precision else nullcontext()

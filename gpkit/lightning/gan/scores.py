@@ -1,46 +1,51 @@
-"""The critic's scores of real and fake samples, and which penalties reuse their graph."""
+"""The critic's scores of real and fake samples, and penalties on their graphs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from gpkit.autodiff.compat import tree_map_only
 from gpkit.autodiff.isolation import double_backward
 from gpkit.autodiff.numerics import wide
-from gpkit.axes.at import fake as at_fake
-from gpkit.axes.at import real as at_real
+from gpkit.estimators.base import Targets
 from gpkit.lightning.batches import repeated
+from gpkit.lightning.gan.losses import Scored
 from gpkit.needs import needs_of
 from gpkit.penalty import Penalty
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Real and fake samples, and the critic's scores of them.
+    """Real and fake samples, and the critic's scores of them. With packs, a sample is a pack.
 
     Args:
         real: real samples x, ``[B, *S]``.
-        fake: fake samples y, ``[B, *S]``.
+        fake: fake samples y, ``[B, *S]``; None if nothing looks at them.
         labels: of the samples, or None.
-        of_real: D(x), ``[B, ...]``; None if penalties must run the critic themselves.
-        of_fake: D(y), ``[B, ...]``; None in the same case.
+        of_real: D(x), ``[B, ...]``, or a list of such; None if penalties must run the critic.
+        of_fake: D(y), likewise.
     """
 
     real: Tensor
-    fake: Tensor
+    fake: Tensor | None
     labels: Any
-    of_real: Tensor | None = None
-    of_fake: Tensor | None = None
+    of_real: Scored | None = None
+    of_fake: Scored | None = None
 
-    def both(self) -> tuple[Tensor, Tensor]:
+    def both(self) -> tuple[Scored, Scored]:
         """Return D(x) and D(y), which must be there."""
         assert self.of_real is not None
         assert self.of_fake is not None
         return self.of_real, self.of_fake
+
+    def without_scores(self) -> Scores:
+        """Return the samples alone."""
+        return Scores(self.real, self.fake, self.labels)
 
 
 def conditioned(net: nn.Module, labels: Any) -> Callable[[Tensor], Any]:
@@ -58,7 +63,37 @@ def conditioned(net: nn.Module, labels: Any) -> Callable[[Tensor], Any]:
     return lambda x: net(x, repeated(labels, len(labels), len(x)))
 
 
-def score(critic: nn.Module, x: Tensor, labels: Any) -> Tensor:
+def packed(samples: Any, pac: int) -> Any:
+    """Return samples in packs of ``pac``, which the critic scores as one: PacGAN.
+
+    Args:
+        samples: a tensor ``[B, C, *S]``, or labels: a tensor or a nested structure of them.
+        pac: the number of samples in a pack.
+
+    Returns:
+        ``[B / pac, pac * C, *S]``; labels ``[B]`` become ``[B / pac, pac]``.
+
+    Raises:
+        ValueError: if ``pac`` does not divide B.
+
+    >>> import torch
+    >>> packed(torch.arange(6.0).reshape(6, 1), 3)
+    tensor([[0., 1., 2.],
+            [3., 4., 5.]])
+    """
+
+    def pack(t: Tensor) -> Tensor:
+        if len(t) % pac:
+            raise ValueError(
+                f"`pac={pac}` needs batches whose size is a multiple of {pac}; got {len(t)} "
+                "samples: choose such a batch_size, and drop_last=True in the DataLoader"
+            )
+        return t.reshape(len(t) // pac, -1, *t.shape[2:])
+
+    return samples if pac == 1 else tree_map_only(Tensor, pack, samples)
+
+
+def score(critic: nn.Module, x: Tensor, labels: Any) -> Scored:
     """Return the critic's scores of samples.
 
     Args:
@@ -68,56 +103,89 @@ def score(critic: nn.Module, x: Tensor, labels: Any) -> Tensor:
 
     Returns:
         The scores, ``[B, ...]``, in float32 or better: a loss takes means and differences of them.
+        A list of them if the critic returns a list, as a multi-scale critic does.
 
     Raises:
         ValueError: if the critic does not return at least one score per sample.
     """
     scores = conditioned(critic, labels)(x)
-    if not isinstance(scores, Tensor) or scores.ndim == 0 or len(scores) != len(x):
-        got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise ValueError(
-            f"the critic must return scores of each of {len(x)} samples, [{len(x)}], "
-            f"[{len(x)}, 1] or [{len(x)}, ...]; got {got}: change the critic"
-        )
-    return scores.to(wide(scores))
+    several = isinstance(scores, (list, tuple))
+    parts = list(scores) if several else [scores]
+    for part in parts or [None]:
+        if not isinstance(part, Tensor) or part.ndim == 0 or len(part) != len(x):
+            got = list(part.shape) if isinstance(part, Tensor) else type(part).__name__
+            raise ValueError(
+                f"the critic must return scores of each of {len(x)} samples, [{len(x)}], "
+                f"[{len(x)}, 1] or [{len(x)}, ...], or a list of such scores, one for each scale; "
+                f"got {'a list with ' if several else ''}{got}: change the critic"
+            )
+    parts = [part.to(wide(part)) for part in parts]
+    return parts if several else parts[0]
 
 
-def scores_of(
-    critic: nn.Module, real: Tensor, fake: Tensor, labels: Any, reusing: Iterable[Penalty]
-) -> Scores:
+def joined(scores: Any) -> Any:
+    """Return one score per sample ``[B]`` of a list: the sum over scales of the mean score.
+
+    Anything but a list or tuple is returned unchanged.
+    """
+    if not isinstance(scores, (list, tuple)):
+        return scores
+    return sum(part.reshape(len(part), -1).mean(1) for part in scores)
+
+
+def differentiated(critic: nn.Module, labels: Any, penalty: Penalty) -> Callable[[Tensor], Any]:
+    """Return the critic as a penalty differentiates it: a list of scores is `joined`.
+
+    A penalty with a function as ``of`` is given the list itself.
+    """
+    if callable(penalty.axes()["of"]):
+        return conditioned(critic, labels)
+    if labels is None:
+        return lambda x: joined(critic(x))
+    return lambda x: joined(critic(x, repeated(labels, len(labels), len(x))))
+
+
+def scores_of(critic: nn.Module, samples: Scores, reusing: Iterable[Penalty]) -> Scores:
     """Return the scores of a batch, with a graph that some penalties will differentiate.
 
     Args:
         critic: D.
-        real: real samples x, ``[B, *S]``.
-        fake: fake samples y, ``[B, *S]``.
-        labels: of the samples, or None.
-        reusing: the penalties that reuse the graph, see `samples_reused`. The samples that they
+        samples: real and fake samples, and their labels.
+        reusing: the penalties that reuse the graph, see `Needs.samples`. The samples that they
             need require grad in the result, and the critic runs on kernels that they can
             differentiate.
 
     Returns:
-        The scores.
+        The same with the scores.
     """
-    reusing = list(reusing)
-    at = {samples_reused(penalty) for penalty in reusing}
-    if "real" in at:
+    needs = [needs_of(penalty) for penalty in reusing]
+    real, fake, labels = samples.real, samples.fake, samples.labels
+    assert fake is not None
+    if any("real" in need.samples for need in needs):
         real = real.detach().requires_grad_()  # not the batch's own tensor
-    if "fake" in at:
+    if any("fake" in need.samples for need in needs):
         fake = fake.detach().requires_grad_()
-    order = max((needs_of(penalty).order for penalty in reusing), default=0)
+    order = max((need.order for need in needs), default=0)
     with double_backward(order) if order else nullcontext():
         of_real, of_fake = score(critic, real, labels), score(critic, fake, labels)
-    return Scores(real, fake, labels, of_real, of_fake)
+    return replace(samples, real=real, fake=fake, of_real=of_real, of_fake=of_fake)
 
 
-def samples_reused(penalty: Penalty) -> str:
-    """Return the samples whose scores a penalty can differentiate, such as "real" for R1.
+def targets_on(scores: Scores, penalty: Any, kinds: Iterable[str]) -> Targets:
+    """Return what a penalty differentiates, on the graphs of the scores that the losses use.
+
+    Args:
+        scores: of samples that require grad.
+        penalty: a `GradientPenalty`.
+        kinds: of samples, "real" or "fake", in their order.
 
     Returns:
-        "real" or "fake"; "" if the penalty needs a forward pass of its own.
+        One target for each kind.
     """
-    needs, at = needs_of(penalty), penalty.axes().get("at")
-    if not needs.input_graph or needs.activations:
-        return ""
-    return "fake" if isinstance(at, at_fake) else "real" if isinstance(at, at_real) else ""
+    found = Targets()
+    for kind in kinds:
+        x = scores.real if kind == "real" else scores.fake
+        y = scores.of_real if kind == "real" else scores.of_fake
+        y = penalty.of(y) if callable(penalty.of) else joined(y)
+        found += penalty.wrt.targets_of(y, (x,), penalty)
+    return found

@@ -9,22 +9,25 @@ import torch
 from torch import Tensor
 
 from gpkit import formula
+from gpkit.autodiff.compat import tree_map_only
 from gpkit.autodiff.isolation import isolated
 from gpkit.autodiff.random import derived_seed
 from gpkit.axes.at import interpolate
 from gpkit.formula import Terms
-from gpkit.lightning.gan.losses import GANLoss, mean_score_gap
+from gpkit.lightning.gan.losses import GANLoss, Scored, mean_score_gap, over_scales
+from gpkit.lightning.gan.scores import joined
 from gpkit.lightning.norms import input_norms
 from gpkit.needs import needs_of
 from gpkit.penalty import Penalty
 
 
 def slopes(
-    critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, seed: int
+    critic: Callable[[Tensor], Any], real: Tensor, fake: Tensor, seed: int
 ) -> dict[str, Tensor]:
     """Return the slopes ‖∇D‖ of a critic on real samples, fake samples and interpolates.
 
-    If the critic returns several scores per sample, it is the slope of their mean. The forward
+    If the critic returns several scores per sample, it is the slope of their mean, summed over the
+    scales of a list. The forward
     passes change no buffers and no random number generator, and leave no graph.
 
     Args:
@@ -47,15 +50,15 @@ def slopes(
         with torch.enable_grad():
             x = points.detach().requires_grad_()
             with isolated(critic, derived_seed(seed, name), x.device, twice=False):
-                scores = critic(x)
+                scores = joined(critic(x))
             found[name] = input_norms(scores.reshape(len(x), -1).mean(1), x)
     return found
 
 
 def optimality(
     loss: GANLoss,
-    real_scores: Tensor,
-    fake_scores: Tensor,
+    real_scores: Scored,
+    fake_scores: Scored,
     penalties: Iterable[tuple[Any, Terms | None]],
 ) -> Tensor:
     r"""Return the derivative of a critic's objective along its own scale: zero at the optimum.
@@ -93,9 +96,13 @@ def optimality(
     True
     """
     with torch.enable_grad():
-        real, fake = (t.detach().to(torch.float64) for t in (real_scores, fake_scores))
-        s = torch.ones((), dtype=torch.float64, device=real.device, requires_grad=True)
-        total = loss.critic(s * real, s * fake)
+        device = joined(real_scores).device
+        s = torch.ones((), dtype=torch.float64, device=device, requires_grad=True)
+        real, fake = (
+            tree_map_only(Tensor, lambda t: s * t.detach().to(torch.float64), scores)
+            for scores in (real_scores, fake_scores)
+        )
+        total = over_scales(loss.critic, real, fake)
         for penalty, terms in penalties:
             if terms is not None:
                 squared_norms = s.square() * terms.squared_norms.detach().to(torch.float64)
@@ -141,7 +148,7 @@ def slope_statistics(
 
 
 def wasserstein(
-    real_scores: Tensor, fake_scores: Tensor, slopes: Mapping[str, Tensor]
+    real_scores: Scored, fake_scores: Scored, slopes: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return two estimates of the Wasserstein distance W₁ between real and fake samples.
 
@@ -154,6 +161,7 @@ def wasserstein(
         ``wasserstein/raw``, E D(x) − E D(y); and ``wasserstein/debiased``, the same divided by the
         mean slope on interpolates, or 0 if that is 0.
     """
-    raw, slope = mean_score_gap(real_scores, fake_scores), slopes["interpolates"].mean()
+    raw = over_scales(mean_score_gap, real_scores, fake_scores)
+    slope = slopes["interpolates"].mean()
     debiased = torch.where(slope > 0, raw / slope, raw * 0)
     return {"wasserstein/raw": raw, "wasserstein/debiased": debiased}

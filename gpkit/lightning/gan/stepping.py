@@ -65,6 +65,8 @@ def accumulate_gradients(
     optimizer: LightningOptimizer,
     function: Callable[[Any], Tensor | None],
     window: list[Any],
+    *,
+    fill: bool = False,
 ) -> bool:
     """Set ``.grad`` to the gradient of the mean of a function over the micro-batches of a step.
 
@@ -73,6 +75,8 @@ def accumulate_gradients(
         optimizer: of the parameters. Their gradients are set to None first.
         function: micro-batch -> one number, or None if there is nothing to train on.
         window: the micro-batches of one step.
+        fill: whether trained parameters that the function does not reach get a gradient of zero,
+            so that the optimiser steps them too.
 
     Returns:
         Whether there is a gradient.
@@ -84,6 +88,10 @@ def accumulate_gradients(
         if total is not None and total.requires_grad:
             _backward(module, total / len(window))
             found = True
+    if found and fill:
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            if p.grad is None and p.requires_grad:
+                p.grad = torch.zeros_like(p)
     return found
 
 

@@ -55,15 +55,15 @@ class GANStep:
     def _due(self) -> list[tuple[str, Evaluate]]:
         """Return the nets to step, in this order, each with the objective to differentiate."""
         module = self.module
-        due: list[tuple[str, Evaluate]] = [("critic", self._critic_loss)]
-        if module.penalty_steps:
-            due.append(("critic", self._critic_penalties))
-        turn = (module.counts["critic"] + 1) % module.critic_steps == 0
-        if turn and module.trains_generator:
-            due.append(("generator", self._generator_loss))
-            if module.penalty_steps:
-                due.append(("generator", self._generator_penalties))
-        return due
+        apart, first = module.penalty_steps, module.generator_first
+        critic: list[tuple[str, Evaluate]] = [("critic", self._critic_loss)]
+        critic += [("critic", self._critic_penalties)] if apart else []
+        turn = (module.counts["critic"] + (not first)) % module.critic_steps == 0
+        if not (turn and module.trains_generator):
+            return critic
+        generator: list[tuple[str, Evaluate]] = [("generator", self._generator_loss)]
+        generator += [("generator", self._generator_penalties)] if apart else []
+        return generator + critic if first else critic + generator
 
     # Objectives on one micro-batch. Each keeps what is logged about it, and returns its total.
 
@@ -120,7 +120,11 @@ class GANStep:
     # Optimiser steps.
 
     def _differentiate(self, net: str, evaluate: Evaluate) -> bool:
-        return accumulate_gradients(self.module, self._optimizer(net), evaluate, self.window)
+        # A step on penalties alone moves every parameter, also those that they do not reach: the
+        # optimisers of lazy penalties are corrected for one more step of each.
+        alone = evaluate in (self._critic_penalties, self._generator_penalties)
+        optimizer = self._optimizer(net)
+        return accumulate_gradients(self.module, optimizer, evaluate, self.window, fill=alone)
 
     def _step(self, net: str) -> None:
         clip = self.module.clip if net == "critic" else None
