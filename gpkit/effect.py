@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gpkit.autodiff import graph
-from gpkit.autodiff.compat import operation_of, uses_batch_statistics
+from gpkit.autodiff.compat import uses_batch_statistics
 from gpkit.autodiff.derivatives import first_gradients
 from gpkit.autodiff.reached import reached
 from gpkit.estimators.base import Target
@@ -87,7 +87,7 @@ def trains(
         for target in targets:
             require_independent_samples(target, terms)
         if twice:
-            require_gradient(terms.reduced, trained(terms.reduced), targets)
+            require_gradient(terms.reduced, trained(terms.reduced))
         return True
     if not any(trained(t.y) for t in targets):
         if is_frozen(f):
@@ -126,7 +126,7 @@ def is_frozen(f: Any) -> bool:
     return bool(parameters) and not any(p.requires_grad for p in parameters)
 
 
-def require_gradient(penalty: Tensor, leaves: Sequence[Tensor], targets: Sequence[Target]) -> None:
+def require_gradient(penalty: Tensor, leaves: Sequence[Tensor]) -> None:
     """Take the gradient of a penalty once, to find what has none before the user's backward pass.
 
     Raises:
@@ -136,13 +136,7 @@ def require_gradient(penalty: Tensor, leaves: Sequence[Tensor], targets: Sequenc
         return
     grads = first_gradients(penalty, tuple(leaves))
     if penalty.isfinite() and not all(g.isfinite().all() for g in grads if g is not None):
-        names = {operation_of(node) for t in targets for node in graph.nodes(t.y)}
         hint = "is there a root or a norm of something that is zero?"
-        if "Mish" in names:
-            hint = (
-                "torch's second derivative of Mish is NaN above 89: give the penalty a callable "
-                "(gpkit then uses one that is right), or use SiLU or softplus"
-            )
         raise RuntimeError(
             f"the gradient of the penalty is not finite, though its value is: {hint}"
         )

@@ -77,7 +77,8 @@ def require_one_output(form: Form, y: Tensor) -> None:
     Raises:
         ValueError: if the form pulls the norm, here that of a Jacobian, to a target above zero.
     """
-    if has_target(form, y.detach()):
+    # A compiled graph cannot branch on values; the first step, which is not compiled, has looked.
+    if not torch.compiler.is_compiling() and has_target(form, y.detach()):
         raise ValueError(
             f"`form={type(form).__name__}` has a slope target, which needs one output per sample; "
             f"got {y.shape[1]}, and a target for the Frobenius norm of a Jacobian has no meaning: "

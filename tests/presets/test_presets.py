@@ -155,7 +155,6 @@ def test_a_zero_gradient_is_harmless(row):
 
 @rows()
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.filterwarnings("ignore:the norms of each sample's gradient:UserWarning")  # batch norm
 def test_no_side_effects(row, training):
     # catches batch statistics updated twice, a shifted random stream, and a touched .grad
     s = row.scene(stateful=True)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
+from gpkit.autodiff.compat import is_compiled
 from gpkit.lightning.watch.probe import Capture
 
 LISTED = 8  # names in a message
@@ -28,13 +29,15 @@ class SeenCalls:
         self.outputs: dict[str, None] = {}
 
     def __enter__(self) -> SeenCalls:
-        """Register one hook for all modules."""
-        self.hook = register_module_forward_hook(self._note, with_kwargs=True)
+        """Register one hook for all modules, unless one is compiled: it would be traced."""
+        compiled = any(map(is_compiled, self.names))
+        self.hook = None if compiled else register_module_forward_hook(self._note, with_kwargs=True)
         return self
 
     def __exit__(self, *exception: object) -> None:
         """Remove the hook."""
-        self.hook.remove()
+        if self.hook is not None:
+            self.hook.remove()
 
     def _note(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if module not in self.names:
