@@ -15,8 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gpkit.autodiff.derivatives import mended
 from gpkit.autodiff.distributed import require_dynamic_graph
-from gpkit.autodiff.mish import mended
 from gpkit.autodiff.numerics import root
 from gpkit.autodiff.random import Source, has_ranks
 from gpkit.axes.form import Form

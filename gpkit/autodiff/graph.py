@@ -207,23 +207,17 @@ def fingerprint(y: Tensor, xs: tuple[Tensor, ...]) -> tuple[Any, list[Tensor]]:
         xs: its inputs, which are new at every step and do not count.
 
     Returns:
-        The first operations of the graph with the ids of their parameters; and the parameters.
+        The kinds of operations in the graph with the ids of its parameters; and the parameters.
     """
-    names: list[str | int] = []
-    leaves: list[Tensor] = []
-    stack = [y.grad_fn]
-    while stack and len(names) < 16:
-        node = stack.pop()
-        if node is None:
-            continue
+    kinds: set[Any] = set()
+    leaves: dict[int, Tensor] = {}
+    for node in nodes(y):
         leaf = getattr(node, compat.LEAF, None)
         if leaf is None:
-            stack.extend(parent for parent, _ in node.next_functions)
-            names.append(node.name())
+            kinds.add(type(node))
         elif not any(leaf is x for x in xs) or not leaf.is_leaf:
-            leaves.append(leaf)
-            names.append(id(leaf))
-    return tuple(names), leaves
+            leaves[id(leaf)] = leaf
+    return (frozenset(kinds), frozenset(leaves)), list(leaves.values())
 
 
 def explain(error: RuntimeError) -> str:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from gpkit import checks
-from gpkit.autodiff.derivatives import as_rows, gradients
-from gpkit.autodiff.mish import mended
+from gpkit.autodiff.derivatives import as_rows, gradients, mended
 from gpkit.autodiff.numerics import length_of, nonzero_mask, reduce_rows, steepest, wide
 from gpkit.autodiff.random import Source
 from gpkit.estimators.base import Estimator, Target, require_function, require_gradient

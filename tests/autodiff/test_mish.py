@@ -10,7 +10,7 @@ from torch import nn
 
 import gpkit
 from gpkit.autodiff import compat
-from gpkit.autodiff.mish import mended
+from gpkit.autodiff.derivatives import mended
 from gpkit.estimators.curvature_difference import curvature_difference
 
 POINTS = [

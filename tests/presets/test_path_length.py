@@ -89,7 +89,7 @@ def test_y_is_gaussian_over_the_root_of_the_pixels(generator):
         penalty(generator, latents(6))
     del generator.drawn[1]  # of the first call, which looks whether samples depend on each other
     assert len(generator.drawn) == 100
-    y = torch.stack(generator.drawn) * math.sqrt(3 * 4)
+    y = torch.stack(list(generator.drawn)) * math.sqrt(3 * 4)
     draws = y.numel()
     assert abs(y.mean()) < 4 / draws**0.5
     assert abs(y.square().mean() - 1) < 4 * (2 / draws) ** 0.5

@@ -217,7 +217,9 @@ def stateful():
     """Penalties with all the state that there is."""
     average = gpkit.two_sided(gpkit.running_average(0.8))
     return {
-        "drawn": gpkit.jacobian(gpkit.warmup(LAMBDA, steps=9), form=average, seed=3),
+        "drawn": gpkit.jacobian(
+            gpkit.warmup(LAMBDA, steps=9), form=average, seed=3, of=lambda outputs: outputs
+        ),
         "lazy": gpkit.weight_grad_norm(LAMBDA, every=3, scope="accumulated"),
         "steered": gpkit.weight_grad_norm(gpkit.target_norm(0.3, weight=LAMBDA)),
     }
