@@ -172,7 +172,7 @@ class GradientPenalty(Penalty):
         """Return the terms for a weight: the formula, evaluated from right to left.
 
         Args:
-            f: the first argument of the call; or `Targets`, whose graphs exist.
+            f: the first argument of the call; or a `Target` or `Targets`, with graphs.
             args: the other positional arguments.
             real: real samples, if passed by keyword.
             fake: fake samples, if passed by keyword.
@@ -216,8 +216,8 @@ class GradientPenalty(Penalty):
         acts: bool,
     ) -> list[Target]:
         """Return y and x, at the points that ``at`` chooses."""
-        if isinstance(f, Targets):
-            return f
+        if isinstance(f, (Target, Targets)):
+            return [f] if isinstance(f, Target) else f
         args = tuple(list(a) if isinstance(a, Iterator) else a for a in args)  # net.parameters()
         call = Call(self, f, args, real, fake, rng, seed, acts=acts)
         call.require_forward()

@@ -65,6 +65,14 @@ def weight_term(C, real, fake, y, points, step):
     return 0.1 * sum(g.square().sum() for g in grads)
 
 
+def take(optimizer, params, total):
+    """Step all parameters; those that the total does not reach have a gradient of zero."""
+    grads = torch.autograd.grad(total, params, allow_unused=True)
+    for p, g in zip(params, grads, strict=True):
+        p.grad = torch.zeros_like(p) if g is None else g
+    optimizer.step()
+
+
 def train(
     G,
     C,

@@ -11,7 +11,7 @@ from torch import Tensor
 from gpkit.autodiff.numerics import wide
 from gpkit.autodiff.random import RandomState
 from gpkit.autodiff.state import Start
-from gpkit.estimators.base import Recomputable, Target, Targets
+from gpkit.estimators.base import Recomputable, Target
 from gpkit.estimators.window import Window, summarised
 from gpkit.formula import Terms
 from gpkit.lightning.callback.plan import PenalizedNet, Plan, differentiated
@@ -165,17 +165,16 @@ class Evaluator:
             return [lambda z: rerun(z).expand(len(z)), capture.x.detach(), *module]
         return [Recomputable(None, rerun, call.start or (), mean=True), capture.x.detach()]
 
-    def _target(self, needs: Needs, capture: Capture, loss: Tensor) -> Targets:
+    def _target(self, needs: Needs, capture: Capture, loss: Tensor) -> Target:
         """Return the target of a plain penalty: a shortcut, equal to what a call would build."""
         if needs.in_weights:
             self._parameters = self._parameters or list(self.watched.net.parameters())
-            trained = tuple(p for p in self._parameters if p.requires_grad)
-            return Targets([Target(loss, trained, False)])
+            return Target(loss, tuple(p for p in self._parameters if p.requires_grad), False)
         assert capture.x is not None
         batch = capture.x.shape[0]
         if batch not in self._batch_sizes:
             self._batch_sizes[batch] = torch.full_like(loss.detach(), batch, dtype=wide(loss))
-        return Targets([Target(loss, (capture.x,), True, times=self._batch_sizes[batch])])
+        return Target(loss, (capture.x,), True, times=self._batch_sizes[batch])
 
     def _window(self, name: str) -> Window:
         size = self.trainer.accumulate_grad_batches

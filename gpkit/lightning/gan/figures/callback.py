@@ -20,6 +20,7 @@ from gpkit.autodiff.random import random_state, set_random_state
 from gpkit.lightning.gan.ema import evaluating
 from gpkit.lightning.gan.figures import drawings
 from gpkit.lightning.gan.figures.coverage import modes_covered
+from gpkit.lightning.gan.scores import joined
 
 
 class GANFigures(Callback):
@@ -32,7 +33,8 @@ class GANFigures(Callback):
     - ``samples``: samples beside the data, for points in the plane ``[B, 2]`` and for images
       ``[B, C, H, W]``. If the nets take labels, the samples have the labels of the data.
     - ``surface``: for points in the plane, contours of the critic's scores, with data and samples
-      on top. With labels it is the mean of the scores over the labels.
+      on top. With labels it is the mean of the scores over the labels, and of a list of scores the
+      sum over the scales. A critic of packs (``GANModule(pac=...)``) has none.
 
     The latest image of each kind is also saved as ``figures/<name>.png`` in the folder of the
     TensorBoard logger, or without one in the trainer's ``default_root_dir``. With a data module
@@ -121,11 +123,11 @@ class GANFigures(Callback):
         samples = module.sample(self.points, *given)
         self._count_modes(trainer, module, samples)
         box = self.box = self.box or drawings.box_around(real)
-        values = drawings.surface(lambda points: scores(module.critic, points.to(real), y), box)
-        return {
-            "samples": drawings.draw_points(real, samples, box),
-            "surface": drawings.draw_surface(values, box, real, samples),
-        }
+        figures = {"samples": drawings.draw_points(real, samples, box)}
+        if getattr(module, "pac", 1) == 1:  # a critic of packs has no score of a point
+            values = drawings.surface(lambda points: scores(module.critic, points.to(real), y), box)
+            figures["surface"] = drawings.draw_surface(values, box, real, samples)
+        return figures
 
     def _count_modes(
         self, trainer: pl.Trainer, module: pl.LightningModule, samples: Tensor
@@ -187,10 +189,11 @@ def scores(critic: nn.Module, points: Tensor, y: Tensor | None) -> Tensor:
         The scores, ``[P, ...]``.
     """
     if y is None:
-        return critic(points)
+        return joined(critic(points))
     labels = y.unique(dim=0)
     labels = labels[:: -(-len(labels) // 32)]
-    return torch.stack([critic(points, y.expand(len(points), *y.shape)) for y in labels]).mean(0)
+    of = [joined(critic(points, y.expand(len(points), *y.shape))) for y in labels]
+    return torch.stack(of).mean(0)
 
 
 @contextmanager
