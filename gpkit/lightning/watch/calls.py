@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
 
 from gpkit.autodiff.compat import is_compiled
 from gpkit.lightning.watch.probe import Capture
@@ -29,19 +28,18 @@ class SeenCalls:
         self.outputs: dict[str, None] = {}
 
     def __enter__(self) -> SeenCalls:
-        """Register one hook for all modules, unless one is compiled: it would be traced."""
-        compiled = any(map(is_compiled, self.names))
-        self.hook = None if compiled else register_module_forward_hook(self._note, with_kwargs=True)
+        """Register a hook on each module, unless one is compiled: it would be traced."""
+        # Not one global hook: torch forgets to remove half of one that takes keyword arguments.
+        parts = () if any(map(is_compiled, self.names)) else self.names
+        self.hooks = [part.register_forward_hook(self._note, with_kwargs=True) for part in parts]
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Remove the hook."""
-        if self.hook is not None:
-            self.hook.remove()
+        """Remove the hooks."""
+        for hook in self.hooks:
+            hook.remove()
 
     def _note(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if module not in self.names:
-            return
         if is_floating(next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)):
             self.inputs[self.names[module]] = None
         if is_floating(output):
