@@ -57,6 +57,7 @@ class recorded_layers:
         net: the module.
         only: which of those layers to record, from a function of the layer; None is all.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
     >>> with recorded_layers(net) as recording:
     ...     _ = net(torch.ones(4, 2))
