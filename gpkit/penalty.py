@@ -32,8 +32,7 @@ class Penalty:
         ValueError: if an argument is out of range.
 
     >>> import torch
-    >>> from gpkit.effect import SeenNets
-    from gpkit.formula import Terms
+    >>> from gpkit.formula import Terms
     >>> class weight_decay(Penalty):
     ...     def evaluate(self, f, args, real, fake, weight, seed, scale=None, *, acts=False):
     ...         n2 = f.square().sum().reshape(1)
