@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,15 +24,19 @@ class SeenCalls:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.names = {part: name for name, part in module.named_modules()}
+        # Pairs, no dict: the hash of a metric changes with its state.
+        self.parts = list(module.named_modules())
         self.inputs: dict[str, None] = {}  # names, without repetition
         self.outputs: dict[str, None] = {}
 
     def __enter__(self) -> SeenCalls:
         """Register a hook on each module, unless one is compiled: it would be traced."""
         # Not one global hook: torch forgets to remove half of one that takes keyword arguments.
-        parts = () if any(map(is_compiled, self.names)) else self.names
-        self.hooks = [part.register_forward_hook(self._note, with_kwargs=True) for part in parts]
+        parts = [] if any(is_compiled(part) for _, part in self.parts) else self.parts
+        self.hooks = [
+            part.register_forward_hook(partial(self._note, name), with_kwargs=True)
+            for name, part in parts
+        ]
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -39,11 +44,11 @@ class SeenCalls:
         for hook in self.hooks:
             hook.remove()
 
-    def _note(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _note(self, name: str, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if is_floating(next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)):
-            self.inputs[self.names[module]] = None
+            self.inputs[name] = None
         if is_floating(output):
-            self.outputs[self.names[module]] = None
+            self.outputs[name] = None
 
     def hint(self, name: str, inside: str = "") -> str:
         """Return ", such as 'a', 'b'", the outermost first; "" if there is no submodule to name.
