@@ -28,27 +28,27 @@ class SeenNets:
     """
 
     def __init__(self) -> None:
-        self._found: dict[Any, dict[int, weakref.ref[Tensor]]] = {}
+        self.found: dict[Any, dict[int, weakref.ref[Tensor]]] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._found)
+        return bool(self.found)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, SeenNets) and self._found.keys() == other._found.keys()
+        return isinstance(other, SeenNets) and self.found.keys() == other.found.keys()
 
     __hash__ = None  # type: ignore[assignment]
 
     def __contains__(self, target: Target) -> bool:
         key, leaves = graph.fingerprint(target.y, target.xs)
-        found = self._found.get(key)
+        found = self.found.get(key)
         return found is not None and all(found[id(leaf)]() is leaf for leaf in leaves)
 
     def add(self, target: Target) -> None:
         """Remember the net of a target."""
-        if len(self._found) >= MANY:  # such as parameters that are made anew at every step
-            self._found.clear()
+        if len(self.found) >= MANY:  # such as parameters that are made anew at every step
+            self.found.clear()
         key, leaves = graph.fingerprint(target.y, target.xs)
-        self._found[key] = {id(leaf): weakref.ref(leaf) for leaf in leaves}
+        self.found[key] = {id(leaf): weakref.ref(leaf) for leaf in leaves}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle as empty: the nets of a copy are other nets."""
