@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from gpkit import checks
 from gpkit.autodiff import graph
 from gpkit.autodiff.compat import is_mish, saved_input
-from gpkit.autodiff.numerics import wide
+from gpkit.autodiff.numerics import as_real, widened
 
 MAX_PASSES = 10_000
 
@@ -42,9 +42,9 @@ def derivative(y: Tensor, x: Tensor, order: int = 1, *, squeeze: bool = False) -
         ``[B, *S, ..., *S]`` with ``S`` k times (without ``B`` if ``y`` is one number).
 
     Raises:
-        ValueError: if the shapes do not fit, ``x`` does not require grad, or ``y`` was not computed
-            from it but from the same leaf, as if x is a slice taken afterwards; if ``order`` < 1,
-            or more than ten thousand backward passes would be needed.
+        ValueError: if the shapes do not fit, a tensor is complex, ``x`` does not require grad, or
+            ``y`` was not computed from it but from the same leaf, as if x is a slice taken
+            afterwards; if ``order`` < 1, or it would take over ten thousand backward passes.
         RuntimeError: if torch has no derivative of that order through the graph, or a wrong one.
 
     >>> import torch
@@ -69,6 +69,10 @@ def derivative(y: Tensor, x: Tensor, order: int = 1, *, squeeze: bool = False) -
         raise ValueError(
             "`derivative(y, x)` needs an x that requires grad; "
             "call x.requires_grad_() before y is computed from it"
+        )
+    if x.is_complex() or y.is_complex():
+        raise ValueError(
+            "`derivative(y, x)` takes real tensors; got a complex one: use torch.view_as_real"
         )
     batched = y.ndim > 0 and not (y.numel() == 1 and x.ndim == 0)
     if batched and (x.ndim == 0 or y.numel() != len(x) or len(y) != len(x)):
@@ -128,7 +132,12 @@ def derivative_rows(
 
 
 def as_rows(x: Tensor, batched: bool) -> Tensor:
-    """Return ``x`` as ``[G, n]``: one row per sample, or a single row if not ``batched``."""
+    """Return ``x`` as ``[G, n]``: one row per sample, or a single row if not ``batched``.
+
+    A complex ``x`` gives 2n real entries, see `as_real`.
+    """
+    if x.is_complex():
+        x = as_real(x).reshape(len(x) if batched else 1, -1)
     if batched and x.ndim == 2:
         return x
     return x.flatten(1) if batched and x.ndim > 1 else x.reshape(len(x) if batched else 1, -1)
@@ -225,12 +234,13 @@ def products(
 def gradient_norm(value: Tensor, parameters: list[Tensor]) -> Tensor:
     """Return the norm of the gradient in all parameters together, not differentiable."""
     grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-    squares = [g.detach().to(wide(g)).square().sum() for g in grads if g is not None]
+    squares = [as_real(widened(g.detach())).square().sum() for g in grads if g is not None]
     return torch.stack(squares).sum().sqrt() if squares else value.new_zeros(())
 
 
 def squared_length(parts: tuple[Tensor, ...]) -> Tensor:
     """Return the sum of all squares ``[1]``, in float32 or better."""
+    parts = tuple(as_real(part) for part in parts)
     if sum(part.numel() for part in parts) < SMALL:
         parts = (torch.cat([part.reshape(-1) for part in parts]),)
     squares = [(p if p.dtype.itemsize > 2 else p.float()).square().sum() for p in parts]

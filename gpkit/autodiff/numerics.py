@@ -37,6 +37,22 @@ def reduce_rows(rows: Iterable[tuple[Tensor, ...]], norm: str) -> Tensor:
     return total if norm == "l2" else total.square()
 
 
+def as_real(x: Tensor) -> Tensor:
+    """Return ``x``, or the real and imaginary parts ``[*S, 2]`` of a complex ``x`` ``[*S]``.
+
+    So every norm of a gradient in complex weights is one over their real and imaginary parts, as
+    torch's optimisers see them: ‖g‖² is the sum of |g|².
+    """
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+def shaped(row: Tensor, x: Tensor) -> Tensor:
+    """Return a row or rows of real entries in the shape and dtype of ``x``, see `as_real`."""
+    if x.is_complex():
+        return torch.view_as_complex(row.reshape(*x.shape, 2).contiguous()).to(x.dtype)
+    return row.reshape(x.shape).to(x.dtype)
+
+
 def root(squared_norms: Tensor) -> Tensor:
     """Return the square root, with the derivative zero at zero instead of infinity.
 
@@ -72,7 +88,8 @@ def over_all(
 ) -> Tensor:
     """Return the sum or maximum of ``entry(x)`` >= 0 over all entries: a scalar."""
     together = torch.sum if reduce == "sum" else torch.amax
-    return together(torch.stack([together(entry(widened(t)).reshape(-1), 0) for t in tensors]), 0)
+    parts = [entry(as_real(widened(t))).reshape(-1) for t in tensors]
+    return together(torch.stack([together(part, 0) for part in parts]), 0)
 
 
 def over_rows(
@@ -103,16 +120,18 @@ def dual(grads: Sequence[Tensor], norm: str, over: Over = over_all) -> tuple[Ten
     >>> n.item(), v.tolist()
     (4.0, [0.0, -0.5, 0.5])
     """
-    grads = [widened(g) for g in grads]
+    given = [widened(g) for g in grads]
     if norm == "l2":
-        n = over(grads, torch.square, "sum").sqrt()
-        return n, [g * torch.where(n == 0, n, 1 / n) for g in grads]
+        n = over(given, torch.square, "sum").sqrt()
+        return n, [g * torch.where(n == 0, n, 1 / n) for g in given]
+    parts = [as_real(g) for g in given]
     if norm == "l1":
-        return over(grads, torch.abs, "sum"), [g.sign() for g in grads]
-    n = over(grads, torch.abs, "max")
-    largest = [g.sign() * (g.abs() == n) for g in grads]
+        n = over(given, torch.abs, "sum")
+        return n, [shaped(p.sign(), g) for p, g in zip(parts, given, strict=True)]
+    n = over(given, torch.abs, "max")
+    largest = [p.sign() * (p.abs() == n) for p in parts]
     count = over(largest, torch.abs, "sum")
-    return n, [v / count.clamp(min=1) for v in largest]
+    return n, [shaped(v / count.clamp(min=1), g) for v, g in zip(largest, given, strict=True)]
 
 
 def steepest(rows: Rows, norm: str) -> Rows:

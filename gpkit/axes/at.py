@@ -257,6 +257,11 @@ def require_floating(x: Tensor) -> None:
     Raises:
         TypeError: if the dtype of ``x`` is not floating-point.
     """
+    if x.is_complex():
+        raise TypeError(
+            f"a penalty takes real samples; got {x.dtype}: give it torch.view_as_real(x), and a "
+            "function that begins with torch.view_as_complex"
+        )
     if not x.is_floating_point():
         raise TypeError(
             f"a gradient needs floating-point samples; got {x.dtype}: "

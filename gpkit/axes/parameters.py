@@ -28,6 +28,8 @@ from gpkit.estimators.window import POOLED, Window
 class weights(Variables):
     """The parameters that require grad: all of them, or those whose names match a pattern.
 
+    A complex parameter counts as its real and imaginary parts, so ‖g‖² is the sum of |g|².
+
     Args:
         match: a shell pattern for the names in ``module.named_parameters()``, such as "head.*".
             Any pattern but "*" needs a call with the module: ``penalty(loss, net)``.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gpkit import checks
 from gpkit.autodiff.derivatives import as_rows, gradients, mended
-from gpkit.autodiff.numerics import length_of, nonzero_mask, reduce_rows, steepest, wide
+from gpkit.autodiff.numerics import length_of, nonzero_mask, reduce_rows, shaped, steepest, wide
 from gpkit.autodiff.random import Source
 from gpkit.estimators.base import Estimator, Target, require_function, require_gradient
 
@@ -63,7 +63,7 @@ class curvature_difference(Estimator):
         length = length_of(signs)
         scale = (self.h / torch.where(length > 0, length, torch.ones_like(length))).unsqueeze(1)
         pairs = zip(target.xs, signs, strict=True)
-        xs = tuple(x + (v * scale).reshape(x.shape).to(x.dtype) for x, v in pairs)
+        xs = tuple(x + shaped(v * scale, x) for x, v in pairs)
         moved_y = evaluate(*xs)
         with mended(moved_y):
             there = gradients(moved_y.sum(), xs)

@@ -24,6 +24,7 @@ from gpkit.autodiff.numerics import (
     pairwise_sums,
     reduce_rows,
     root,
+    shaped,
     spacing,
     steepest,
     widened,
@@ -150,7 +151,7 @@ class finite_difference(Estimator):
                     return widened(target.y).squeeze(1)
                 moves = [(h * sign).unsqueeze(1) * v for v in directions]
                 pairs = zip(target.xs, moves, strict=True)
-                y = evaluate(*[x + move.reshape(x.shape).to(x.dtype) for x, move in pairs])
+                y = evaluate(*[x + shaped(move, x) for x, move in pairs])
                 self.hold(gates, y)
                 return widened(y).squeeze(1)
 
@@ -274,7 +275,7 @@ class finite_difference(Estimator):
                 if sign == 0:
                     return [widened(g) for g in base]
                 pairs = zip(target.xs, ws, strict=True)
-                y = evaluate(*[x + (sign * h * w).reshape(x.shape).to(x.dtype) for x, w in pairs])
+                y = evaluate(*[x + shaped(sign * h * w, x) for x, w in pairs])
                 self.hold(gates, y)
                 there = first_gradients(y, tuple(leaves))
                 return [widened(g) for g in zeros_for_none(there, leaves)]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gpkit import checks
 from gpkit.autodiff.derivatives import as_rows, gradients, products
-from gpkit.autodiff.numerics import length_of, normalized, wide, widened
+from gpkit.autodiff.numerics import length_of, normalized, shaped, wide, widened
 from gpkit.autodiff.random import Source, normal
 from gpkit.estimators.base import Estimator, Target
 
@@ -88,7 +88,7 @@ class power_iteration(Estimator):
             if not basis[1:]:
                 scale = torch.stack([r.abs().amax(1, keepdim=True) for r in rows]).amax(0)
                 scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-            v = [r.reshape(x.shape).to(x.dtype) for r, x in zip(normalized(rows), xs, strict=True)]
+            v = [shaped(r, x) for r, x in zip(normalized(rows), xs, strict=True)]
             w = widened(products(pulled, (free,), v)[0]) / scale
             images.append(w * length_of([r / scale for r in rows]).unsqueeze(1))
             for _ in range(2):  # once more, because rounding leaves a part of a short remainder

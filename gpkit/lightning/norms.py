@@ -8,7 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from gpkit.autodiff.numerics import wide
+from gpkit.autodiff.numerics import as_real, wide, widened
 
 
 def flat_entries(grad: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def weight_norm(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
     if not trained or not loss.requires_grad:
         return loss.new_zeros(())
     grads = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
-    squares = [g.to(wide(g)).square().sum() for g in grads if g is not None]
+    squares = [as_real(widened(g)).square().sum() for g in grads if g is not None]
     return torch.stack(squares).sum().sqrt() if squares else loss.new_zeros(())
 
 

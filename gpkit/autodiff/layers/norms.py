@@ -16,7 +16,7 @@ from gpkit.autodiff.derivatives import first_gradients, gradients_at
 from gpkit.autodiff.layers.gram import Part, squared_norm
 from gpkit.autodiff.layers.recording import Recording
 from gpkit.autodiff.layers.rules import has_rule, parts_of
-from gpkit.autodiff.numerics import wide, widened
+from gpkit.autodiff.numerics import as_real, wide, widened
 
 
 def sample_norms(losses: Tensor, parameters: Sequence[Tensor], recording: Recording) -> Tensor:
@@ -85,7 +85,7 @@ def _agrees(recording: Recording, losses: Tensor, parameters: Sequence[Tensor]) 
     n2 = sample_norms(losses, parameters, recording).detach()
     for i in (0, -1):
         grads = first_gradients(losses[i], tuple(parameters))
-        own = sum(widened(g).square().sum() for g in grads if g is not None)
+        own = sum(as_real(widened(g)).square().sum() for g in grads if g is not None)
         if not torch.allclose(n2[i], torch.as_tensor(own).to(n2), rtol=1e-2, atol=1e-30):
             return False
     return True

@@ -17,7 +17,7 @@ from gpkit.autodiff import graph
 from gpkit.autodiff.gates import Gates, recorded
 from gpkit.autodiff.isolation import isolated
 from gpkit.autodiff.known_gradient import known_gradient, perturbed
-from gpkit.autodiff.numerics import spacing, widened, zeros_for_none
+from gpkit.autodiff.numerics import as_real, spacing, widened, zeros_for_none
 from gpkit.estimators.base import Recomputable
 from gpkit.estimators.finite_difference import finite_difference
 from gpkit.formula import Terms
@@ -254,7 +254,7 @@ def reduce_over_shards(tensors: Sequence[Tensor], entry: Entry, reduce: str = "s
     reduction = torch.sum if reduce == "sum" else torch.amax
     ways: dict[Any, list[Tensor]] = {}
     for t, shard in zip(tensors, local_shards(tensors), strict=True):
-        part = entry(widened(shard)).reshape(-1)
+        part = entry(as_real(widened(shard))).reshape(-1)
         part = reduction(torch.cat([part, part.new_zeros(1)]), 0)  # a shard may be empty
         ways.setdefault((t.device_mesh, t.placements), []).append(part)  # type: ignore[attr-defined]
     totals = []
