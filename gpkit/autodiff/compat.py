@@ -6,12 +6,13 @@ one, `tests/autodiff/test_torch_compat.py` fails with its name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from operator import attrgetter
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -187,6 +188,38 @@ def is_static_ddp(node: Any) -> bool:
     """
     owner = getattr(node, "ddp_weakref", None)
     return owner is not None and bool(getattr(owner(), "static_graph", False))
+
+
+@contextmanager
+def recomputing_by(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Let what is checkpointed in this context, without re-entry, be run again by other functions.
+
+    The public ``context_fn`` is an argument of each call of `torch.utils.checkpoint.checkpoint`, in
+    the user's own net.
+
+    Args:
+        wrap: given the function that runs a part of the net again, returns another to be called.
+
+    Yields:
+        Nothing.
+    """
+    module: Any = torch.utils.checkpoint
+    frame = getattr(module, FRAME, None)
+    if frame is None:
+        yield
+        return
+
+    def wrapped(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return frame(wrap(function), *args, **kwargs)
+
+    setattr(module, FRAME, wrapped)
+    try:
+        yield
+    finally:
+        setattr(module, FRAME, frame)
+
+
+FRAME = "_CheckpointFrame"  # what holds the function that runs a checkpointed part again
 
 
 def in_backward() -> bool:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from gpkit.autodiff.compat import attention_switch
+from gpkit.autodiff.compat import attention_switch, recomputing_by
 from gpkit.autodiff.norm_layers import elementary
 from gpkit.autodiff.random import RandomState, seeded
-from gpkit.autodiff.state import Start, own_state, own_streams
+from gpkit.autodiff.state import Start, own_state, own_streams, start_of
 
 RUNNING: list[bool] = []  # one entry for each forward pass of a penalty that is running now
 FORWARDS = ("isolated", "training", "eval")  # the ways to run a forward pass of a penalty
@@ -35,7 +35,8 @@ def isolated(
     of your own modules. Dropout draws from ``seed``,
     and the random states of ``device``, of the CPU, of NumPy, of Python and of generators that the
     function refers to are restored at the end. Attention,
-    recurrent nets and norm layers use kernels that have the derivatives.
+    recurrent nets and norm layers use kernels that have the derivatives. What the function
+    checkpoints, without re-entry, is run again in the same way, in whichever backward pass.
 
     Args:
         function: the function to be called, or a module that it runs. Other modules are found when
@@ -59,7 +60,19 @@ def isolated(
         if twice:
             stack.enter_context(double_backward(order))
         stack.enter_context(own_state(function, start, evaluating=evaluating))
-        yield
+
+        def recomputed(part: Callable[..., Any]) -> Callable[..., Any]:
+            before = start_of(function, device)
+
+            def again(*args: Any, **kwargs: Any) -> Any:
+                kernels = double_backward(order) if twice else nullcontext()
+                with running(), kernels, own_state(function, before, evaluating=evaluating):
+                    return part(*args, **kwargs)
+
+            return again
+
+        with recomputing_by(recomputed):
+            yield
 
 
 def in_penalty() -> bool:

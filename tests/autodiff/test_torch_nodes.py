@@ -204,3 +204,18 @@ def runs(reentrant):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_in_backward(reentrant):
     require(runs(reentrant) == [False, True] and not compat.in_backward(), "in_backward", AGAIN)
+
+
+def test_recomputing_by():
+    calls = []
+
+    def wrap(part):
+        return lambda *args: calls.append(args) or part(*args)
+
+    with compat.recomputing_by(wrap):
+        y = checkpoint(torch.tanh, point(), use_reentrant=False)
+    checkpoint(torch.tanh, point(), use_reentrant=False).sum().backward()  # outside: as ever
+    assert not calls
+    y.sum().backward()
+    without = "what is checkpointed is run again on the real buffers, with other kernels"
+    require(len(calls) == 1, "recomputing_by", without)
