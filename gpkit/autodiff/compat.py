@@ -192,34 +192,21 @@ def is_static_ddp(node: Any) -> bool:
 
 @contextmanager
 def recomputing_by(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Let what is checkpointed in this context, without re-entry, be run again by other functions.
+    """Let what is checkpointed in this context be run again by ``wrap(function)``.
 
-    The public ``context_fn`` is an argument of each call of `torch.utils.checkpoint.checkpoint`, in
-    the user's own net.
-
-    Args:
-        wrap: given the function that runs a part of the net again, returns another to be called.
-
-    Yields:
-        Nothing.
+    The public ``context_fn`` is an argument of each call of `checkpoint`, in the user's own net.
     """
     module: Any = torch.utils.checkpoint
-    frame = getattr(module, FRAME, None)
-    if frame is None:
-        yield
-        return
+    frame = module._CheckpointFrame  # it holds the function that runs the part again
 
     def wrapped(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return frame(wrap(function), *args, **kwargs)
 
-    setattr(module, FRAME, wrapped)
+    module._CheckpointFrame = wrapped
     try:
         yield
     finally:
-        setattr(module, FRAME, frame)
-
-
-FRAME = "_CheckpointFrame"  # what holds the function that runs a checkpointed part again
+        module._CheckpointFrame = frame
 
 
 def in_backward() -> bool:

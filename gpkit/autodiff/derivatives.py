@@ -240,7 +240,7 @@ def gradient_norm(value: Tensor, parameters: list[Tensor]) -> Tensor:
 
 def squared_length(parts: tuple[Tensor, ...]) -> Tensor:
     """Return the sum of all squares ``[1]``, in float32 or better."""
-    parts = tuple(as_real(part) for part in parts)
+    parts = tuple(torch.view_as_real(p) if p.is_complex() else p for p in parts)
     if sum(part.numel() for part in parts) < SMALL:
         parts = (torch.cat([part.reshape(-1) for part in parts]),)
     squares = [(p if p.dtype.itemsize > 2 else p.float()).square().sum() for p in parts]

@@ -92,8 +92,7 @@ class finite_difference(Estimator):
         UserWarning: if the differences at h and h/2 differ by more than 10 %, or the function has
             other piecewise operations when it runs again.
 
-    Source: Finlay and Oberman (2021), arXiv:1905.11468; in the weights Karakida et al. (2023),
-    arXiv:2210.02720.
+    Source: Finlay and Oberman (2021), arXiv:1905.11468; Karakida et al. (2023), arXiv:2210.02720.
 
     >>> import gpkit
     >>> x, f = torch.tensor([[3.0, 4.0]]), lambda x: (x**2).sum(1) / 2
