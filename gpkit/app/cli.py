@@ -5,8 +5,10 @@ torch is imported only when a job runs, so that ``--help`` is fast.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import hydra
@@ -16,6 +18,8 @@ from omegaconf import DictConfig
 
 import gpkit
 from gpkit.app.overrides import CONFIG_DIR, check_types, explain
+from gpkit.app.result import recorded
+from gpkit.app.sweep import NoteSweep, claim, describe, say_end
 
 # Without this variable Hydra prints an error and exits. It is set here, so that Hydra raises the
 # error and gpkit can report it in one line.
@@ -34,38 +38,50 @@ def main() -> None:
     sys.argv[1:] = sorted(words, key=lambda w: not w.startswith("-") and ("=" in w or w[:1] == "~"))
     if os.environ.get(FULL_ERROR, "0") == "0":
         os.environ[ONE_LINE] = os.environ[FULL_ERROR] = "1"  # the processes of ddp inherit both
-    if ONE_LINE not in os.environ:
-        _job()
-        return
+    NoteSweep.folder = None
     try:
         _job()
     except Exception as error:
-        if not getattr(error, "reported", False):
-            _report(explain_composed(error))
+        if ONE_LINE not in os.environ:
+            raise
+        _report(explain_composed(error))
+        sys.exit(1)
+    finally:
+        unfinished = 0 if NoteSweep.folder is None else say_end(NoteSweep.folder)
+    if unfinished:
         sys.exit(1)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
 def _job(cfg: DictConfig) -> float | None:
     """Run one job and return its metric to the sweeper."""
-    overrides = list(HydraConfig.get().overrides.task)
-    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    try:
-        check_types(cfg, overrides)
-        from gpkit.app.train import run
+    hydra_cfg = HydraConfig.get()
+    overrides = list(hydra_cfg.overrides.task)
+    folder, sweep = Path(hydra_cfg.runtime.output_dir), hydra_cfg.mode == RunMode.MULTIRUN
+    shared = hydra_cfg.job.config.override_dirname.exclude_keys
+    result = describe(cfg, overrides, hydra_cfg.runtime.choices, shared)
+    done = claim(folder, result) if sweep else None
+    if done is not None:
+        print(f"\n  done before: {done.same_as or folder.name}")
+        return done.metrics.get(cfg.optimized_metric)
+    from gpkit.app.train import run  # it loads torch, which takes seconds that are not the run's
 
-        metrics = run(cfg, HydraConfig.get().runtime.output_dir, overrides, sweep=sweep)
+    try:
+        with recorded(result, folder, lambda error: explain(error, overrides)):
+            check_types(cfg, overrides)
+            metrics = run(cfg, folder, overrides, sweep=sweep, result=result)
         return metrics.get(cfg.optimized_metric)
     except Exception as error:
+        if not sweep:
+            if ONE_LINE not in os.environ:
+                raise
+            _report(str(result.error))
+            sys.exit(1)
+        # The other jobs still run, here or in other processes, and `main` exits with code 1.
         if ONE_LINE not in os.environ:
-            raise
-        line = explain(error, overrides)
-        if sweep:  # the other jobs still run; the exit code at the end is 1
-            _report(f"{' '.join(overrides)}: {line}")
-            error.reported = True  # type: ignore[attr-defined]
-            raise
-        _report(line)
-        sys.exit(1)
+            traceback.print_exception(error)
+        _report(f"{' '.join(overrides)}: {result.error}")
+        return math.nan
 
 
 def explain_composed(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import re
 from collections.abc import Sequence
@@ -38,9 +39,19 @@ SEVERAL = ("logger", "callbacks")  # groups of which several files can be chosen
 OmegaConf.register_new_resolver(
     "part", lambda count, share: count and max(1, round(count * share)), replace=True
 )
-OmegaConf.register_new_resolver(
-    "short", lambda name: re.sub(r"[^\w.,=+-]", "_", name)[:120], replace=True
-)
+OmegaConf.register_new_resolver("short", lambda name: short(name), replace=True)
+
+
+def short(name: str, longest: int = 120) -> str:
+    """Return a name for a folder. One that is too long ends with a number, to stay different.
+
+    >>> short("penalty.match=head.*,seed=0"), short("seed=0", 4)
+    ('penalty.match=head._,seed=0', 'seed~d34b9f2c')
+    """
+    plain = re.sub(r"[^\w.,=+-]", "_", name)
+    if len(plain) <= longest:
+        return plain
+    return f"{plain[:longest]}~{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
@@ -65,7 +76,7 @@ def check_types(cfg: DictConfig, overrides: Sequence[str]) -> None:
     """
     typed = parse(overrides)
     for o in typed:
-        if _is_group(o.key_or_group) and isinstance(o.value(), list):
+        if is_group(o.key_or_group) and isinstance(o.value(), list):
             if o.key_or_group not in SEVERAL:
                 raise TypeError(_one_name(o))
         elif o.is_add():
@@ -114,10 +125,11 @@ def _require_reader(cfg: DictConfig, key: str) -> None:
 
 def _is_sweep_or_value(text: str) -> bool:
     """Whether an override without a dot sets a value (``seed=1``), not a group."""
-    return not _is_group(text.lstrip("+~").split("=")[0].split("@")[0])
+    return not is_group(text.lstrip("+~").split("=")[0].split("@")[0])
 
 
-def _is_group(key: str) -> bool:
+def is_group(key: str) -> bool:
+    """Whether a key is a group, of whose files one is chosen."""
     return "." not in key and (CONFIG_DIR / key).is_dir()
 
 
@@ -160,7 +172,7 @@ def explain(error: BaseException, overrides: Sequence[str]) -> str:
     if found := re.search(r"Error (?:loading|locating target) '([^']+)'", text):
         return _unknown_target(found[1])
     if text.startswith("Config group override must be a string"):
-        wrong = [o for o in parse(overrides) if _is_group(o.key_or_group)]
+        wrong = [o for o in parse(overrides) if is_group(o.key_or_group)]
         return _one_name(next(o for o in wrong if not isinstance(o.value(), str)))
     if found := re.search(r"Key '(\w+)' is not in struct", text):
         return f"the config has no {found[1]!r}, but a run needs it: leave out ~{found[1]}"

@@ -32,11 +32,14 @@ from gpkit.app.checkpoints import (
     WholeFiles,
     require_checkpoint,
 )
+from gpkit.app.cost import StepCost
 from gpkit.app.guard import FiniteGuard
 from gpkit.app.interrupts import StopAtSignal
+from gpkit.app.lines import count_parameters, nets_of, results, say_results, say_what_runs
 from gpkit.app.overrides import CONFIG_DIR, check_types, explain, set_keys
-from gpkit.app.report import results, say_results, say_what_runs
+from gpkit.app.result import Result, finite, recorded
 from gpkit.app.settings import RequireMetric, check_values, quiet
+from gpkit.app.sweep import describe
 
 
 def train(overrides: Sequence[str] = (), output_dir: str | Path | None = None) -> dict[str, float]:
@@ -63,18 +66,28 @@ def train(overrides: Sequence[str] = (), output_dir: str | Path | None = None) -
         output_dir = Path("outputs", datetime.now().strftime("%Y-%m-%d/%H-%M-%S-%f"))
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3", job_name="train"):
         try:
-            cfg = compose("train", list(overrides))
+            cfg = compose("train", list(overrides), return_hydra_config=True)
         except Exception as error:
             raise ValueError(explain(error, list(overrides))) from error
+        choices = cfg.hydra.runtime.choices
+        with open_dict(cfg):
+            del cfg["hydra"]
         check_types(cfg, list(overrides))
+        result = describe(cfg, overrides, choices)
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, folder / "config.yaml")
-    return run(cfg, folder, overrides, sweep=True)
+    with recorded(result, folder, lambda error: explain(error, overrides)):
+        return run(cfg, folder, overrides, sweep=True, result=result)
 
 
 def run(
-    cfg: DictConfig, output_dir: str | Path, overrides: Sequence[str] = (), *, sweep: bool = False
+    cfg: DictConfig,
+    output_dir: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    sweep: bool = False,
+    result: Result | None = None,
 ) -> dict[str, float]:
     """Train and test, or do one task with a checkpoint, and write the results.
 
@@ -84,6 +97,7 @@ def run(
         overrides: the options that the user set. A net of the user's own must take these, but need
             not take the others.
         sweep: whether more jobs follow in this process.
+        result: gets the metrics, and what was measured.
 
     Returns:
         The final metrics by name.
@@ -112,6 +126,9 @@ def run(
         Recipes(cfg, recipes(cfg, data, set_keys(overrides))),
     ]
     callbacks += [StopAtSignal(folder / "checkpoints/last.ckpt", overrides)]
+    cost = StepCost()
+    if not cfg.module.get("compile"):  # a compiled loss would be compiled again
+        callbacks.append(cost)
     if has_best:
         callbacks.append(RequireMetric(cfg.optimized_metric))
     trainer = build_trainer(cfg, folder, callbacks, has_best=has_best, sweep=sweep)
@@ -129,11 +146,16 @@ def run(
     if data.test_dataloader():
         metrics |= trainer.test(module, datamodule=data, ckpt_path=tested, verbose=False)[0]
     final = {name: float(value) for name, value in sorted(metrics.items())}
+    tested = str(tested or "the weights of the last step")
+    if result is not None:
+        result.metrics, result.tested = finite(final), tested
+        result.cost_in_plain_steps = cost.plain_steps
+        result.parameters = sum(map(count_parameters, nets_of(module)))
     if trainer.is_global_zero:
         for logger in trainer.loggers:
             log_result(logger, cfg, final, trainer.fit_loop.total_batch_idx)
         write_metrics(folder, final)
-        say_results(folder, final, str(tested or "the weights of the last step"), overrides)
+        say_results(folder, final, tested, overrides)
     return final
 
 
@@ -234,5 +256,5 @@ def hyperparameters(cfg: DictConfig) -> dict[str, Any]:
 
 def write_metrics(folder: Path, metrics: dict[str, float]) -> None:
     """Write metrics.json. NaN and infinities, which JSON does not have, become null."""
-    plain = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-    (folder / "metrics.json").write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n")
+    text = json.dumps(finite(metrics), indent=2, allow_nan=False)
+    (folder / "metrics.json").write_text(text + "\n")

@@ -1,7 +1,6 @@
 """The command line: what is promised works, and every mistake is told in one line."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -9,42 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra.core.global_hydra import GlobalHydra
-
-from gpkit.app.cli import main
 
 pytestmark = pytest.mark.app
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = ["device=cpu", "trainer=fast_dev_run", "trainer.enable_progress_bar=false"]
 HINT = "(HYDRA_FULL_ERROR=1 shows the traceback)"
-
-
-@pytest.fixture
-def command(tmp_path, monkeypatch, capfd):
-    """Run a command line in an empty folder; return the exit code, the output and the errors."""
-    root = logging.getLogger()
-    handlers = root.handlers[:]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    for name in ("HYDRA_FULL_ERROR", "GPKIT_ONE_LINE_ERRORS"):
-        monkeypatch.setenv(name, "0")  # so that monkeypatch puts back what main sets
-        monkeypatch.delenv(name)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["train.py", *words])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-        return code, *capfd.readouterr()
-
-    yield run
-    GlobalHydra.instance().clear()
-    for handler in set(root.handlers) - set(handlers):
-        handler.close()
-    root.handlers = handlers
 
 
 def written(folder="outputs/*/*"):
@@ -150,26 +119,6 @@ def test_mistakes_beside_a_config_of_your_own(word, told, command, configs):
     assert code == 1
     assert told in errors
     assert errors.count("\n") == 1
-
-
-def test_a_sweep_goes_on_after_a_job_that_fails(command):
-    code, _, errors = command("-m", *FAST, "model.width=0,8", "penalty=none")
-    assert code == 1
-    first, *others = errors.splitlines()
-    told = f"penalty=none: `MLP(width=...)` must be an integer >= 1; got 0 {HINT}"
-    assert first.startswith("error: device=cpu trainer=fast_dev_run")  # the job
-    assert first.endswith(f"model.width=0 {told}")
-    assert len(others) == 1  # Hydra's: "Error executing job with overrides: [...]"
-    assert written("multirun/*/*/1-*")["test/acc"] >= 0
-    assert not list(Path().glob("multirun/*/*/0-*/metrics.json"))
-
-
-def test_a_sweep_returns_its_metrics(command):
-    code, _, errors = command("-m", *FAST, "penalty=none,jacobian", "seed=0,1")
-    assert (code, errors) == (0, "")
-    losses = [written(f"multirun/*/*/{job}-*")["train/loss"] for job in range(4)]
-    assert losses[0] == losses[2]  # the penalty changes nothing before the first step
-    assert losses[0] != losses[1]
 
 
 # Mistakes.

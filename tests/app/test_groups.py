@@ -88,6 +88,7 @@ def test_several_loggers_and_none(tmp_path):
         "checkpoints",
         "config.yaml",
         "metrics.json",
+        "result.json",
     }
 
 

@@ -39,8 +39,12 @@ def describe(net: nn.Module) -> str:
     >>> describe(nn.Linear(2, 3))
     'Linear with 9 parameters'
     """
-    count = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    return f"{type(net).__name__} with {count:,} parameters"
+    return f"{type(net).__name__} with {count_parameters(net):,} parameters"
+
+
+def count_parameters(net: nn.Module) -> int:
+    """Return how many numbers of a net are trained."""
+    return sum(p.numel() for p in net.parameters() if p.requires_grad)
 
 
 def sizes(data: Any) -> str:

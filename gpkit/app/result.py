@@ -1,0 +1,232 @@
+"""``result.json``: what a run was, how it ended, and its metrics. Needs neither Hydra nor torch."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+NAME, SWEEP = "result.json", "sweep.json"
+# Options that change what a run shows and where, not what it computes.
+SHOWN = ("run_dir", "total_steps", "logger", "optimized_metric")
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # set in each process of a distributed run
+
+
+@dataclass
+class Result:
+    """A run, in plain values.
+
+    Args:
+        config: the composed config.
+        overrides: the options that were typed.
+        varied: what the sweep varies, with this run's values; of a single run, what was typed.
+        choices: the name that was chosen of each group.
+        status: running, finished, failed, interrupted by a signal, or same, as another run of the
+            sweep. A run that is dead and says running was killed: see `state`.
+        error: the line of the error of a run that failed.
+        same_as: the folder of the run that is the same.
+        metrics: the final metrics by name; None for one that is not finite.
+        seconds: the wall time.
+        cost_in_plain_steps: the time of a training step, divided by that of a step without
+            penalties; None if it was not measured.
+        parameters: how many numbers were trained.
+        tested: the checkpoint that was tested.
+        started: the local time at which the run began.
+        host: the machine of the run.
+        pid: the process of the run.
+    """
+
+    config: dict[str, Any]
+    overrides: list[str] = field(default_factory=list)
+    varied: dict[str, Any] = field(default_factory=dict)
+    choices: dict[str, Any] = field(default_factory=dict)
+    status: str = "running"
+    error: str | None = None
+    same_as: str | None = None
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    seconds: float | None = None
+    cost_in_plain_steps: float | None = None
+    parameters: int | None = None
+    tested: str | None = None
+    started: str = field(default_factory=lambda: datetime.now().isoformat(timespec="seconds"))
+    host: str = field(default_factory=platform.node)
+    pid: int = field(default_factory=os.getpid)
+
+    @property
+    def state(self) -> str:
+        """The status; killed for a run that says running and is dead."""
+        if self.status != "running" or self.host != platform.node():
+            return self.status
+        return "running" if _alive(self.pid) else "killed"
+
+    def options(self, keys: Iterable[str]) -> dict[str, str]:
+        """Return those of the options that have one of these keys, as they were typed."""
+        typed = dict(text.lstrip("+~").partition("=")[::2] for text in self.overrides)
+        return {key: typed[key] for key in keys if key in typed}
+
+    def same(self, other: Result) -> bool:
+        """Whether another run computes the same: no penalty is the same for any weight of it."""
+        return what_it_computes(self.config) == what_it_computes(other.config)
+
+    def write(self, folder: Path) -> None:
+        """Write ``result.json``: beside its place first, so that it is never half a file."""
+        if any(os.environ.get(name, "0") != "0" for name in RANKS):
+            return  # one process of a run writes it
+        folder.mkdir(parents=True, exist_ok=True)
+        beside = folder / f".{NAME}.{os.getpid()}"
+        beside.write_text(json.dumps(plain(asdict(self)), indent=2, allow_nan=False) + "\n")
+        beside.replace(folder / NAME)
+
+    @staticmethod
+    def read(folder: Path) -> Result | None:
+        """Return the result in a folder; None if there is none.
+
+        Raises:
+            ValueError: if the file is damaged.
+        """
+        try:
+            found = json.loads((folder / NAME).read_text())
+            known = {f.name for f in fields(Result)}
+            return Result(**{k: v for k, v in found.items() if k in known})
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / NAME} is no result of a run: {error}") from error
+
+
+def what_it_computes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of a config that the numbers of a run depend on.
+
+    >>> none = {"_target_": "gpkit.none", "weight": 0.1}
+    >>> what_it_computes({"penalty": none, "seed": 1, "logger": {}})
+    {'penalty': {'_target_': 'gpkit.none'}, 'seed': 1}
+    """
+    kept = {k: v for k, v in config.items() if k not in SHOWN}
+    if is_baseline(config):
+        kept["penalty"] = {"_target_": config["penalty"]["_target_"]}
+    return kept
+
+
+def is_baseline(config: Mapping[str, Any]) -> bool:
+    """Whether a run has no penalty."""
+    penalty = config.get("penalty")
+    return isinstance(penalty, Mapping) and penalty.get("_target_") == "gpkit.none"
+
+
+@contextmanager
+def recorded(
+    result: Result, folder: Path, tell: Callable[[BaseException], str]
+) -> Iterator[Result]:
+    """A context for a run, at whose end ``result.json`` says how it ended.
+
+    Args:
+        result: of the run so far.
+        folder: of the run.
+        tell: returns the line of an error.
+
+    Yields:
+        The result, to be filled.
+
+    Raises:
+        BaseException: what the run raises.
+    """
+    start = time.perf_counter()
+    result.write(folder)
+    try:
+        yield result
+        result.status = "finished"
+    except BaseException as error:
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            result.status = "interrupted"
+        else:
+            result.status, result.error = "failed", tell(error)
+        raise
+    finally:
+        result.seconds = time.perf_counter() - start
+        result.write(folder)
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON has it: numbers that are not finite become words.
+
+    >>> plain({"weight": math.inf, "sizes": (1, 2)})
+    {'weight': 'inf', 'sizes': [1, 2]}
+    """
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def jobs_of(swept: Mapping[str, Sequence[str] | None]) -> list[dict[str, str]] | None:
+    """Return what each job of a sweep sets; None if a search chooses it.
+
+    >>> jobs_of({"penalty": ["none", "r1"], "seed": ["0"]})
+    [{'penalty': 'none', 'seed': '0'}, {'penalty': 'r1', 'seed': '0'}]
+    """
+    lists = list(swept.values())
+    if any(each is None for each in lists):
+        return None
+    product = itertools.product(*(each for each in lists if each is not None))
+    return [dict(zip(swept, each, strict=True)) for each in product]
+
+
+def read_sweep(place: Path) -> dict[str, Any] | None:
+    """Return what ``sweep.json`` says of a sweep: its options, and what it varies; None without it.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    try:
+        found = json.loads((place / SWEEP).read_text())
+        return {"overrides": list(found["overrides"]), "swept": dict(found["swept"])}
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{place / SWEEP} does not describe a sweep: {error}") from error
+
+
+def results_in(place: Path) -> dict[str, Result]:
+    """Return the results of the jobs of a sweep, by the name of their folder, in order.
+
+    A job that is the same as another one has the metrics of that one.
+    """
+
+    def order(path: Path) -> tuple[int, str]:
+        number = path.name.partition("-")[0]
+        return (int(number) if number.isdigit() else sys.maxsize, path.name)
+
+    folders = sorted((path.parent for path in place.glob(f"*/{NAME}")), key=order)
+    found = {path.name: r for path in folders if (r := Result.read(path)) is not None}
+    for r in found.values():
+        if r.same_as in found:
+            r.metrics = found[r.same_as].metrics
+    return found
+
+
+def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Return metrics with None for what is not finite, which JSON does not have."""
+    return {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user, so it is there
+        return True
+    return True
