@@ -20,6 +20,7 @@ from gpkit.autodiff.distributed import require_dynamic_graph
 from gpkit.autodiff.numerics import root
 from gpkit.autodiff.random import Source, has_ranks
 from gpkit.axes.form import Form
+from gpkit.axes.given.sample_weight import weighted_mean, weighted_sum
 from gpkit.estimators.base import Estimator, Target
 
 # amax splits its gradient among tied groups. The mean over ranks is taken by DDP.
@@ -49,6 +50,7 @@ class Terms:
         weight: the factor of ``reduced`` at this step.
         reduced: the mean of the values, a scalar; or their sum or maximum, by ``reduce``.
         outputs: what was differentiated, in a distributed run.
+        sample_weight: the weights of the norms ``[G]``; None if all weigh the same.
     """
 
     squared_norms: Tensor
@@ -56,11 +58,19 @@ class Terms:
     weight: float
     reduced: Tensor
     outputs: Sequence[Tensor] = ()
+    sample_weight: Tensor | None = None
 
     @property
     def norms(self) -> Tensor:
         """Return n, ``[G]``."""
         return root(self.squared_norms)
+
+    @property
+    def mean_norm(self) -> Tensor:
+        """Return the mean of the norms, a scalar, without a graph."""
+        norms = self.norms.detach()
+        weights = self.sample_weight
+        return norms.mean() if weights is None else weighted_mean(norms, weights.detach())
 
     @property
     def penalty(self) -> Tensor:
@@ -75,7 +85,7 @@ class Terms:
         """Return the same terms without graphs."""
         parts = (self.squared_norms, self.values, self.reduced)
         n2, values, reduced = (t.detach() for t in parts)
-        return Terms(n2, values, self.weight, reduced)
+        return Terms(n2, values, self.weight, reduced, (), self.sample_weight)
 
 
 def squared_norms(
@@ -85,6 +95,7 @@ def squared_norms(
     scale: Tensor | float | None = None,
     *,
     observe: bool = False,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Return n² ``[G]``: the squared norm of each group's derivative.
 
@@ -95,6 +106,7 @@ def squared_norms(
         scale: the factor of a gradient scaler: ``scale·y`` is differentiated, and n² is divided by
             ``scale²``.
         observe: as in `terms`.
+        weights: as in `terms`.
 
     Returns:
         n² ``[G]``, differentiable.
@@ -104,7 +116,8 @@ def squared_norms(
     if scale is not None:
         targets = [target.scaled(scale) for target in targets]
     if targets[0].mean and axes.estimator.first_order:
-        targets = [replace(target, share=partial(_share, axes, observe)) for target in targets]
+        share = partial(_share, axes, observe, weights)
+        targets = [replace(target, share=share) for target in targets]
     of = partial(axes.estimator.squared_norms, order=axes.order, norm=axes.form.norm, rng=rng)
     if axes.estimator.first_order:
         parts = [of(target) for target in targets]
@@ -123,6 +136,7 @@ def terms(
     *,
     observe: bool = False,
     targets: Sequence[Target] = (),
+    weights: Tensor | None = None,
 ) -> Terms:
     """Return the terms for given squared norms.
 
@@ -132,6 +146,7 @@ def terms(
         weight: the factor of the reduced value.
         observe: whether to update the state of the form, such as a running average.
         targets: the outputs that were differentiated.
+        weights: the weights of the values ``[G]``; None if all weigh the same.
 
     Returns:
         The terms.
@@ -142,16 +157,19 @@ def terms(
         axes.form.observe(n2)
     values = form(n2)
     outputs = [target.y for target in targets] if has_ranks() else ()
-    return Terms(n2, values, weight, reduced(values, axes.reduce), outputs)
+    total = reduced(values, axes.reduce, weights)
+    return Terms(n2, values, weight, total, outputs, weights)
 
 
-def reduced(values: Tensor, how: str = "mean") -> Tensor:
+def reduced(values: Tensor, how: str = "mean", weights: Tensor | None = None) -> Tensor:
     """Return the mean of the values ``[G]``, their sum or their maximum: a scalar."""
+    if weights is not None:
+        return weighted_mean(values, weights) if how == "mean" else weighted_sum(values, weights)
     return values.reshape(()) if values.shape[0] == 1 else REDUCTIONS[how](values)
 
 
-def _share(axes: Axes, observe: bool, n2: Tensor) -> Tensor:
+def _share(axes: Axes, observe: bool, weights: Tensor | None, n2: Tensor) -> Tensor:
     """Return the derivative of the reduced value with respect to n², ``[G]``, without a graph."""
     n2 = n2.detach().requires_grad_()
     form = axes.form.for_call(n2) if observe else axes.form
-    return torch.autograd.grad(reduced(form(n2), axes.reduce), n2)[0]
+    return torch.autograd.grad(reduced(form(n2), axes.reduce, weights), n2)[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, TypedDict
 
@@ -14,27 +14,29 @@ from gpkit.autodiff import graph
 from gpkit.autodiff.activations import names
 from gpkit.autodiff.isolation import FORWARDS
 from gpkit.autodiff.random import Source, device_of
-from gpkit.autodiff.state import start_of
 from gpkit.axes import scope as scopes
 from gpkit.axes.at import At, as_at
 from gpkit.axes.call import Call
 from gpkit.axes.form import Form, as_form
+from gpkit.axes.given.given import Given, completed
+from gpkit.axes.given.keys import Keys, Metric, as_keys, as_metric
 from gpkit.axes.of import Of
-from gpkit.axes.parameters import layers_for, weights
+from gpkit.axes.parameters import weights
 from gpkit.axes.weight import Schedule
 from gpkit.axes.wrt import Variables, inputs
 from gpkit.effect import trains
 from gpkit.estimators import ESTIMATORS
-from gpkit.estimators.base import Estimator, Recomputable, Target, Targets
+from gpkit.estimators.base import Estimator, Target, Targets
 from gpkit.estimators.exact import exact
 from gpkit.estimators.projection import projection
-from gpkit.estimators.window import summarised
 from gpkit.formula import Terms
 from gpkit.penalty import Penalty
+from gpkit.with_loss import with_loss
 
 VARIABLES: dict[str, type[Variables]] = {"input": inputs, "weight": weights}
 AXES = (
-    "of", "wrt", "scope", "order", "form", "at", "estimator", "forward", "reduce", "weight", "every"
+    "of", "wrt", "scope", "order", "form", "at", "estimator", "forward", "reduce", "metric",
+    "given", "weight", "every",
 )  # fmt: skip
 NO_GRAPH = (
     "the penalty has nothing to differentiate: the tensor has no graph. Was it computed under "
@@ -54,6 +56,8 @@ class Axes(TypedDict, total=False):
     estimator: str | Estimator | None
     forward: str
     reduce: str
+    metric: Metric | None
+    given: Keys | None
     every: int
     seed: int | None
     name: str
@@ -105,6 +109,11 @@ class GradientPenalty(Penalty):
             statistics and the vectors of spectral norm move, and dropout draws from torch's global
             stream, as in a hand-written loop. "eval": in eval mode. Not for a tensor.
         reduce: "mean" over the groups, "sum", or "max": the largest value in the micro-batch.
+        metric: A, a function of the variable x -> A: n is the norm of A ∘ D f, such as
+            ``metric=torch.abs``. A call with ``metric=`` of its own has that.
+        given: what a call must give, "target", "metric" or "sample_weight", each with the key of
+            the entry of a batch where Lightning modules find it, or a function of the batch:
+            ``given={"target": "forces"}``. See `Penalty.__call__` for their meaning.
         weight: λ >= 0, or a schedule: a function of the optimiser step.
         every: act on every k-th step, with the weight multiplied by k (lazy regularisation).
         seed: the seed of the penalty's random numbers; None uses torch's initial seed. Each rank
@@ -122,6 +131,8 @@ class GradientPenalty(Penalty):
     160.0
     """
 
+    compares = True
+
     def __init__(
         self,
         *,
@@ -134,6 +145,8 @@ class GradientPenalty(Penalty):
         estimator: str | Estimator | None = None,
         forward: str = "isolated",
         reduce: str = "mean",
+        metric: Metric | None = None,
+        given: Keys | None = None,
         weight: float | Schedule = 1.0,
         every: int = 1,
         seed: int | None = None,
@@ -154,6 +167,8 @@ class GradientPenalty(Penalty):
         self.named = tuple(names(self.of, self.wrt))  # activations
         self.forward = checks.choice("forward=...", forward, FORWARDS)
         scopes.check(self.scope, self.order, self.estimator, self.forward)
+        self.metric = as_metric("metric=...", metric)
+        self.given = as_keys("given=...", given)
         self.reduce = checks.choice("reduce=...", reduce, formula.REDUCTIONS)
         super().__init__(weight=weight, every=every, seed=seed, name=name)
 
@@ -168,6 +183,7 @@ class GradientPenalty(Penalty):
         scale: Tensor | float | None = None,
         *,
         acts: bool = False,
+        given: Given | None = None,
     ) -> Terms:
         """Return the terms for a weight: the formula, evaluated from right to left.
 
@@ -180,6 +196,7 @@ class GradientPenalty(Penalty):
             seed: the seed of this evaluation's random numbers.
             scale: the factor of a gradient scaler.
             acts: whether the terms are trained on.
+            given: the target, the metric and the weights of the samples.
 
         Returns:
             The terms.
@@ -189,15 +206,20 @@ class GradientPenalty(Penalty):
                 through it, or if ``acts`` and the penalty depends on no trained parameter.
         """
         train = torch.is_grad_enabled()
+        if given is not None or self.metric is not None or self.given:
+            given = completed(given, self)
         with _graphs(train):
             rng = torch.Generator(device_of(f, args, real, fake)).manual_seed(seed)
-            targets = self._targets(f, args, real, fake, rng, seed, acts)
+            targets, weights = self._targets(f, args, real, fake, rng, seed, acts, given), None
+            if given is not None:
+                targets, weights = given.on(targets, self), given.weights(targets, self)
             known = targets[0] in self.seen
             observe = acts and train
             if not (known or self.estimator.first_order):
                 graph.require_derivatives(targets[0].y, targets[0].xs, self.order + observe)
-            n2 = formula.squared_norms(self, targets, rng, scale, observe=observe)
-            terms = formula.terms(self, n2, weight, observe=observe, targets=targets)
+            options: dict[str, Any] = {"observe": observe, "weights": weights}
+            n2 = formula.squared_norms(self, targets, rng, scale, **options)
+            terms = formula.terms(self, n2, weight, targets=targets, **options)
         if observe and not (known and terms.reduced.requires_grad):
             unused = f"{type(self.wrt).__name__}: {self.wrt.missing}"
             twice = not self.estimator.first_order and scale is None
@@ -214,12 +236,13 @@ class GradientPenalty(Penalty):
         rng: Source,
         seed: int,
         acts: bool,
+        given: Given | None,
     ) -> list[Target]:
         """Return y and x, at the points that ``at`` chooses."""
         if isinstance(f, (Target, Targets)):
             return [f] if isinstance(f, Target) else f
         args = tuple(list(a) if isinstance(a, Iterator) else a for a in args)  # net.parameters()
-        call = Call(self, f, args, real, fake, rng, seed, acts=acts)
+        call = Call(self, f, args, real, fake, rng, seed, acts=acts, given=given)
         call.require_forward()
         targets = list(self.wrt.targets(call))
         if not all(target.y.requires_grad for target in targets):
@@ -259,65 +282,6 @@ class GradientPenalty(Penalty):
     def axes(self) -> dict[str, Any]:
         """Return the choices on the axes by name."""
         return {name: getattr(self, name) for name in AXES}
-
-
-def with_loss(
-    penalties: Sequence[Penalty], closure: Callable[[], Any], net: Any, step: int | None
-) -> Tensor:
-    """Return the loss and weight penalties as one scalar, from one training forward pass.
-
-    Args:
-        penalties: weight penalties.
-        closure: returns the loss.
-        net: the module, or its parameters.
-        step: the optimiser step; None counts the calls.
-
-    Returns:
-        The scalar loss + Σ penalties.
-
-    Raises:
-        TypeError: if a penalty is not a weight penalty, or the closure is not callable.
-    """
-    in_weights = [p for p in penalties if isinstance(p, GradientPenalty) and not p.wrt.batched]
-    if len(in_weights) < len(penalties):
-        raise TypeError(
-            "`with_loss(closure, net)` is for weight penalties; add an input penalty to the loss: "
-            "loss + penalty(f, x)"
-        )
-    if not callable(closure):
-        raise TypeError(
-            f"`with_loss(closure, net)` takes a function that returns the loss; got a "
-            f"{type(closure).__name__}"
-        )
-    net = list(net) if isinstance(net, Iterator) else net
-    first = in_weights[0]
-    if not torch.is_grad_enabled():
-        total = _loss(first, closure()).mean()
-        for penalty in in_weights:
-            total = total + penalty(closure, net, step=step)
-        return total
-    state = start_of((closure, net), device_of(net))
-    with layers_for(in_weights, net) as layers:
-        given: Any = closure()
-    y = _loss(first, given)
-    if len(in_weights) == 1 and not first.estimator.reuses_graph:
-        y = summarised(y) if y.numel() == 1 and y.requires_grad else y
-        given = y
-    total = y.mean()
-    for penalty in in_weights:
-        plain = penalty.estimator.reuses_graph and layers is None
-        f = given if plain else Recomputable(given, closure, state, layers=layers)
-        terms = penalty.act(f, net, step=step)
-        total = total if terms is None else terms.added_to(total)
-    return total
-
-
-def _loss(penalty: GradientPenalty, given: Any) -> Tensor:
-    """Return the loss or losses, selected from the closure's result by ``of``."""
-    y = penalty.of(given) if callable(penalty.of) else given
-    if not isinstance(y, Tensor):
-        raise TypeError(f"the closure must return a loss; got a {type(y).__name__}")
-    return y
 
 
 def _graphs(train: bool) -> AbstractContextManager[Any]:

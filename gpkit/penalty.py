@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gpkit import checks
 from gpkit.autodiff.distributed import tied
 from gpkit.autodiff.random import derived_seed, device_of, has_ranks, rank
+from gpkit.axes.given.given import as_given
 from gpkit.axes.weight import Schedule, as_weight
 from gpkit.effect import SeenNets
 from gpkit.formula import Terms
@@ -40,6 +41,8 @@ class Penalty:
     >>> weight_decay(weight=0.1)(torch.tensor([3.0, 4.0])).item()  # 0.1·25
     2.5
     """
+
+    compares = False  # whether `evaluate` has an argument ``given``, see `gpkit.axes.given.Given`
 
     def __init__(
         self,
@@ -73,6 +76,9 @@ class Penalty:
         *args: Any,
         real: Any = None,
         fake: Any = None,
+        target: Any = None,
+        metric: Any = None,
+        sample_weight: Tensor | None = None,
         step: int | None = None,
         scale: Tensor | float | None = None,
     ) -> Tensor:
@@ -86,6 +92,12 @@ class Penalty:
                 Weight penalty: the module or its parameters.
             real: real samples, ``[B, *S]``.
             fake: fake samples, ``[B, *S]``.
+            target: g: n is the norm of D f - g. The shape is that of the derivative, ``[B, *S]``
+                for one output, ``[B, m, *S]`` for m; for several inputs or parameters a list.
+            metric: A: n is the norm of A ∘ (D f - g). A constant that broadcasts to the derivative,
+                such as a mask ``[*S]``, or a function x -> A.
+            sample_weight: w ``[B]``: the mean over samples is Σ w v / Σ w. A weight penalty of
+                losses ``[B]`` takes the gradient of their weighted mean.
             step: the optimiser step, for the schedule and ``every``; None counts the calls.
             scale: the factor of a gradient scaler, for float16: the penalty differentiates
                 ``scale·f`` and divides by ``scale``, so that the gradient does not underflow. It
@@ -101,7 +113,17 @@ class Penalty:
             TypeError: if an argument has the wrong type.
             ValueError: if the shapes do not fit.
         """
-        terms = self.act(f, *args, real=real, fake=fake, step=step, scale=scale)
+        terms = self.act(
+            f,
+            *args,
+            real=real,
+            fake=fake,
+            target=target,
+            metric=metric,
+            sample_weight=sample_weight,
+            step=step,
+            scale=scale,
+        )
         if terms is None:
             return torch.zeros((), device=device_of(f, args, real, fake))
         if has_ranks() and terms.reduced.requires_grad:
@@ -116,6 +138,7 @@ class Penalty:
         fake: Any = None,
         step: int | None = None,
         scale: Tensor | float | None = None,
+        **given: Any,
     ) -> Terms | None:
         """Return the terms of the penalty, and count a step. Takes the arguments of a call.
 
@@ -124,9 +147,11 @@ class Penalty:
         Returns:
             The terms, or None if the weight is zero or ``every`` skips the step.
         """
+        compared: Any = as_given(given, self) if any_given(given) else {}
 
         def evaluate(weight: float) -> Terms:
-            return self.evaluate(f, args, real, fake, weight, self.next_seed(), scale, acts=True)
+            seed = self.next_seed()
+            return self.evaluate(f, args, real, fake, weight, seed, scale, acts=True, **compared)
 
         return self.act_with(evaluate, step)
 
@@ -147,11 +172,19 @@ class Penalty:
             return None
         terms = evaluate(weight)
         if self._schedule is not None and torch.is_grad_enabled():
-            self._schedule.observe(terms.norms, self.step - 1)
+            equal = terms.sample_weight is None
+            norms = terms.norms if equal else terms.mean_norm.reshape(1)
+            self._schedule.observe(norms, self.step - 1)
         return terms
 
     def terms(
-        self, f: Any, *args: Any, real: Any = None, fake: Any = None, step: int | None = None
+        self,
+        f: Any,
+        *args: Any,
+        real: Any = None,
+        fake: Any = None,
+        step: int | None = None,
+        **given: Any,
     ) -> Terms:
         """Return the norms and values of the penalty. Takes the arguments of a call.
 
@@ -162,7 +195,9 @@ class Penalty:
         """
         step = self.step if step is None else step
         weight = self.weight_at(step - step % self.every)
-        return self.evaluate(f, args, real, fake, weight, self._seed_of(self.draws + 1))
+        seed = self._seed_of(self.draws + 1)
+        compared: Any = as_given(given, self) if any_given(given) else {}
+        return self.evaluate(f, args, real, fake, weight, seed, **compared)
 
     def evaluate(
         self,
@@ -286,3 +321,8 @@ class Penalty:
         if self.seed is None:
             self.seed = torch.initial_seed() % 2**63
         return derived_seed(self.seed, rank(), draws)
+
+
+def any_given(given: Mapping[str, Any]) -> bool:
+    """Whether a call gives more than samples."""
+    return any(value is not None for value in given.values())

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from gpkit.formula import Terms
-from gpkit.gradient_penalty import with_loss
 from gpkit.penalty import Penalty
+from gpkit.with_loss import with_loss
 
 Penalties = Penalty | Mapping[str, Penalty] | Iterable[Penalty]
 

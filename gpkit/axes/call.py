@@ -16,6 +16,7 @@ from gpkit.autodiff.random import RandomState, Source
 from gpkit.autodiff.state import Start, recalls, remember, start_of
 from gpkit.axes.at import Points
 from gpkit.axes.form import Form
+from gpkit.axes.given.given import Given
 from gpkit.axes.of import Of, draw_labels, named_parts, sampled_losses
 from gpkit.estimators.base import Estimator, Recomputable
 from gpkit.estimators.repeats import SAME, require_same
@@ -49,6 +50,7 @@ class Call:
         rng: the random numbers of points and estimators.
         seed: the seed of a forward pass.
         acts: whether the penalty is trained on; a look at it leaves no trace.
+        given: the target, metric and weights of the call, or None.
         labels: those drawn for ``of="sampled_loss"``; None before.
     """
 
@@ -60,6 +62,7 @@ class Call:
     rng: Source
     seed: int | RandomState | Start
     acts: bool = False
+    given: Given | None = None
     labels: Tensor | None = None
 
     @property

@@ -18,6 +18,7 @@ from gpkit.autodiff.layers.batch import may_be_wide
 from gpkit.autodiff.layers.norms import applies
 from gpkit.autodiff.layers.recording import Recording, recorded_layers
 from gpkit.axes.call import Axes, Call
+from gpkit.axes.given.sample_weight import sample_weights, weighted_mean
 from gpkit.axes.of import Of
 from gpkit.axes.wrt import Variables
 from gpkit.estimators.base import Recomputable, Target
@@ -85,11 +86,14 @@ class weights(Variables):
                 call.prove(y, rerun())
         if any(p.grad_fn is not None for p in params):
             graph.require_within(y, params)
+        weights = None if call.given is None else call.given.sample_weight
+        layers = layers if call.given is None else None
         if layers is not None and self.by_layers(y, params, call.axes, layers):
             y = y if call.axes.scope == "sample" else y.mean()
             yield Target(y.reshape(-1, 1), params, False, layers=layers)
         else:
-            yield from self.targets_of(y, params, call.axes, rerun, call.window())
+            window = call.window()
+            yield from self.targets_of(y, params, call.axes, rerun, window, weights)
 
     def by_layers(
         self, y: Tensor, params: tuple[Tensor, ...], axes: Axes, layers: Recording
@@ -108,10 +112,14 @@ class weights(Variables):
         axes: Axes,
         rerun: Callable[[], Tensor] | None = None,
         window: Window | None = None,
+        weights: Tensor | None = None,
     ) -> list[Target]:
         """Return the targets for a loss ``y`` with a graph: one for each group."""
-        groups = self.groups(y, axes.of, axes.scope)
-        evaluates = [rerun and partial(self.group, axes, rerun, i) for i in range(len(groups))]
+        groups = self.groups(y, axes.of, axes.scope, weights)
+        evaluates: list[Any] = [None] * len(groups)
+        if rerun is not None:
+            again = partial(self.group, axes, rerun, weights)
+            evaluates = [partial(again, i) for i in range(len(groups))]
         pairs = zip(groups, evaluates, strict=True)
         return [Target(group, params, False, evaluate, window=window) for group, evaluate in pairs]
 
@@ -124,14 +132,19 @@ class weights(Variables):
             )
         return y
 
-    def group(self, axes: Axes, rerun: Callable[[], Tensor], i: int) -> Tensor:
+    def group(
+        self, axes: Axes, rerun: Callable[[], Tensor], weights: Tensor | None, i: int
+    ) -> Tensor:
         """Recompute and return the output to differentiate for the i-th group."""
-        return self.groups(rerun(), axes.of, axes.scope)[i]
+        return self.groups(rerun(), axes.of, axes.scope, weights)[i]
 
-    def groups(self, y: Tensor, of: Of, scope: str) -> list[Tensor]:
+    def groups(self, y: Tensor, of: Of, scope: str, weights: Tensor | None = None) -> list[Tensor]:
         """Return the output to differentiate, ``[1, m]``, for each group."""
         if of == "loss" and y.numel() != (len(y) if y.ndim else 1):
-            raise ValueError(f'of="loss" needs a scalar or losses [B]; got {list(y.shape)}')
+            raise ValueError(
+                f'of="loss" needs a scalar or losses [B]; got {list(y.shape)}: for losses of steps '
+                "or pixels choose their sum, losses.flatten(1).sum(1), or mean"
+            )
         if scope == "sample":
             if y.ndim == 0:
                 raise ValueError(
@@ -143,6 +156,13 @@ class weights(Variables):
             raise ValueError(
                 f"scope={scope!r} needs one number, or losses [B]; got {list(y.shape)}"
             )
+        if weights is not None and scope == "batch":
+            if y.ndim == 0:
+                raise ValueError(
+                    "sample_weight= of a weight penalty needs losses [B]; got one number, their "
+                    "mean: weigh the samples in the loss, or give the penalty the losses"
+                )
+            return [weighted_mean(y, sample_weights(weights, len(y))).reshape(1, -1)]
         return [y.reshape(1, 1) if y.numel() == 1 else y.mean(0).reshape(1, -1)]
 
     def chosen(self, given: Any) -> tuple[Tensor, ...]:

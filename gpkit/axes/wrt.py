@@ -184,7 +184,8 @@ class inputs(Variables):
         if of == "loss" and y.numel() != batch:
             raise ValueError(
                 f'of="loss" needs one value per sample, [{batch}] or [{batch}, 1]; got '
-                f"{list(y.shape)}: use per-sample losses, or gpkit.jacobian for outputs"
+                f"{list(y.shape)}: for losses of steps or pixels choose their sum, "
+                "losses.flatten(1).sum(1), or mean; for outputs gpkit.jacobian"
             )
         return y.reshape(batch, -1)
 

@@ -13,6 +13,7 @@ from gpkit.autodiff.layers.recording import Recording
 from gpkit.autodiff.numerics import per_pixel, wide
 from gpkit.autodiff.random import RandomState, Source
 from gpkit.autodiff.state import Start
+from gpkit.estimators.compared import Compared
 from gpkit.estimators.window import Window
 
 
@@ -33,6 +34,7 @@ class Target:
         share: n² ``[G]`` -> ∂P/∂n² ``[G]``, constants, where P is the reduced value of the penalty.
         times: a constant factor of the gradient of a one-number ``y``, as in ``grad_outputs``; only
             `exact` supports it. It saves a multiplication node in the graph of ``y``.
+        compared: what the derivative is compared with; only for an estimator that ``compares``.
         layers: of the forward pass. Then ``y`` is ``[B, 1]`` with parameters as variables, and each
             sample has a norm; only for an estimator with ``by_layer``.
     """
@@ -48,6 +50,7 @@ class Target:
     share: Callable[[Tensor], Tensor] | None = None
     times: Tensor | None = None
     layers: Recording | None = None
+    compared: Compared | None = None
 
     @property
     def device(self) -> torch.device:
@@ -64,10 +67,13 @@ class Target:
             return y.to(wide(y)) * scale
 
         y = self.y.to(wide(self.y)) * scale
-        return replace(self, y=y, evaluate=evaluate and scaled, scale=scale)
+        compared = self.compared and self.compared.scaled(scale)
+        return replace(self, y=y, evaluate=evaluate and scaled, scale=scale, compared=compared)
 
     def split(self, rows: Iterable[tuple[Tensor, ...]]) -> Iterable[tuple[Tensor, ...]]:
-        """Return the rows of a derivative with one row per norm: per group, or per pixel."""
+        """Return the rows of a derivative, compared, with one row per norm: per group or pixel."""
+        if self.compared is not None:
+            rows = self.compared.rows(rows)
         if not self.pixels:
             return rows
         return (tuple(map(per_pixel, row, self.xs)) for row in rows)
@@ -123,6 +129,8 @@ class Estimator:
     elementary = False
     # Whether it can average gradients in the weights over micro-batches before the norm.
     pools = False
+    # Whether it takes the norm of A ∘ (D f - g), see `Target.compared`.
+    compares = False
     # Whether it can give each pixel of an image a norm.
     by_pixel = False
     # Whether it takes l2 norms of each sample's gradient in the weights from recorded layers.

@@ -30,6 +30,7 @@ class exact(Estimator):
     """
 
     pools = True
+    compares = True
     by_pixel = True
     by_layer = True
 
@@ -39,12 +40,14 @@ class exact(Estimator):
             norms = sample_norms if len(target.y) > 1 else batch_norm
             return norms(target.y.reshape(-1), target.xs, target.layers)
         if target.window is not None:
-            return target.window.squared_norms(target.y, target.xs, target.scale, norm)
+            window, compared = target.window, target.compared
+            return window.squared_norms(target.y, target.xs, target.scale, norm, compared)
         if order > 1 or target.y.numel() > 1:
             rows = derivative_rows(target.y, target.xs, order, batched=target.batched)
-            return reduce_rows(target.split(rows) if target.pixels else rows, norm)
+            plain = not target.pixels and target.compared is None
+            return reduce_rows(rows if plain else target.split(rows), norm)
         grads = gradients(target.y, target.xs, target.times)  # the faster case of one number
-        if norm == "l2" and not target.batched:
+        if norm == "l2" and not target.batched and target.compared is None:
             return squared_length(grads)
         row = tuple(as_rows(g, target.batched) for g in grads)
         return reduce_rows(target.split([row]), norm)

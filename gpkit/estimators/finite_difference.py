@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from weakref import ref
 
 import torch
 from torch import Tensor
@@ -17,26 +16,22 @@ from gpkit.autodiff.known_gradient import known_gradient, perturbed, require_lea
 from gpkit.autodiff.numerics import (
     Over,
     Rows,
-    dual,
     length_of,
     nonzero_mask,
     over_all,
+    over_rows,
     pairwise_sums,
     reduce_rows,
     root,
     shaped,
     spacing,
-    steepest,
     widened,
     zeros_for_none,
 )
 from gpkit.autodiff.random import Source
 from gpkit.estimators.base import Estimator, Target, require_function, require_gradient
-from gpkit.estimators.step_factor import Known, search
-
-# The two ends of the step on each side.
-SIGNS = {"forward": (0.0, 1.0), "backward": (-1.0, 0.0), "central": (-1.0, 1.0)}
-FINE = 1e-10  # a machine epsilon, as of float64, at which the default step needs no check
+from gpkit.estimators.compared import Compared
+from gpkit.estimators.step_factor import FINE, SIGNS, Known, ascent, length_for, search
 
 
 @dataclass(frozen=True)
@@ -55,6 +50,7 @@ class finite_difference(Estimator):
 
     "backward" uses (f(x) - f(x - hv)) / h, "central" (f(x + hv) - f(x - hv)) / 2h. The error is of
     order h, or h² for "central". All samples move at once: they must not be coupled (batch norm).
+    With a metric A, v is that of A ∘ ∇f, and the step moves by h A ∘ v, as in adaptive SAM.
 
     Kinks: a ReLU that changes sides within h adds a spike of order 1/h, which double backprop does
     not have. So at the moved point every unit keeps its piece of the first point, read off the
@@ -74,7 +70,7 @@ class finite_difference(Estimator):
     of the gradient, or the sign of its largest entry.
 
     Args:
-        step: the Euclidean length of the step, h·‖v‖. None is 2√ε, or ε^(1/3)/2 for "central",
+        step: the length of the step, h·‖v‖. None is 2√ε, or ε^(1/3)/2 for "central",
             where ε is the machine epsilon of the coarsest dtype used (autocast included), times
             the root mean square of the entries that are moved, if that is above 1, and times the
             factor that the comparison found. In float32 this is 7e-4 and 2e-3. A step of ε∇L, as
@@ -110,6 +106,7 @@ class finite_difference(Estimator):
     reuses_graph = False
     first_order = True
     pools = True
+    compares = True
 
     def __post_init__(self) -> None:
         if self.step is not None:
@@ -135,11 +132,12 @@ class finite_difference(Estimator):
         with recorded(target.y) as gates:
             grads = first_gradients(target.y, target.xs)
         rows = [as_rows(widened(g), True) for g in zeros_for_none(grads, target.xs)]
-        n2 = reduce_rows([tuple(rows)], norm)
+        n2 = reduce_rows(target.split([tuple(rows)]), norm)
         if all(g is None for g in grads):
             return n2  # y does not depend on x
-        directions = steepest(rows, norm)
-        lengths = self.lengths(target, directions)  # h, [G]
+        n2, compared = n2.detach(), target.compared
+        _, v, directions = ascent(compared, rows, norm, over_rows)
+        lengths = self.lengths(target, v if self.step else directions)  # h, [G]
         (a, b), n = SIGNS[self.side], root(n2)
 
         def slope(factor: float) -> Tensor:
@@ -154,7 +152,10 @@ class finite_difference(Estimator):
                 self.hold(gates, y)
                 return widened(y).squeeze(1)
 
-            return (along(b) - along(a)) / ((b - a) * h) * nonzero_mask(n2)
+            change = (along(b) - along(a)) / ((b - a) * h)
+            if compared is not None:
+                change = change - compared.along(directions)
+            return change * nonzero_mask(n2)
 
         def difference(factor: float) -> list[Tensor]:
             total = (n * slope(factor)).sum()
@@ -178,7 +179,8 @@ class finite_difference(Estimator):
         if window is not None:
             grads = window.mean(grads, target.xs, scale)
         elif all(i is None for i in where):
-            return reduce_rows([tuple(as_rows(widened(g), False) for g in grads)], norm)
+            rows = tuple(as_rows(widened(g), False) for g in grads)
+            return reduce_rows(target.split([rows]), norm)
 
         def gradient(moves: list[Tensor] | None) -> list[Tensor]:
             if moves is None:
@@ -194,7 +196,8 @@ class finite_difference(Estimator):
                 return pairwise_sums(there, window.rerun_sum(leaves, scale, self.hold))
 
         epsilon = spacing(target.y, *target.xs)
-        n, slopes = self.slopes(target.xs, grads, norm, epsilon, gradient)
+        known = target.xs, grads, norm, epsilon, gradient
+        n, slopes = self.slopes(*known, compared=target.compared)
         return known_gradient(n.square().reshape(1), leaves, slopes)
 
     def slopes(
@@ -205,6 +208,7 @@ class finite_difference(Estimator):
         epsilon: float,
         gradient: Callable[[list[Tensor] | None], list[Tensor]],
         over: Over = over_all,
+        compared: Compared | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Return n, the norm of the gradient in weights, and the gradient of n² in all leaves.
 
@@ -215,15 +219,17 @@ class finite_difference(Estimator):
             epsilon: of the dtype that the loss is computed in.
             gradient: moves (None: none) -> ∇L in all leaves, at weights moved by them.
             over: the sum or maximum over all entries, see `over_all`.
+            compared: what ∇L is compared with.
 
         Returns:
             n, a scalar, and 2n (∇L(θ + hv) - ∇L(θ)) / h, one tensor for each leaf.
         """
-        n, directions = dual(grads, norm, over)
-        length = over(directions, torch.square, "sum").sqrt()
+        n, v, directions = ascent(compared, grads, norm, over)
+        length = over(v if self.step else directions, torch.square, "sum").sqrt()
         weights = [x.detach() for x in xs]
         size = over(weights, torch.square, "sum").sqrt() / sum(x.numel() for x in xs) ** 0.5
-        unit = self.length(size, epsilon) / torch.where(length > 0, length, torch.ones_like(length))
+        unit = length_for(size, epsilon, self.step, self.side)
+        unit = unit / torch.where(length > 0, length, torch.ones_like(length))
         a, b = SIGNS[self.side]
 
         def difference(factor: float) -> list[Tensor]:
@@ -259,9 +265,10 @@ class finite_difference(Estimator):
         grads = zeros_for_none(all_grads[:count], target.xs)
         base = zeros_for_none(all_grads[count:], leaves)
         rows = [as_rows(widened(g), True) for g in grads]
-        n2 = reduce_rows([tuple(rows)], norm)
+        n2 = reduce_rows(target.split([tuple(rows)]), norm).detach()
         c = target.share(n2 if target.scale is None else n2 / target.scale / target.scale)
-        ws = [(2 * c * root(n2)).unsqueeze(1) * v for v in steepest(rows, norm)]
+        vs = ascent(target.compared, rows, norm, over_rows)[2]
+        ws = [(2 * c * root(n2)).unsqueeze(1) * v for v in vs]
         longest = length_of(ws).amax()
         unit = self.lengths(target, [torch.ones_like(n2).unsqueeze(1)]).amin()
         unit = unit / torch.where(longest > 0, longest, torch.ones_like(longest))
@@ -300,9 +307,7 @@ class finite_difference(Estimator):
         """Return the factor of the step for this net, see `search`, and count a use."""
         if not leaves or not (self.check_every or (self.step is None and epsilon > FINE)):
             return 1.0
-        known, uses, factor = self.factors.get(id(leaves[0]), (None, 0, 1.0))
-        if known is None or known() is not leaves[0]:
-            uses, factor = 0, 1.0
+        uses, factor = self.factors.recall(leaves[0])
         if uses == 0 or (self.check_every and uses % self.check_every == 0):
             looking = search(factor, over, self.step is not None)
             try:
@@ -311,20 +316,13 @@ class finite_difference(Estimator):
                     asked = looking.send(difference(asked))
             except StopIteration as done:
                 factor = done.value
-        self.factors[id(leaves[0])] = ref(leaves[0]), uses + 1, factor
+        self.factors.note(leaves[0], uses + 1, factor)
         return factor
 
     def lengths(self, target: Target, directions: Rows) -> Tensor:
         """Return h ``[G]``, such that h·‖v‖ is the length of the step."""
-        length = length_of(directions)
         rows = [as_rows(widened(x.detach()), target.batched) for x in target.xs]
         size = length_of(rows) / sum(row.shape[1] for row in rows) ** 0.5
-        step = self.length(size, spacing(target.y, *target.xs))
+        step = length_for(size, spacing(target.y, *target.xs), self.step, self.side)
+        length = length_of(directions)
         return step / torch.where(length > 0, length, torch.ones_like(length))
-
-    def length(self, size: Tensor, epsilon: float) -> Tensor:
-        """Return the length of the step for entries with that root mean square."""
-        if self.step is not None:
-            return torch.full_like(size, self.step)
-        step = epsilon ** (1 / 3) / 2 if self.side == "central" else 2 * epsilon**0.5
-        return step * size.clamp(min=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ class projection(Estimator):
     distribution: str = "rademacher"
 
     by_pixel = True
+    compares = True
 
     def __post_init__(self) -> None:
         checks.integer("projection(n=...)", self.n, 1)
@@ -74,14 +75,21 @@ class projection(Estimator):
     def once(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:
         """Return one unbiased estimate of n² ``[G]``."""
         rows: tuple[Tensor, ...] = (target.y,)
+        compared = target.compared
+        if compared is not None and order > 1:
+            raise ValueError(
+                "`estimator=projection()` takes target= and metric= at order=1; got "
+                f"order={order}: use estimator='exact'"
+            )
         for _ in range(order):
             # A single entry is not projected: v = ±1 changes nothing, a Gaussian v adds noise.
             alone = len(rows) == 1 and rows[0].shape[1] == 1
             vs = [torch.ones_like(r) for r in rows] if alone else self.draw(rows, rng)
             along = sum((r * v).sum() for r, v in zip(rows, vs, strict=True))
             assert isinstance(along, Tensor)
+            compared = compared and compared.projected(vs[0])
             rows = tuple(as_rows(g, target.batched) for g in gradients(along, target.xs))
-        return reduce_rows(target.split([rows]), norm)
+        return reduce_rows(replace(target, compared=compared).split([rows]), norm)
 
     def draw(self, rows: tuple[Tensor, ...], rng: Source) -> list[Tensor]:
         """Return v in the shapes ``[G, n]`` of ``rows``, with E[v vᵀ] = I over a whole row."""

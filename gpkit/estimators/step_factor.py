@@ -1,4 +1,4 @@
-"""A factor of the step at which finite differences agree with those of half the step."""
+"""The step of finite differences: its direction, its length, and a factor at which they agree."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from gpkit.autodiff.numerics import Over, over_all
+from gpkit.autodiff.numerics import Over, dual, over_all
+from gpkit.estimators.compared import Compared
 
 AGREES, WARNS = 0.02, 0.1  # relative differences between two steps
 FURTHEST = 4.0**8
@@ -19,12 +20,25 @@ FURTHEST = 4.0**8
 # Yields factors of the step, is sent the difference quotients there, returns the factor to use.
 Search = Generator[float, Sequence[Tensor], float]
 
+# The two ends of the step on each side.
+SIGNS = {"forward": (0.0, 1.0), "backward": (-1.0, 0.0), "central": (-1.0, 1.0)}
+FINE = 1e-10  # a machine epsilon, as of float64, at which the default step needs no check
+
 
 class Known(dict[int, tuple["ref[Tensor]", int, float]]):
     """Nets by the id of a parameter: the parameter, the uses, and the factor.
 
     A copy knows none: it looks for itself.
     """
+
+    def recall(self, leaf: Tensor) -> tuple[int, float]:
+        """Return the uses with the net of a parameter, and its factor."""
+        known, uses, factor = self.get(id(leaf), (None, 0, 1.0))
+        return (uses, factor) if known is not None and known() is leaf else (0, 1.0)
+
+    def note(self, leaf: Tensor, uses: int, factor: float) -> None:
+        """Remember them."""
+        self[id(leaf)] = ref(leaf), uses, factor
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Known, ()
@@ -80,6 +94,45 @@ def search(start: float, over: Over, fixed: bool) -> Search:
             stacklevel=2,
         )
     return start
+
+
+def ascent(
+    compared: Compared | None, grads: Sequence[Tensor], norm: str, over: Over
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Return n = ‖A ∘ (∇f - g)‖, v with ⟨A ∘ (∇f - g), v⟩ = n, and A ∘ v: constants.
+
+    Args:
+        compared: g and A, or None.
+        grads: ∇f: rows ``[G, n]``, or gradients in weights.
+        norm: "l2", "l1" or "linf".
+        over: as in `dual`.
+
+    Returns:
+        n in the shape that ``over`` returns; v, and A ∘ v, along which f is differentiated.
+    """
+    if compared is None:
+        n, v = dual(grads, norm, over)
+        return n, v, v
+    n, v = dual(compared.detached().row(grads), norm, over)
+    return n, v, compared.times(v)
+
+
+def length_for(size: Tensor, epsilon: float, step: float | None, side: str) -> Tensor:
+    """Return the length of the step of `finite_difference`.
+
+    Args:
+        size: the root mean square of the entries that are moved.
+        epsilon: the machine epsilon.
+        step: a given length, or None.
+        side: of the difference.
+
+    Returns:
+        The length, in the shape of ``size``.
+    """
+    if step is not None:
+        return torch.full_like(size, step)
+    step = epsilon ** (1 / 3) / 2 if side == "central" else 2 * epsilon**0.5
+    return step * size.clamp(min=1)
 
 
 def gap(a: Sequence[Tensor], b: Sequence[Tensor], over: Over) -> float:

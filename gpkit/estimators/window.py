@@ -12,6 +12,7 @@ from gpkit.autodiff.derivatives import as_rows, first_gradients, gradients
 from gpkit.autodiff.gates import Gates, carry, recorded
 from gpkit.autodiff.known_gradient import known_gradient
 from gpkit.autodiff.numerics import reduce_rows, root, steepest, wide, zeros_for_none
+from gpkit.estimators.compared import Compared
 
 POOLED = ("accumulated", "global")  # scopes that average gradients over a window
 
@@ -79,13 +80,20 @@ class Window:
         return [g / self.size for g in means]
 
     def squared_norms(
-        self, y: Tensor, xs: Sequence[Tensor], scale: Tensor | float | None, norm: str
+        self,
+        y: Tensor,
+        xs: Sequence[Tensor],
+        scale: Tensor | float | None,
+        norm: str,
+        compared: Compared | None = None,
     ) -> Tensor:
         """Return n² = ‖ḡ‖² ``[1]``, whose gradient is (2/A) Σ H_a ḡ, see the class."""
         local = gradients(y.sum(), tuple(xs))
         rows = [as_rows(g, False) for g in self.mean(local, xs, scale)]
+        rows = rows if compared is None else compared.row(rows)
         n2 = reduce_rows([tuple(rows)], norm)
-        pull = [2 * root(n2) * v for v in steepest(rows, norm)]  # ∂n²/∂ḡ
+        pull = [2 * root(n2.detach()) * v for v in steepest([r.detach() for r in rows], norm)]
+        pull = pull if compared is None else compared.times(pull)  # ∂n²/∂ḡ
 
         def along(grads: Sequence[Tensor]) -> Tensor:
             flat = [as_rows(g.to(wide(g)), False) for g in grads]

@@ -35,7 +35,7 @@ def penalty_scalars(
         scalars[f"penalty/{name}"] = 0.0 if term is None else term.penalty.detach()
         scalars[f"penalty/{name}/weight"] = 0.0 if term is None else term.weight
         if term is not None:
-            scalars[f"penalty/{name}/norm"] = term.norms.detach().mean()
+            scalars[f"penalty/{name}/norm"] = term.mean_norm
     return scalars
 
 

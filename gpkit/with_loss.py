@@ -1,0 +1,80 @@
+"""The loss and weight penalties as one scalar, from one training forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpkit.autodiff.random import device_of
+from gpkit.autodiff.state import start_of
+from gpkit.axes.parameters import layers_for
+from gpkit.estimators.base import Recomputable
+from gpkit.estimators.window import summarised
+from gpkit.penalty import Penalty
+
+
+def with_loss(
+    penalties: Sequence[Penalty], closure: Callable[[], Any], net: Any, step: int | None = None
+) -> Tensor:
+    """Return the loss and weight penalties as one scalar, from one training forward pass.
+
+    Args:
+        penalties: weight penalties.
+        closure: returns the loss.
+        net: the module, or its parameters.
+        step: the optimiser step; None counts the calls.
+
+    Returns:
+        The scalar loss + Σ penalties.
+
+    Raises:
+        TypeError: if a penalty is not a weight penalty, or the closure is not callable.
+    """
+    in_weights: list[Any] = [p for p in penalties if not _in_inputs(p)]
+    if len(in_weights) < len(penalties):
+        raise TypeError(
+            "`with_loss(closure, net)` is for weight penalties; add an input penalty to the loss: "
+            "loss + penalty(f, x)"
+        )
+    if not callable(closure):
+        raise TypeError(
+            f"`with_loss(closure, net)` takes a function that returns the loss; got a "
+            f"{type(closure).__name__}"
+        )
+    net = list(net) if isinstance(net, Iterator) else net
+    first = in_weights[0]
+    if not torch.is_grad_enabled():
+        total = _loss(first, closure()).mean()
+        for penalty in in_weights:
+            total = total + penalty(closure, net, step=step)
+        return total
+    state = start_of((closure, net), device_of(net))
+    with layers_for(in_weights, net) as layers:
+        given: Any = closure()
+    y = _loss(first, given)
+    if len(in_weights) == 1 and not first.estimator.reuses_graph:
+        y = summarised(y) if y.numel() == 1 and y.requires_grad else y
+        given = y
+    total = y.mean()
+    for penalty in in_weights:
+        plain = penalty.estimator.reuses_graph and layers is None
+        f = given if plain else Recomputable(given, closure, state, layers=layers)
+        terms = penalty.act(f, net, step=step)
+        total = total if terms is None else terms.added_to(total)
+    return total
+
+
+def _in_inputs(penalty: Any) -> bool:
+    """Whether a penalty is not in the weights."""
+    return bool(getattr(getattr(penalty, "wrt", None), "batched", True))
+
+
+def _loss(penalty: Any, given: Any) -> Tensor:
+    """Return the loss or losses, selected from the closure's result by ``of``."""
+    y = penalty.of(given) if callable(penalty.of) else given
+    if not isinstance(y, Tensor):
+        raise TypeError(f"the closure must return a loss; got a {type(y).__name__}")
+    return y
