@@ -19,7 +19,8 @@ and Hydra are loaded only if that module needs them.
 - Weights (`weight`): warmup, cosine, switch, rescaled, lazy_adam, Weight, target_norm,
   gradient_share.
 - Environments: Statistic.
-- Derivatives: derivative, directional_derivative, elementary, features, in_penalty.
+- Derivatives: derivative, directional_derivative, elementary, features, in_penalty,
+  unsharded.
 - Lightning: GradientPenaltyCallback, GradientNormMonitor, PenalizedModule, GANModule.
 - The application: train, load.
 
@@ -95,6 +96,7 @@ __all__ = [
     "train",
     "two_sided",
     "uniform",
+    "unsharded",
     "warmup",
     "weight_grad_norm",
     "weights",
@@ -111,6 +113,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` has the same names 
     from gpkit.autodiff.derivatives import derivative as derivative
     from gpkit.autodiff.isolation import in_penalty as in_penalty
     from gpkit.autodiff.norm_layers import elementary as elementary
+    from gpkit.autodiff.sharding.gathering import unsharded as unsharded
     from gpkit.autodiff.taylor.directional import directional_derivative as directional_derivative
     from gpkit.axes.activation import activation as activation
     from gpkit.axes.adaptive import gradient_share as gradient_share
@@ -187,6 +190,7 @@ else:
         "gpkit.autodiff.derivatives": "derivative",
         "gpkit.autodiff.isolation": "in_penalty",
         "gpkit.autodiff.norm_layers": "elementary",
+        "gpkit.autodiff.sharding.gathering": "unsharded",
         "gpkit.autodiff.taylor.directional": "directional_derivative",
         "gpkit.axes.adaptive": "gradient_share target_norm",
         "gpkit.axes.at": "At interpolate perturb",

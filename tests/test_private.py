@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "gpkit"
 
 # What torch, and what Lightning and torchmetrics, do not promise.
-COMPAT = {"autodiff/compat.py", "lightning/compat.py"}
+COMPAT = {"autodiff/compat.py", "autodiff/sharding/compat.py", "lightning/compat.py"}
 
 # Hydra's parser of options, with its reason beside it. Keys of configs, and the names of a named
 # tuple, are public.

@@ -9,6 +9,7 @@
 - ``random``: random numbers from a penalty's own seed.
 - ``distributed``: statistics over the ranks of a distributed run.
 - ``numerics``: norms and arithmetic of rows ``[G, n]``.
+- ``sharding``: derivatives of nets whose weights FSDP2 has sharded, and all private API of FSDP2.
 - ``taylor``: propagates truncated Taylor series.
 - ``compat``: all private API of torch that gpkit uses.
 

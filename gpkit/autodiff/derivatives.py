@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from gpkit import checks
 from gpkit.autodiff import graph
 from gpkit.autodiff.compat import is_mish, saved_input
 from gpkit.autodiff.numerics import as_real, widened
+from gpkit.autodiff.random import has_ranks
+from gpkit.autodiff.sharding.gathering import gathered
 
 MAX_PASSES = 10_000
 
@@ -163,8 +165,11 @@ def gradients(y: Tensor, xs: tuple[Tensor, ...], times: Tensor | None = None) ->
     if torch.is_autocast_enabled(kind):  # autocast would round the backward pass once more
         with torch.autocast(kind, enabled=False):
             return gradients(y, xs, times)
+    sharded = gathered(y) if has_ranks() else nullcontext(tuple)
     try:
-        grads = torch.autograd.grad(y, xs, times, create_graph=True, allow_unused=True)
+        with sharded as regathered:
+            found = torch.autograd.grad(y, xs, times, create_graph=True, allow_unused=True)
+            grads = regathered(found)
     except RuntimeError as error:
         raise RuntimeError(graph.explain(error)) from error
     return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, xs, strict=True))

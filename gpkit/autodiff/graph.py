@@ -64,6 +64,8 @@ HINTS = {
     'estimator="finite_difference", or another operation',
     "donated buffers": "a compiled net frees its buffers after one backward: set "
     "torch._functorch.config.donated_buffer = False before it is compiled",
+    "storage of size 0": "FSDP2 has freed weights that this derivative needs: run the forward "
+    "pass, the penalty and the backward pass within gpkit.unsharded(net)",
     "freed": "the graph of the loss has been freed: call the penalty before loss.backward()",
     "Inference tensors": "the graph has a tensor made under inference_mode: clone it outside",
     "torch.utils.checkpoint": "checkpointing recomputed a different forward pass: if it has "

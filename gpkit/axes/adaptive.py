@@ -13,6 +13,8 @@ from torch import Tensor
 from gpkit import checks
 from gpkit.autodiff.derivatives import gradient_norm
 from gpkit.autodiff.distributed import mean_of_ranks
+from gpkit.autodiff.random import has_ranks
+from gpkit.autodiff.sharding.gathering import require_whole
 from gpkit.axes.weight import Weight
 
 
@@ -193,6 +195,8 @@ class gradient_share(Adaptive):
         if waiting or not penalty.requires_grad:
             return
         trained = [p for p in parameters if p.requires_grad]
+        if has_ranks():
+            require_whole(trained, "gradient_share()")
         ratio = gradient_norm(penalty, trained) / gradient_norm(loss, trained)
         # If the penalty's gradient is zero, no weight reaches the share: NaN is ignored.
         self.record(torch.where(ratio > 0, ratio, torch.nan), step)

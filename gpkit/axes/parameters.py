@@ -17,6 +17,8 @@ from gpkit.autodiff import graph
 from gpkit.autodiff.layers.batch import may_be_wide
 from gpkit.autodiff.layers.norms import applies
 from gpkit.autodiff.layers.recording import Recording, recorded_layers
+from gpkit.autodiff.random import has_ranks
+from gpkit.autodiff.sharding.gathering import require_whole
 from gpkit.axes.call import Axes, Call
 from gpkit.axes.given.sample_weight import sample_weights, weighted_mean
 from gpkit.axes.of import Of
@@ -66,6 +68,8 @@ class weights(Variables):
                 f"penalty(loss, net.parameters()); got {len(call.args)} arguments after the loss"
             )
         params = self.chosen(call.args[0])
+        if has_ranks():
+            require_whole(params, "a penalty in the weights")
         device, rerun, layers = params[0].device, None, None
         if isinstance(call.f, Recomputable) and call.f.value is not None:
             y, layers = call.selected(call.f.value), call.f.layers

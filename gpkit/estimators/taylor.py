@@ -10,7 +10,8 @@ from torch import Tensor
 from gpkit import checks
 from gpkit.autodiff.derivatives import as_rows
 from gpkit.autodiff.numerics import reduce_rows
-from gpkit.autodiff.random import Source
+from gpkit.autodiff.random import Source, has_ranks
+from gpkit.autodiff.sharding.gathering import require_no_hooks
 from gpkit.estimators.base import Estimator, Target
 from gpkit.estimators.projection import DISTRIBUTIONS, projection
 
@@ -97,6 +98,8 @@ class taylor(Estimator):
                 "`estimator=taylor()` needs a callable, to run it on Taylor series; got a tensor: "
                 "use penalty(f, x)"
             )
+        if has_ranks():
+            require_no_hooks(target.y, "`estimator=taylor()`")
         flat = tuple(as_rows(x, True) for x in target.xs)  # [G, n]
         alone = sum(x.shape[1] for x in flat) == 1
         draws = []

@@ -1,0 +1,154 @@
+"""Keep the weights of FSDP2 modules gathered while derivatives of them are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpkit.autodiff.sharding.compat import Resharding, begin_backward, manages, modules_in
+
+Gradients = tuple[Tensor | None, ...]
+
+
+@contextmanager
+def unsharded(*nets: nn.Module) -> Iterator[None]:
+    """A context in which the weights of FSDP2 modules stay gathered, for derivatives by hand.
+
+    ``fully_shard`` frees the gathered weights after a forward and after a backward pass. A
+    derivative that is differentiated again needs them once more: torch then raises an error about a
+    "storage of size 0". Run the forward pass, the derivative and the backward pass in this context,
+    and the optimiser's step after it. Penalties that are called need no context: they gather the
+    weights themselves. Here ``critic`` may be sharded, or not: then nothing is done::
+
+        with gpkit.unsharded(critic):
+            x.requires_grad_()
+            slopes = gpkit.derivative(critic(x), x)
+            ((slopes.flatten(1).norm(dim=1) - 1) ** 2).mean().backward()
+        optimizer.step()
+
+    At the end, also after an exception, the weights are sharded again. An exception within a
+    forward or backward pass discards the gradients that were being reduced, as
+    ``reset_iter_state()`` of FSDP2 says.
+
+    Args:
+        *nets: modules; those to which ``fully_shard`` was applied are found in them.
+
+    Yields:
+        Nothing.
+
+    >>> import gpkit, torch
+    >>> net = torch.nn.Linear(2, 1)
+    >>> with unsharded(net):  # not sharded: nothing is done
+    ...     net(torch.ones(3, 2)).sum().backward()
+    >>> net.weight.grad
+    tensor([[3., 3.]])
+    """
+    resharding = Resharding(module for net in nets for module in net.modules())
+    resharding.disable()
+    try:
+        yield
+    except BaseException:
+        resharding.reset()
+        raise
+    finally:
+        resharding.restore()
+
+
+@contextmanager
+def gathered(y: Tensor) -> Iterator[Callable[[Gradients], Gradients]]:
+    """A context to differentiate a tensor in whose graph may have been made by FSDP2.
+
+    The weights that the hooks of FSDP2 gather stay gathered in it, and are sharded at its end. What
+    it yields must be applied to the gradients: then a backward pass gathers the weights again
+    before it reaches the derivative.
+
+    Args:
+        y: what is differentiated.
+
+    Yields:
+        A function that returns the gradients that it is given; None stays None.
+    """
+    modules = [] if torch.compiler.is_compiling() else modules_in(y)
+    if not modules:
+        yield _unchanged
+        return
+    resharding = Resharding(modules)
+    resharding.disable()
+    try:
+        yield partial(regathered, modules)
+    finally:
+        resharding.restore()
+
+
+def regathered(modules: Sequence[Any], grads: Gradients) -> Gradients:
+    """Return gradients whose backward pass gathers the weights of FSDP2 modules first.
+
+    The graph of a derivative reads the weights without the hooks by which FSDP2 gathers them. A
+    backward pass goes through it before it comes to the forward pass, since that is older.
+
+    Args:
+        modules: the FSDP2 modules in the graph that was differentiated.
+        grads: the derivatives.
+    """
+    given = [g for g in grads if g is not None and g.requires_grad]
+    if not given:
+        return grads
+    found = dict(zip(map(id, given), _Regathered.apply(modules, *given), strict=True))
+    return tuple(found.get(id(g), g) for g in grads)
+
+
+def _unchanged(grads: Gradients) -> Gradients:
+    return grads
+
+
+class _Regathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, modules: Sequence[Any], *grads: Tensor) -> tuple[Tensor, ...]:
+        ctx.modules = modules
+        return tuple(g.view_as(g) for g in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        for module in ctx.modules:
+            begin_backward(module)
+        return None, *grads
+
+
+def require_whole(parameters: Iterable[Tensor], what: str) -> None:
+    """Refuse weights that FSDP2 manages: those in a graph are others, and exist while gathered.
+
+    Args:
+        parameters: the weights.
+        what: what needs them, for the message.
+
+    Raises:
+        RuntimeError: if FSDP2 manages one of them.
+    """
+    if manages(parameters):
+        raise RuntimeError(
+            f"{what} needs whole weights, and FSDP2 has sharded them: use a penalty in the inputs, "
+            "gpkit.GradientPenaltyCallback with estimator='finite_difference' and scope='global', "
+            "or DistributedDataParallel"
+        )
+
+
+def require_no_hooks(y: Tensor, what: str) -> None:
+    """Refuse an output that was computed by FSDP2 modules.
+
+    Args:
+        y: the output.
+        what: what does not pass through their hooks, for the message.
+
+    Raises:
+        RuntimeError: if it was.
+    """
+    if modules_in(y):
+        raise RuntimeError(
+            f"{what} runs the net on Taylor series, which do not pass through the hooks of FSDP2: "
+            "use estimator='projection' or 'exact'"
+        )
