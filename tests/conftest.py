@@ -30,10 +30,10 @@ def pytest_terminal_summary(terminalreporter):
     """Print the tables of the cells that ran: the properties of their reports."""
     reports = [r for group in terminalreporter.stats.values() for r in group]
     found = [p for r in reports for p in getattr(r, "user_properties", ())]
-    sharded = [value for name, value in found if name == "sharded"]
+    sharded = dict(value for name, value in found if name == "sharded")
     if sharded:
         terminalreporter.section("FSDP2 and one process: largest parameter difference")
-        for case, worst in sharded:
+        for case, worst in sharded.items():
             terminalreporter.write_line(f"| {case} | {worst:.1e} |")
     matrix = sys.modules.get("matrix")  # imported by its tests alone: it loads Lightning
     if matrix is None:

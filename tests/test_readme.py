@@ -1,4 +1,4 @@
-"""Every block of the README, and of the page on loops, runs as it stands."""
+"""Every block of the README, and of the pages on loops and on FSDP2, runs as it stands."""
 
 import re
 import shlex
@@ -13,8 +13,8 @@ from gpkit.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-LOOPS = (ROOT / "docs" / "loops.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", README + LOOPS, re.DOTALL)
+PAGES = "".join((ROOT / "docs" / name).read_text() for name in ("loops.md", "fsdp.md"))
+PYTHON = re.findall(r"```python\n(.*?)```", README + PAGES, re.DOTALL)
 SHELL = [
     line
     for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
