@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, TypedDict
 
@@ -15,6 +15,7 @@ from gpkit.autodiff.activations import names
 from gpkit.autodiff.isolation import FORWARDS
 from gpkit.autodiff.random import Source, device_of
 from gpkit.axes import scope as scopes
+from gpkit.axes.activation import activation, as_wrt
 from gpkit.axes.at import At, as_at
 from gpkit.axes.call import Call
 from gpkit.axes.form import Form, as_form
@@ -48,7 +49,7 @@ class Axes(TypedDict, total=False):
     """Keyword arguments of `GradientPenalty` except ``weight``, for presets that forward them."""
 
     of: Of
-    wrt: str | Variables
+    wrt: str | Variables | Sequence[activation]
     scope: str | None
     order: int
     form: str | Form | Callable[[Tensor], Tensor]
@@ -84,7 +85,7 @@ class GradientPenalty(Penalty):
             as ``lambda out: out["logits"]``. ``gpkit.activation("encoder.3")``: the output of a
             submodule.
         wrt: the variables of the derivative: "input", "weight", ``gpkit.weights("head.*")``, or
-            ``gpkit.activation("encoder.3")``.
+            ``gpkit.activation("encoder.3")``; a list of activations has one norm over all.
         scope: the groups. Gradients are averaged within a group, and each group has one norm. For
             inputs: "sample" (default), or "pixel": each pixel of ``[B, C, *S]`` has a norm, over
             its C channels. For weights: "batch" (default), "sample", "accumulated": all
@@ -137,7 +138,7 @@ class GradientPenalty(Penalty):
         self,
         *,
         of: Of = "output",
-        wrt: str | Variables = "input",
+        wrt: str | Variables | Sequence[activation] = "input",
         scope: str | None = None,
         order: int = 1,
         form: str | Form | Callable[[Tensor], Tensor] = "squared",
@@ -155,7 +156,7 @@ class GradientPenalty(Penalty):
         self.of = (
             of if callable(of) else checks.choice("of=...", of, ("output", "loss", "sampled_loss"))
         )
-        self.wrt: Variables = checks.piece("wrt=...", wrt, VARIABLES, Variables)
+        self.wrt: Variables = as_wrt("wrt=...", wrt, VARIABLES)
         self.scope = checks.choice("scope=...", scope or self.wrt.scopes[0], self.wrt.scopes)
         self.order = checks.integer("order=...", order, 1)
         self.form = as_form("form=...", form)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from gpkit.autodiff import activations
 from gpkit.axes.at import At, fake, interpolate
@@ -29,7 +30,7 @@ class Needs:
     Args:
         differentiates: "loss", "output", "activation", or "environments".
         in_weights: whether the variables are the parameters.
-        in_activation: the name of the activation that is the variable; "" if it is not one.
+        in_activation: the names of the activations that are the variables; () if none are.
         activations: the names of the activations used by ``of`` and ``wrt``.
         order: k if kernels need a double backward, else 0.
         moves: whether the points differ from the samples.
@@ -45,12 +46,13 @@ class Needs:
             critic itself.
         fakes: what to say where there are no fake samples; "" if its points need none.
         measures: whether its weight measures the gradients of loss and penalty.
+        given: where the batch has what the call must give, by name, see `GradientPenalty`.
         own_forward: whether it must run a forward pass of its own, in its own mode.
     """
 
     differentiates: str
     in_weights: bool = False
-    in_activation: str = ""
+    in_activation: tuple[str, ...] = ()
     activations: tuple[str, ...] = ()
     order: int = 0
     moves: bool = False
@@ -65,6 +67,7 @@ class Needs:
     samples: tuple[str, ...] = ()
     fakes: str = ""
     measures: bool = False
+    given: tuple[tuple[str, Any], ...] = ()
     own_forward: bool = False
 
     @cached_property
@@ -145,6 +148,7 @@ def needs_of(penalty: Penalty) -> Needs:
     own_forward = penalty.forward != "isolated"
     reuses_graph = estimator.reuses_graph and not own_forward
     on_samples = reuses_graph and not (in_weights or penalty.named)
+    weighs_losses = in_weights and "sample_weight" in penalty.given
     whole = (
         (penalty.scope == "batch" and getattr(wrt, "match", "") == "*")
         if in_weights
@@ -153,25 +157,26 @@ def needs_of(penalty: Penalty) -> Needs:
     return Needs(
         "activation" if isinstance(of, activations.Named) else "loss" if loss else "output",
         in_weights=in_weights,
-        in_activation=wrt.name if isinstance(wrt, activations.Named) else "",
+        in_activation=getattr(wrt, "names", ()),
         activations=penalty.named,
         order=0 if estimator.first_order else penalty.order,
         moves=penalty.at.moves and not in_weights,
         reuses_graph=reuses_graph,
         on_jets=isinstance(estimator, taylor),
-        per_sample=penalty.scope in ("sample", "pixel"),
+        per_sample=penalty.scope in ("sample", "pixel") or weighs_losses,
         pooled=penalty.scope in POOLED,
         plain=type(penalty) is GradientPenalty
         and type(estimator) is exact
         and whole
         and loss
         and penalty.order == 1
-        and not own_forward,
+        and not (own_forward or penalty.given or penalty.metric),
         layers=reads_layers(penalty),
         measures=penalty.measures,
         reads=("real", "fake") if in_weights else penalty.at.reads,
         samples=penalty.at.samples if on_samples else (),
         fakes=_without_fakes(penalty.at),
+        given=tuple(penalty.given.items()),
         own_forward=own_forward,
     )
 

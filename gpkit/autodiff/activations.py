@@ -33,10 +33,15 @@ class Named:
                 f"got {self.name!r}"
             )
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name, alone."""
+        return (self.name,)
+
 
 def names(*axes: Any) -> list[str]:
     """Return the names of the activations among ``axes``, without duplicates."""
-    return list(dict.fromkeys(axis.name for axis in axes if isinstance(axis, Named)))
+    return list(dict.fromkeys(name for axis in axes for name in getattr(axis, "names", ())))
 
 
 def module_of(name: str, f: Any, args: Iterable[Any]) -> nn.Module:

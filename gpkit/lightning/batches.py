@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from dataclasses import fields as dataclass_fields
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gpkit import checks
 from gpkit.autodiff.compat import tree_map_only
 
 TARGETS = ("labels", "label", "targets", "target", "y")
@@ -71,7 +72,13 @@ class Batch:
         return torch.arange(size, device=self.x.device) * 2 // size
 
 
-def unpack(batch: Any, net: nn.Module, inputs: Keys = None, target: Keys = None) -> Batch:
+def unpack(
+    batch: Any,
+    net: nn.Module,
+    inputs: Keys = None,
+    target: Keys = None,
+    without: Collection[Any] = (),
+) -> Batch:
     """Read a batch.
 
     Args:
@@ -81,6 +88,7 @@ def unpack(batch: Any, net: nn.Module, inputs: Keys = None, target: Keys = None)
         inputs: the keys of the net's inputs: names are passed by keyword, positions in the batch by
             position. None is all but the target, by keyword; if it is one, by position.
         target: the key of the target, or several. None is the first of `TARGETS` that there is.
+        without: keys of entries that are for penalties alone, unless they are chosen here.
 
     Returns:
         The parts of the batch.
@@ -89,6 +97,8 @@ def unpack(batch: Any, net: nn.Module, inputs: Keys = None, target: Keys = None)
         TypeError: if it cannot be read.
     """
     named = _named(batch)
+    if named is None and isinstance(batch, (list, tuple)) and inputs is None and target is None:
+        batch = tuple(v for i, v in enumerate(batch) if i not in without)
     if named is None and inputs is None and target is None:
         if not (isinstance(batch, (list, tuple)) and len(batch) in (2, 3)):
             raise TypeError(_unreadable(batch))
@@ -101,7 +111,7 @@ def unpack(batch: Any, net: nn.Module, inputs: Keys = None, target: Keys = None)
     wanted = [key for key in TARGETS if key in known][:1] if target is None else _keys(target)
     environment = [key for key in ENVIRONMENTS if key in known][:1] if named is not None else []
     chosen = _keys(inputs)
-    chosen = chosen or [key for key in known if key not in (*wanted, *environment)]
+    chosen = chosen or [key for key in known if key not in (*wanted, *environment, *without)]
     missing = [key for key in (*wanted, *chosen) if key not in known]
     if missing or not wanted or not chosen:
         raise TypeError(_unreadable(batch, f" with the keys {list(known)}", missing))
@@ -112,6 +122,40 @@ def unpack(batch: Any, net: nn.Module, inputs: Keys = None, target: Keys = None)
     args = tuple(parts[key] for key in chosen if isinstance(key, int))
     kwargs = {key: parts[key] for key in chosen if isinstance(key, str)}
     return _read(args, kwargs, y, env, net)
+
+
+def entries(keys: Iterable[tuple[str, Any]], batch: Any) -> dict[str, Any]:
+    """Return what a penalty needs of a batch, by name.
+
+    Args:
+        keys: names with the key of an entry, or with a function of the batch.
+        batch: as it came from the DataLoader.
+
+    Returns:
+        The entries.
+
+    Raises:
+        TypeError: if there is no such entry.
+
+    >>> entries([("target", "forces"), ("metric", lambda batch: -batch["mask"])],
+    ...         {"x": 1, "forces": 2, "mask": 3})
+    {'target': 2, 'metric': -3}
+    """
+    found: dict[str, Any] = {}
+    for name, key in keys:
+        if callable(key):
+            found[name] = key(batch)
+            continue
+        parts = _named(batch)
+        known: Any = parts if parts is not None else range(len(batch))
+        if key not in known:
+            raise TypeError(
+                f"a penalty needs {name}=, the entry {key!r} of the batch, which has "
+                f"{list(known)}{checks.nearest(key, map(str, known))}: say which one is meant, "
+                f"given={{{name!r}: ...}}"
+            )
+        found[name] = (batch if parts is None else parts)[key]
+    return found
 
 
 def _read(args: Any, kwargs: dict[str, Any], y: Any, env: Any, net: nn.Module) -> Batch:

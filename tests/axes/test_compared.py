@@ -361,3 +361,47 @@ def test_other_kinds_of_penalties_refuse():
         gpkit.r1(given={"targets": "forces"})
     with pytest.raises(TypeError, match="must be a function of the variable"):
         gpkit.r1(metric=MASK)
+
+
+def test_losses_of_steps():
+    """[B, T]: as outputs they have a Jacobian; as a loss the user says which number is meant."""
+    a, x = draw(3, 4).requires_grad_(), draw(B, 3).requires_grad_()
+    losses = torch.sin(x @ a)  # [B, T]
+    J = torch.cos(x @ a).unsqueeze(2) * a.T  # [B, T, 3]
+    found = gpkit.GradientPenalty()(losses, x)
+    torch.testing.assert_close(found, J.flatten(1).square().sum(1).mean())
+    found = gpkit.input_grad_norm(of=lambda losses: losses.sum(1))(losses, x)
+    torch.testing.assert_close(found, J.sum(1).square().sum(1).mean())
+    found = gpkit.input_grad_norm(of=lambda losses: losses.sum(1))(lambda x: torch.sin(x @ a), x)
+    torch.testing.assert_close(found, J.sum(1).square().sum(1).mean())
+    words = r"got \[5, 4\]: for losses of steps or pixels choose their sum, losses.flatten\(1\).sum"
+    with pytest.raises(ValueError, match=words):
+        gpkit.input_grad_norm()(losses, x)
+    with pytest.raises(ValueError, match=words):
+        gpkit.weight_grad_norm()(losses, [a])
+    found = gpkit.weight_grad_norm(weight=1.0)(losses.sum(1), [a])
+    (g,) = torch.autograd.grad(losses.sum(1).mean(), a)
+    torch.testing.assert_close(found, g.square().sum())
+
+
+def test_one_norm_over_two_activations():
+    """With a target and a metric for each of them, for a callable and for tensors."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2), nn.Tanh(), nn.Linear(2, 1))
+    net.double()
+    x, goals = draw(B, 3), (draw(B, 4), draw(B, 2))
+    penalty = gpkit.GradientPenalty(wrt=[gpkit.activation("0"), gpkit.activation("2")])
+    u = net[0](x)
+    v = net[2](torch.tanh(u))
+    dv = (1 - torch.tanh(v) ** 2) * net[4].weight[0]
+    du = (1 - torch.tanh(u) ** 2) * (dv @ net[2].weight)
+    n2 = (du - goals[0]).square().sum(1) + (2 * (dv - goals[1])).square().sum(1)
+    given = {"target": goals, "metric": (1.0, 2.0)}
+    found = penalty(net, x, **given)
+    torch.testing.assert_close(found, n2.mean())
+    torch.testing.assert_close(penalty(net[3:](v), (u, v), **given), n2.mean())
+    for a, b in zip(
+        torch.autograd.grad(found, list(net.parameters())[:5]),
+        torch.autograd.grad(n2.mean(), list(net.parameters())[:5]),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)

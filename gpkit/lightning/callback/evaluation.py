@@ -14,6 +14,7 @@ from gpkit.autodiff.state import Start
 from gpkit.estimators.base import Recomputable, Target
 from gpkit.estimators.window import Window, summarised
 from gpkit.formula import Terms
+from gpkit.lightning.batches import entries
 from gpkit.lightning.callback.plan import PenalizedNet, Plan, differentiated
 from gpkit.lightning.compat import holds_fsdp2_shards, scale_of, scaler_of
 from gpkit.lightning.refusals import CALLBACK_REFUSAL, refuse
@@ -110,8 +111,9 @@ class Evaluator:
             value = base if name in two_points else differentiated(needs, capture, loss)
             value = None if needs.own_forward else value
             f, *args = self._penalty_arguments(name, call, capture, value)
+            given = entries(needs.given, call.batch) if needs.given else {}
             try:
-                terms[name] = penalty.act(f, *args, step=optimizer_step, scale=scale)
+                terms[name] = penalty.act(f, *args, step=optimizer_step, scale=scale, **given)
                 plan.probe.expect_backward()  # its reruns are over: the step's own backward is next
             except RuntimeError as error:
                 # torch.OutOfMemoryError is a RuntimeError too, and no finding.
@@ -153,9 +155,9 @@ class Evaluator:
         if needs.in_weights:
             window = self._window(name) if needs.pooled else None
             return [Recomputable(value, rerun, state, window=window), self.watched.net]
-        rerun = partial(rerun, index=self.watched.index(needs, capture))
+        rerun = partial(rerun, indices=self.watched.indices(needs, capture))
         if needs.at_data and not needs.calls_net:
-            x = capture.activations[needs.in_activation] if needs.in_activation else capture.x
+            x: Any = tuple(capture.activations[name] for name in needs.in_activation) or capture.x
             return [Recomputable(value, rerun, state, mean=needs.of_loss), x]
         assert capture.x is not None
         module = [self.watched.net] if needs.activations else []

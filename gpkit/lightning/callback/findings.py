@@ -151,6 +151,16 @@ def _findings_of_penalty(
         )
     if needs.fakes:
         yield needs.fakes
+    names = [name for name, _ in needs.given]
+    if names and "dataloader_iter" in inspect.signature(module.training_step).parameters:
+        yield f"it reads {', '.join(names)} from the batch, and `dataloader_iter` is none"
+    if "sample_weight" in names and needs.pooled:
+        yield (
+            f"scope={penalty.scope!r} has one norm, of a mean gradient, so it takes no "
+            "sample_weight: weigh the samples in the loss, or use scope='batch'"
+        )
+    if (names or penalty.metric) and may_shard(strategy):
+        yield "under FSDP a derivative is not compared: leave out given= and metric=, or use DDP"
     for name in needs.activations if net is not None else ():
         options = [n for n, _ in net.named_modules() if n]  # type: ignore[union-attr]
         if name not in options:

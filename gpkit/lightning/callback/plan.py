@@ -74,7 +74,12 @@ class PenalizedNet:
         return Probe(self.net, self.title, spec, replacements, call=self.call, eager=eager)
 
     def rerun(
-        self, module: nn.Module, call: StepCall, needs: Needs, *xs: Tensor, index: int = 0
+        self,
+        module: nn.Module,
+        call: StepCall,
+        needs: Needs,
+        *xs: Tensor,
+        indices: Iterable[int] = (0,),
     ) -> Any:
         """Rerun the training step, and return what a penalty differentiates.
 
@@ -82,20 +87,22 @@ class PenalizedNet:
             module: the LightningModule. It is an argument so that `isolated` finds its buffers.
             call: the step.
             needs: of the penalty.
-            *xs: the input or activation to compute with; if missing, those of the batch.
-            index: the call of the submodule that gets them.
+            *xs: the input or activations to compute with; if missing, those of the batch.
+            indices: the call of the submodule that gets each of them.
 
         Returns:
             The loss, or the output or activation of the net.
         """
-        replacements = {_moved(needs): (xs[0], index)} if xs else None
+        at = zip(xs, indices, strict=True) if xs else ()
+        replacements = dict(zip(_moved(needs), at, strict=True)) if xs else None
         with self.silencer.silenced(), self.probe([needs], replacements) as capture:
             output = call.training_step(*call.args, **call.kwargs)
         return differentiated(needs, capture, loss_of(output))
 
-    def index(self, needs: Needs, capture: Capture) -> int:
-        """Return which call of the submodule was captured whose tensor a penalty moves."""
-        return (self.call or 0) if len(capture.calls.get(_moved(needs), ())) > 1 else 0
+    def indices(self, needs: Needs, capture: Capture) -> tuple[int, ...]:
+        """Return which call of each submodule was captured whose tensor a penalty moves."""
+        calls = [len(capture.calls.get(name, ())) for name in _moved(needs)]
+        return tuple((self.call or 0) if count > 1 else 0 for count in calls)
 
     def rerun_isolated(self, module: Any, call: StepCall, needs: Needs) -> Tensor:
         """Rerun the training step with the same random numbers, and return the loss."""
@@ -106,9 +113,9 @@ class PenalizedNet:
         return loss
 
 
-def _moved(needs: Needs) -> str:
-    """Return the name of the tensor that a penalty moves: an activation, or "" for the input."""
-    return "" if needs.moves else needs.in_activation
+def _moved(needs: Needs) -> tuple[str, ...]:
+    """Return the names of the tensors that a penalty moves: activations, or "" for the input."""
+    return ("",) if needs.moves or not needs.in_activation else needs.in_activation
 
 
 def probe_spec(needs: Iterable[Needs]) -> ProbeSpec:

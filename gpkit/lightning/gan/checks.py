@@ -67,6 +67,11 @@ def require_penalties(
                 f"`penalty=...` {name!r} draws labels from a classifier's logits, but a critic "
                 "returns scores: use weight_grad_norm"
             )
+        if needs.given:
+            raise TypeError(
+                f"`penalty=...` {name!r} needs {needs.given[0][0]}=, which the batches of a GAN do "
+                "not have: use PenalizedModule, or call the penalty in a loop of your own"
+            )
         if needs.in_weights and needs.per_sample:
             raise TypeError(
                 f"`penalty=...` {name!r} needs the loss of each sample, but a GAN loss compares "

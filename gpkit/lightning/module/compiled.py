@@ -132,6 +132,8 @@ def not_compiled_because(penalty: Penalty) -> str | None:
         return f"has a weight that measures gradients, {axes['weight']!r}"
     if needs.activations:
         return "names an activation"
+    if needs.given or axes["metric"]:
+        return "compares the derivative with something, or weighs samples"
     if isinstance(getattr(axes["form"], "center", None), running_average):
         return "has a running average"
     return None

@@ -54,9 +54,10 @@ class ForwardPass:
             return self.output
         return self.losses if needs.sample_losses else self.loss
 
-    def variable(self, needs: Needs) -> Tensor:
-        """Return the tensor that a penalty differentiates in: the input or an activation."""
-        return self.activations[needs.in_activation] if needs.in_activation else self.x
+    def variable(self, needs: Needs) -> Tensor | tuple[Tensor, ...]:
+        """Return what a penalty differentiates in: the input or activations."""
+        found = tuple(self.activations[name] for name in needs.in_activation)
+        return found or self.x
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from gpkit.autodiff.norm_layers import elementary
 from gpkit.autodiff.state import start_of
 from gpkit.estimators.window import summarised
 from gpkit.formula import Terms
-from gpkit.lightning.batches import Batch, Keys, unpack
+from gpkit.lightning.batches import Batch, Keys, entries, unpack
 from gpkit.lightning.compat import logs_now, scale_of, scaler_of, trainer_of
 from gpkit.lightning.module.compiled import CompiledLoss, terms_of
 from gpkit.lightning.module.forward import ForwardPass, ForwardRunner
@@ -83,8 +83,8 @@ class PenalizedModule(pl.LightningModule):
             tens of seconds, so it pays for long runs. Penalties must be in the weights, or in the
             inputs at the data.
         inputs: the entries of a batch that are the net's inputs: names, passed by keyword, or
-            positions. None is all entries but the target. Penalties "in the input" are in the first
-            that is a floating-point tensor.
+            positions. None is all but the target and what a penalty has in ``given=``. Penalties
+            "in the input" are in the first that is a floating-point tensor.
         target: the entry that is y. None is "labels", "label", "targets", "target" or "y".
 
     Raises:
@@ -132,8 +132,7 @@ class PenalizedModule(pl.LightningModule):
         for name, own in self.needs.items():
             if own.fakes:
                 pl.utilities.rank_zero_warn(f"penalty {name!r}: {own.fakes}. Here it is x_{{i-1}}")
-        self.make_optimizer = optimizer or torch.optim.Adam
-        self.make_scheduler = scheduler
+        self.make_optimizer, self.make_scheduler = optimizer or torch.optim.Adam, scheduler
         self.val_metrics = as_metrics(metrics, loss).clone()
         self.test_metrics = as_metrics(metrics, loss).clone()
         self.gradient_norms = gradient_norms
@@ -219,16 +218,18 @@ class PenalizedModule(pl.LightningModule):
         if compiled:
             forward, terms = self._act_compiled(read, needs, log_norms=log_norms)
         else:
-            forward, terms = self._act(read, needs, log_norms=log_norms)
+            given = {name: entries(own.given, batch) for name, own in needs.items() if own.given}
+            forward, terms = self._act(read, needs, given, log_norms=log_norms)
         total = self.penalties.total(forward.loss, terms, self.net.parameters)
         assert total is not None
         return total, forward, terms
 
     def _read(self, batch: Any) -> Batch:
-        return unpack(batch, self.net, self.inputs, self.target)
+        keys = {key for own in self.needs.values() for _, key in own.given if not callable(key)}
+        return unpack(batch, self.net, self.inputs, self.target, keys)
 
     def _act(
-        self, batch: Batch, needs: dict[str, Needs], *, log_norms: bool
+        self, batch: Batch, needs: dict[str, Needs], given: dict[str, Any], *, log_norms: bool
     ) -> tuple[ForwardPass, AllTerms]:
         """Run the training forward, and evaluate each penalty on it."""
         x, y, env = batch.x, batch.y, batch.environments()
@@ -250,10 +251,9 @@ class PenalizedModule(pl.LightningModule):
             scale = scale_of(scaler_of(trainer_of(self)), x.device)
             if alone:  # one backward pass gives the gradient of the loss to both
                 forward = replace(forward, loss=summarised(forward.loss, scale))
+            options = {"step": self._optimizer_step(), "scale": scale}
             terms = {
-                name: runner.act(
-                    p, needs[name], forward, y, env, step=self._optimizer_step(), scale=scale
-                )
+                name: runner.act(p, needs[name], forward, y, env, **options, **given.get(name, {}))
                 for name, p in self.penalties.items()
             }
         return forward, terms

@@ -35,6 +35,11 @@ class StepCall:
     kwargs: dict[str, Any]
     start: Start | None = None
 
+    @property
+    def batch(self) -> Any:
+        """The batch that the step was called with."""
+        return self.args[0] if self.args else self.kwargs["batch"]
+
     def tensor_versions(self) -> list[int]:
         """Return the version counter of each tensor in the arguments.
 
