@@ -60,7 +60,8 @@ def plain_steps(module: PenalizedModule, batch: Any, step: int) -> float:
         step: the optimiser step, for the schedules of the penalties.
 
     Returns:
-        1 + Σ_k (t_k / t - 1) / k, where t is the time without penalties, and t_k that with those
+        1 + Σ_k (t_k / t - 1) / k, where t is the time without penalties (on the CPU that of the
+        process, which other programs do not lengthen), and t_k that with those
         penalties that act on every k-th step: each the fastest of interleaved steps, since a step
         is never faster than its work, and often slower.
     """
@@ -93,18 +94,18 @@ def plain_steps(module: PenalizedModule, batch: Any, step: int) -> float:
 
 def _seconds(module: PenalizedModule, batch: Any) -> float:
     """Return the time of the forward and backward passes of a step."""
-    _wait()
-    start = time.perf_counter()
+    start = _now(module.device)
     module.penalized_loss(batch).backward()
-    _wait()
-    took = time.perf_counter() - start
+    took = _now(module.device) - start
     module.zero_grad(set_to_none=True)
     return took
 
 
-def _wait() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+def _now(device: torch.device) -> float:
+    if device.type == "cpu":
+        return time.process_time()
+    torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 def _restore(module: torch.nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:

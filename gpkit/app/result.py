@@ -217,6 +217,38 @@ def results_in(place: Path) -> dict[str, Result]:
     return found
 
 
+def larger_is_better(metric: str) -> bool:
+    """Whether a larger value of a metric is better: of accuracies and counts, not of losses.
+
+    Args:
+        metric: its name in ``metrics.json``.
+
+    Returns:
+        False for any other.
+
+    >>> larger_is_better("test/acc"), larger_is_better("val/loss"), larger_is_better("val/mae")
+    (True, False, False)
+    """
+    name = metric.rpartition("/")[2]
+    return any(word in name for word in ("acc", "auroc", "f1", "covered", "high_quality", "r2"))
+
+
+def main_metric(results: Sequence[Result]) -> str | None:
+    """Return the metric that runs are compared by: the optimised one, or one of the test."""
+    names = [name for r in results for name, value in r.metrics.items() if value is not None]
+    asked = [str(r.config.get("optimized_metric")) for r in results]
+    for name in [*asked, "test/acc", "test/loss", "wasserstein/debiased", *sorted(names)]:
+        if name in names:
+            return name
+    return None
+
+
+def best(results: Mapping[str, Result], metric: str) -> str:
+    """Return the name of the run with the best value of a metric."""
+    values = {name: v for name, r in results.items() if (v := r.metrics.get(metric)) is not None}
+    return (max if larger_is_better(metric) else min)(values, key=lambda name: values[name])
+
+
 def finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
     """Return metrics with None for what is not finite, which JSON does not have."""
     return {k: v if math.isfinite(v) else None for k, v in metrics.items()}

@@ -18,7 +18,16 @@ from rich.console import Console
 from rich.table import Table
 
 from gpkit.app.overrides import is_group, parse
-from gpkit.app.result import SWEEP, Result, is_baseline, jobs_of, read_sweep, results_in
+from gpkit.app.result import (
+    SWEEP,
+    Result,
+    best,
+    is_baseline,
+    jobs_of,
+    main_metric,
+    read_sweep,
+    results_in,
+)
 
 
 class NoteSweep(Callback):
@@ -130,38 +139,6 @@ def locked(place: Path) -> Iterator[None]:
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def larger_is_better(metric: str) -> bool:
-    """Whether a larger value of a metric is better: of accuracies and counts, not of losses.
-
-    Args:
-        metric: its name in ``metrics.json``.
-
-    Returns:
-        False for any other.
-
-    >>> larger_is_better("test/acc"), larger_is_better("val/loss"), larger_is_better("val/mae")
-    (True, False, False)
-    """
-    name = metric.rpartition("/")[2]
-    return any(word in name for word in ("acc", "auroc", "f1", "covered", "high_quality", "r2"))
-
-
-def main_metric(results: Sequence[Result]) -> str | None:
-    """Return the metric that runs are compared by: the optimised one, or one of the test."""
-    names = [name for r in results for name, value in r.metrics.items() if value is not None]
-    asked = [str(r.config.get("optimized_metric")) for r in results]
-    for name in [*asked, "test/acc", "test/loss", "wasserstein/debiased", *sorted(names)]:
-        if name in names:
-            return name
-    return None
-
-
-def best(results: Mapping[str, Result], metric: str) -> str:
-    """Return the name of the run with the best value of a metric."""
-    values = {name: v for name, r in results.items() if (v := r.metrics.get(metric)) is not None}
-    return (max if larger_is_better(metric) else min)(values, key=lambda name: values[name])
 
 
 def say_end(place: Path, console: Console | None = None) -> int:

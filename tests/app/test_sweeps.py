@@ -12,8 +12,8 @@ from torch import nn
 
 import gpkit
 from gpkit.app.overrides import CONFIG_DIR, short
-from gpkit.app.result import Result
-from gpkit.app.sweep import best, claim
+from gpkit.app.result import Result, best
+from gpkit.app.sweep import claim
 
 pytestmark = pytest.mark.app
 
