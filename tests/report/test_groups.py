@@ -91,7 +91,7 @@ def test_another_baseline_may_be_asked_for(study):
     assert [name for name, g in groups.items() if g.is_baseline] == ["r1 weight=0.1"]
     assert groups["none"].against.gain.mean == pytest.approx(-0.05)
     with pytest.raises(
-        ValueError, match="--baseline penalty=r2: no group has this; there are .*none; r1"
+        ValueError, match=r"--baseline penalty=r2: no group has this; there are .*none; r1"
     ):
         table_of(study, baseline={"penalty": "r2"})
 
