@@ -114,9 +114,9 @@ def is_layer_norm(name: str) -> bool:
     return name.startswith("NativeLayerNorm")
 
 
-def is_mish(node: Any) -> bool:
-    """Whether a node is Mish. It is asked of all nodes; the class is faster to read than a name."""
-    return type(node).__name__ == "MishBackward0"
+def class_of(node: Any) -> str:
+    """Return the class of a node, such as "MishBackward0". It is faster to read than a name."""
+    return type(node).__name__
 
 
 # saved_input(node): the input of an elementwise operation, with its graph. torch documents these

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from gpkit import checks
 from gpkit.autodiff import graph
-from gpkit.autodiff.compat import is_mish, saved_input
+from gpkit.autodiff.compat import LEAF, class_of, packs_saved, saved, saved_input
 from gpkit.autodiff.numerics import as_real, widened
 from gpkit.autodiff.random import has_ranks
 from gpkit.autodiff.sharding.gathering import gathered
@@ -260,11 +260,12 @@ SMALL = 2**18  # entries; below this, one copy is cheaper than a sum for each pa
 
 @contextmanager
 def mended(*ys: Tensor) -> Iterator[None]:
-    """A context in which gradients through Mish in the graph of ``ys`` can be differentiated again.
+    """A context in which some gradients in the graph of ``ys`` can be differentiated again.
 
     torch's second derivative of Mish is NaN from 89 on in float32, and from 710 on in float64,
-    because it multiplies an infinity by zero. Here the nodes of Mish give their gradient by
-    `slope`, whose derivatives are finite. The graph is as before at the end.
+    because it multiplies an infinity by zero. That of weight norm takes ‖v‖ for a constant, so it
+    is wrong in v, without an error. Here their nodes give their gradients by the formulas in
+    `MENDED`, which have right derivatives of all orders. The graph is as before at the end.
 
     >>> import gpkit
     >>> x = torch.tensor([100.0], requires_grad=True)
@@ -279,7 +280,7 @@ def mended(*ys: Tensor) -> Iterator[None]:
     """
     found = []
     if not torch.compiler.is_compiling():
-        found = [node for y in ys for node in graph.nodes(y) if is_mish(node)]
+        found = [node for y in ys for node in graph.nodes(y) if class_of(node) in MENDED]
     handles = [hook(node) for node in found]
     try:
         yield
@@ -289,10 +290,12 @@ def mended(*ys: Tensor) -> Iterator[None]:
 
 
 def hook(node: Any) -> Any:
-    """Let a node of Mish give its gradient by `slope`."""
+    """Let a node give its gradients by its formula in `MENDED`."""
 
-    def gradient(_: Any, grads: tuple[Tensor]) -> tuple[Tensor]:
-        return (grads[0] * slope(saved_input(node)),)
+    def gradient(given: tuple[Tensor | None, ...], grads: tuple[Tensor, ...]) -> Any:
+        found = MENDED[class_of(node)](node, grads[0])
+        pairs = zip(given, found or given, strict=True)
+        return tuple(None if before is None else after for before, after in pairs)
 
     return node.register_hook(gradient)
 
@@ -304,3 +307,26 @@ def slope(x: Tensor) -> Tensor:
     """
     t = torch.tanh(-F.logsigmoid(-x))
     return t + x * torch.sigmoid(x) * (1 - t) * (1 + t)
+
+
+def through_mish(node: Any, grad: Tensor) -> tuple[Tensor] | None:
+    """Return the gradient in x, for one in Mish of x. A checkpoint's x can be read once: None."""
+    return None if packs_saved(node) else (grad * slope(saved_input(node)),)
+
+
+def through_weight_norm(node: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients in v and g, for one in g v / ‖v‖, the norm over all but one dimension."""
+    dim, leaves = saved(node, "dim"), [getattr(n, LEAF, None) for n, _ in node.next_functions]
+    # What a node in a checkpoint has saved can be read once, by the node; leaves can be found.
+    v, g = (saved(node, k) if x is None else x for k, x in zip("vg", leaves, strict=True))
+    others = [d for d in range(v.ndim) if d != dim]
+    inverse = v.square().sum(others, keepdim=True).rsqrt()
+    unit = v * inverse
+    along = (grad * unit).sum(others, keepdim=True)
+    return g * inverse * (grad - along * unit), along
+
+
+MENDED: dict[str, Callable[[Any, Tensor], tuple[Tensor, ...] | None]] = {
+    "MishBackward0": through_mish,
+    "WeightNormInterfaceBackward0": through_weight_norm,
+}
