@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ def with_loss(
 
     Raises:
         TypeError: if a penalty is not a weight penalty, or the closure is not callable.
+        ValueError: if a penalty is not of the loss, or the closure returns outputs.
     """
     in_weights: list[Any] = [p for p in penalties if not _in_inputs(p)]
     if len(in_weights) < len(penalties):
@@ -44,6 +46,12 @@ def with_loss(
             f"`with_loss(closure, net)` takes a function that returns the loss; got a "
             f"{type(closure).__name__}"
         )
+    for penalty in in_weights:
+        if penalty.of == "sampled_loss" or penalty.named:
+            raise ValueError(
+                "`with_loss(closure, net)` is for a penalty of the loss that the closure returns; "
+                f"got of={penalty.of!r}: add the penalty to the loss, loss + penalty(closure, net)"
+            )
     net = list(net) if isinstance(net, Iterator) else net
     first = in_weights[0]
     if not torch.is_grad_enabled():
@@ -54,14 +62,15 @@ def with_loss(
     state = start_of((closure, net), device_of(net))
     with layers_for(in_weights, net) as layers:
         given: Any = closure()
-    y = _loss(first, given)
+    y, selected = _loss(first, given), False
     if len(in_weights) == 1 and not first.estimator.reuses_graph:
-        y = summarised(y) if y.numel() == 1 and y.requires_grad else y
-        given = y
+        given = y = summarised(y) if y.numel() == 1 and y.requires_grad else y
+        selected = True
     total = y.mean()
     for penalty in in_weights:
         plain = penalty.estimator.reuses_graph and layers is None
-        f = given if plain else Recomputable(given, closure, state, layers=layers)
+        again = partial(Recomputable, function=closure, state=state, layers=layers)
+        f = given if plain else again(given, selected=selected)
         terms = penalty.act(f, net, step=step)
         total = total if terms is None else terms.added_to(total)
     return total
@@ -77,4 +86,9 @@ def _loss(penalty: Any, given: Any) -> Tensor:
     y = penalty.of(given) if callable(penalty.of) else given
     if not isinstance(y, Tensor):
         raise TypeError(f"the closure must return a loss; got a {type(y).__name__}")
+    if y.numel() != (len(y) if y.ndim else 1):
+        raise ValueError(
+            f"the closure must return a loss, or losses [B], whose mean is trained on; got "
+            f"{list(y.shape)}: for a penalty of outputs use loss + penalty(closure, net)"
+        )
     return y

@@ -262,10 +262,9 @@ SMALL = 2**18  # entries; below this, one copy is cheaper than a sum for each pa
 def mended(*ys: Tensor) -> Iterator[None]:
     """A context in which some gradients in the graph of ``ys`` can be differentiated again.
 
-    torch's second derivative of Mish is NaN from 89 on in float32, and from 710 on in float64,
-    because it multiplies an infinity by zero. That of weight norm takes ‖v‖ for a constant, so it
-    is wrong in v, without an error. Here their nodes give their gradients by the formulas in
-    `MENDED`, which have right derivatives of all orders. The graph is as before at the end.
+    torch's second derivative of Mish is NaN from 89 on in float32 (710 in float64), where it
+    multiplies an infinity by zero. That of weight norm takes ‖v‖ for a constant, so it is wrong in
+    v. Here their nodes give their gradients by the formulas in `MENDED`. The graph stays as it was.
 
     >>> import gpkit
     >>> x = torch.tensor([100.0], requires_grad=True)
@@ -315,18 +314,19 @@ def through_mish(node: Any, grad: Tensor) -> tuple[Tensor] | None:
 
 
 def through_weight_norm(node: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients in v and g, for one in g v / ‖v‖, the norm over all but one dimension."""
-    dim, leaves = saved(node, "dim"), [getattr(n, LEAF, None) for n, _ in node.next_functions]
+    """Return the gradients in v and g, for one in g v / ‖v‖: norms over all but one dimension."""
+    leaves = [getattr(n, LEAF, None) for n, _ in node.next_functions]
     # What a node in a checkpoint has saved can be read once, by the node; leaves can be found.
     v, g = (saved(node, k) if x is None else x for k, x in zip("vg", leaves, strict=True))
-    others = [d for d in range(v.ndim) if d != dim]
+    others = [d for d in range(v.ndim) if d != saved(node, "dim")]
     inverse = v.square().sum(others, keepdim=True).rsqrt()
     unit = v * inverse
     along = (grad * unit).sum(others, keepdim=True)
     return g * inverse * (grad - along * unit), along
 
 
+WRONG_TWICE = "WeightNormInterfaceBackward0"
 MENDED: dict[str, Callable[[Any, Tensor], tuple[Tensor, ...] | None]] = {
     "MishBackward0": through_mish,
-    "WeightNormInterfaceBackward0": through_weight_norm,
+    WRONG_TWICE: through_weight_norm,
 }

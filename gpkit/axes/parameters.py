@@ -72,7 +72,8 @@ class weights(Variables):
             require_whole(params, "a penalty in the weights")
         device, rerun, layers = params[0].device, None, None
         if isinstance(call.f, Recomputable) and call.f.value is not None:
-            y, layers = call.selected(call.f.value), call.f.layers
+            y = call.f.value if call.f.selected else call.selected(call.f.value)
+            layers = call.f.layers
             rerun = partial(self.evaluated, call, device, y)
         elif call.has_graph:
             y = call.selected(call.f)

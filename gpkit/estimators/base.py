@@ -95,6 +95,7 @@ class Recomputable:
         mean: whether the value of an input penalty is one number, the mean over the samples.
         window: the micro-batches whose gradients are averaged with this one's.
         layers: the calls of the net's layers in the forward pass of ``value``.
+        selected: whether ``value`` is what ``of`` selects, and not the result of ``function``.
     """
 
     value: Any
@@ -103,6 +104,7 @@ class Recomputable:
     mean: bool = False
     window: Window | None = None
     layers: Recording | None = None
+    selected: bool = False
 
     @property
     def device(self) -> torch.device | None:

@@ -152,3 +152,27 @@ def test_a_module_takes_two_forwards_and_two_backwards_a_step():
     for found, wanted in zip(net.parameters(), by_hand.parameters(), strict=True):
         assert torch.equal(found.grad, wanted.grad)
     torch.testing.assert_close(net.state_dict(), by_hand.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "finite_difference"])
+def test_what_of_selects_from_the_closures_result_is_selected_once(estimator):
+    w = torch.tensor([3.0, 4.0], dtype=torch.float64, requires_grad=True)
+    of = {"of": lambda out: 2 * out["loss"], "estimator": estimator}
+    penalty = gpkit.weight_grad_norm(weight=0.1, **of)
+    total = penalty.with_loss(lambda: {"loss": (w**2).sum() / 4}, [w])
+    assert total.item() == pytest.approx(25 / 2 + 0.1 * 25)
+    (grad,) = torch.autograd.grad(total, w)
+    torch.testing.assert_close(grad, 1.2 * w.detach(), rtol=1e-6, atol=0)
+    scaled = gpkit.weight_grad_norm(weight=0.1, estimator=estimator, of=lambda out: 2 * out)
+    assert scaled.with_loss(lambda: (w**2).sum() / 4, [w]).item() == pytest.approx(total.item())
+
+
+def test_with_loss_refuses_what_is_no_loss():
+    net = nn.Linear(5, 3)
+    x = torch.randn(4, 5)
+    for of in ("sampled_loss", gpkit.activation("0")):
+        penalty = gpkit.GradientPenalty(wrt="weight", of=of)
+        with pytest.raises(ValueError, match=r"of=.*: add the penalty to the loss"):
+            penalty.with_loss(lambda: net(x), net)
+    with pytest.raises(ValueError, match=r"losses \[B\].*got \[4, 3\].*loss \+ penalty"):
+        gpkit.GradientPenalty(wrt="weight").with_loss(lambda: net(x), net)

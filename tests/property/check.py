@@ -49,6 +49,8 @@ REFUSALS = (
     "does not broadcast to a sample",  # a box of another shape
     "needs floating-point",
     "has # numbers, for # norms",
+    "is for a penalty of the loss that the closure returns",  # of with_loss
+    "the closure must return a loss, or losses []",
     "could not create a primitive descriptor",  # this CPU has no bfloat16 convolution
 )
 QUIET = (  # of nets with batch norm in training mode; the oracle takes the same coupled gradient

@@ -129,8 +129,6 @@ def draw(rng: Random) -> Config:
         chosen["call"] = rng.choice(WEIGHT_CALLS)
     config = Config(seed=rng.randrange(1_000_000), **chosen)
     config = fitting(config, rng) if rng.random() < 0.9 else config
-    if config.net == "weight_norm" and config.in_weights:
-        config = replace(config, net="tanh")
     if config.net in SPECIAL or config.dtype == "bfloat16":  # the oracle is not for all of them
         config = fitting(config, rng)
     if (config.net == "dict") != (config.of == "logits"):  # no function of the user's would do so
@@ -188,13 +186,16 @@ def fitting(c: Config, rng: Random) -> Config:
     if c.of == "sampled_loss":
         c = replace(c, outputs=max(c.outputs, 2), net="tanh" if c.net == "maps" else c.net)
         c = replace(c, call="closure" if c.call == "with_loss" else c.call)
+    if c.call == "with_loss" and c.of == "output":
+        c = replace(c, of="loss")
     if c.call.startswith("tensor") and (c.moves or needs_function(c.estimator)):
         c = replace(c, call="closure" if c.in_weights else "module")
     one = c.estimator in ("finite_difference", "curvature_difference")
     if c.of not in (*LOSSES, "column", "total") and (one or c.form in CENTERED):
         c = replace(c, of=rng.choice(("column", "total")))
     if c.net == "dict":
-        c = replace(c, of="logits", outputs=1 if one or c.form in CENTERED else c.outputs)
+        alone = one or c.form in CENTERED or c.call == "with_loss"
+        c = replace(c, of="logits", outputs=1 if alone else c.outputs)
     if c.net == "maps" and c.of == "loss":
         c = replace(c, loss="squares")
     if c.estimator in ("finite_difference", "curvature_difference", "power_iteration",

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from gpkit import formula
-from gpkit.autodiff.compat import traces_gradients, tracing_gradients
+from gpkit.autodiff import graph
+from gpkit.autodiff.compat import class_of, traces_gradients, tracing_gradients
+from gpkit.autodiff.derivatives import WRONG_TWICE
 from gpkit.autodiff.random import SeededDraws
 from gpkit.axes.average import running_average
 from gpkit.axes.call import Call
@@ -88,6 +90,21 @@ class CompiledLoss:
             self._graphs[acting] = torch.compile(compute, fullgraph=True)
         with tracing_gradients():
             return self._graphs[acting](x, y, seeds, scale)
+
+    def require_derivatives(self, loss: Tensor) -> None:
+        """Refuse a loss, of a step that is not compiled, whose compiled derivatives are wrong.
+
+        Raises:
+            ValueError: if a penalty is in the weights of a net with weight norm: torch's second
+                derivative of it is wrong, and cannot be replaced inside of a compiled graph.
+        """
+        found = next((n.name() for n in graph.nodes(loss) if class_of(n) == WRONG_TWICE), None)
+        for name, _ in self._in_weights(self.penalties) if found else ():
+            raise ValueError(
+                f"`compile=True` does not support {name!r} with weight norm ({found}): torch's "
+                "second derivative of it is wrong, and gpkit can only replace it outside of a "
+                "compiled graph: leave compile=False"
+            )
 
     def _in_weights(self, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
         return ((n, self.penalties[n]) for n in names if needs_of(self.penalties[n]).in_weights)

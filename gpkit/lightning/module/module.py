@@ -220,6 +220,8 @@ class PenalizedModule(pl.LightningModule):
         else:
             given = {name: entries(own.given, batch) for name, own in needs.items() if own.given}
             forward, terms = self._act(read, needs, given, log_norms=log_norms)
+            if self._compiled is not None:
+                self._compiled.require_derivatives(forward.loss)
         total = self.penalties.total(forward.loss, terms, self.net.parameters)
         assert total is not None
         return total, forward, terms
