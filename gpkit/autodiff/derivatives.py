@@ -277,10 +277,8 @@ def mended(*ys: Tensor) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    found = []
-    if not torch.compiler.is_compiling():
-        found = [node for y in ys for node in graph.nodes(y) if class_of(node) in MENDED]
-    handles = [hook(node) for node in found]
+    found = [] if torch.compiler.is_compiling() else [n for y in ys for n in graph.nodes(y)]
+    handles = [hook(node) for node in found if class_of(node) in MENDED]
     try:
         yield
     finally:

@@ -75,13 +75,11 @@ class PenalizedModule(pl.LightningModule):
         scheduler: optimiser -> learning-rate scheduler, stepped every epoch; or None.
         metrics: torchmetrics by name, updated with the output and y at validation and test. None is
             ``acc`` for a cross-entropy, and ``mae`` for a loss on values.
-        gradient_norms: whether to log gradient norms of the loss. They take one or two backward
-            passes on the logged steps and at validation and test.
+        gradient_norms: whether to log gradient norms of the loss, which take backward passes.
         histogram_every_n_epochs: the epochs 0, n, 2n, ... have histograms; 0 means that none has.
         compile: whether to compile the loss and its penalties as one graph, from the second step
-            on; the first step runs uncompiled, to check that each penalty acts. Compiling takes
-            tens of seconds, so it pays for long runs. Penalties must be in the weights, or in the
-            inputs at the data.
+            on; the first checks that each penalty acts. It takes tens of seconds, so it pays for
+            long runs. Penalties must be in the weights, or in the inputs at the data.
         inputs: the entries of a batch that are the net's inputs: names, passed by keyword, or
             positions. None is all but the target and what a penalty has in ``given=``. Penalties
             "in the input" are in the first that is a floating-point tensor.
