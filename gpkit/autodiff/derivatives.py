@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from gpkit.autodiff import graph
 from gpkit.autodiff.compat import LEAF, class_of, packs_saved, saved, saved_input
 from gpkit.autodiff.numerics import as_real, widened
 from gpkit.autodiff.random import has_ranks
-from gpkit.autodiff.sharding.gathering import gathered
+from gpkit.autodiff.sharding.gathering import regathered
 
 MAX_PASSES = 10_000
 
@@ -165,13 +165,12 @@ def gradients(y: Tensor, xs: tuple[Tensor, ...], times: Tensor | None = None) ->
     if torch.is_autocast_enabled(kind):  # autocast would round the backward pass once more
         with torch.autocast(kind, enabled=False):
             return gradients(y, xs, times)
-    sharded = gathered(y) if has_ranks() else nullcontext(tuple)
+    grads: tuple[Tensor | None, ...]
     try:
-        with sharded as regathered:
-            found = torch.autograd.grad(y, xs, times, create_graph=True, allow_unused=True)
-            grads = regathered(found)
+        grads = torch.autograd.grad(y, xs, times, create_graph=True, allow_unused=True)
     except RuntimeError as error:
         raise RuntimeError(graph.explain(error)) from error
+    grads = regathered(y, grads) if has_ranks() else grads
     return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, xs, strict=True))
 
 

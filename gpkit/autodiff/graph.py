@@ -33,6 +33,11 @@ PIECEWISE_LINEAR = (
 )
 
 
+FREED = (
+    "FSDP2 has freed weights that this derivative needs: run the forward pass, the penalty and the "
+    "backward pass within gpkit.unsharded(net)"
+)
+
 # Words of torch's error messages, or names of nodes, and the hint for each.
 HINTS = {
     "scaled_dot_product": "fused attention has no double backward: run the forward under "
@@ -64,8 +69,8 @@ HINTS = {
     'estimator="finite_difference", or another operation',
     "donated buffers": "a compiled net frees its buffers after one backward: set "
     "torch._functorch.config.donated_buffer = False before it is compiled",
-    "storage of size 0": "FSDP2 has freed weights that this derivative needs: run the forward "
-    "pass, the penalty and the backward pass within gpkit.unsharded(net)",
+    "storage of size 0": FREED,
+    "data is not allocated yet": FREED,
     "freed": "the graph of the loss has been freed: call the penalty before loss.backward()",
     "Inference tensors": "the graph has a tensor made under inference_mode: clone it outside",
     "torch.utils.checkpoint": "checkpointing recomputed a different forward pass: if it has "

@@ -130,8 +130,9 @@ def train(
 
             def take(optimizer, net):
                 if gradient_clip:
-                    norm = sum(p.grad.square().sum() for p in net.parameters()).sqrt()
-                    for p in net.parameters():
+                    reached = [p for p in net.parameters() if p.grad is not None]
+                    norm = sum(p.grad.square().sum() for p in reached).sqrt()
+                    for p in reached:
                         p.grad *= min(1.0, gradient_clip / (norm + 1e-6))
                 optimizer.step()
                 for group in optimizer.param_groups:

@@ -67,7 +67,7 @@ class Critic(nn.Module):
 
 
 def sharded(critic, how="blocks", mesh=None, **options):
-    """Shard each block and the whole, or the whole alone."""
+    """Shard each block, or each layer, and the whole; or the whole alone."""
     if mesh is not None:
         options["mesh"] = init_device_mesh("cpu", mesh, mesh_dim_names=("copy", "shard"))
     if how == "checkpointed":
@@ -76,6 +76,8 @@ def sharded(critic, how="blocks", mesh=None, **options):
     critic.outside = how == "checkpoint outside"
     for block in critic.blocks if how != "whole" else []:
         fully_shard(block, **options)
+    for layer in (critic.patches, critic.head) if how == "layers" else ():
+        fully_shard(layer, **options)
     return fully_shard(critic, **options)
 
 
@@ -175,18 +177,16 @@ def activation_by_hand(critic, real, fake, step):
     return adversarial(critic, real, fake) + gp
 
 
+def inner_by_hand(critic, real, fake, step):
+    return activation_by_hand(critic, real, fake, step) - adversarial(critic, real, fake)
+
+
+def inner(critic, real, fake, penalty):
+    return penalty(critic, critic, real=real)
+
+
 def with_critic(critic, real, fake, penalty):
     return adversarial(critic, real, fake) + penalty(critic, critic, real=real)
-
-
-def largest_by_hand(critic, real, fake, step):
-    """σ_max(∂(tokens)/∂x)², of the Jacobian's singular values."""
-    x = real.detach().requires_grad_()
-    h = critic.tokens(x).mean(1)
-    rows = [torch.autograd.grad(e.sum(), x, create_graph=True)[0] for e in h.unbind(1)]
-    jacobian = torch.stack([row.flatten(1) for row in rows], 1)  # [B, WIDTH, pixels]
-    n2 = torch.linalg.svdvals(jacobian)[:, 0].square()
-    return adversarial(critic, real, fake) + 0.1 * n2.mean()
 
 
 def derivative(critic, real, fake, penalty):
@@ -232,6 +232,7 @@ CASES = {
     "R1 + R2, checkpointing in the blocks": Case(r1_r2, r1_r2_by_hand, how="checkpointed"),
     "R1 + R2, checkpointing of the blocks": Case(r1_r2, r1_r2_by_hand, how="checkpoint outside"),
     "R1 + R2 before the loss, of a lambda": Case(before, r1_r2_by_hand),
+    "R1 + R2 before the loss, one group for each layer": Case(before, r1_r2_by_hand, how="layers"),
     "R1 + R2 alone, with a step of its own": Case(alone, alone_by_hand),
     "R1 on the graph of the scores": Case(on_scores, r1_by_hand, R1),
     "R1 on every second step": Case(r1_r2, lazy_by_hand, partial(R1, every=2)),
@@ -239,6 +240,12 @@ CASES = {
     "second order": Case(r1_r2, second_by_hand, SECOND),
     "R1 of an activation": Case(
         with_critic, activation_by_hand, partial(R1, wrt=gpkit.activation("blocks.0"))
+    ),
+    "R1 between two activations, one group, alone": Case(
+        inner,
+        inner_by_hand,
+        partial(R1, of=gpkit.activation("head"), wrt=gpkit.activation("blocks.0")),
+        how="whole",
     ),
     "gpkit.unsharded, a derivative by torch": Case(derivative, r1_by_hand, gpkit.none),
 }

@@ -11,11 +11,16 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpkit.autodiff import graph
 
 STATES = "torch.distributed._composable_state"  # loaded with FSDP2; not loaded here
+
+
+def is_fsdp2(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was applied to a module; its class would take a second to import."""
+    return hasattr(module, "set_reshard_after_backward")
 
 
 def states() -> Iterator[tuple[Any, Any, list[Any]]]:
@@ -28,7 +33,7 @@ def states() -> Iterator[tuple[Any, Any, list[Any]]]:
     seen = set()
     for module, reference in list(registry.items()):
         state = reference()
-        if id(state) not in seen and hasattr(module, "set_reshard_after_backward"):
+        if id(state) not in seen and is_fsdp2(module):
             seen.add(id(state))  # several modules may have one state
             yield module, state, groups_of(state)
 

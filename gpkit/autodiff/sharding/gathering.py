@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gpkit.autodiff.sharding.compat import Resharding, begin_backward, manages, modules_in
+from gpkit.autodiff.sharding.compat import (
+    Resharding,
+    begin_backward,
+    is_fsdp2,
+    manages,
+    modules_in,
+)
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -59,51 +64,25 @@ def unsharded(*nets: nn.Module) -> Iterator[None]:
         resharding.restore()
 
 
-@contextmanager
-def gathered(y: Tensor) -> Iterator[Callable[[Gradients], Gradients]]:
-    """A context to differentiate a tensor in whose graph may have been made by FSDP2.
-
-    The weights that the hooks of FSDP2 gather stay gathered in it, and are sharded at its end. What
-    it yields must be applied to the gradients: then a backward pass gathers the weights again
-    before it reaches the derivative.
-
-    Args:
-        y: what is differentiated.
-
-    Yields:
-        A function that returns the gradients that it is given; None stays None.
-    """
-    modules = [] if torch.compiler.is_compiling() else modules_in(y)
-    if not modules:
-        yield _unchanged
-        return
-    resharding = Resharding(modules)
-    resharding.disable()
-    try:
-        yield partial(regathered, modules)
-    finally:
-        resharding.restore()
-
-
-def regathered(modules: Sequence[Any], grads: Gradients) -> Gradients:
+def regathered(y: Tensor, grads: Gradients) -> Gradients:
     """Return gradients whose backward pass gathers the weights of FSDP2 modules first.
 
     The graph of a derivative reads the weights without the hooks by which FSDP2 gathers them. A
     backward pass goes through it before it comes to the forward pass, since that is older.
 
     Args:
-        modules: the FSDP2 modules in the graph that was differentiated.
+        y: what was differentiated. Its graph may have been made by FSDP2.
         grads: the derivatives.
+
+    Returns:
+        The same gradients; None stays None.
     """
     given = [g for g in grads if g is not None and g.requires_grad]
-    if not given:
+    modules = [] if not given or torch.compiler.is_compiling() else modules_in(y)
+    if not modules:
         return grads
     found = dict(zip(map(id, given), _Regathered.apply(modules, *given), strict=True))
     return tuple(found.get(id(g), g) for g in grads)
-
-
-def _unchanged(grads: Gradients) -> Gradients:
-    return grads
 
 
 class _Regathered(torch.autograd.Function):
@@ -117,6 +96,16 @@ class _Regathered(torch.autograd.Function):
         for module in ctx.modules:
             begin_backward(module)
         return None, *grads
+
+
+def reshard(net: nn.Module) -> None:
+    """Free the gathered weights of the FSDP2 modules in a net, so that the next pass gathers them.
+
+    After a forward pass alone the root stays gathered, and an optimiser's step would not reach it.
+    """
+    for module in net.modules():
+        if is_fsdp2(module):
+            module.reshard()  # type: ignore[operator]
 
 
 def require_whole(parameters: Iterable[Tensor], what: str) -> None:

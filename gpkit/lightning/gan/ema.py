@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from gpkit.autodiff.sharding.gathering import reshard
+
 
 def averaged_copy(net: nn.Module) -> nn.Module:
     """Return a copy of a net without trained parameters: the initial value of its average."""
@@ -19,7 +21,8 @@ def averaged_copy(net: nn.Module) -> nn.Module:
 def update_average(average: nn.Module, net: nn.Module, decay: float) -> None:
     """Update the exponential moving average of a net: a ← d·a + (1 − d)·θ.
 
-    Parameters are averaged, buffers are copied.
+    Parameters are averaged, buffers are copied. Parameters that FSDP2 has sharded are gathered one
+    by one, unless the average is sharded as well.
 
     Args:
         average: the net with parameters a, from `averaged_copy`.
@@ -33,8 +36,11 @@ def update_average(average: nn.Module, net: nn.Module, decay: float) -> None:
     >>> average.weight.item()
     0.25
     """
+    reshard(average)
+    reshard(net)
     for a, theta in zip(average.parameters(), net.parameters(), strict=True):
-        a.lerp_(theta, 1 - decay)
+        alike = hasattr(a, "full_tensor") or not hasattr(theta, "full_tensor")
+        a.lerp_(theta if alike else theta.full_tensor(), 1 - decay)  # type: ignore[attr-defined]
     for copied, buffer in zip(average.buffers(), net.buffers(), strict=True):
         copied.copy_(buffer)
 
@@ -42,6 +48,7 @@ def update_average(average: nn.Module, net: nn.Module, decay: float) -> None:
 @contextmanager
 def frozen(net: nn.Module) -> Iterator[None]:
     """Freeze the parameters of a net within the block; gradients still pass through the net."""
+    reshard(net)  # of FSDP2's parameters, the sharded ones say whether to train
     trained = [p for p in net.parameters() if p.requires_grad]
     for p in trained:
         p.requires_grad_(False)

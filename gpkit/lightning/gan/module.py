@@ -68,8 +68,8 @@ class GANModule(pl.LightningModule):
     ``<stage>/generator_loss`` and the two Wasserstein estimates, averaged over batches. The latents
     of a batch are the same each time.
 
-    Gradients are averaged over processes before each optimiser step, under every DDP strategy
-    except a static graph. Losses are means, so this equals one process with the joint batch; pairs
+    Gradients are averaged over processes before each step, under every DDP strategy but a static
+    graph, and under FSDP2. Losses are means, so this equals one process with the joint batch; pairs
     and batch norm statistics are per process. Batch norm in the critic makes the slope of one
     sample depend on the others, so use layer or group norm. With precision "16-mixed" penalties are
     evaluated in float32, since no scaler scales their inner gradient. Instead of

@@ -9,9 +9,14 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.core.optimizer import LightningOptimizer
-from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
+from pytorch_lightning.strategies import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 from torch import Tensor, nn
 
+from gpkit.autodiff.sharding.gathering import reshard
 from gpkit.lightning.compat import scaler_of
 
 MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
@@ -26,12 +31,14 @@ def require_support(trainer: pl.Trainer, *, simultaneous: bool) -> None:
         simultaneous: whether both nets are differentiated before either optimiser steps.
 
     Raises:
-        RuntimeError: if the strategy is neither a single device nor DDP, if DDP has a static graph,
-            or if a gradient scaler would change its scale between the two steps.
+        RuntimeError: if the strategy is neither a single device, nor DDP, nor FSDP2, if DDP has a
+            static graph, or if a gradient scaler would change its scale between the two steps.
     """
-    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+    known = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
+    if not isinstance(trainer.strategy, known):
         raise RuntimeError(
-            "GANModule trains on one device or under DDP; got "
+            "GANModule trains on one device, under DDP, or under ModelParallelStrategy with "
+            "fully_shard in configure_model; got "
             f"{type(trainer.strategy).__name__}: use strategy='ddp'"
         )
     if getattr(trainer.model, "static_graph", False):
@@ -120,6 +127,7 @@ def step_optimizer(
         net: the net that is trained.
         clip: bound of the absolute value of every trained weight after the step; None is no bound.
     """
+    reshard(net)
     average_gradients(net.parameters())
     scaler = scaler_of(module.trainer)
     before = 0.0 if scaler is None else scaler.get_scale()
@@ -142,7 +150,8 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
     It is called once before each optimiser step, with the parameters of that optimiser. Unlike
     `DistributedDataParallel` it need not know which of them the loss depends on: a penalty does not
     depend on the last bias, and the critic's loss not on the generator. A missing gradient counts
-    as zero, and stays missing if it is missing on all ranks.
+    as zero, and stays missing if it is missing on all ranks. Those of parameters that FSDP2 has
+    sharded are means already.
 
     Args:
         parameters: in the same order on all ranks.
@@ -151,7 +160,7 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
     world = torch.distributed.get_world_size() if distributed else 1
     if world == 1:
         return
-    trained = [p for p in parameters if p.requires_grad]
+    trained = [p for p in parameters if p.requires_grad and not hasattr(p, "full_tensor")]
     for dtype in dict.fromkeys(p.dtype for p in trained):
         group = [p for p in trained if p.dtype == dtype]
         present = group[0].new_tensor([p.grad is not None for p in group])
