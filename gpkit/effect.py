@@ -39,7 +39,7 @@ class SeenNets:
     __hash__ = None  # type: ignore[assignment]
 
     def __contains__(self, target: Target) -> bool:
-        key, leaves = graph.fingerprint(target.y, target.xs)
+        key, leaves, _ = target.fingerprint
         found = self.found.get(key)
         return found is not None and all(found[id(leaf)]() is leaf for leaf in leaves)
 
@@ -47,7 +47,7 @@ class SeenNets:
         """Remember the net of a target."""
         if len(self.found) >= MANY:  # such as parameters that are made anew at every step
             self.found.clear()
-        key, leaves = graph.fingerprint(target.y, target.xs)
+        key, leaves, _ = target.fingerprint
         self.found[key] = {id(leaf): weakref.ref(leaf) for leaf in leaves}
 
     def __reduce__(self) -> tuple[Any, ...]:

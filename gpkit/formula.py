@@ -8,12 +8,14 @@ Direct calls, compiled losses and sharded weights all evaluate it here.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from gpkit.autodiff.derivatives import mended
 from gpkit.autodiff.distributed import require_dynamic_graph
@@ -123,7 +125,9 @@ def squared_norms(
         parts = [of(target) for target in targets]
     else:
         # the targets of several samples are parts of one graph
-        with mended(*[t.y for t in (targets if targets[0].batched else targets[:1])]):
+        graphs = targets if targets[0].batched else targets[:1]
+        through_mish = not is_compiling() and any(t.fingerprint.mish for t in graphs)
+        with mended(*[t.y for t in graphs]) if through_mish else nullcontext():
             parts = [of(target) for target in targets]
     n2 = torch.cat(parts) if len(parts) > 1 else parts[0]
     return n2 if scale is None else n2 / scale / scale

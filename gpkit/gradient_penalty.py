@@ -246,6 +246,7 @@ class GradientPenalty(Penalty):
         call = Call(self, f, args, real, fake, rng, seed, acts=acts, given=given)
         call.require_forward()
         targets = list(self.wrt.targets(call))
+        targets[0].made = call.made
         if not all(target.y.requires_grad for target in targets):
             raise RuntimeError(NO_GRAPH)
         return targets

@@ -57,6 +57,10 @@ _ONCE: Any = once_differentiable(lambda ctx, *grads: None)
 
 _TRACKER = ModuleTracker()
 
+# nodes_made(): the number of nodes that this thread has made. torch has no public counter, and a
+# walk of the graph takes ten times as long as the rest of what a penalty asks of it.
+nodes_made: Callable[[], int] = torch.autograd._get_sequence_nr
+
 # The attribute of a node that holds the leaf tensor whose gradient it accumulates. The public
 # `torch.autograd.graph.get_gradient_edge(leaf)` only goes the other way, from a leaf to its node.
 LEAF = "variable"
@@ -190,23 +194,27 @@ def is_static_ddp(node: Any) -> bool:
     return owner is not None and bool(getattr(owner(), "static_graph", False))
 
 
-@contextmanager
-def recomputing_by(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Let what is checkpointed in this context be run again by ``wrap(function)``.
+class recomputing_by:
+    """A context in which what is checkpointed is run again by ``wrap(function)``.
 
     The public ``context_fn`` is an argument of each call of `checkpoint`, in the user's own net.
     """
-    module: Any = torch.utils.checkpoint
-    frame = module._CheckpointFrame  # it holds the function that runs the part again
 
-    def wrapped(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return frame(wrap(function), *args, **kwargs)
+    def __init__(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        self.wrap = wrap
 
-    module._CheckpointFrame = wrapped
-    try:
-        yield
-    finally:
-        module._CheckpointFrame = frame
+    def __enter__(self) -> None:
+        module: Any = torch.utils.checkpoint
+        self.frame = module._CheckpointFrame  # it holds the function that runs the part again
+        module._CheckpointFrame = self.wrapped
+
+    def __exit__(self, *exception: object) -> None:
+        module: Any = torch.utils.checkpoint
+        module._CheckpointFrame = self.frame
+
+    def wrapped(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Return the frame of a part that is run again by another function."""
+        return self.frame(self.wrap(function), *args, **kwargs)
 
 
 def in_backward() -> bool:
@@ -220,6 +228,11 @@ def in_backward() -> bool:
 # `named_buffers` takes thirty times as long, and a module may override `setattr`.
 buffers_of: Callable[[nn.Module], dict[str, Tensor | None]] = attrgetter("_buffers")
 
+# children_of(module) and parameters_of(module): the same for a module's own children and
+# parameters. They are asked at every step, and a generator of torch takes ten times as long.
+children_of: Callable[[nn.Module], dict[str, nn.Module | None]] = attrgetter("_modules")
+parameters_of: Callable[[nn.Module], dict[str, Tensor | None]] = attrgetter("_parameters")
+
 
 def put_buffer(module: nn.Module, name: str, value: Tensor) -> None:
     """Replace a buffer of a scripted or traced module: they are in C++, behind setattr."""
@@ -229,11 +242,6 @@ def put_buffer(module: nn.Module, name: str, value: Tensor) -> None:
 # write_count(tensor): the number of in-place writes to a tensor, not counted in inference mode.
 # torch.autograd.graph has `increment_version`, but no function to read the version.
 write_count: Callable[[Tensor], int] = attrgetter("_version")
-
-
-# What `is_compiled` looks at, for where it is asked at every step.
-compiled_call_of: Callable[[nn.Module], Any] = attrgetter("_compiled_call_impl")
-COMPILED_CLASS = "OptimizedModule"
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -248,7 +256,7 @@ def is_compiled(module: nn.Module) -> bool:
     Returns:
         True for the result of ``torch.compile(module)``, and after ``module.compile()``.
     """
-    return compiled_call_of(module) is not None or type(module).__name__ == COMPILED_CLASS
+    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
 
 
 def is_compiled_function(function: Any) -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from gpkit.autodiff import compat
+from gpkit.autodiff.reached import SEEN_ONCE, Reach
 
 # Operations with a zero second derivative: if a net has no others, an order >= 2 penalty is zero.
 PIECEWISE_LINEAR = (
@@ -206,25 +209,74 @@ def has_no_curvature(y: Tensor, order: int) -> str | None:
     return next((name for name in PIECEWISE_LINEAR if name in names), None)
 
 
-def fingerprint(y: Tensor, xs: tuple[Tensor, ...]) -> tuple[Any, list[Tensor]]:
-    """Return what tells one net from another, and the parameters that are in it.
+class Fingerprint(NamedTuple):
+    """What tells the graph of one net from that of another.
+
+    Args:
+        key: the kinds of its operations, with the ids of its parameters.
+        leaves: its parameters.
+        mish: whether Mish is one of its operations.
+    """
+
+    key: Any
+    leaves: list[Tensor]
+    mish: bool
+
+
+def fingerprint(y: Tensor, xs: tuple[Tensor, ...]) -> Fingerprint:
+    """Return what tells one net from another.
 
     Args:
         y: the output of a net.
         xs: its inputs, which are new at every step and do not count.
-
-    Returns:
-        The kinds of operations in the graph with the ids of its parameters; and the parameters.
     """
-    kinds: set[Any] = set()
+    kinds: dict[Any, Any] = {}
     leaves: dict[int, Tensor] = {}
     for node in nodes(y):
         leaf = getattr(node, compat.LEAF, None)
         if leaf is None:
-            kinds.add(type(node))
+            kinds[type(node)] = node
         elif not any(leaf is x for x in xs) or not leaf.is_leaf:
             leaves[id(leaf)] = leaf
-    return (frozenset(kinds), frozenset(leaves)), list(leaves.values())
+    key = frozenset(kinds), frozenset(leaves)
+    return Fingerprint(key, list(leaves.values()), any(map(compat.is_mish, kinds.values())))
+
+
+MANY = 64
+
+
+@dataclass(eq=False)
+class Made:
+    """How a graph was made: it tells the fingerprint without a walk, if such a graph is known.
+
+    A function with the same modules, the same parameters, and the same of them trained, that has
+    made the same number of nodes with the same last one, is taken to have made the same graph.
+
+    Args:
+        by: the function's modules.
+        nodes: how many nodes it has made.
+    """
+
+    by: Reach
+    nodes: int
+
+    def fingerprint(self, y: Tensor, xs: tuple[Tensor, ...]) -> Fingerprint:
+        """Return the fingerprint of the graph of ``y``."""
+        known, params = self.by.known, self.by.parameters()
+        trained = [p.requires_grad for p in params]
+        made = (self.nodes, type(y.grad_fn), *map(id, params), *trained)
+        key, refs, mish = known.graphs.get(made, (None, (), False))
+        leaves = [ref() for ref in refs]
+        if key is not None and all(p is not None for p in leaves) and not self.by.looks:
+            return Fingerprint(key, leaves, mish)
+        found = fingerprint(y, xs)
+        if known.graphs and found.key != key:  # it does something new
+            known.facts -= SEEN_ONCE
+        if found.key[1].issubset(map(id, params)):
+            if len(known.graphs) >= MANY:  # such as sequences of many lengths
+                known.graphs.clear()
+            known.graphs[made] = found.key, [weakref.ref(leaf) for leaf in found.leaves], found.mish
+        return found
 
 
 def explain(error: RuntimeError) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,23 +12,15 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from gpkit.autodiff.compat import attention_switch, recomputing_by
 from gpkit.autodiff.norm_layers import elementary
-from gpkit.autodiff.random import RandomState, seeded
-from gpkit.autodiff.state import Start, own_state, own_streams, start_of
+from gpkit.autodiff.random import RandomState, random_state, set_random_state, set_seed
+from gpkit.autodiff.reached import reach
+from gpkit.autodiff.state import Start, is_plain, own_state, own_streams, start_of
 
 RUNNING: list[bool] = []  # one entry for each forward pass of a penalty that is running now
 FORWARDS = ("isolated", "training", "eval")  # the ways to run a forward pass of a penalty
 
 
-@contextmanager
-def isolated(
-    function: Any,
-    seed: int | RandomState | Start,
-    device: torch.device,
-    order: int = 1,
-    *,
-    twice: bool = True,
-    evaluating: bool = False,
-) -> Iterator[None]:
+class isolated:
     """A context for a forward pass with its own buffers and random numbers, and a double backward.
 
     Modules write batch norm statistics and other buffers to copies, and so with plain attributes
@@ -39,40 +31,75 @@ def isolated(
     checkpoints, without re-entry, is run again in the same way, in whichever backward pass.
 
     Args:
-        function: the function to be called, or a module that it runs. Other modules are found when
-            they are called.
+        function: the function to be called, a module that it runs, or what `reach` returned for it.
+            Other modules are found when they are called, see `own_state`.
         seed: the seed of this forward pass, or what a pass started from that is to be repeated.
         device: the device of the forward pass.
         order: k, the order of the penalty.
         twice: whether the graph will be differentiated twice. If not, any kernel is allowed.
         evaluating: whether the modules are put in eval mode, and back in their own at the end.
-
-    Yields:
-        Nothing.
     """
-    with ExitStack() as stack:
-        if isinstance(seed, tuple):  # the state of torch's random numbers alone
-            seed = Start(seed, [], {})
-        start = seed if isinstance(seed, Start) else None
-        stack.enter_context(running())
-        stack.enter_context(seeded(seed.torch if isinstance(seed, Start) else seed, device))
-        stack.enter_context(own_streams(function, seed))
-        if twice:
-            stack.enter_context(double_backward(order))
-        stack.enter_context(own_state(function, start, evaluating=evaluating))
 
-        def recomputed(part: Callable[..., Any]) -> Callable[..., Any]:
-            before = start_of(function, device)
+    def __init__(
+        self,
+        function: Any,
+        seed: int | RandomState | Start,
+        device: torch.device,
+        order: int = 1,
+        *,
+        twice: bool = True,
+        evaluating: bool = False,
+    ) -> None:
+        self.found = reach(function)
+        self.seed: int | Start = Start(seed, [], {}) if isinstance(seed, tuple) else seed
+        self.device = device
+        self.order = order if twice else 0
+        self.kernels = double_backward(order) if twice else None
+        self.evaluating = evaluating
+        self.recomputing = recomputing_by(self.recomputed)
+        self.others: ExitStack | None = None
 
-            def again(*args: Any, **kwargs: Any) -> Any:
-                kernels = double_backward(order) if twice else nullcontext()
-                with running(), kernels, own_state(function, before, evaluating=evaluating):
-                    return part(*args, **kwargs)
+    def __enter__(self) -> None:
+        found, seed = self.found, self.seed
+        found.known.runs += 1
+        self.before = random_state(self.device)
+        RUNNING.append(True)
+        self.recomputing.__enter__()
+        if self.kernels is not None:
+            self.kernels.__enter__()
+        try:
+            set_seed(seed.torch if isinstance(seed, Start) else seed, self.device)
+            if self.evaluating or not is_plain(found):
+                start = seed if isinstance(seed, Start) else None
+                with ExitStack() as others:
+                    others.enter_context(own_streams(found, seed))
+                    others.enter_context(own_state(found, start, evaluating=self.evaluating))
+                    self.others = others.pop_all()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
 
-            return again
+    def __exit__(self, *exception: Any) -> None:
+        try:
+            if self.others is not None:
+                self.others.__exit__(*exception)
+        finally:
+            self.recomputing.__exit__(*exception)
+            if self.kernels is not None:
+                self.kernels.__exit__(*exception)
+            RUNNING.pop()
+            set_random_state(self.before, self.device)
 
-        with recomputing_by(recomputed):
-            yield
+    def recomputed(self, part: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that runs a part of the function again in the same way."""
+        found, before = self.found, start_of(self.found, self.device)
+
+        def again(*args: Any, **kwargs: Any) -> Any:
+            kernels = double_backward(self.order) if self.order else nullcontext()
+            with running(kernels), own_state(found, before, evaluating=self.evaluating):
+                return part(*args, **kwargs)
+
+        return again
 
 
 def in_penalty() -> bool:
@@ -95,11 +122,12 @@ def in_penalty() -> bool:
 
 
 @contextmanager
-def running() -> Iterator[None]:
-    """A context in which `in_penalty` is true."""
+def running(within: AbstractContextManager[Any]) -> Iterator[None]:
+    """A context in which `in_penalty` is true, with another one inside."""
     RUNNING.append(True)
     try:
-        yield
+        with within:
+            yield
     finally:
         RUNNING.pop()
 

@@ -60,10 +60,8 @@ def root(squared_norms: Tensor) -> Tensor:
     >>> torch.autograd.grad(root(n2).sum(), n2)
     (tensor([0.0000, 0.2500]),)
     """
-    positive = squared_norms > 0
-    safe = torch.where(positive, squared_norms, torch.ones_like(squared_norms))
-    # The product keeps a NaN, which is not positive; a zero would hide it.
-    return torch.where(positive, safe.sqrt(), squared_norms * 0)
+    zero = squared_norms <= 0  # not "not > 0", which would hide a NaN
+    return squared_norms.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
 
 
 Rows = list[Tensor]  # one [G, n] for each variable

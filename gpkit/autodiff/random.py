@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gpkit.autodiff.compat import children_of, parameters_of
+
 
 def derived_seed(*parts: object) -> int:
     """Return a seed in [0, 2**63), a hash of numbers or strings, such as a seed and a count.
@@ -23,7 +25,10 @@ def derived_seed(*parts: object) -> int:
 
 def has_ranks() -> bool:
     """Whether this process is one of a distributed run."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    return DISTRIBUTED and torch.distributed.is_initialized()
+
+
+DISTRIBUTED = torch.distributed.is_available()  # in this build of torch
 
 
 def rank() -> int:
@@ -34,16 +39,30 @@ def rank() -> int:
 def device_of(*values: Any) -> torch.device:
     """Return the device of the first tensor or module among ``values``, else the CPU."""
     for value in values:
+        if isinstance(value, nn.Module):
+            value = (first_parameter(value),)
+        if isinstance(value, (list, tuple)):
+            found = device_of(*value) if value else CPU
+            if found.type != "cpu":
+                return found
+            continue
         device = getattr(value, "device", None)
         if isinstance(device, torch.device):
             return device
-        if isinstance(value, nn.Module):
-            value = [next(value.parameters(), None)]
-        if isinstance(value, (list, tuple)):
-            found = device_of(*value)
-            if found.type != "cpu":
-                return found
-    return torch.device("cpu")
+    return CPU
+
+
+CPU = torch.device("cpu")
+
+
+def first_parameter(module: nn.Module) -> Tensor | None:
+    """Return a parameter of a module, or of the first of its children that has one, or None."""
+    own = parameters_of(module)
+    found = next((p for p in own.values() if p is not None), None) if own else None
+    if found is not None:
+        return found
+    children = filter(None, children_of(module).values())
+    return next((p for p in map(first_parameter, children) if p is not None), None)
 
 
 class SeededDraws:
@@ -117,28 +136,34 @@ def seeded(seed: int | RandomState, device: torch.device) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    own, before = accelerator(device), random_state(device)
+    before = random_state(device)
     try:
-        if not isinstance(seed, int):
-            set_random_state(seed, device)
-        else:
-            torch.default_generator.manual_seed(seed)
-            if own is not None:  # its manual_seed would seed the current device
-                own.set_rng_state(torch.Generator(device).manual_seed(seed).get_state(), device)
+        set_seed(seed, device)
         yield
     finally:
         set_random_state(before, device)
 
 
+def set_seed(seed: int | RandomState, device: torch.device) -> None:
+    """Let ``device`` and the CPU draw from a seed, or from a random state."""
+    if not isinstance(seed, int):
+        set_random_state(seed, device)
+        return
+    torch.default_generator.manual_seed(seed)
+    own = accelerator(device)
+    if own is not None:  # its manual_seed would seed the current device
+        own.set_rng_state(torch.Generator(device).manual_seed(seed).get_state(), device)
+
+
 def random_state(device: torch.device) -> RandomState:
     """Return the random state, with which `isolated` repeats the same random numbers."""
-    own, cpu = accelerator(device), torch.get_rng_state()
+    own, cpu = accelerator(device), torch.default_generator.get_state()
     return (cpu,) if own is None else (cpu, own.get_rng_state(device))
 
 
 def set_random_state(state: RandomState, device: torch.device) -> None:
     """Restore a state that `random_state` returned for the same device."""
-    torch.set_rng_state(state[0])
+    torch.default_generator.set_state(state[0])
     own = accelerator(device)
     if own is not None:
         own.set_rng_state(state[1], device)

@@ -7,14 +7,133 @@ import inspect
 import random
 import sys
 import types
+import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gpkit.autodiff.compat import children_of, parameters_of
+
 DEPTH = 3  # from a function to what is in a list of an object in its closure
 LEAVES = (Tensor, str, bytes, int, float, complex, type, types.ModuleType, type(None))
+
+
+@dataclass
+class Known:
+    """What earlier runs of a function have shown.
+
+    Args:
+        own: the places in the family of modules of the user's own types.
+        facts: such as that it draws from torch alone.
+        runs: how often it has run.
+        graphs: what tells its graphs from those of other nets, by what they were made of.
+    """
+
+    own: tuple[int, ...]
+    facts: set[str] = field(default_factory=set)
+    runs: int = 0
+    graphs: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Reach:
+    """What a function reaches now.
+
+    Args:
+        family: the modules that it refers to, with their children.
+        streams: the random generators that it refers to.
+        known: what earlier runs have shown, of the same code with the same modules in the same
+            modes. A module that is added, removed, replaced or put in another mode makes it anew.
+    """
+
+    family: list[nn.Module]
+    streams: list[Any]
+    known: Known
+
+    @property
+    def attributes(self) -> list[tuple[nn.Module, dict[str, Any]]]:
+        """The modules with plain attributes of the user's own, and these."""
+        owners = [self.family[i] for i in self.known.own]
+        return [(owner, own) for owner in owners if (own := own_attributes(owner))]
+
+    @property
+    def looks(self) -> bool:
+        """Whether this run is to be looked at closely; if not, it is taken for those before."""
+        return self.known.runs % LOOK_AGAIN == 0
+
+    def parameters(self) -> list[Tensor]:
+        """Return the parameters of the family."""
+        owned = map(parameters_of, self.family)
+        return [p for own in owned if own for p in own.values() if p is not None]
+
+
+# Facts that are seen in a first run.
+TORCH_ALONE = "draws from torch alone"
+NO_OTHERS = "runs no other modules than it refers to"
+SEEN_ONCE = {TORCH_ALONE, NO_OTHERS}
+LOOK_AGAIN = 100  # runs; a function may do something else on some of its runs
+
+
+_KNOWN: dict[Any, tuple[Known, list[weakref.ref[Any]]]] = {}
+
+
+def reach(function: Any) -> Reach:
+    """Return what a function, a module or a tuple of them reaches now."""
+    if isinstance(function, Reach):
+        return function
+    if isinstance(function, nn.Module):
+        roots, streams, code = [function], [], None
+    else:
+        (roots, streams), code = reached(function), code_of(function)
+    family = family_of(roots)
+    key = (id(code), *map(id, family), *[module.training for module in family])
+    if key not in _KNOWN:
+        parts = [code, *family] if code is not None else family
+        refs = [weakref.ref(part, lambda _: _KNOWN.pop(key, None)) for part in parts]
+        own = tuple(i for i, module in enumerate(family) if not is_torchs(module))
+        _KNOWN[key] = Known(own), refs
+    return Reach(family, streams, _KNOWN[key][0])
+
+
+def family_of(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return modules with all their children, each once."""
+    found: dict[int, nn.Module] = {}
+    stack = list(modules)
+    while stack:
+        module = stack.pop()
+        if module is not None and id(module) not in found:
+            found[id(module)] = module
+            children = children_of(module)
+            if children:
+                stack.extend(children.values())
+    return list(found.values())
+
+
+def code_of(function: Any) -> Any:
+    """Return the code of a function, which is the same for each closure of it, or its type."""
+    while hasattr(function, "func"):
+        function = function.func
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    return type(function) if code is None else code
+
+
+OF_EVERY_MODULE = vars(nn.Module()).keys()
+
+
+def is_torchs(module: nn.Module) -> bool:
+    """Whether a module has no plain attributes of the user's own, by its type."""
+    # A metric has a state that its owner restores.
+    return type(module).__module__.startswith(("torch.", "torchmetrics.", "gpkit."))
+
+
+def own_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return the plain attributes of a module of the user's own; none for those of torch."""
+    if is_torchs(module):
+        return {}
+    return {k: v for k, v in vars(module).items() if k not in OF_EVERY_MODULE}
 
 
 def reached(function: Any) -> tuple[list[nn.Module], list[Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,12 +12,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from gpkit.autodiff.compat import COMPILED_CLASS, buffers_of, compiled_call_of, put_buffer
+from gpkit.autodiff.compat import buffers_of, is_compiled, put_buffer
 from gpkit.autodiff.random import RandomState, random_state
-from gpkit.autodiff.reached import bookmark, is_generator, position, reached, reseed, shared
+from gpkit.autodiff.reached import (
+    NO_OTHERS,
+    TORCH_ALONE,
+    Reach,
+    bookmark,
+    family_of,
+    is_generator,
+    own_attributes,
+    position,
+    reach,
+    reseed,
+    shared,
+)
 
 CONTAINERS = (list, dict, set, deque)
-OF_EVERY_MODULE = vars(nn.Module()).keys()
 
 
 @dataclass(eq=False)
@@ -43,30 +53,43 @@ def start_of(function: Any, device: torch.device) -> Start:
         function: the function, or the module that it runs.
         device: the device of the forward pass.
     """
-    modules, streams = parts_of(function)
-    kept = {}
-    for owner in {part: None for module in modules for part in module.modules()}:
-        attributes = own_attributes(owner)
-        streams += filter(is_generator, attributes.values())
-        kept[owner] = (
+    found = reach(function)
+    streams = streams_of(found)
+    own = dict(found.attributes)
+    kept = {
+        owner: (
             {name: copied(buffer) for name, buffer in buffers_of(owner).items()},
-            {name: copied(value) for name, value in attributes.items()},
+            {name: copied(value) for name, value in own.get(owner, {}).items()},
         )
-    streams += () if recalls(function, "draws from torch alone") else shared()
+        for owner in found.family
+    }
+    streams += () if TORCH_ALONE in found.known.facts else shared()
     return Start(random_state(device), [bookmark(s) for s in streams], kept)
 
 
+def streams_of(found: Reach) -> list[Any]:
+    """Return the generators that a function refers to, and those of the modules that it runs."""
+    of_modules = [v for _, own in found.attributes for v in own.values() if is_generator(v)]
+    return [*found.streams, *of_modules]
+
+
+def is_plain(found: Reach) -> bool:
+    """Whether a function is known to write to nothing, and to draw from torch's streams alone."""
+    facts = found.known.facts
+    if found.looks or TORCH_ALONE not in facts or NO_OTHERS not in facts or found.streams:
+        return False
+    return not any(map(buffers_of, found.family)) and not found.attributes
+
+
 @contextmanager
-def own_streams(function: Any, seed: int | Start) -> Iterator[None]:
+def own_streams(found: Reach, seed: int | Start) -> Iterator[None]:
     """Let a function draw from a seed, or as from a start; then put its streams back.
 
     These are the generators that it refers to, and the streams of Python and NumPy: not torch's.
     Whether it draws from the latter two at all is found out in its first run.
     """
-    modules, streams = parts_of(function)
-    for owner in (part for module in modules for part in module.modules()):
-        streams += filter(is_generator, own_attributes(owner).values())
-    new = not recalls(function, "draws from torch alone")
+    streams = streams_of(found)
+    new = TORCH_ALONE not in found.known.facts
     streams += shared() if new else ()
     if not streams:
         yield
@@ -82,7 +105,7 @@ def own_streams(function: Any, seed: int | Start) -> Iterator[None]:
         before = [position(s) for s in shared()] if new else []
         yield
         if new and before == [position(s) for s in shared()]:
-            remember(function, "draws from torch alone")
+            found.known.facts.add(TORCH_ALONE)
     finally:
         for put_back in back:
             put_back()
@@ -90,18 +113,19 @@ def own_streams(function: Any, seed: int | Start) -> Iterator[None]:
 
 @contextmanager
 def own_state(
-    function: Any, start: Start | None = None, *, evaluating: bool = False
+    found: Reach, start: Start | None = None, *, evaluating: bool = False
 ) -> Iterator[None]:
     """Let modules write to copies of their buffers and attributes; put the originals back.
 
     The original tensors are put back, and never written to, because graphs may have saved them.
     Modules that the function refers to get copies before it runs, and get their originals back even
     if the forward pass replaced a buffer. A global hook finds other modules when they are called.
-    torch.compile would trace that hook, so it is left out if the function refers to a compiled
-    module.
+    Such a hook slows every module down, so it is left out once a run has called no others, until
+    something changes, and looks again now and then. torch.compile would trace it, so it is left
+    out as well if the function refers to a compiled module.
 
     Args:
-        function: the function to be called, or a module that it runs.
+        found: the modules that the function refers to.
         start: what the copies are of; None is the present state.
         evaluating: whether the modules are put in eval mode meanwhile.
 
@@ -112,40 +136,42 @@ def own_state(
     swapped: list[tuple[nn.Module, str, Tensor, Tensor]] = []
     attributes: list[tuple[nn.Module, dict[str, Any]]] = []
     seen: set[nn.Module] = set()
-    known = 0
 
-    def swap(module: nn.Module, _: Any = None) -> None:
-        if module in seen:
-            return
-        for owner in module.modules():
-            if owner in seen:
-                continue
-            seen.add(owner)
-            then, now = start.modules.get(owner) if start else None, own_attributes(owner)
+    def swap(owners: list[nn.Module], own: list[tuple[nn.Module, dict[str, Any]]]) -> None:
+        for owner in owners:
+            buffers = buffers_of(owner)
             if evaluating and owner.training:
                 trained.append(owner)
                 owner.training = False
-            for name, buffer in list(buffers_of(owner).items()):
+            for name, buffer in list(buffers.items()) if buffers else ():
                 if buffer is not None:
+                    then = start.modules.get(owner) if start else None
                     copy = copied(buffer if then is None else then[0].get(name, buffer))
                     swapped.append((owner, name, buffer, copy))
                     put(owner, name, copy)
-            if now:
-                attributes.append((owner, now))
-                vars(owner).update({k: copied(v) for k, v in (then[1] if then else now).items()})
+        for owner, now in own:
+            then = start.modules.get(owner) if start else None
+            attributes.append((owner, now))
+            vars(owner).update({k: copied(v) for k, v in (then[1] if then else now).items()})
 
-    named = parts_of(function)[0]
-    compiled = any(
-        compiled_call_of(m) is not None or type(m).__name__ == COMPILED_CLASS
-        for owner in named
-        for m in owner.modules()
-    )
-    hook = None if compiled else register_module_forward_pre_hook(swap)
+    def meet(module: nn.Module, _: Any) -> None:
+        if module not in seen:
+            owners = [owner for owner in family_of([module]) if owner not in seen]
+            seen.update(owners)
+            found.known.facts.discard(NO_OTHERS)
+            swap(owners, [(owner, own) for owner in owners if (own := own_attributes(owner))])
+
+    hook = None
+    looks = NO_OTHERS not in found.known.facts or found.looks
+    if looks and not any(map(is_compiled, found.family)):
+        seen.update(found.family)
+        hook = register_module_forward_pre_hook(meet)
     try:
-        for owner in named:
-            swap(owner)
+        swap(found.family, found.attributes)
         known = len(swapped)
         yield
+        if hook is not None and len(seen) == len(found.family):
+            found.known.facts.add(NO_OTHERS)
     finally:
         if hook is not None:
             hook.remove()
@@ -170,51 +196,8 @@ def put(module: nn.Module, name: str, buffer: Tensor) -> None:
         buffers_of(module)[name] = buffer
 
 
-def parts_of(function: Any) -> tuple[list[nn.Module], list[Any]]:
-    """Return the modules and generators that a function reaches; a module has its own alone."""
-    return ([function], []) if isinstance(function, nn.Module) else reached(function)
-
-
-def own_attributes(module: nn.Module) -> dict[str, Any]:
-    """Return the plain attributes of a module of the user's own; none for those of torch."""
-    if type(module).__module__.startswith(("torch.", "torchmetrics.", "gpkit.")):
-        return {}  # a metric has a state that its owner restores
-    return {k: v for k, v in vars(module).items() if k not in OF_EVERY_MODULE}
-
-
 def copied(value: Any) -> Any:
     """Return a copy of a tensor without a graph, or of a list, dict or set; else the value."""
     if isinstance(value, Tensor):
         return value if value.requires_grad else value.clone()
     return type(value)(value) if type(value) in CONTAINERS else value
-
-
-# What is known about functions that have run before, by what they are made of.
-
-_KNOWN: dict[int, tuple[weakref.ref[Any], set[str]]] = {}
-
-
-def _made_of(function: Any) -> list[Any]:
-    while hasattr(function, "func"):
-        function = function.func
-    code = getattr(getattr(function, "__func__", function), "__code__", None)
-    return [*parts_of(function)[0], *([] if code is None else [code])] or [type(function)]
-
-
-def recalls(function: Any, fact: str) -> bool:
-    """Whether a fact was remembered about the code of a function and all modules it reaches."""
-    for part in _made_of(function):
-        ref, facts = _KNOWN.get(id(part), (None, ()))
-        if ref is None or ref() is not part or fact not in facts:
-            return False
-    return True
-
-
-def remember(function: Any, fact: str) -> None:
-    """Remember a fact about a function."""
-    for part in _made_of(function):
-        ref, facts = _KNOWN.get(id(part), (None, set()))
-        if ref is None or ref() is not part:
-            facts = set()
-        facts.add(fact)
-        _KNOWN[id(part)] = weakref.ref(part), facts

@@ -122,18 +122,21 @@ class interpolate(At):
 
     def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
         real, fake = self.need(real, "real"), self.need(fake, "fake")
-        shapes = [list(x.shape) for x in real], [list(y.shape) for y in fake]
-        if shapes[0] != shapes[1]:
+        if [x.shape for x in real] != [y.shape for y in fake]:
+            shapes = [list(x.shape) for x in real], [list(y.shape) for y in fake]
             raise ValueError(
                 "`at=interpolate()` needs real and fake samples of the same shape; "
                 f"got {' and '.join(str(s[0] if len(s) == 1 else s) for s in shapes)}"
             )
-        alpha = random.uniform(rng, [len(real[0])], real[0].device, torch.float32)  # [B]
-        dtypes = [torch.promote_types(x.dtype, y.dtype) for x, y in zip(real, fake, strict=True)]
-        real = tuple(x.to(dtype) for x, dtype in zip(real, dtypes, strict=True))
-        for x in real:
-            require_floating(x)  # before α, which would be rounded to integers
-        return tuple(y + per_sample(alpha, x) * (x - y) for x, y in zip(real, fake, strict=True))
+        alpha = random.uniform(rng, [real[0].shape[0]], real[0].device, torch.float32)  # [B]
+        return tuple(self.between(x, y, alpha) for x, y in zip(real, fake, strict=True))
+
+    def between(self, x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
+        """Return α x + (1 - α) y."""
+        if x.dtype != y.dtype:
+            x = x.to(torch.promote_types(x.dtype, y.dtype))
+        require_floating(x)  # before α, which would be rounded to integers
+        return y + per_sample(alpha, x) * (x - y)
 
 
 @dataclass(frozen=True)
@@ -238,7 +241,7 @@ def as_points(x: Any) -> Points:
             raise TypeError(
                 f"samples must be a tensor [B, ...] or a tuple of them; got {type(point).__name__}"
             )
-    if not points or any(p.ndim == 0 or len(p) != len(points[0]) for p in points):
+    if not points or any(p.shape[:1] != points[0].shape[:1] or p.ndim == 0 for p in points):
         raise ValueError(
             "samples must be [B, ...], with the same batch size B for all inputs; "
             f"got {[list(p.shape) for p in points]}"

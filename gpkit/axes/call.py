@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from gpkit.autodiff import activations
+from gpkit.autodiff.compat import nodes_made
+from gpkit.autodiff.graph import Made
 from gpkit.autodiff.isolation import double_backward, isolated, running
 from gpkit.autodiff.random import RandomState, Source
-from gpkit.autodiff.state import Start, recalls, remember, start_of
+from gpkit.autodiff.reached import Reach, reach
+from gpkit.autodiff.state import Start, start_of
 from gpkit.axes.at import Points
 from gpkit.axes.form import Form
 from gpkit.axes.given.given import Given
@@ -52,6 +55,7 @@ class Call:
         acts: whether the penalty is trained on; a look at it leaves no trace.
         given: the target, metric and weights of the call, or None.
         labels: those drawn for ``of="sampled_loss"``; None before.
+        made: how the graph of the first forward pass was made; None before.
     """
 
     axes: Axes
@@ -64,6 +68,12 @@ class Call:
     acts: bool = False
     given: Given | None = None
     labels: Tensor | None = None
+    made: Made | None = None
+
+    @cached_property
+    def reach(self) -> Reach:
+        """What the function reaches."""
+        return reach(self.function)
 
     @property
     def has_graph(self) -> bool:
@@ -81,35 +91,34 @@ class Call:
             The output to differentiate, and the activations that ``of`` and ``wrt`` name.
         """
         if isinstance(self.f, Recomputable):
-            with self.forward(self.f.function, self.f.state, device):
+            with self.forward(self.f.state, device):
                 return self.selected(self.f.function(*xs)), {}
         wanted = self.axes.named
         if not wanted:
-            with self.forward(self.f, self.seed, device):
-                return self.selected(self.f(*xs)), {}
+            with self.forward(self.seed, device):
+                before = nodes_made()
+                y = self.selected(self.f(*xs))
+                self.made = self.made or Made(self.reach, nodes_made() - before)
+                return y, {}
         net = activations.module_of(wanted[0], self.f, self.args)
-        with self.forward(self.f, self.seed, device):
+        with self.forward(self.seed, device):
             with activations.captured(net, wanted) as caught:
                 y = self.f(*xs)
             if isinstance(self.axes.of, activations.Named):
                 y = caught[self.axes.of.name]
             return self.selected(y), caught
 
-    @contextmanager
     def forward(
-        self, function: Any, seed: int | RandomState | Start, device: torch.device
-    ) -> Iterator[None]:
-        """A context for a forward pass of a function: without side effects, or as ``forward=``."""
+        self, seed: int | RandomState | Start, device: torch.device
+    ) -> AbstractContextManager[None]:
+        """A context for a run of the function: without side effects, or as ``forward=``."""
         twice, how = not self.axes.estimator.first_order, self.axes.forward
         order = max(self.axes.order, 2 if self.axes.estimator.elementary else 1)
         if how == "training" and isinstance(seed, int):
-            seed = self.seed = start_of(function, device)  # the runs at other points repeat it
+            seed = self.seed = start_of(self.reach, device)  # the runs at other points repeat it
             if self.acts:
-                with running(), double_backward(order) if twice else nullcontext():
-                    yield
-                return
-        with isolated(function, seed, device, order, twice=twice, evaluating=how == "eval"):
-            yield
+                return running(double_backward(order) if twice else nullcontext())
+        return isolated(self.reach, seed, device, order, twice=twice, evaluating=how == "eval")
 
     def is_unproven(self, *, reruns: bool = False) -> bool:
         """Whether the function is run again, and was not yet seen to repeat its value.
@@ -122,7 +131,7 @@ class Call:
         """
         if self.axes.estimator.reuses_graph and not reruns:
             return False
-        return not recalls(self.function, SAME)
+        return SAME not in self.reach.known.facts
 
     def prove(self, y: Tensor, again: Tensor) -> None:
         """Refuse a function whose second value differs, and remember one whose does not.
@@ -131,7 +140,7 @@ class Call:
             RuntimeError: if the values differ.
         """
         require_same(y, again)
-        remember(self.function, SAME)
+        self.reach.known.facts.add(SAME)
 
     @property
     def function(self) -> Any:

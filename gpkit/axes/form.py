@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gpkit import checks
@@ -276,9 +275,9 @@ class power(Rooted):
         squared_norms = self.shifted(squared_norms)
         if self.exponent >= 2:
             return squared_norms ** (self.exponent / 2)
-        positive = squared_norms > 0
-        safe = torch.where(positive, squared_norms, torch.ones_like(squared_norms))
-        return torch.where(positive, safe ** (self.exponent / 2), squared_norms * 0)
+        zero = squared_norms <= 0  # not "not > 0", which would hide a NaN
+        safe = squared_norms.masked_fill(zero, 1.0)
+        return (safe ** (self.exponent / 2)).masked_fill(zero, 0.0)
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ class inputs(Variables):
         pixels = axes.scope == "pixel"
         if pixels:
             require_images(xs)
-        columns = self.columns(y, len(xs[0]), axes.of)
+        columns = self.columns(y, xs[0].shape[0], axes.of)
         if columns.shape[1] > 1 and axes.estimator.frobenius and not callable(axes.of):
             require_one_output(axes.form, columns)
         return [Target(columns, xs, True, evaluate, pixels=pixels)]
@@ -177,7 +177,7 @@ class inputs(Variables):
                 f"an input penalty needs one value per sample, [{batch}]; got a scalar: a mean "
                 'hides a factor 1/B in every gradient. Use per-sample losses (reduction="none")'
             )
-        if len(y) != batch:
+        if y.shape[0] != batch:
             raise ValueError(
                 f"an input penalty needs values per sample, [{batch}, ...]; got {list(y.shape)}"
             )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gpkit.autodiff.graph import Fingerprint, Made, fingerprint
 from gpkit.autodiff.layers.recording import Recording
 from gpkit.autodiff.numerics import per_pixel, wide
 from gpkit.autodiff.random import RandomState, Source
@@ -37,6 +39,7 @@ class Target:
         compared: what the derivative is compared with; only for an estimator that ``compares``.
         layers: of the forward pass. Then ``y`` is ``[B, 1]`` with parameters as variables, and each
             sample has a norm; only for an estimator with ``by_layer``.
+        made: how the graph of ``y`` was made, where the penalty has made it.
     """
 
     y: Tensor
@@ -51,11 +54,18 @@ class Target:
     times: Tensor | None = None
     layers: Recording | None = None
     compared: Compared | None = None
+    made: Made | None = None
 
     @property
     def device(self) -> torch.device:
         """Where it is."""
         return self.y.device
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """What tells its net from another."""
+        found = fingerprint if self.made is None else self.made.fingerprint
+        return found(self.y, self.xs)
 
     def scaled(self, scale: Tensor | float) -> Target:
         """Return a target for scale·y: its n² is scale² times the n² of ``y``."""

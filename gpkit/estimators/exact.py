@@ -42,11 +42,13 @@ class exact(Estimator):
         if target.window is not None:
             window, compared = target.window, target.compared
             return window.squared_norms(target.y, target.xs, target.scale, norm, compared)
-        if order > 1 or target.y.numel() > 1:
+        plain = not target.pixels and target.compared is None
+        if order > 1 or target.y.shape[-1:] > (1,):
             rows = derivative_rows(target.y, target.xs, order, batched=target.batched)
-            plain = not target.pixels and target.compared is None
             return reduce_rows(rows if plain else target.split(rows), norm)
-        grads = gradients(target.y, target.xs, target.times)  # the faster case of one number
+        # the faster case of one number, or one number for each group
+        y = target.y if target.y.numel() == 1 else target.y.sum()
+        grads = gradients(y, target.xs, target.times)
         if norm == "l2" and not target.batched and target.compared is None:
             return squared_length(grads)
         row = tuple(as_rows(g, target.batched) for g in grads)
