@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, TypedDict
 
@@ -210,7 +210,7 @@ class GradientPenalty(Penalty):
         if given is not None or self.metric is not None or self.given:
             given = completed(given, self)
         with _graphs(train):
-            rng = torch.Generator(device_of(f, args, real, fake)).manual_seed(seed)
+            rng = torch.Generator(device_of(real, args, fake, f)).manual_seed(seed)
             targets, weights = self._targets(f, args, real, fake, rng, seed, acts, given), None
             if given is not None:
                 targets, weights = given.on(targets, self), given.weights(targets, self)

@@ -126,7 +126,7 @@ class Penalty:
         )
         if terms is None:
             return torch.zeros((), device=device_of(f, args, real, fake))
-        if has_ranks() and terms.reduced.requires_grad:
+        if terms.outputs and has_ranks() and terms.reduced.requires_grad:
             return tied(terms.penalty, terms.outputs)
         return terms.penalty
 

@@ -59,7 +59,7 @@ _TRACKER = ModuleTracker()
 
 # nodes_made(): the number of nodes that this thread has made. torch has no public counter, and a
 # walk of the graph takes ten times as long as the rest of what a penalty asks of it.
-nodes_made: Callable[[], int] = torch.autograd._get_sequence_nr
+nodes_made: Callable[[], int] = torch.autograd._get_sequence_nr  # type: ignore[attr-defined]
 
 # The attribute of a node that holds the leaf tensor whose gradient it accumulates. The public
 # `torch.autograd.graph.get_gradient_edge(leaf)` only goes the other way, from a leaf to its node.
@@ -121,6 +121,11 @@ def is_layer_norm(name: str) -> bool:
 def class_of(node: Any) -> str:
     """Return the class of a node, such as "MishBackward0". It is faster to read than a name."""
     return type(node).__name__
+
+
+def computes(kind: type) -> bool:
+    """Whether nodes of this class compute anything: a view does not."""
+    return kind.__name__ != "ViewBackward0"
 
 
 # saved_input(node): the input of an elementwise operation, with its graph. torch documents these

@@ -6,7 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -238,8 +238,23 @@ def fingerprint(y: Tensor, xs: tuple[Tensor, ...]) -> Fingerprint:
             kinds[type(node)] = node
         elif not any(leaf is x for x in xs) or not leaf.is_leaf:
             leaves[id(leaf)] = leaf
-    key = frozenset(kinds), frozenset(leaves)
+    key = frozenset(filter(compat.computes, kinds)), frozenset(leaves)
     return Fingerprint(key, list(leaves.values()), any(map(compat.is_mish, kinds.values())))
+
+
+class Differentiated(Protocol):
+    """An output ``y`` with its variables, and how the graph was made, if that is known."""
+
+    y: Tensor
+    xs: tuple[Tensor, ...]
+    made: Made | None
+
+
+def fingerprint_of(target: Differentiated) -> Fingerprint:
+    """Return what tells the net of a target from another."""
+    if target.made is None:
+        return fingerprint(target.y, target.xs)
+    return target.made.fingerprint(target.y, target.xs)
 
 
 MANY = 64

@@ -14,7 +14,7 @@ from gpkit.autodiff.compat import attention_switch, recomputing_by
 from gpkit.autodiff.norm_layers import elementary
 from gpkit.autodiff.random import RandomState, random_state, set_random_state, set_seed
 from gpkit.autodiff.reached import reach
-from gpkit.autodiff.state import Start, is_plain, own_state, own_streams, start_of
+from gpkit.autodiff.state import Start, own_state, own_streams, start_of
 
 RUNNING: list[bool] = []  # one entry for each forward pass of a penalty that is running now
 FORWARDS = ("isolated", "training", "eval")  # the ways to run a forward pass of a penalty
@@ -69,7 +69,7 @@ class isolated:
             self.kernels.__enter__()
         try:
             set_seed(seed.torch if isinstance(seed, Start) else seed, self.device)
-            if self.evaluating or not is_plain(found):
+            if self.evaluating or not found.is_plain:
                 start = seed if isinstance(seed, Start) else None
                 with ExitStack() as others:
                     others.enter_context(own_streams(found, seed))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpkit.autodiff.compat import children_of, parameters_of
+from gpkit.autodiff.compat import buffers_of, children_of, parameters_of
 
 DEPTH = 3  # from a function to what is in a list of an object in its closure
 LEAVES = (Tensor, str, bytes, int, float, complex, type, types.ModuleType, type(None))
@@ -64,6 +64,13 @@ class Reach:
         """Whether this run is to be looked at closely; if not, it is taken for those before."""
         return self.known.runs % LOOK_AGAIN == 0
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is known to write to nothing, and to draw from torch's streams alone."""
+        if self.looks or self.streams or not self.known.facts >= SEEN_ONCE:
+            return False
+        return not any(map(buffers_of, self.family)) and not self.attributes
+
     def parameters(self) -> list[Tensor]:
         """Return the parameters of the family."""
         owned = map(parameters_of, self.family)
@@ -85,23 +92,26 @@ def reach(function: Any) -> Reach:
     if isinstance(function, Reach):
         return function
     if isinstance(function, nn.Module):
-        roots, streams, code = [function], [], None
+        roots: list[nn.Module] = [function]
+        streams: list[Any] = []
+        code = None
     else:
         (roots, streams), code = reached(function), code_of(function)
     family = family_of(roots)
     key = (id(code), *map(id, family), *[module.training for module in family])
-    if key not in _KNOWN:
+    found = _KNOWN.get(key)
+    if found is None:
         parts = [code, *family] if code is not None else family
         refs = [weakref.ref(part, lambda _: _KNOWN.pop(key, None)) for part in parts]
         own = tuple(i for i, module in enumerate(family) if not is_torchs(module))
-        _KNOWN[key] = Known(own), refs
-    return Reach(family, streams, _KNOWN[key][0])
+        found = _KNOWN[key] = Known(own), refs
+    return Reach(family, streams, found[0])
 
 
 def family_of(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """Return modules with all their children, each once."""
     found: dict[int, nn.Module] = {}
-    stack = list(modules)
+    stack: list[nn.Module | None] = list(modules)
     while stack:
         module = stack.pop()
         if module is not None and id(module) not in found:

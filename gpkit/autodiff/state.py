@@ -73,14 +73,6 @@ def streams_of(found: Reach) -> list[Any]:
     return [*found.streams, *of_modules]
 
 
-def is_plain(found: Reach) -> bool:
-    """Whether a function is known to write to nothing, and to draw from torch's streams alone."""
-    facts = found.known.facts
-    if found.looks or TORCH_ALONE not in facts or NO_OTHERS not in facts or found.streams:
-        return False
-    return not any(map(buffers_of, found.family)) and not found.attributes
-
-
 @contextmanager
 def own_streams(found: Reach, seed: int | Start) -> Iterator[None]:
     """Let a function draw from a seed, or as from a start; then put its streams back.

@@ -53,14 +53,14 @@ class At:
 
     def __call__(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
         """Return the points, detached if ``detach``, as tensors that require grad."""
-        points = self.choose(real, fake, rng)
-        for x in points:
-            require_floating(x)
-        if self.detach:
-            points = tuple(x.detach() for x in points)
+        return tuple([self.variable(x) for x in self.choose(real, fake, rng)])
+
+    def variable(self, x: Tensor) -> Tensor:
+        """Return a point as a tensor that requires grad, cut off its graph if ``detach``."""
+        require_floating(x)
         # An inference tensor cannot enter a graph; a copy made outside that mode can.
-        points = tuple(x.clone() if x.is_inference() else x for x in points)
-        return tuple(x if x.requires_grad else x.detach().requires_grad_() for x in points)
+        x = x.clone() if x.is_inference() else x
+        return x.detach().requires_grad_() if self.detach or not x.requires_grad else x
 
     def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
         """Return the points, before ``detach``: ``[B, *S]`` for each input of the function."""
@@ -129,7 +129,7 @@ class interpolate(At):
                 f"got {' and '.join(str(s[0] if len(s) == 1 else s) for s in shapes)}"
             )
         alpha = random.uniform(rng, [real[0].shape[0]], real[0].device, torch.float32)  # [B]
-        return tuple(self.between(x, y, alpha) for x, y in zip(real, fake, strict=True))
+        return tuple([self.between(x, y, alpha) for x, y in zip(real, fake, strict=True)])
 
     def between(self, x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
         """Return α x + (1 - α) y."""
@@ -235,6 +235,8 @@ def as_points(x: Any) -> Points:
         TypeError: if it is anything else.
         ValueError: if the tensors do not have the same batch size.
     """
+    if isinstance(x, Tensor) and x.ndim:
+        return (x,)
     points = tuple(x) if isinstance(x, (list, tuple)) else (x,)
     for point in points:
         if not isinstance(point, Tensor):

@@ -187,7 +187,7 @@ class inputs(Variables):
                 f"{list(y.shape)}: for losses of steps or pixels choose their sum, "
                 "losses.flatten(1).sum(1), or mean; for outputs gpkit.jacobian"
             )
-        return y.reshape(batch, -1)
+        return y if y.ndim == 2 else y.reshape(batch, -1)  # which is one more node of the graph
 
 
 def summed(mean: Tensor, xs: Points) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpkit.autodiff.graph import Fingerprint, Made, fingerprint
+from gpkit.autodiff.graph import Made, fingerprint_of
 from gpkit.autodiff.layers.recording import Recording
 from gpkit.autodiff.numerics import per_pixel, wide
 from gpkit.autodiff.random import RandomState, Source
@@ -61,11 +61,7 @@ class Target:
         """Where it is."""
         return self.y.device
 
-    @cached_property
-    def fingerprint(self) -> Fingerprint:
-        """What tells its net from another."""
-        found = fingerprint if self.made is None else self.made.fingerprint
-        return found(self.y, self.xs)
+    fingerprint = cached_property(fingerprint_of)
 
     def scaled(self, scale: Tensor | float) -> Target:
         """Return a target for scale·y: its n² is scale² times the n² of ``y``."""

@@ -51,5 +51,5 @@ class exact(Estimator):
         grads = gradients(y, target.xs, target.times)
         if norm == "l2" and not target.batched and target.compared is None:
             return squared_length(grads)
-        row = tuple(as_rows(g, target.batched) for g in grads)
-        return reduce_rows(target.split([row]), norm)
+        row = tuple([as_rows(g, target.batched) for g in grads])
+        return reduce_rows([row] if plain else target.split([row]), norm)

@@ -1,0 +1,161 @@
+"""What a function reaches is known from its runs before, until something changes."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import gpkit
+from gpkit.autodiff import graph
+from gpkit.autodiff.reached import reach
+from gpkit.estimators.base import Target
+
+X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def mlp(*layers):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), *(layers or [nn.Tanh()]), nn.Linear(8, 1)).double()
+
+
+@pytest.fixture
+def walks(monkeypatch):
+    """The graphs that have been walked."""
+    found, nodes = [], graph.nodes
+    monkeypatch.setattr(graph, "nodes", lambda y: found.append(y) or nodes(y))
+    return found
+
+
+def frozen(net):
+    net[0].weight.requires_grad_(False)
+
+
+def replaced(net):
+    net[2].weight = nn.Parameter(net[2].weight.detach().clone())
+
+
+def appended(net):
+    net.append(nn.Tanh())
+
+
+def exchanged(net):
+    net[1] = nn.Softplus()
+
+
+def evaluated(net):
+    net.eval()
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, lambda net: lambda z: net(z)])
+@pytest.mark.parametrize("change", [frozen, replaced, appended, exchanged, evaluated])
+def test_a_graph_is_walked_again_where_something_has_changed(walks, wrap, change):
+    net, penalty = mlp(), gpkit.r1()
+    for _ in range(3):
+        penalty(wrap(net), real=X)
+    walks.clear()
+    penalty(wrap(net), real=X)
+    assert not walks
+    change(net)
+    penalty(wrap(net), real=X)
+    assert walks
+    walks.clear()
+    penalty(wrap(net), real=X)
+    assert not walks
+
+
+def test_another_graph_of_the_same_modules_is_seen():
+    """A flag that no module holds: the graph has another number of nodes."""
+    net, deep = mlp(), [False]
+
+    def f(z):
+        return net(net[:2](z)[:, :4]) if deep[0] else net(z)
+
+    call = gpkit.r1()
+    for deep[0] in (False, True, False, True):
+        z = X.clone().requires_grad_()
+        target = Target(f(z), (z,), True)
+        assert (target in call.seen) is (call.step > 1)
+        call(f, real=X)
+
+
+def test_mish_is_known_in_a_graph_that_is_not_walked():
+    net = mlp(nn.Mish())
+    x = 1e4 * X  # torch's second derivative is NaN from 710 on
+    penalty = gpkit.r1()
+    grads = []
+    for _ in range(3):
+        grads.append(torch.autograd.grad(penalty(net, real=x), net[0].weight)[0])
+    assert all(torch.equal(g, grads[0]) for g in grads)
+    assert grads[0].isfinite().all()
+
+
+def test_a_leaf_that_no_module_holds_is_always_looked_for(walks):
+    w, net, penalty = torch.ones(1, dtype=torch.float64, requires_grad=True), mlp(), gpkit.r1()
+    for _ in range(3):
+        walks.clear()
+        penalty(lambda z: w * net(z), real=X)
+        assert walks
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_module_that_a_function_does_not_refer_to(late):
+    """One that is called in the first run is always found; a later one from its next call on."""
+    hidden = nn.Sequential(nn.BatchNorm1d(4)).double()
+    ref, net, calls = weakref.ref(hidden), mlp(), []
+    assert reach(lambda z: ref()(z)).family == []
+
+    def f(z):
+        calls.append(1)
+        return net(ref()(z) if len(calls) > 3 * late else z)
+
+    penalty = gpkit.r1()
+    for _ in range(10):
+        penalty(f, real=X)
+    assert hidden[0].num_batches_tracked == int(late)
+
+
+def counted(module, _):
+    module.calls += 1
+
+
+def test_a_state_that_a_module_gets_later_is_kept_from_the_penalty():
+    net, penalty = mlp(), gpkit.r1()
+    for _ in range(3):
+        penalty(net, real=X)
+    net[1].register_buffer("calls", torch.zeros(()))
+    net[1].register_forward_pre_hook(counted)
+    penalty(net, real=X)
+    assert net[1].calls == 0
+
+
+def test_dropout_that_is_put_in_training_mode_later_draws_no_global_numbers():
+    net = mlp(nn.Tanh(), nn.Dropout(0.5)).eval()
+    penalty = gpkit.r1()
+    for _ in range(3):
+        penalty(net, real=X)
+    net.train()
+    before = torch.get_rng_state()
+    a, b = penalty(net, real=X), penalty(net, real=X)
+    assert a != b
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_functions_and_modules_that_are_gone_are_forgotten():
+    from gpkit.autodiff import reached
+
+    def once():
+        net = mlp()
+        penalty = gpkit.r1()
+        penalty(net, real=X)
+        penalty(lambda z: F.silu(net(z)), real=X)
+
+    def known():
+        once()
+        gc.collect()
+        return len(reached._KNOWN)
+
+    count = known()
+    assert [known() for _ in range(3)] == [count] * 3
