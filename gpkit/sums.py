@@ -10,10 +10,7 @@ from torch import Tensor, nn
 
 from gpkit.formula import Terms
 from gpkit.penalty import Penalty
-<<<<<<< HEAD
 from gpkit.with_loss import with_loss
-=======
->>>>>>> 04b48bc (A call with a function walks no graph that its modules have made before, and installs no global hook)
 
 Penalties = Penalty | Mapping[str, Penalty] | Iterable[Penalty]
 

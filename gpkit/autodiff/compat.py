@@ -6,8 +6,8 @@ one, `tests/autodiff/test_torch_compat.py` fails with its name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from operator import attrgetter
 from typing import Any
 
@@ -57,8 +57,7 @@ _ONCE: Any = once_differentiable(lambda ctx, *grads: None)
 
 _TRACKER = ModuleTracker()
 
-# nodes_made(): the number of nodes that this thread has made. torch has no public counter, and a
-# walk of the graph takes ten times as long as the rest of what a penalty asks of it.
+# nodes_made(): the number of nodes that this thread has made. torch has no public counter.
 nodes_made: Callable[[], int] = torch.autograd._get_sequence_nr  # type: ignore[attr-defined]
 
 # The attribute of a node that holds the leaf tensor whose gradient it accumulates. The public
@@ -121,11 +120,6 @@ def is_layer_norm(name: str) -> bool:
 def class_of(node: Any) -> str:
     """Return the class of a node, such as "MishBackward0". It is faster to read than a name."""
     return type(node).__name__
-
-
-def computes(kind: type) -> bool:
-    """Whether nodes of this class compute anything: a view does not."""
-    return kind.__name__ != "ViewBackward0"
 
 
 # saved_input(node): the input of an elementwise operation, with its graph. torch documents these
@@ -208,14 +202,14 @@ class recomputing_by:
     def __init__(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         self.wrap = wrap
 
+        self.module: Any = torch.utils.checkpoint
+
     def __enter__(self) -> None:
-        module: Any = torch.utils.checkpoint
-        self.frame = module._CheckpointFrame  # it holds the function that runs the part again
-        module._CheckpointFrame = self.wrapped
+        self.frame = self.module._CheckpointFrame  # it holds the function that runs the part again
+        self.module._CheckpointFrame = self.wrapped
 
     def __exit__(self, *exception: object) -> None:
-        module: Any = torch.utils.checkpoint
-        module._CheckpointFrame = self.frame
+        self.module._CheckpointFrame = self.frame
 
     def wrapped(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return the frame of a part that is run again by another function."""
@@ -233,8 +227,7 @@ def in_backward() -> bool:
 # `named_buffers` takes thirty times as long, and a module may override `setattr`.
 buffers_of: Callable[[nn.Module], dict[str, Tensor | None]] = attrgetter("_buffers")
 
-# children_of(module) and parameters_of(module): the same for a module's own children and
-# parameters. They are asked at every step, and a generator of torch takes ten times as long.
+# The same for a module's own children and parameters.
 children_of: Callable[[nn.Module], dict[str, nn.Module | None]] = attrgetter("_modules")
 parameters_of: Callable[[nn.Module], dict[str, Tensor | None]] = attrgetter("_parameters")
 

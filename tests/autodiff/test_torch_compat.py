@@ -105,6 +105,18 @@ def test_buffers_of():
     assert own["running_mean"] is None
 
 
+def test_children_parameters_and_nodes():
+    net = nn.Sequential(nn.Linear(3, 2), nn.Tanh())
+    own = compat.children_of(net), compat.parameters_of(net[0])
+    true = dict(net.named_children()), dict(net[0].named_parameters())
+    require(own == true, "children_of or parameters_of", "a net that has changed is taken as known")
+    x, before = torch.ones(1, 3), compat.nodes_made()
+    y = net(x)
+    made = compat.nodes_made() - before
+    graphs = list(graph.nodes(y))  # with two leaves, whose nodes are of the parameters
+    require(made == len(graphs) - 2, "nodes_made", "another graph of a net is taken as known")
+
+
 def outputs_of_data_parallel_nets(rank):
     """Whether the output of a net, static or not, is known for what it is; then on step two."""
     found = []
