@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from gpkit.autodiff.derivatives import mended
+from gpkit.autodiff.derivatives import MENDED, mended
 from gpkit.autodiff.distributed import require_dynamic_graph
 from gpkit.autodiff.numerics import root
 from gpkit.autodiff.random import Source, has_ranks
@@ -126,8 +126,8 @@ def squared_norms(
     else:
         # the targets of several samples are parts of one graph
         graphs = targets if targets[0].batched else targets[:1]
-        through_mish = not is_compiling() and any(t.fingerprint.mish for t in graphs)
-        with mended(*[t.y for t in graphs]) if through_mish else nullcontext():
+        mends = not is_compiling() and any(MENDED.keys() & t.fingerprint.kinds for t in graphs)
+        with mended(*[t.y for t in graphs]) if mends else nullcontext():
             parts = [of(target) for target in targets]
     n2 = torch.cat(parts) if len(parts) > 1 else parts[0]
     return n2 if scale is None else n2 / scale / scale

@@ -215,12 +215,12 @@ class Fingerprint(NamedTuple):
     Args:
         key: the kinds of its operations, with the ids of its parameters.
         leaves: its parameters.
-        mish: whether Mish is one of its operations.
+        kinds: the classes of its operations, such as "TanhBackward0".
     """
 
     key: Any
     leaves: list[Tensor]
-    mish: bool
+    kinds: frozenset[str]
 
 
 def fingerprint(y: Tensor, xs: tuple[Tensor, ...]) -> Fingerprint:
@@ -230,17 +230,18 @@ def fingerprint(y: Tensor, xs: tuple[Tensor, ...]) -> Fingerprint:
         y: the output of a net.
         xs: its inputs, which are new at every step and do not count.
     """
-    kinds: dict[Any, Any] = {}
+    kinds: set[Any] = set()
     leaves: dict[int, Tensor] = {}
     for node in nodes(y):
         leaf = getattr(node, compat.LEAF, None)
         if leaf is None:
-            kinds[type(node)] = node
+            kinds.add(type(node))
         elif not any(leaf is x for x in xs) or not leaf.is_leaf:
             leaves[id(leaf)] = leaf
     computing = frozenset(kind for kind in kinds if kind.__name__ != "ViewBackward0")
     key = computing, frozenset(leaves)
-    return Fingerprint(key, list(leaves.values()), any(map(compat.is_mish, kinds.values())))
+    names = frozenset(kind.__name__ for kind in kinds)
+    return Fingerprint(key, list(leaves.values()), names)
 
 
 class Differentiated(Protocol):
@@ -281,17 +282,18 @@ class Made:
         known, params = self.by.known, self.by.parameters()
         trained = [p.requires_grad for p in params]
         made = (self.nodes, type(y.grad_fn), *map(id, params), *trained)
-        key, refs, mish = known.graphs.get(made, (None, (), False))
+        key, refs, kinds = known.graphs.get(made, (None, (), frozenset()))
         leaves = [ref() for ref in refs]
         if key is not None and all(p is not None for p in leaves) and not self.by.looks:
-            return Fingerprint(key, leaves, mish)
+            return Fingerprint(key, leaves, kinds)
         found = fingerprint(y, xs)
         if known.graphs and found.key != key:  # it does something new
             known.facts -= SEEN_ONCE
         if found.key[1].issubset(map(id, params)):
             if len(known.graphs) >= MANY:  # such as sequences of many lengths
                 known.graphs.clear()
-            known.graphs[made] = found.key, [weakref.ref(leaf) for leaf in found.leaves], found.mish
+            refs = [weakref.ref(leaf) for leaf in found.leaves]
+            known.graphs[made] = found.key, refs, found.kinds
         return found
 
 
