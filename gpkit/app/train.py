@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -15,8 +14,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
 from gpkit.app.build import (
     build_callbacks,
@@ -25,6 +23,10 @@ from gpkit.app.build import (
     recipes,
     trains_pair,
 )
+from gpkit.app.callbacks.bar import Bar
+from gpkit.app.callbacks.cost import StepCost
+from gpkit.app.callbacks.guard import FiniteGuard
+from gpkit.app.callbacks.interrupts import StopAtSignal
 from gpkit.app.checkpoints import (
     Checkpoints,
     RandomStates,
@@ -32,10 +34,8 @@ from gpkit.app.checkpoints import (
     WholeFiles,
     require_checkpoint,
 )
-from gpkit.app.cost import StepCost
-from gpkit.app.guard import FiniteGuard
-from gpkit.app.interrupts import StopAtSignal
-from gpkit.app.lines import count_parameters, nets_of, results, say_results, say_what_runs
+from gpkit.app.lines import count_parameters, nets_of, say_results, say_what_runs
+from gpkit.app.logs import log_result, log_start
 from gpkit.app.overrides import CONFIG_DIR, check_types, explain, set_keys
 from gpkit.app.result import Result, finite, recorded
 from gpkit.app.settings import RequireMetric, check_values, quiet
@@ -133,6 +133,8 @@ def run(
         callbacks.append(RequireMetric(cfg.optimized_metric))
     trainer = build_trainer(cfg, folder, callbacks, has_best=has_best, sweep=sweep)
     say_what_runs(cfg, module, trainer, data)
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        log_start(logger, cfg, pair=trains_pair(cfg))
     if cfg.task == "predict":
         return predict(trainer, module, data, cfg.ckpt_path, folder)
     metrics: dict[str, Any] = {}
@@ -208,8 +210,8 @@ def build_trainer(
     )
     last = ModelCheckpoint(folder / "checkpoints", "last", enable_version_counter=False)
     callbacks = [*([best, last] if has_best else [last]), *callbacks]
-    if cfg.trainer.enable_progress_bar and sys.stdout.isatty():
-        callbacks.append(RichProgressBar(leave=False))
+    if cfg.trainer.enable_progress_bar:
+        callbacks.append(Bar(leave=False))
     return instantiate(
         cfg.trainer,
         _convert_="all",
@@ -219,39 +221,6 @@ def build_trainer(
         plugins=[WholeFiles()],
         default_root_dir=str(folder),
     )
-
-
-def log_result(logger: Any, cfg: DictConfig, final: dict[str, float], last: int) -> None:
-    """Give a logger the config and the final metrics.
-
-    Args:
-        logger: of the trainer.
-        cfg: the composed config.
-        final: the metrics.
-        last: the last step. A GAN logs some of the metrics as curves, and without a step they would
-            get a point at 0.
-    """
-    if isinstance(logger, TensorBoardLogger):
-        logger.experiment.add_text("config", f"```yaml\n{OmegaConf.to_yaml(cfg)}```")
-        logger.log_hyperparams(hyperparameters(cfg), results(final), step=last)
-    else:
-        logger.log_hyperparams(hyperparameters(cfg))
-        logger.log_metrics(results(final), step=last)
-    logger.finalize("success")
-
-
-def hyperparameters(cfg: DictConfig) -> dict[str, Any]:
-    """Return what describes a run as plain values, the penalty and the seed first.
-
-    Args:
-        cfg: the composed config.
-    """
-    with open_dict(cfg):
-        plain = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(plain, dict)
-    first = {"penalty": plain["penalty"], "seed": plain["seed"]}
-    left_out = ("hydra", "ckpt_path", "trainer", "run_dir", "total_steps", "logger", "task")
-    return {**first, **{str(k): v for k, v in plain.items() if k not in left_out}}
 
 
 def write_metrics(folder: Path, metrics: dict[str, float]) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import gpkit
-from gpkit.app.cost import plain_steps
+from gpkit.app.callbacks.cost import plain_steps
 
 
 def busy(seconds):

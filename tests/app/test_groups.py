@@ -100,13 +100,6 @@ def test_a_logger_whose_package_is_missing_says_what_to_install(name, tmp_path):
         gpkit.train([*SMALL, f"logger={name}"], tmp_path)
 
 
-def test_tensorboard_has_the_config_as_text(tmp_path):
-    gpkit.train([*SMALL, "trainer.max_epochs=1"], tmp_path)
-    events = EventAccumulator(str(tmp_path)).Reload()
-    text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert "_target_: gpkit.models.MLP" in text
-
-
 def test_early_stopping_ends_a_run(tmp_path):
     options = ["callbacks=[early_stopping]", "callbacks.early_stopping.patience=1"]
     options += ["optimizer.lr=0.0", "trainer.max_epochs=50"]
@@ -187,22 +180,6 @@ def test_a_generator_is_loaded(tmp_path):
             k.removeprefix(f"{own}."): v for k, v in saved.items() if k.startswith(f"{own}.")
         }
         torch.testing.assert_close(net.state_dict(), weights)
-
-
-def test_the_first_lines_say_what_runs_and_the_last_what_was_tested(tmp_path, capsys):
-    options = [*SMALL, "trainer.max_epochs=1", "penalty=jacobian", "penalty.weight=0.3"]
-    gpkit.train(options, tmp_path)
-    out = capsys.readouterr().out
-    for words in (
-        r"model    MLP with",
-        "data     Digits, 256 train, 269 val, 269 test",
-        "penalty  jacobian, weight 0.3",
-        "device   CPU, 1 process, 32-true",
-        "run      1 epochs, 4 steps, seed 0",
-        "penalty.weight=0.3",
-        f"tested       {tmp_path / 'checkpoints/best.ckpt'}",
-    ):
-        assert words in out
 
 
 REFUSED = {

@@ -14,8 +14,8 @@ from pytorch_lightning.callbacks import Callback
 from torch import nn
 
 import gpkit
+from gpkit.app.callbacks.guard import NonFiniteError
 from gpkit.app.checkpoints import WholeFiles
-from gpkit.app.guard import NonFiniteError
 from gpkit.data import TwoMoons
 
 pytestmark = pytest.mark.app

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gpkit import checks
 from gpkit.autodiff.random import random_state, set_random_state
+from gpkit.lightning.compat import steps_of
 from gpkit.lightning.gan.ema import evaluating
 from gpkit.lightning.gan.figures import drawings
 from gpkit.lightning.gan.figures.coverage import modes_covered
@@ -144,7 +145,7 @@ class GANFigures(Callback):
         pixels = drawings.rendered(figure)
         loggers = [log for log in trainer.loggers if isinstance(log, TensorBoardLogger)]
         for logger in loggers:
-            logger.experiment.add_image(name, pixels, trainer.global_step, dataformats="HWC")
+            logger.experiment.add_image(name, pixels, steps_of(trainer), dataformats="HWC")
         folder = Path(loggers[0].log_dir if loggers else trainer.default_root_dir, "figures")
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(folder / f"{name}.png")

@@ -1,0 +1,1 @@
+"""Callbacks that every run has: a bar, a guard against NaN, signals, the cost of a step."""
