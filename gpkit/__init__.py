@@ -15,7 +15,8 @@ and Hydra are loaded only if that module needs them.
 - Forms (`form`): squared, norm, two_sided, one_sided, absolute, power,
   running_average, Form.
 - Points (`at`): interpolate, perturb, uniform, mixture, At.
-- Estimators: exact, projection, finite_difference, taylor, power_iteration, Estimator.
+- Estimators: exact, projection, finite_difference, taylor, power_iteration, random_difference, jvp,
+  stencil, Estimator.
 - Weights (`weight`): warmup, cosine, switch, rescaled, lazy_adam, Weight, target_norm,
   gradient_share.
 - Environments: Statistic.
@@ -69,6 +70,7 @@ __all__ = [
     "interpolate",
     "irm",
     "jacobian",
+    "jvp",
     "lazy_adam",
     "load",
     "max_gp",
@@ -85,11 +87,13 @@ __all__ = [
     "r1",
     "r1_r2",
     "r2",
+    "random_difference",
     "register_penalty",
     "rescaled",
     "running_average",
     "spectral_jacobian",
     "squared",
+    "stencil",
     "switch",
     "target_norm",
     "taylor",
@@ -144,6 +148,9 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` has the same names 
     from gpkit.estimators.base import Estimator as Estimator
     from gpkit.estimators.exact import exact as exact
     from gpkit.estimators.finite_difference import finite_difference as finite_difference
+    from gpkit.estimators.forwards.jvp import jvp as jvp
+    from gpkit.estimators.forwards.random_difference import random_difference as random_difference
+    from gpkit.estimators.forwards.stencil import stencil as stencil
     from gpkit.estimators.power_iteration import power_iteration as power_iteration
     from gpkit.estimators.projection import projection as projection
     from gpkit.estimators.taylor import taylor as taylor
@@ -209,6 +216,9 @@ else:
         "gpkit.estimators.power_iteration": "power_iteration",
         "gpkit.estimators.projection": "projection",
         "gpkit.estimators.taylor": "taylor",
+        "gpkit.estimators.forwards.jvp": "jvp",
+        "gpkit.estimators.forwards.random_difference": "random_difference",
+        "gpkit.estimators.forwards.stencil": "stencil",
         "gpkit.gradient_penalty": "GradientPenalty",
         "gpkit.lightning.callback": "GradientPenaltyCallback",
         "gpkit.lightning.gan": "GANModule",

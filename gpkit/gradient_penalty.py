@@ -214,6 +214,8 @@ class GradientPenalty(Penalty):
             targets, weights = self._targets(f, args, real, fake, rng, seed, acts, given), None
             if given is not None:
                 targets, weights = given.on(targets, self), given.weights(targets, self)
+            for target in targets:
+                target.step = self.evaluated_at
             known = targets[0] in self.seen
             observe = acts and train
             if not (known or self.estimator.first_order):

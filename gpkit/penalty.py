@@ -56,7 +56,7 @@ class Penalty:
         self.every = checks.integer("every=...", every, 1)
         self.seed = seed if seed is None else checks.integer("seed=...", seed, 0)
         self.name = name
-        self.step = 0
+        self.step = self.evaluated_at = 0
         self.draws = 0
         self.seen = SeenNets()
 
@@ -165,7 +165,7 @@ class Penalty:
         Returns:
             The terms, or None if the penalty does not act on this step.
         """
-        self.step = self.step if step is None else step
+        self.step = self.evaluated_at = self.step if step is None else step
         weight = self.weight_at(self.step)
         self.step += 1
         if weight == 0:
@@ -193,7 +193,7 @@ class Penalty:
         random numbers of the next call without consuming them, so it does not change training.
         ``weight`` is the weight of the latest step, up to this one, that ``every`` does not skip.
         """
-        step = self.step if step is None else step
+        step = self.evaluated_at = self.step if step is None else step
         weight = self.weight_at(step - step % self.every)
         seed = self._seed_of(self.draws + 1)
         compared: Any = as_given(given, self) if any_given(given) else {}

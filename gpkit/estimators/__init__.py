@@ -23,6 +23,9 @@ True
 from gpkit.estimators.base import Estimator
 from gpkit.estimators.exact import exact
 from gpkit.estimators.finite_difference import finite_difference
+from gpkit.estimators.forwards.jvp import jvp
+from gpkit.estimators.forwards.random_difference import random_difference
+from gpkit.estimators.forwards.stencil import stencil
 from gpkit.estimators.gaussian_product import gaussian_product
 from gpkit.estimators.power_iteration import power_iteration
 from gpkit.estimators.projection import projection
@@ -35,4 +38,7 @@ ESTIMATORS: dict[str, type[Estimator]] = {
     "taylor": taylor,
     "power_iteration": power_iteration,
     "gaussian_product": gaussian_product,
+    "random_difference": random_difference,
+    "jvp": jvp,
+    "stencil": stencil,
 }

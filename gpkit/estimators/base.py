@@ -36,6 +36,7 @@ class Target:
         share: n² ``[G]`` -> ∂P/∂n² ``[G]``, constants, where P is the reduced value of the penalty.
         times: a constant factor of the gradient of a one-number ``y``, as in ``grad_outputs``; only
             `exact` supports it. It saves a multiplication node in the graph of ``y``.
+        step: the optimiser step, for an estimator with a schedule.
         compared: what the derivative is compared with; only for an estimator that ``compares``.
         layers: of the forward pass. Then ``y`` is ``[B, 1]`` with parameters as variables, and each
             sample has a norm; only for an estimator with ``by_layer``.
@@ -55,6 +56,7 @@ class Target:
     layers: Recording | None = None
     compared: Compared | None = None
     made: Made | None = None
+    step: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -75,6 +77,25 @@ class Target:
         y = self.y.to(wide(self.y)) * scale
         compared = self.compared and self.compared.scaled(scale)
         return replace(self, y=y, evaluate=evaluate and scaled, scale=scale, compared=compared)
+
+    def function(self, estimator: Estimator) -> Callable[..., Tensor]:
+        """Return the function of an estimator that evaluates it at other inputs.
+
+        Raises:
+            ValueError: if there is only a graph, or only the mean loss of the batch.
+        """
+        name = type(estimator).__name__
+        if self.mean:
+            raise ValueError(
+                f"`estimator={name}()` needs the loss of each sample, and a training step shows "
+                "their mean: use of='output', PenalizedModule, or estimator='exact'"
+            )
+        if self.evaluate is None:
+            raise ValueError(
+                f"`estimator={name}()` needs a callable, to evaluate it at other points; got a "
+                "tensor: use penalty(f, x), or estimator='exact'"
+            )
+        return self.evaluate
 
     def split(self, rows: Iterable[tuple[Tensor, ...]]) -> Iterable[tuple[Tensor, ...]]:
         """Return the rows of a derivative, compared, with one row per norm: per group or pixel."""
@@ -177,6 +198,24 @@ def require_gradient(estimator: Estimator, order: int) -> None:
         raise ValueError(
             f"`estimator={type(estimator).__name__}()` takes order=1; got order={order}: use "
             "estimator='projection' or 'exact'"
+        )
+
+
+def require_inputs(estimator: Estimator, norm: str, batched: bool) -> None:
+    """Refuse weights, and norms other than l2.
+
+    Raises:
+        ValueError: if it is for weights, or the norm is another.
+    """
+    name = type(estimator).__name__
+    if not batched:
+        raise ValueError(
+            f"`estimator={name}()` needs wrt='input'; got weights: use "
+            "estimator='finite_difference'"
+        )
+    if norm != "l2":
+        raise ValueError(
+            f"`estimator={name}()` estimates the l2 norm; got norm={norm!r}: use estimator='exact'"
         )
 
 

@@ -147,6 +147,7 @@ WEIGHTS = {"sample_weight": "w"}
 ALL = {"target": "forces", "metric": lambda batch: batch["mask"], **WEIGHTS}
 BOTH = [gpkit.activation("a"), gpkit.activation("b")]
 CENTRAL = gpkit.finite_difference(side="central")
+STENCIL = gpkit.stencil(1e-3, taps=4)
 build = partial(partial, gpkit.GradientPenalty, weight=0.7)
 
 CASES = {
@@ -171,6 +172,19 @@ def test_the_step_is_that_of_a_loop(penalty, oracle, estimator, train):
     wanted = by_hand(oracle)
     for p, q in zip(train(penalty(estimator=estimator)), wanted, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("train", [by_callback, by_module])
+def test_differences_along_the_axes_train_as_the_gradient(train):
+    wanted = by_hand(sobolev)
+    for p, q in zip(train(build(given=ALL)(estimator=STENCIL)), wanted, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
+
+
+def test_the_callback_refuses_differences_of_the_mean_loss():
+    penalty = gpkit.input_grad_norm(estimator="random_difference")
+    with pytest.raises(ValueError, match=r"needs the loss of each sample.*shows their mean"):
+        by_callback(penalty)
 
 
 def test_entries_by_position():
