@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from gpkit.autodiff.numerics import as_real, wide, widened
+from gpkit.autodiff.random import has_ranks
+from gpkit.autodiff.sharding.compat import as_in_graphs
 
 
 def flat_entries(grad: Tensor) -> Tensor:
@@ -88,6 +90,8 @@ def sample_norms(grad: Tensor | None, x: Tensor) -> Tensor:
 def weight_norm(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
     """Return ‖∂L/∂θ‖ over all parameters that require grad. The graph is kept.
 
+    It is the gradient of this process's own samples, also where FSDP2 has sharded θ.
+
     Args:
         loss: L, one number.
         parameters: θ.
@@ -96,6 +100,7 @@ def weight_norm(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
         One number; 0 if L depends on none of them.
     """
     trained = [p for p in parameters if p.requires_grad]
+    trained = as_in_graphs(trained) if has_ranks() else trained
     if not trained or not loss.requires_grad:
         return loss.new_zeros(())
     grads = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)

@@ -93,9 +93,15 @@ class Unlucky(gpkit.Form):
 def after_an_error(rank):
     """The gradients after an error in a penalty, and after one in a backward pass."""
     real, fake = first(rank)
-    critic, found = sharded(Critic()), []
+    critic, found, fails = sharded(Critic()), [], []
+    # In the midst of a backward pass, after some blocks and before others.
+
+    def arm(module, args, output):
+        output.register_hook(lambda _: 1 / 0 if fails else None)
+
+    critic.blocks[0].register_forward_hook(arm)
     unlucky = gpkit.GradientPenalty(form=Unlucky())
-    for where in ("penalty", "backward", "form"):
+    for where in ("penalty", "form", "backward"):
         try:
             with gpkit.unsharded(critic):
                 x = real.clone().requires_grad_()
@@ -104,11 +110,11 @@ def after_an_error(rank):
                     raise ValueError("out of luck")
                 if where == "form":
                     unlucky(critic, real)
-                value = g.square().sum()
-                value.register_hook(lambda _: 1 / 0)
-                value.backward()
+                fails.append(True)
+                g.square().sum().backward()
         except (ValueError, ZeroDivisionError):
             found.append(kinds(critic))
+    fails.clear()
     try:
         unlucky(critic, real)
     except ValueError:

@@ -84,6 +84,18 @@ def manages(parameters: Iterable[Tensor]) -> bool:
     return bool(known) and any(id(p) in known for p in parameters)
 
 
+def as_in_graphs(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Return parameters as the graphs of forward passes have them: whole, if FSDP2 shards them."""
+    whole = {
+        id(param.sharded_param): param._unsharded_param
+        for *_, groups in states()
+        for group in groups
+        for param in group.fsdp_params
+        if hasattr(param, "_unsharded_param")
+    }
+    return [whole.get(id(p), p) for p in parameters]
+
+
 def begin_backward(module: Any) -> None:
     """Do what the hook at the output of an FSDP2 module does when a backward pass reaches it.
 

@@ -89,8 +89,15 @@ class Evaluator:
             RuntimeError: from a penalty that has acted before. From one that acts for the first
                 time it becomes part of the refusal, with all others.
         """
+        sharded: dict[str, Terms | None] = {}
+        total = loss
         if self._sharded_weights is not None:
-            return self._act_sharded(call, plan, loss, optimizer_step)
+            in_weights = {n: own for n, own in plan.needs.items() if own.in_weights}
+            others = {n: own for n, own in plan.needs.items() if not own.in_weights}
+            total, sharded = self._act_sharded(
+                call, in_weights, loss, optimizer_step, retain=bool(others)
+            )
+            plan = Plan(others, plan.probe)
         scale = scale_of(self._scaler, loss.device)
         waiting = () if last else plan.pooled
         two_points = plan.two_points
@@ -122,20 +129,26 @@ class Evaluator:
                 found, cause = [*found, f"penalty {name!r}: {error}"], error
         if found:
             refuse(CALLBACK_REFUSAL, found, cause)
-        return base, terms
+        return (base if total is loss else total), sharded | terms
 
     def _act_sharded(
-        self, call: StepCall, plan: Plan, loss: Tensor, optimizer_step: int | None
+        self,
+        call: StepCall,
+        needs: dict[str, Needs],
+        loss: Tensor,
+        optimizer_step: int | None,
+        *,
+        retain: bool,
     ) -> tuple[Tensor, dict[str, Terms | None]]:
         """Evaluate penalties in weights that FSDP2 has sharded; see `act`."""
-        acting = {name: self.penalties[name] for name in plan.needs}
+        acting = {name: self.penalties[name] for name in needs}
         if not acting:
             return loss, {}
         # Any name will do: all these penalties differentiate the loss.
-        rerun = partial(self.watched.rerun, self.module, call, next(iter(plan.needs.values())))
+        rerun = partial(self.watched.rerun, self.module, call, next(iter(needs.values())))
         given = Recomputable(loss, rerun, call.start or ())
         terms: tuple[Tensor, dict[str, Terms | None]]
-        terms = self._sharded_weights.terms(acting, given, optimizer_step)
+        terms = self._sharded_weights.terms(acting, given, optimizer_step, retain=retain)
         return terms
 
     def _penalty_arguments(

@@ -98,9 +98,10 @@ def _findings_of_callback(
         from gpkit.lightning.callback.sharded import findings_of_sharding
 
         found += findings_of_sharding(module, penalties)
-        if trainer.accumulate_grad_batches > 1:
+        in_weights = any(needs_of(penalty).in_weights for penalty in penalties.values())
+        if in_weights and trainer.accumulate_grad_batches > 1:
             found.append(
-                "under FSDP penalties do not support gradient accumulation; got "
+                "under FSDP penalties in the weights do not support gradient accumulation; got "
                 f"accumulate_grad_batches={trainer.accumulate_grad_batches}: use 1, or DDP"
             )
     for title, penalty in penalties.items():
@@ -126,18 +127,14 @@ def _findings_of_penalty(
     if is_a(strategy, "FSDPStrategy"):
         yield (
             "strategy='fsdp' is FSDP1, whose flat parameters have no double backward: use "
-            "ModelParallelStrategy, fully_shard in configure_model, and "
-            "estimator='finite_difference' with scope='global'; or strategy='ddp'"
+            "ModelParallelStrategy and fully_shard in configure_model, or strategy='ddp'"
         )
     elif is_a(strategy, "DeepSpeedStrategy"):
         yield "DeepSpeed gives no access to the gradients: use strategy='ddp'"
-    elif is_a(strategy, "ModelParallelStrategy") and not (
-        needs.in_weights and holds_fsdp2_shards(module)
-    ):
+    elif is_a(strategy, "ModelParallelStrategy") and not holds_fsdp2_shards(module):
         yield (
-            "ModelParallelStrategy supports only penalties in the weights, of modules to which "
-            "fully_shard was applied: use estimator='finite_difference' with scope='global', or "
-            "strategy='ddp'"
+            "under ModelParallelStrategy a penalty needs modules to which fully_shard was applied: "
+            "apply it in configure_model, or use strategy='ddp'"
         )
     if not module.automatic_optimization and (needs.runs_again or penalty.scope == "accumulated"):
         yield (

@@ -41,10 +41,9 @@ def is_sharded(net: nn.Module) -> bool:
 def findings_of_sharding(net: nn.Module, penalties: Mapping[str, Any]) -> list[str]:
     """Return the reasons why penalties do not work on a sharded net.
 
-    FSDP2 computes with gathered copies of the weights. It gathers them before a forward or backward
-    pass and frees them after it, so a graph cannot be differentiated twice; and the trained shards
-    are not in the graph. The only gradient in the weights that a penalty can get is the one that
-    FSDP's backward leaves at the shards, averaged over the processes.
+    FSDP2 computes with gathered copies of the weights, so the trained shards are not in the graph.
+    The only gradient in the weights that a penalty can get is the one that FSDP's backward leaves
+    at the shards, averaged over the processes. Penalties in the inputs need none.
 
     Args:
         net: a module to which ``fully_shard`` was applied, or a submodule of which.
@@ -59,16 +58,24 @@ def findings_of_sharding(net: nn.Module, penalties: Mapping[str, Any]) -> list[s
         needs = needs_of(penalty)
         if needs.environments:
             continue  # it differentiates in the logits, and not through the net
+        if needs.own_forward:
+            found.append(f"{here} got forward={penalty.forward!r}: leave it out, or use DDP")
+        if needs.on_jets:
+            found.append(
+                f"{here} Taylor series do not pass through its hooks: use estimator='projection' "
+                "or 'exact'"
+            )
+        if needs.measures:
+            kind = type(penalty.weight).__name__
+            found.append(f"{here} the weight {kind}() measures gradients, which needs DDP")
+        if not needs.in_weights:
+            continue
         if not isinstance(penalty.estimator, finite_difference):
             kind = type(penalty.estimator).__name__
             found.append(
-                f"{here} double backprop needs the gathered weights twice, and FSDP frees them "
-                f"after one backward; got {kind}(): use estimator='finite_difference', or DDP"
+                f"{here} the trained shards are not in the graph that double backprop goes through;"
+                f" got {kind}(): use estimator='finite_difference', or DDP"
             )
-        if needs.own_forward:
-            found.append(f"{here} got forward={penalty.forward!r}: leave it out, or use DDP")
-        if not needs.in_weights:
-            continue
         if penalty.of not in ("loss", "output"):
             found.append(f"{here} of='loss' is needed; got of={penalty.of!r}: use DDP")
         if penalty.scope != "global":
@@ -76,9 +83,6 @@ def findings_of_sharding(net: nn.Module, penalties: Mapping[str, Any]) -> list[s
                 f"{here} gradients arrive averaged over the processes; got scope={penalty.scope!r}:"
                 " use scope='global', or DDP"
             )
-        if needs.measures:
-            kind = type(penalty.weight).__name__
-            found.append(f"{here} the weight {kind}() measures gradients, which needs DDP")
     trained = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
     whole = [n for n, p in trained if not isinstance(p, DTensor)]
     if whole:
@@ -122,6 +126,8 @@ class ShardedWeights:
         penalties: Mapping[str, Penalty],
         given: Recomputable,
         step: int | None = None,
+        *,
+        retain: bool = False,
     ) -> tuple[Tensor, dict[str, Terms | None]]:
         """Return the loss and the terms of the penalties, and count a step.
 
@@ -134,6 +140,7 @@ class ShardedWeights:
                 side effects on logs and metrics; buffers and random numbers are handled here), and
                 the RNG state before it.
             step: the optimiser step; None counts the calls.
+            retain: whether to keep the graph behind ``given.value``.
 
         Returns:
             The loss of this process; and the terms by name, None for a penalty that does not act on
@@ -152,7 +159,7 @@ class ShardedWeights:
             raise RuntimeError(NO_GRAPH)
         epsilon = spacing(given.value, *graph.leaves(given.value))
         with recorded(given.value) as gates:
-            base = self.gradient(given.value)
+            base = self.gradient(given.value, retain=retain)
         terms = {
             name: penalty.act_with(partial(self.term, penalty, given, base, gates, epsilon), step)
             for name, penalty in penalties.items()
@@ -209,14 +216,14 @@ class ShardedWeights:
         n2 = known_gradient(n.square().reshape(1), list(base), slopes)
         return formula.terms(penalty, n2, weight, observe=True)
 
-    def gradient(self, loss: Tensor) -> Gradient:
+    def gradient(self, loss: Tensor, *, retain: bool = False) -> Gradient:
         """Return the gradient of a loss, averaged over the processes; ``.grad`` is unchanged."""
         kept = {p: p.grad for p in self.parameters if p.requires_grad}
         for p in kept:
             p.grad = None
         try:
             with self.reshard_at_end(), torch.autocast(loss.device.type, enabled=False):
-                loss.backward()
+                loss.backward(retain_graph=retain)
             return {p: p.grad for p in kept}
         finally:
             for p, grad in kept.items():

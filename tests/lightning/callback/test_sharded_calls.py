@@ -72,7 +72,7 @@ GLOBAL = {"estimator": "finite_difference", "scope": "global"}
 
 REFUSED = {
     "exact": gpkit.weight_grad_norm(scope="global"),
-    "projected": gpkit.jacobian(),
+    "jets": gpkit.curvature(estimator="taylor"),
     "sampled": gpkit.weight_grad_norm(of="sampled_loss", **GLOBAL),
     "sample": gpkit.weight_grad_norm(scope="sample", estimator="finite_difference"),
     "adaptive": gpkit.weight_grad_norm(gpkit.gradient_share(0.1), **GLOBAL),
@@ -151,9 +151,9 @@ def test_goes_with_a_finite_difference_in_the_inputs(called):
 def test_says_what_cannot_be_and_what_to_use(called):
     said = called[0]["said"]
     ends = [
-        "'exact' under FSDP: double backprop needs the gathered weights twice, and FSDP frees them "
-        "after one backward; got exact(): use estimator='finite_difference', or DDP",
-        "got projection(): use estimator='finite_difference', or DDP",
+        "'exact' under FSDP: the trained shards are not in the graph that double backprop goes "
+        "through; got exact(): use estimator='finite_difference', or DDP",
+        "Taylor series do not pass through its hooks: use estimator='projection' or 'exact'",
         "of='loss' is needed; got of='sampled_loss': use DDP",
         "averaged over the processes; got scope='sample': use scope='global', or DDP",
         "the weight gradient_share() measures gradients, which needs DDP",
