@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gpkit import checks
+from gpkit.autodiff.taylor.jets import is_jet
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ def _catch(name: str, caught: dict[str, Tensor], module: nn.Module, _: Any, outp
             f"`activation({name!r})` must be a floating-point tensor; the {type(module).__name__} "
             f"returns {given}: name a submodule inside it"
         )
-    caught[name] = output if output.requires_grad else output.detach().requires_grad_()
+    has_graph = output.requires_grad or is_jet(output)  # a jet has graphs in its coefficients
+    caught[name] = output if has_graph else output.detach().requires_grad_()
     return caught[name].clone()
 
 

@@ -58,6 +58,21 @@ class Compared:
         found = torch.stack([(g * v.unsqueeze(1)).sum(2) for g, v in pairs]).sum(0)
         return found.squeeze(1)
 
+    def pulled(
+        self, n2: Tensor, ascent: tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]
+    ) -> Tensor:
+        """Return n² of a gradient in weights with its derivative in g too: -2n ⟨A ∘ v, g⟩.
+
+        Args:
+            n2: n², with its derivatives in everything but g.
+            ascent: n, v and A ∘ v, with v the direction of steepest ascent.
+        """
+        if not self.trained:
+            return n2
+        n, _, directions = ascent
+        along = self.along([d.reshape(1, -1) for d in directions])
+        return n2 - 2 * n * (along - along.detach())
+
     def projected(self, v: Tensor) -> Compared:
         """Return what the rows' sum with weights v ``[G, R]`` is compared with.
 

@@ -195,10 +195,10 @@ class finite_difference(Estimator):
                     return there
                 return pairwise_sums(there, window.rerun_sum(leaves, scale, self.hold))
 
-        epsilon = spacing(target.y, *target.xs)
-        known = target.xs, grads, norm, epsilon, gradient
-        n, slopes = self.slopes(*known, compared=target.compared)
-        return known_gradient(n.square().reshape(1), leaves, slopes)
+        known, compared = (target.xs, grads, norm, spacing(target.y, *target.xs)), target.compared
+        n, slopes = self.slopes(*known, gradient, compared=compared)
+        n2 = known_gradient(n.square().reshape(1), leaves, slopes)
+        return n2 if compared is None else compared.pulled(n2, ascent(compared, grads, norm))
 
     def slopes(
         self,

@@ -97,7 +97,7 @@ def search(start: float, over: Over, fixed: bool) -> Search:
 
 
 def ascent(
-    compared: Compared | None, grads: Sequence[Tensor], norm: str, over: Over
+    compared: Compared | None, grads: Sequence[Tensor], norm: str, over: Over = over_all
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Return n = ‖A ∘ (∇f - g)‖, v with ⟨A ∘ (∇f - g), v⟩ = n, and A ∘ v: constants.
 

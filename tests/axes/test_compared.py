@@ -227,6 +227,31 @@ def losses(params):
     return (functional_call(NET, params, (X,)) - Y).square().sum(1)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", ["exact", "difference", "step"])
+@pytest.mark.parametrize("scope", ["batch", "global"])
+def test_a_target_in_the_weights_with_a_graph_is_trained(scope, name, norm):
+    estimator, rtol = ESTIMATORS[name]
+    scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    g, a = ([f(draw(*p.shape)) for p in NET.parameters()] for f in (torch.sin, torch.exp))
+    form = gpkit.two_sided(0.7, norm=norm)
+    penalty = gpkit.GradientPenalty(wrt="weight", form=form, scope=scope, estimator=estimator)
+    value = penalty(lambda: losses_of_net().mean(), NET, target=[scale * t for t in g], metric=a)
+    (found,) = torch.autograd.grad(value, scale)
+
+    def by_hand(scale):
+        rows = grad(lambda p: losses(p).mean())(params_of(NET)).values()
+        entries = [s * (r - scale * t) for r, t, s in zip(rows, g, a, strict=True)]
+        return (NORMS[norm](torch.cat([e.reshape(1, -1) for e in entries], 1))[0] - 0.7) ** 2
+
+    wanted = grad(by_hand)(scale.detach())
+    torch.testing.assert_close(found, wanted, rtol=rtol, atol=0)
+
+
+def losses_of_net():
+    return (NET(X) - Y).square().sum(1)
+
+
 @pytest.mark.parametrize("name", ["exact", "difference", "step"])
 @pytest.mark.parametrize("scope", ["batch", "sample", "global"])
 def test_gradient_matching_in_the_weights(name, scope):
@@ -325,6 +350,7 @@ def test_a_sum_passes_what_is_given_to_each_part():
         ({}, {"sample_weight": W[:3]}, r"one number for each sample, \[5\]; got \[3\]"),
         ({}, {"sample_weight": -W}, "must be >= 0; got -2.5"),
         ({}, {"sample_weight": 0.5}, r"must be a tensor \[B\]; got a float"),
+        ({"order": 2}, {"metric": torch.abs}, "takes order=1; got order=2: give a tensor"),
         ({"reduce": "max"}, {"sample_weight": W}, "reduce='mean' or 'sum'; got 'max'"),
         ({"form": gpkit.two_sided(gpkit.running_average())}, {"sample_weight": W}, "average"),
         ({"given": {"target": "forces"}}, {}, "needs target=.*entry 'forces' of the batch"),

@@ -390,3 +390,13 @@ def test_through_layer_norm_at_each_order(order):
     expected = y.square().mean()
     torch.testing.assert_close(found, expected)
     assert relative_error(gradients(found, net), gradients(expected, net)) < 1e-9
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_activation_keeps_its_series_where_nothing_before_it_is_trained(frozen):
+    net = nn.Sequential(nn.Linear(1, 4), nn.SiLU(), nn.Linear(4, 1)).double()
+    net[0].requires_grad_(not frozen)
+    x = torch.randn(5, 1, dtype=torch.float64)
+    penalty = gpkit.GradientPenalty(of=gpkit.activation("1"), order=2, estimator="taylor")
+    bends = torch.func.vmap(torch.func.hessian(lambda z: F.silu(net[0](z))))(x)  # [5, 4, 1, 1]
+    torch.testing.assert_close(penalty.terms(net, x).norms, bends.flatten(1).norm(dim=1))

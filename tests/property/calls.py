@@ -13,11 +13,11 @@ from torch import Tensor
 import gpkit
 from gpkit.axes.at import computed, data, fake, real
 from gpkit.estimators.curvature_difference import curvature_difference
-from tests.property import points
+from tests.property import compared, points
 from tests.property.config import CENTERED, Config
 from tests.property.nets import KINDS
 from tests.property.oracle import DECAY, each
-from tests.property.problem import Problem, losses
+from tests.property.problem import Problem, dimensions, losses
 
 FORMS: dict[str, Any] = {
     "squared": gpkit.squared,
@@ -38,11 +38,16 @@ class Found:
     values: Tensor | None = None
 
 
+def points_of(c: Config) -> int:
+    """Return the number of points."""
+    return c.batch * {"mixture": 2, "triple": 3}.get(c.at, 1)
+
+
 def groups(c: Config, p: Problem) -> int:
     """Return the number of groups G."""
     if c.in_weights:
         return c.batch if c.scope == "sample" else 1
-    count = c.batch * {"mixture": 2, "triple": 3}.get(c.at, 1)
+    count = points_of(c)
     return count * (p.base[0][0][0, 0].numel() if c.scope == "pixel" else 1)
 
 
@@ -124,6 +129,8 @@ def penalty(c: Config, p: Problem) -> gpkit.GradientPenalty:
         wrt = gpkit.weights(c.wrt.partition(":")[2])
     elif c.wrt == "activation":
         wrt = gpkit.activation("act")
+    elif c.wrt == "activations":
+        wrt = [gpkit.activation("body"), gpkit.activation("act")]
     return gpkit.GradientPenalty(
         of=OF.get(c.of, c.of),
         wrt=wrt,
@@ -134,6 +141,7 @@ def penalty(c: Config, p: Problem) -> gpkit.GradientPenalty:
         estimator=estimator(c),
         forward=c.forward,
         reduce=c.reduce,
+        metric=compared.factor if c.metric == "axis" else None,
         weight=c.weight,
         every=c.every,
         seed=c.seed,
@@ -145,6 +153,11 @@ class Calls:
 
     def __init__(self, c: Config, p: Problem) -> None:
         self.c, self.p, self.penalty = c, p, penalty(c, p)
+        self.given: dict[str, Any] = {}
+        if c.target or c.metric or c.weigh:
+            m, shapes = dimensions(c, p)
+            found = compared.given(c, shapes, m, points_of(c), p.shift, p.shift.dtype)
+            self.given = compared.as_arguments(c, found, p.shift.dtype)
 
     def __call__(self) -> Found:
         half = self.c.dtype == "bfloat16"
@@ -169,6 +182,7 @@ class Calls:
 
     def asked(self, f: Any, *args: Any, **samples: Any) -> Found:
         c = self.c
+        samples |= self.given
         if c.call == "terms":
             terms = self.penalty.terms(f, *args, step=c.step, **samples)
             return Found(terms.penalty, terms.norms, terms.values)
@@ -183,7 +197,7 @@ class Calls:
         xs, ys = p.samples()
         if c.call == "tensor":
             return self.of_graph()
-        named = c.of == "activation" or c.wrt == "activation"
+        named = c.of == "activation" or c.wrt.startswith("activation")
         plain = c.call in ("module", "terms") and c.of != "loss" and not c.flat
         f = p.net if plain else lambda *zs: self.result(*zs)
         more = (p.net,) if named and not plain else ()
@@ -198,18 +212,23 @@ class Calls:
         c, p = self.c, self.p
         xs = p.samples()[1 if c.at == "fake" else 0]
         xs = tuple(x.detach().requires_grad_(x.is_floating_point()) for x in xs)
-        y, h = self.with_activation(*xs)
-        if c.wrt == "activation":
-            return self.asked(y, h)
+        y, (body, h) = self.with_activations(*xs)
+        if c.wrt.startswith("activation"):
+            return self.asked(y, h if c.wrt == "activation" else (body, h))
         return self.asked(h if c.of == "activation" else y, xs if len(xs) > 1 else xs[0])
 
-    def with_activation(self, *xs: Tensor) -> tuple[Any, Tensor]:
-        """Return the result, and the output of a submodule."""
-        caught: list[Tensor] = []
-        hook = self.p.net.act.register_forward_hook(lambda module, args, out: caught.append(out))
+    def with_activations(self, *xs: Tensor) -> tuple[Any, list[Tensor]]:
+        """Return the result, and the outputs of body and act."""
+        caught: dict[str, Tensor] = {}
+
+        def catch(module: Any, args: Any, out: Any) -> None:
+            caught["body" if module is self.p.net.body else "act"] = out
+
+        hooks = [part.register_forward_hook(catch) for part in (self.p.net.body, self.p.net.act)]
         y = self.result(*xs)
-        hook.remove()
-        return y, caught[0]
+        for hook in hooks:
+            hook.remove()
+        return y, [caught.get("body", caught["act"]), caught["act"]]
 
     def in_weights(self) -> Found:
         c, p = self.c, self.p
@@ -225,4 +244,6 @@ class Calls:
             return Found(self.penalty.with_loss(closure, net, step=c.step))
         if not c.call.startswith("tensor"):
             return self.asked(closure, net)
-        return self.asked(self.with_activation(*xs)[1] if c.of == "activation" else closure(), net)
+        return self.asked(
+            self.with_activations(*xs)[1][1] if c.of == "activation" else closure(), net
+        )

@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.property.calls import Calls, Found
 from tests.property.config import Config
 from tests.property.draws import Draws
-from tests.property.oracle import Expected, Oracle
+from tests.property.oracle import Expected, Oracle, real
 from tests.property.problem import Problem, problem
 
 UNTRAINED = "the penalty does not depend on any trained parameter"
@@ -126,9 +126,9 @@ def compare(c: Config, p: Problem, found: Found, draws: Draws) -> None:
     given = [None] * len(leaves)
     if found.penalty.requires_grad:
         given = torch.autograd.grad(found.penalty, list(leaves.values()), allow_unused=True)
-    whole = torch.cat([g.reshape(-1) for g in expected.grads.values()])
+    whole = torch.cat([real(g).reshape(-1) for g in expected.grads.values()])
     mine = torch.cat([
-        (torch.zeros_like(q) if g is None else g).reshape(-1).double()
+        real(torch.zeros_like(q) if g is None else g).reshape(-1).double()
         for g, q in zip(given, leaves.values(), strict=True)
     ])  # fmt: skip
     near(c, f"gradient in {', '.join(leaves)}", mine, whole, grad)

@@ -13,7 +13,7 @@ CENTERED = ("two_sided", "one_sided", "absolute")
 LOSSES = ("loss", "sampled_loss")
 MOVES = ("interpolate", "uniform", "box", "mixture", "triple", "midpoint")  # perturb_... as well
 ROBUST = ("tanh", "softplus", "gelu", "silu", "conv", "tied", "unused")  # in bfloat16
-SPECIAL = ("batch_norm", "dict")
+SPECIAL = ("batch_norm", "dict", "waves")
 SAMPLES = ("data", "real", "fake")
 
 
@@ -48,6 +48,9 @@ class Config:
     length: float | None = None
     side: str = "forward"
     cross: bool = False
+    target: bool = False  # subtracted from the derivative
+    metric: str = ""  # "mask" or "function" at the call, or "axis" of the penalty
+    weigh: bool = False  # a weighted mean
     reduce: str = "mean"
     forward: str = "isolated"
     weight: float = 1.0
@@ -90,7 +93,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "of": ("output", "output", "loss", "loss", "column", "total", "sampled_loss", "activation"),
     "loss": ("squares", "cross_entropy"),
     "mean": (True, False),
-    "wrt": ("input",) * 5 + ("weight",) * 3 + ("weight:head.*", "weight:*bias*", "activation"),
+    "wrt": ("input",) * 5
+    + ("weight",) * 3
+    + ("weight:head.*", "weight:*bias*", "activation", "activations"),
     "scope": (None, None, None, "sample", "batch", "pixel", "global", "accumulated"),
     "order": (1, 1, 1, 1, 2, 2, 3),
     "form": ("squared", "squared", "norm", "power", "function", *CENTERED),
@@ -111,6 +116,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "length": (None, 0.05, 0.5),
     "side": ("forward", "backward", "central"),
     "cross": (False, True),
+    "target": (False,) * 5 + (True,),
+    "metric": ("",) * 9 + ("mask", "function", "axis"),
+    "weigh": (False,) * 5 + (True,),
     "reduce": ("mean", "mean", "sum", "max"),
     "forward": ("isolated", "isolated", "isolated", "training", "eval"),
     "weight": (1.0, 0.25, 10.0),
@@ -129,7 +137,9 @@ def draw(rng: Random) -> Config:
         chosen["call"] = rng.choice(WEIGHT_CALLS)
     config = Config(seed=rng.randrange(1_000_000), **chosen)
     config = fitting(config, rng) if rng.random() < 0.9 else config
-    if config.net in SPECIAL or config.dtype == "bfloat16":  # the oracle is not for all of them
+    if (
+        config.net in SPECIAL or config.dtype == "bfloat16" or config.wrt == "activations"
+    ):  # the oracle is not for all of them
         config = fitting(config, rng)
     if (config.net == "dict") != (config.of == "logits"):  # no function of the user's would do so
         config = replace(config, of="logits" if config.net == "dict" else "total")
@@ -157,15 +167,18 @@ def fitting(c: Config, rng: Random) -> Config:
         if new["scope"] == "pixel" and (len(kind.shapes[0]) < 2 or c.wrt != "input"):
             new["net"] = rng.choice(("conv", "group_norm", "pairs", "attention"))
             new["wrt"] = "input"
+        if c.wrt == "activations":
+            new["order"] = 1
+            new["net"] = c.net if KINDS[c.net].chained else "tanh"
         if new["scope"] == "pixel":
             new["order"] = 1
             new["estimator"] = rng.choice(("exact", "projection"))
     c = replace(c, **new)
     new, kind = {}, KINDS[c.net]
     if c.net == "tokens" and not c.in_weights:
-        new |= {"wrt": "activation", "at": rng.choice(SAMPLES), "detach": True}
+        new |= {"wrt": "activation", "metric": "", "at": rng.choice(SAMPLES), "detach": True}
     if c.net == "batch_norm":
-        new["batch"] = max(c.batch, 2)
+        new["batch"] = max(c.batch, 3)  # two samples are normalised to ±1
         if not c.in_weights and c.estimator != "exact":
             new["forward"] = "eval"  # the others mix the samples: gpkit warns of it
         if c.in_weights and c.estimator == "finite_difference":
@@ -176,11 +189,11 @@ def fitting(c: Config, rng: Random) -> Config:
         new["forward"] = "isolated"
     c = replace(c, **new)
     new = {}
-    if c.wrt == "activation" and c.estimator in ("finite_difference", "taylor"):
+    if c.wrt.startswith("activation") and c.estimator in ("finite_difference", "taylor"):
         new["estimator"] = "exact"
-    if c.wrt == "activation" and c.estimator == "curvature_difference":
+    if c.wrt.startswith("activation") and c.estimator == "curvature_difference":
         new["estimator"] = "projection"
-    if c.of == "activation" and c.wrt == "activation":
+    if c.of == "activation" and c.wrt.startswith("activation"):
         new["of"] = "output"
     c = replace(c, **new)
     if c.of == "sampled_loss":
@@ -207,6 +220,10 @@ def fitting(c: Config, rng: Random) -> Config:
         c = replace(c, order=1)
     if not KINDS[c.net].smooth:
         c = replace(c, order=1, cross=c.length is not None)
+    if c.net == "waves":
+        c = replace(c, dtype="float64")
+    if c.estimator == "finite_difference" and c.norm == "linf" and c.outputs == 2:
+        c = replace(c, norm="l2")  # of two classes entries are equal, and rounding chooses one
     if c.dtype == "bfloat16":
         c = replace(c, order=1, form=rng.choice(("squared", "norm")), reduce="mean", norm="l2",
                     estimator="exact")  # fmt: skip
@@ -216,6 +233,26 @@ def fitting(c: Config, rng: Random) -> Config:
         c = replace(
             c, call=c.call.replace("tensor_parameters", "tensor").replace("parameters", "closure")
         )
+    if c.net == "batch_norm" and c.forward == "eval" and c.call == "tensor":
+        c = replace(c, call="module")
+    return comparing(c)
+
+
+def comparing(c: Config) -> Config:
+    """Return a configuration whose target, metric and weights fit the other choices."""
+    plain = c.net == "waves" or c.wrt == "activations"
+    if plain or c.estimator not in ("exact", "projection", "finite_difference"):
+        c = replace(c, target=False, metric="")
+    if c.order > 1 and c.metric in ("function", "axis"):
+        c = replace(c, metric="mask")
+    single = len(KINDS[c.net].shapes) == 1 and not c.in_weights and c.estimator == "exact"
+    if c.order > 1 and not single:
+        c = replace(c, target=False, metric="")
+    averaged = c.form in CENTERED and c.centered in ("constant", "graph", "before")
+    if c.call == "with_loss" or c.scope == "global" or c.reduce == "max" or averaged:
+        c = replace(c, weigh=False)
+    if c.weigh and c.in_weights:
+        c = replace(c, mean=False)
     return c
 
 
@@ -251,6 +288,9 @@ def without_idle(c: Config) -> Config:
         "detach": not c.in_weights and c.call != "tensor",
         "step": c.every > 1,
     }
+    if c.call == "with_loss":  # which takes the closure and the net
+        c = replace(c, metric=c.metric if c.metric == "axis" else "")
+        read |= {"target": False, "weigh": False}
     defaults = {f.name: f.default for f in fields(Config)}
     return replace(c, **{name: defaults[name] for name, used in read.items() if not used})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ class Field:
     gradient: Callable[[Tensor], Tensor] | None  # [G, n] -> [G, n], inputs only
     slopes: Any = None  # weights only: [n] -> gradients in all leaves
     leaves: Any = None
+    target: Tensor | None = None  # g, in the shape of D, or [1, ...]
+    metric: Tensor | None = None  # A, which broadcasts to D
     each_group: bool = False  # whether each group draws its own numbers, one after another
 
 
@@ -44,10 +46,16 @@ def squared(entries: Tensor, norm: str) -> Tensor:
     return entries.abs().amax(1) ** 2
 
 
+def difference(f: Field) -> Tensor:
+    """Return A ∘ (D - g)."""
+    D = f.D if f.target is None else f.D - f.target
+    return D if f.metric is None else D * f.metric
+
+
 def squared_norms(c: Config, f: Field, draws: Draws) -> Tensor:
     """Return n² ``[G]``, with its graph."""
     if c.estimator == "exact":
-        return squared(pixels(f, f.D) if c.scope == "pixel" else f.D, c.norm)
+        return squared(pixels(f, difference(f)) if c.scope == "pixel" else difference(f), c.norm)
     if c.estimator == "finite_difference":
         return of_difference(c, f)
     return ESTIMATES[c.estimator](c, f, draws)
@@ -79,7 +87,7 @@ def by_group(estimate: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def estimated(c: Config, f: Field, draws: Draws) -> Tensor:
         if not f.each_group:
             return estimate(c, f, draws)
-        one = [Field(D[None], f.sizes, f.shapes, f.flat, None, None, each_group=True) for D in f.D]
+        one = [replace(f, D=D[None]) for D in f.D]
         return torch.cat([estimate(c, field, draws) for field in one])
 
     return estimated
@@ -92,7 +100,9 @@ def of_projection(c: Config, f: Field, draws: Draws) -> Tensor:
     count = c.count if c.order > 1 or m > 1 else 1
     for _ in range(count):
         rows = f.D.new_ones(len(f.D), 1) if m == 1 else directions(c, f, [m], draws)
-        found = (f.D * rows.reshape(*rows.shape, *[1] * (f.D.ndim - 2))).sum(1)  # [G, n, ..., n]
+        D = f.D if f.target is None else f.D - f.target
+        found = (D * rows.reshape(*rows.shape, *[1] * (f.D.ndim - 2))).sum(1)  # [G, n, ..., n]
+        found = found if f.metric is None else found * f.metric[:, 0]
         for _ in range(c.order - 1):
             alone = f.sizes == [1]
             v = f.D.new_ones(len(f.D), 1) if alone else directions(c, f, f.sizes, draws)
@@ -162,32 +172,33 @@ ENDS = {"forward": (0.0, 1.0), "backward": (-1.0, 0.0), "central": (-1.0, 1.0)}
 def of_difference(c: Config, f: Field) -> Tensor:
     """The quotient over a given step; over the default step, the derivative itself."""
     if c.length is None:
-        return squared(f.D, c.norm)
-    g = f.D.detach().flatten(1)  # [G, n]
-    n2 = squared(g, c.norm)
-    v = steepest(g, c.norm)
+        return squared(difference(f), c.norm)
+    whole = difference(f)[:, 0]  # A ∘ (∇f - g), [G, n]
+    n2 = squared(whole, c.norm)
+    v = steepest(whole.detach(), c.norm)
     h = c.length / v.norm(dim=1, keepdim=True).clamp(min=1e-300)  # h‖v‖ is the step
+    u = v if f.metric is None else v * f.metric[:, 0]
     a, b = ENDS[c.side]
     if f.value is not None:
-        ends = [f.value(f.flat + s * h * v)[:, 0] for s in (a, b)]
+        ends = [f.value(f.flat + s * h * u)[:, 0] for s in (a, b)]
         quotient = (ends[1] - ends[0]) / ((b - a) * h[:, 0])
+        if f.target is not None:
+            quotient = quotient - (f.target[:, 0] * u).sum(1)
         return torch.where(n2 > 0, quotient, 0.0) ** 2
     found = []
-    for i in range(len(g)):  # n is exact, and its gradient is a quotient of gradients
-        if n2[i] == 0:
-            found.append(n2[i])
-            continue
-        with torch.no_grad():
-            moved = [f.flat + s * h[i] * v[i] for s in (a, b)]
-        before, after = (f.slopes(vector.detach()) for vector in moved)
-        times = 2 * root(n2[i]) / ((b - a) * h[i])
-        linear = sum(
-            (
-                (after[n][i] - before[n][i]).detach() * times * (f.leaves[n] - f.leaves[n].detach())
-            ).sum()
-            for n in before
-        )
-        found.append(n2[i] + linear)
+    for i in range(len(v)):  # n is exact, and its gradient is a quotient of gradients
+        value, n = n2[i].detach(), root(n2[i]).detach()
+        if value > 0:
+            moved = [(f.flat + s * h[i] * u[i]).detach() for s in (a, b)]
+            before, after = (f.slopes(vector) for vector in moved)
+            for name, leaf in f.leaves.items():
+                if name in before:
+                    slope = (after[name][i] - before[name][i]).detach() / ((b - a) * h[i])
+                    value = value + (2 * n * slope * (leaf - leaf.detach())).sum()
+            if f.target is not None:
+                g = f.target[i if len(f.target) > 1 else 0, 0]
+                value = value - 2 * n * ((g - g.detach()) * u[i]).sum()
+        found.append(value)
     return torch.stack(found)
 
 

@@ -71,6 +71,18 @@ class Scaled(nn.Module):
         return (x * self.scale + self.shift).tanh()
 
 
+class Waves(nn.Module):
+    """A complex parameter: of two waves, and a real function of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spectrum = nn.Parameter(torch.randn(3, 3, dtype=torch.complex128))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x.to(self.spectrum.dtype) @ self.spectrum
+        return z.square().real.sin() + z.imag
+
+
 class TwoInputs(nn.Module):
     """A vector and an image."""
 

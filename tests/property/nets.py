@@ -32,6 +32,7 @@ from tests.property.modules import (
     Twice,
     TwoInputs,
     Unused,
+    Waves,
 )
 
 
@@ -43,6 +44,7 @@ class Kind:
     shapes: tuple[tuple[int, ...], ...] = ((3,),)
     smooth: bool = True
     coupled: bool = False  # samples of a batch see each other in training mode
+    chained: bool = False  # the act is given the output of the body
     degree: int = 99  # the order above which derivatives in the inputs vanish
 
 
@@ -104,17 +106,17 @@ IMAGE = ((2, 2, 3),)
 SERIES = ((3, 2),)
 
 KINDS: dict[str, Kind] = {
-    "tanh": Kind(mlp(nn.Tanh)),
-    "softplus": Kind(mlp(nn.Softplus)),
-    "gelu": Kind(mlp(nn.GELU)),
-    "silu": Kind(mlp(nn.SiLU)),
+    "tanh": Kind(chained=True, build=mlp(nn.Tanh)),
+    "softplus": Kind(chained=True, build=mlp(nn.Softplus)),
+    "gelu": Kind(chained=True, build=mlp(nn.GELU)),
+    "silu": Kind(chained=True, build=mlp(nn.SiLU)),
     "mish": Kind(mlp(nn.Mish)),
     "softmax": Kind(mlp(lambda: nn.Softmax(1))),
     "relu": Kind(mlp(lambda: nn.ReLU(inplace=True)), smooth=False, degree=1),
     "kinked": Kind(mlp(Kinked), smooth=False, degree=2),
     "cubic": Kind(mlp(Cubic), degree=3),
     "linear": Kind(mlp(nn.Identity), degree=1),
-    "conv": Kind(conv(nn.Tanh), IMAGE),
+    "conv": Kind(conv(nn.Tanh), IMAGE, chained=True),
     "conv_pool": Kind(conv(nn.Softplus, nn.MaxPool2d(2), inputs=2), IMAGE, smooth=False),
     "group_norm": Kind(grouped, IMAGE),
     "layer_norm": Kind(mlp(nn.Tanh, normed(lambda: nn.LayerNorm(3)))),
@@ -124,6 +126,7 @@ KINDS: dict[str, Kind] = {
     "scalars": Kind(lambda m, e: Parts(Scaled(), nn.Sigmoid(), nn.Linear(3, m))),
     "tied": Kind(lambda m, e: Tied(m)),
     "twice": Kind(lambda m, e: Twice(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, m))),
+    "waves": Kind(lambda m, e: Parts(Waves(), nn.Tanh(), nn.Linear(3, m))),
     "unused": Kind(lambda m, e: Unused(m)),
     "frozen": Kind(frozen),
     "zero": Kind(zero),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, jacrev
 
-from tests.property import estimates, points
+from tests.property import compared, estimates, points
 from tests.property.config import CENTERED, Config
 from tests.property.draws import Draws
 from tests.property.nets import KINDS
@@ -40,11 +40,11 @@ class Oracle:
 
     def __init__(self, c: Config, p: Problem, draws: Draws) -> None:
         self.c, self.twin, self.draws, self.kind = c, p.twin, draws, KINDS[c.net]
-        self.params = {n: q.detach().double() for n, q in p.twin.named_parameters()}
+        self.params = {n: wide(q.detach()) for n, q in p.twin.named_parameters()}
         self.leaves = {n: self.params[n].requires_grad_() for n in p.parameters}
         self.buffers = {n: b.detach().clone() for n, b in p.twin.named_buffers()}
         self.leaves["generator"] = p.shift.detach().double().requires_grad_()
-        self.target, self.labels = p.target.double(), p.labels
+        self.target, self.labels, self.dtype = p.target.double(), p.labels, p.shift.dtype
         base = [[x.double() if x.is_floating_point() else x for x in xs] for xs in p.base]
         self.real, self.fake = generated(base, self.leaves["generator"])
         self.drawn: Tensor | None = None
@@ -56,10 +56,12 @@ class Oracle:
     ) -> Any:
         """Return the output of the net, with outputs of submodules replaced, and caught."""
         with ExitStack() as stack:
-            for name in {"act", *given}:
+            for name in {"act", "body"}:
 
                 def hook(module: Any, args: Any, out: Any, name: str = name) -> Any:
                     caught[name] = given.get(name, out)
+                    if name + "'" in given:  # moved by z - h, and still a function of the body
+                        caught[name] = out + given[name + "'"] - given[name + "''"]
                     return caught[name]
 
                 part = getattr(self.twin, name)
@@ -111,8 +113,17 @@ class Oracle:
         xs = points.chosen(c, self.real, self.fake, self.draws)
         extra = self.extras(xs)
         coupled = self.kind.coupled and self.twin.training
-        if c.wrt == "activation":
+        if c.wrt == "activations":
             caught: Params = {}
+            self.run(params, xs, {}, caught)
+            zs = (caught["body"], caught["act"])
+            inputs = (*xs, caught["act"])
+
+            def of(zs: Any, extra: Any, inputs: Any) -> Tensor:
+                moved = {"body": zs[0], "act'": zs[1], "act''": inputs[-1]}
+                return self.columns(params, inputs[:-1], extra, moved)
+        elif c.wrt == "activation":
+            caught = {}
             self.run(params, xs, {}, caught)
             inputs, zs = xs, (caught["act"],)
 
@@ -147,7 +158,24 @@ class Oracle:
         def gradient(rows: Tensor) -> Tensor:
             return oracles.derivative(one, 1, rows, *extra, *inputs)[:, 0]
 
-        return estimates.Field(D, sizes, shapes, flat, batch, gradient)
+        field = estimates.Field(D, sizes, shapes, flat, batch, gradient)
+        self.compare(field, zs, shapes, sizes)
+        return field
+
+    def compare(self, field: estimates.Field, zs: Any, shapes: Any, sizes: list[int]) -> None:
+        """Let a derivative be compared with the target and the metric of the call."""
+        c, (groups, m) = self.c, field.D.shape[:2]
+        count = len(self.target) * {"mixture": 2, "triple": 3}.get(c.at, 1)
+        found = compared.given(c, shapes, m, count, self.leaves["generator"], self.dtype)
+        self.weights = found.weights
+        lead = 1 if c.in_weights else groups
+        if found.targets is not None:
+            field.target = compared.entries(found.targets, (lead, m), sizes, c.order)
+        if found.metrics is not None:
+            field.metric = compared.entries(found.metrics, (1, 1), sizes, c.order)
+        elif c.metric:
+            factors = [compared.factor(z.detach()) for z in zs]
+            field.metric = compared.entries(factors, (lead, 1), sizes, c.order)
 
     def in_weights(self) -> estimates.Field:
         c = self.c
@@ -155,37 +183,46 @@ class Oracle:
         pattern = c.wrt.partition(":")[2] or "*"
         chosen = [n for n in self.leaves if n != "generator" and fnmatchcase(n, pattern)]
         extra = self.extras(xs)
-        shapes = [self.params[n].shape for n in chosen]
+        shapes = [real(self.params[n]).shape for n in chosen]
         sizes = [s.numel() for s in shapes]
-        flat = torch.cat([self.params[n].reshape(-1) for n in chosen])
+        flat = torch.cat([real(self.params[n]).reshape(-1) for n in chosen])
+        count = len(self.target)
+        weights = torch.ones(count, dtype=torch.float64)
+        if c.weigh:
+            weights = compared.sample_weights(c, count, self.dtype)
+
+        def averaged(y: Tensor) -> Tensor:
+            """Return the (weighted) mean of rows ``[B, ...]``, ``[1, ...]``."""
+            return torch.tensordot(weights, y, 1)[None] / weights.sum()
+
+        def own(vector: Tensor) -> Params:
+            pieces = zip(chosen, vector.split(sizes), shapes, strict=True)
+            return {n: like(piece.reshape(s), self.params[n]) for n, piece, s in pieces}
 
         def groups(vector: Tensor, params: Params) -> Tensor:
-            pieces = zip(chosen, vector.split(sizes), shapes, strict=True)
-            own = {n: piece.reshape(s) for n, piece, s in pieces}
-            y = self.columns({**params, **own}, xs, extra)
-            return y if c.scope == "sample" else y.mean(0, keepdim=True)
+            y = self.columns({**params, **own(vector)}, xs, extra)
+            return y if c.scope == "sample" else averaged(y)
 
         derivative: Callable[[Tensor], Tensor] = lambda v: groups(v, self.params)  # noqa: E731
         for _ in range(c.order):
             derivative = jacrev(derivative)
 
         def slopes(vector: Tensor) -> Params:
-            """Return the gradients ``[G, ...]`` in all leaves, with moved weights."""
-            names = [n for n in self.leaves if n != "generator"]
-            other = {n: self.params[n].detach() for n in self.params}
-            pieces = zip(chosen, vector.split(sizes), shapes, strict=True)
-            moved = {**other, **{n: piece.reshape(s) for n, piece, s in pieces}}
+            """Return the gradients ``[G, ...]`` in all leaves, real, with moved weights."""
+            moved = {n: q.detach() for n, q in self.params.items()} | own(vector)
 
             def loss(leaves: Params) -> Tensor:
-                return self.columns({**moved, **leaves}, xs, extra)[:, 0]
+                given = {n: like(leaf, moved[n]) for n, leaf in leaves.items()}
+                return self.columns({**moved, **given}, xs, extra)[:, 0]
 
-            found = jacrev(loss)({n: moved[n] for n in names})  # [B, ...]
-            if c.scope == "sample":
-                return found
-            return {n: g.mean(0, keepdim=True) for n, g in found.items()}
+            names = [n for n in self.leaves if n != "generator"]
+            found = jacrev(loss)({n: real(moved[n]) for n in names})  # [B, ...]
+            return found if c.scope == "sample" else {n: averaged(g) for n, g in found.items()}
 
         field = estimates.Field(derivative(flat), sizes, shapes, flat, None, None)
-        field.slopes, field.leaves, field.each_group = slopes, self.leaves, True
+        field.slopes, field.each_group = slopes, True
+        field.leaves = {n: real(leaf) for n, leaf in self.leaves.items()}
+        self.compare(field, [self.params[n] for n in chosen], shapes, sizes)
         return field
 
     # the formula
@@ -203,6 +240,9 @@ class Oracle:
         n = estimates.root(n2)
         values, close = valued(c, n2, acts)
         reduced = {"mean": values.mean, "sum": values.sum, "max": values.amax}[c.reduce]()
+        if c.weigh and (not c.in_weights or c.scope == "sample"):
+            w = self.weights.repeat_interleave(len(values) // len(self.weights))
+            reduced = (w * values).sum() / (w.sum() if c.reduce == "mean" else 1)
         penalty = c.weight * c.every * reduced
         if loss:
             xs = tuple(x.detach() for x in self.real)
@@ -216,6 +256,21 @@ class Oracle:
             for (name, q), g in zip(self.leaves.items(), found, strict=True)
         }
         return Expected(n.detach(), values.detach(), penalty.detach(), grads, close)
+
+
+def wide(x: Tensor) -> Tensor:
+    """Return a tensor in double precision."""
+    return x.to(torch.complex128) if x.is_complex() else x.double()
+
+
+def real(x: Tensor) -> Tensor:
+    """Return a tensor with the real and imaginary parts of a complex one."""
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+def like(x: Tensor, other: Tensor) -> Tensor:
+    """Return a tensor that is complex if another one is."""
+    return torch.view_as_complex(x) if other.is_complex() else x
 
 
 def valued(c: Config, n2: Tensor, acts: bool) -> tuple[Tensor, float]:

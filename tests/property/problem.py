@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def problem(c: Config) -> Problem:
     """Return nets and samples of unequal slopes, from the seed alone."""
     torch.manual_seed(c.seed)
     kind, dtype = KINDS[c.net], DTYPES.get(c.dtype, torch.float64)
-    net = kind.build(c.outputs, False).double()
+    net = kind.build(c.outputs, False).double()  # a complex parameter stays
     with torch.no_grad():
         for p in net.parameters():
             p.mul_(1.5)
@@ -56,12 +57,32 @@ def problem(c: Config) -> Problem:
                 b.add_(0.3)
     size = torch.tensor(SIZES).double()[torch.randperm(5)][: c.batch]
     base = tuple(tuple(sample(c, shape, size) for shape in kind.shapes) for _ in ("real", "fake"))
-    net = net.to(dtype)
+    net = net if c.net == "waves" else net.to(dtype)
     base = tuple(tuple(x.to(dtype) if x.is_floating_point() else x for x in xs) for xs in base)
     shift = torch.tensor(0.1, dtype=dtype, requires_grad=True)
     target = torch.randn(c.batch, c.outputs, dtype=torch.float64).to(dtype)
     labels = torch.randint(c.outputs, (c.batch,))
     return Problem(net, twin(net, c), base, shift, target, labels)
+
+
+def dimensions(c: Config, p: Problem) -> tuple[int, list[Any]]:
+    """Return the number of outputs m, and the shapes of the variables."""
+    caught: list[Tensor] = []
+    hook = p.twin.act.register_forward_hook(lambda module, args, out: caught.append(out))
+    with torch.no_grad():
+        state = copy.deepcopy(p.twin.state_dict())
+        y = p.twin(*[x.double() if x.is_floating_point() else x for x in p.base[0]])
+        p.twin.load_state_dict(state)
+    hook.remove()
+    y = y["logits"] if isinstance(y, dict) else y
+    y = caught[0] if c.of == "activation" else y
+    outputs = 1 if c.of in ("loss", "column", "total", "sampled_loss") else y[0].numel()
+    if c.in_weights:
+        pattern = c.wrt.partition(":")[2] or "*"
+        return outputs, [q.shape for n, q in p.parameters.items() if fnmatchcase(n, pattern)]
+    if c.wrt == "activation":
+        return outputs, [caught[0].shape[1:]]
+    return outputs, [x.shape[1:] for x in p.base[0]]
 
 
 def sample(c: Config, shape: tuple[int, ...], size: Tensor) -> Tensor:

@@ -18,6 +18,11 @@ def rows_of(name: str, given: Any, target: Target, order: int) -> tuple[Tensor, 
         return None
     xs = target.xs
     if callable(given):
+        if order > 1:
+            raise ValueError(
+                f"{name}= as a function of the variable takes order=1; got order={order}: give a "
+                "tensor in the shape of the derivative"
+            )
         given = tuple(given(x.detach()) for x in xs)
     parts = tuple(given) if isinstance(given, (list, tuple)) else (given,)
     if len(parts) != len(xs):
