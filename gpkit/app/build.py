@@ -96,7 +96,7 @@ def pair_schedulers(cfg: DictConfig, given: Mapping[str, Any]) -> dict[str, Any]
 
 def trains_pair(cfg: DictConfig) -> bool:
     """Whether the module takes a generator and a critic, as `GANModule` does."""
-    return all(net in _parameters(get_object(cfg.module._target_)) for net in PAIR)
+    return all(net in signature_of(get_object(cfg.module._target_)) for net in PAIR)
 
 
 def recipes(cfg: DictConfig, data: Any, chosen: set[str]) -> dict[str, dict[str, Any]]:
@@ -113,10 +113,12 @@ def recipes(cfg: DictConfig, data: Any, chosen: set[str]) -> dict[str, dict[str,
         data: a data module that is set up.
         chosen: the keys that the user set, such as ``{"model.width", "model.critic.width"}``.
     """
-    shape = tuple(data.input_shape)
     if not trains_pair(cfg):
-        given = {"input_shape": shape, "num_outputs": data.num_outputs}
-        return {"net": recipe(cfg.model, given, _below("model", chosen))}
+        given = {k: getattr(data, k) for k in ("input_shape", "num_outputs") if hasattr(data, k)}
+        if "input_shape" in given:
+            given["input_shape"] = tuple(given["input_shape"])
+        return {"net": recipe(cfg.model, given, below("model", chosen))}
+    shape = tuple(data.input_shape)
     labelled = cfg.module.conditional and data.task == "classification"
     labels = {"num_classes": data.num_outputs} if labelled else {}
     latents = cfg.module.latent_dim
@@ -131,11 +133,12 @@ def recipes(cfg: DictConfig, data: Any, chosen: set[str]) -> dict[str, dict[str,
         "critic": {"input_shape": shape, "num_outputs": 1, **labels},
     }
     return {
-        net: recipe(cfg.model[net], of_pair[net], _below(f"model.{net}", chosen)) for net in PAIR
+        net: recipe(cfg.model[net], of_pair[net], below(f"model.{net}", chosen)) for net in PAIR
     }
 
 
-def _below(key: str, chosen: set[str]) -> set[str]:
+def below(key: str, chosen: set[str]) -> set[str]:
+    """Return the chosen options of a part of the config, without its name."""
     return {name.removeprefix(f"{key}.") for name in chosen if name.startswith(f"{key}.")}
 
 
@@ -148,7 +151,7 @@ def recipe(cfg: DictConfig, given: Mapping[str, Any], chosen: set[str]) -> dict[
         chosen: the options that the user set, which the net always gets. The other options of
             ``cfg`` are defaults of its file: a net that does not take one does not get it.
     """
-    known = _parameters(get_object(cfg._target_))
+    known = signature_of(get_object(cfg._target_))
     any_name = any(p.kind is p.VAR_KEYWORD for p in known.values())
     options = {
         str(k): v
@@ -230,7 +233,7 @@ def build_callbacks(cfg: DictConfig) -> list[Callback]:
     return list(made.values())
 
 
-def _parameters(target: Any) -> Mapping[str, inspect.Parameter]:
+def signature_of(target: Any) -> Mapping[str, inspect.Parameter]:
     """Return the parameters of a target; none if it has no signature."""
     try:
         return inspect.signature(target).parameters

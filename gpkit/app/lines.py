@@ -10,6 +10,8 @@ from omegaconf import DictConfig
 from pytorch_lightning.utilities import rank_zero_only
 from torch import nn
 
+from gpkit.app.data import sizes
+
 
 @rank_zero_only
 def say_what_runs(cfg: DictConfig, module: Any, trainer: Any, data: Any) -> None:
@@ -45,14 +47,6 @@ def describe(net: nn.Module) -> str:
 def count_parameters(net: nn.Module) -> int:
     """Return how many numbers of a net are trained."""
     return sum(p.numel() for p in net.parameters() if p.requires_grad)
-
-
-def sizes(data: Any) -> str:
-    """Return the sizes of the training, validation and test set."""
-    loaders = {"train": data.train_dataloader(), "val": data.val_dataloader()}
-    loaders["test"] = data.test_dataloader()
-    counts = {k: len(loader.dataset) for k, loader in loaders.items() if loader}
-    return ", ".join(f"{count:,} {name}" for name, count in counts.items())
 
 
 def penalty_in_words(module: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -13,6 +14,7 @@ from typing import Any
 from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from gpkit.checks import nearest
@@ -180,10 +182,12 @@ def explain(error: BaseException, overrides: Sequence[str]) -> str:
         return f"{found[1]} must be given: {found[1]}=..."
     if type(error).__name__ == "OverrideParseException" or "LexerNoViableAlt" in text:
         return f"cannot read an override: {_flat(text)}; write key=value, and quote strings"
+    if found := re.search(r"unexpected keyword argument '(\w+)'", text):
+        return _unknown_option(found[1], text)
     if type(error).__name__ == "InstantiationException" and error.__cause__ is not None:
         return explain(error.__cause__, overrides)
-    if found := re.search(r"unexpected keyword argument '(\w+)'", text):
-        return f"{_flat(text)}: the target takes no option {found[1]!r}"
+    if re.search(r"closed by peer|reset by peer|terminated with signal|Broken pipe", text):
+        return f"a process of the run died: killed, or out of memory ({_flat(text)[:160]})"
     if isinstance(error, (KeyError, AssertionError)) or not text:
         text = f"{type(error).__name__}: {text}"
     return _flat(text)
@@ -223,6 +227,18 @@ def _unknown_target(path: str) -> str:
     except (ImportError, ValueError) as missing:
         return f"_target_={path}: cannot be imported ({missing}); use module.name of what to call"
     return f"_target_={path}: {module_name} has no {name!r}{nearest(name, dir(module))}"
+
+
+def _unknown_option(name: str, text: str) -> str:
+    """Return the message for an option that a target does not take."""
+    target = re.search(r"(?:Error in call to|Error instantiating) target '([^']+)'", text)
+    told = re.sub(r"^Error in call to target '[^']+': *", "", text).partition("full_key:")
+    words = _flat(told[0]).removeprefix('TypeError("').removesuffix('")')
+    line = f"{words}: the target takes no option {name!r}"
+    if target is None:
+        return line
+    known = inspect.signature(get_object(target[1])).parameters
+    return f"{line}{nearest(name, known)}"
 
 
 def _flat(text: str) -> str:

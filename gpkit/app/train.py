@@ -34,6 +34,8 @@ from gpkit.app.checkpoints import (
     WholeFiles,
     require_checkpoint,
 )
+from gpkit.app.data import batches_of, build_data, loader_of
+from gpkit.app.examine import require_fit
 from gpkit.app.lines import count_parameters, nets_of, say_results, say_what_runs
 from gpkit.app.logs import log_result, log_start
 from gpkit.app.overrides import CONFIG_DIR, check_types, explain, set_keys
@@ -110,13 +112,12 @@ def run(
     quiet()
     folder = Path(output_dir)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    data = instantiate(cfg.data)
-    data.prepare_data()
-    data.setup("fit")
-    cfg.run_dir, cfg.total_steps = str(folder), count_steps(cfg, len(data.train_dataloader()))
+    data = build_data(cfg, set_keys(overrides))
+    cfg.run_dir, cfg.total_steps = str(folder), count_steps(cfg, batches_of(cfg, data))
     callbacks = build_callbacks(cfg)
     module = build_module(cfg, data, set_keys(overrides))
-    has_best = bool(data.val_dataloader()) and not trains_pair(cfg)  # a pair has no val/loss
+    require_fit(module, data)
+    has_best = loader_of(data, "val") is not None and not trains_pair(cfg)  # a pair has no val/loss
     if cfg.ckpt_path is not None:
         epochs = cfg.trainer.max_epochs if cfg.task == "train" else None
         require_checkpoint(Path(cfg.ckpt_path), module, epochs)
@@ -145,7 +146,7 @@ def run(
         checkpoint = trainer.checkpoint_callback
         best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
         tested = best if cfg.test_checkpoint == "best" and best else None
-    if data.test_dataloader():
+    if loader_of(data, "test") is not None:
         metrics |= trainer.test(module, datamodule=data, ckpt_path=tested, verbose=False)[0]
     final = {name: float(value) for name, value in sorted(metrics.items())}
     tested = str(tested or "the weights of the last step")
@@ -167,7 +168,7 @@ def predict(trainer: pl.Trainer, module: Any, data: Any, path: str, folder: Path
     Returns:
         No metrics.
     """
-    outputs = trainer.predict(module, data.test_dataloader(), ckpt_path=path)
+    outputs = trainer.predict(module, loader_of(data, "test"), ckpt_path=path)
     torch.save(torch.cat(cast(list[Any], outputs)), folder / "predictions.pt")
     print(f"\n  predictions  {folder / 'predictions.pt'}")
     return {}

@@ -258,7 +258,7 @@ def _library() -> Any:
         if error.name != "datasets":
             raise
         raise ModuleNotFoundError(
-            "`HuggingFace` needs the datasets library; run pip install 'gpkit[data]'",
+            "`HuggingFace` needs the datasets library; run pip install 'gradpen[data]'",
             name="datasets",
         ) from None
     return datasets

@@ -259,3 +259,34 @@ def test_a_checkpoint_that_does_not_fit_is_named(what, finished, tmp_path):
 
 def test_the_metrics_stay_strict_json(finished):
     assert json.loads((finished.parents[1] / "metrics.json").read_text())["val/acc"] > 0
+
+
+class Killed(NetWithDropout):
+    """A net whose second process is killed in its third step."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += self.training
+        if self.calls == 3 and int(os.environ.get("LOCAL_RANK", "0")) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(x)
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
+def test_a_rank_that_is_killed_is_told(strategy, tmp_path):
+    words = [f"model._target_={Path(__file__).stem}.Killed", "penalty=none", "data.batch_size=16"]
+    words += ["device=ddp", "device.accelerator=cpu", f"device.strategy={strategy}", QUIET[1]]
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", *words],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "error: a process of the run died: killed, or out of memory" in done.stderr, done.stderr

@@ -1,0 +1,120 @@
+"""Build the data module of a config, and check what a run needs of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from typing import Any, cast
+
+import pytorch_lightning as pl
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from gpkit.app.build import below, recipe, signature_of, trains_pair
+
+# What a run may need of a data module beside its loaders, and what it is.
+CONTRACT = {
+    "input_shape": "the shape of one x, as (1, 8, 8)",
+    "num_outputs": "the number of classes, or of values to predict",
+    "task": '"classification" or "regression", which chooses the loss (or give loss._target_)',
+}
+
+
+def build_data(cfg: DictConfig, chosen: set[str]) -> pl.LightningDataModule:
+    """Return the data module, set up. A class of the user's own gets those options that it takes.
+
+    Args:
+        cfg: the composed config.
+        chosen: the keys that the user set, such as ``{"data.batch_size"}``; the class must take
+            these.
+
+    Raises:
+        TypeError: if the target gives no data module.
+        ValueError: if it lacks what the run needs, or its training set is empty.
+    """
+    plain = OmegaConf.create(OmegaConf.to_container(cfg.data, resolve=True))
+    assert isinstance(plain, DictConfig)
+    data = instantiate(OmegaConf.create(recipe(plain, {}, below("data", chosen))))
+    if not isinstance(data, pl.LightningDataModule):
+        raise TypeError(
+            f"data._target_={cfg.data._target_} must give a pytorch_lightning.LightningDataModule; "
+            f"got a {type(data).__name__}"
+        )
+    data.prepare_data()
+    data.setup("fit")
+    data.setup("test")
+    _require_contract(cfg, data)
+    loader = loader_of(data, "train")
+    dataset = getattr(loader, "dataset", None)
+    if isinstance(dataset, Sized) and not len(dataset):
+        raise ValueError(f"{type(data).__name__}: the training set is empty: give it samples")
+    if isinstance(loader, Sized) and _has_length(loader) and not len(loader):
+        raise ValueError(
+            f"{type(data).__name__}: the training set has {_count(dataset)} samples, fewer than a "
+            "batch, and drop_last leaves none: use a smaller data.batch_size"
+        )
+    return data
+
+
+def loader_of(data: pl.LightningDataModule, stage: str) -> Any:
+    """Return the loader of a stage, train, val or test; None if there is none, or an empty one."""
+    name = f"{stage}_dataloader"
+    inherited = getattr(type(data), name) is getattr(pl.LightningDataModule, name)
+    loader = None if inherited and name not in vars(data) else getattr(data, name)()
+    empty = stage != "train" and isinstance(loader, Sized) and _has_length(loader)
+    return None if empty and not len(cast(Sized, loader)) else loader
+
+
+def batches_of(cfg: DictConfig, data: pl.LightningDataModule) -> int:
+    """Return the number of batches of an epoch.
+
+    Raises:
+        ValueError: if the training set has no length, and no limit is set.
+    """
+    loader = loader_of(data, "train")
+    if _has_length(loader):
+        return len(loader)
+    limit = cfg.trainer.get("limit_train_batches")
+    if isinstance(limit, int):
+        return limit
+    raise ValueError(
+        f"{type(data).__name__}: the training set has no length: give the batches of an epoch, "
+        "+trainer.limit_train_batches=100"
+    )
+
+
+def sizes(data: pl.LightningDataModule) -> str:
+    """Return the sizes of the training, validation and test set."""
+    loaders = {stage: loader_of(data, stage) for stage in ("train", "val", "test")}
+    sets = {
+        stage: loader.dataset for stage, loader in loaders.items() if hasattr(loader, "dataset")
+    }
+    return ", ".join(f"{_count(dataset)} {stage}" for stage, dataset in sets.items())
+
+
+def _count(dataset: Any) -> str:
+    return f"{len(dataset):,}" if isinstance(dataset, Sized) else "?"
+
+
+def _has_length(loader: Any) -> bool:
+    try:
+        len(loader)
+    except TypeError:  # of an iterable data set; the loader has the method, and asks the data set
+        return False
+    return True
+
+
+def _require_contract(cfg: DictConfig, data: pl.LightningDataModule) -> None:
+    """Ask for everything that the run needs and the data module lacks, at once."""
+    needed = ["train_dataloader()"] if loader_of(data, "train") is None else []
+    if trains_pair(cfg):
+        names = ["input_shape", *(["num_outputs", "task"] if cfg.module.get("conditional") else [])]
+    else:
+        taken = signature_of(get_object(cfg.model._target_))
+        names = [n for n in ("input_shape", "num_outputs") if n in taken and n not in cfg.model]
+        names += ["task"] if cfg.loss._target_ is None else []
+    missing = [f"{name}: {CONTRACT[name]}" for name in names if not hasattr(data, name)]
+    if needed or missing:
+        raise ValueError(
+            f"data._target_={cfg.data._target_} lacks {'; '.join([*needed, *missing])}. Set them "
+            "in __init__ or setup"
+        )
