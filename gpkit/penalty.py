@@ -279,7 +279,8 @@ class Penalty:
             parameters: the trained parameters.
         """
         if self._schedule is not None and torch.is_grad_enabled():
-            self._schedule.measure(loss, terms.penalty, parameters, self.step - 1)
+            penalty = terms.penalty / self.every if self.every > 1 else terms.penalty
+            self._schedule.measure(loss, penalty, parameters, self.step - 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain numbers.

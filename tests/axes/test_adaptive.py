@@ -89,22 +89,96 @@ def test_gradient_share_measures_the_ratio():
         grads = torch.func.grad(of)({n: p.detach() for n, p in net.named_parameters()})
         return torch.cat([g.flatten() for g in grads.values()]).norm().item()
 
-    unit = norm(lambda p: oracles.weight_norm(risk, p).square().sum()) / norm(risk)  # at λ = 1
-    expected, factor = 2.0, 1.0
-    for step in range(9):
+    unit = norm(lambda p: oracles.weight_norm(risk, p).square().sum()) / norm(risk)  # u
+    expected, step_up = 2.0, math.log(1.5)
+    for step in range(13):
+        # ‖∇L‖² over ‖∇L‖ is as many times as large: far off at step 4, and by 1.5 at step 8
+        factor = 1.0 if step < 4 else 8.0 if step < 8 else 12.0
         loss = factor * F.cross_entropy(net(x), y)
         term = penalty(loss, net.parameters(), step=step)
         weight.measure(loss, term, net.parameters(), step=step)
         weight.measure(loss, term, net.parameters(), step=step)  # a second micro-batch
         assert weight(step) == pytest.approx(expected, rel=1e-12)
-        if step == 0:
-            expected = 0.3 / unit  # the first correction is whole
-            factor = 8.0  # of the loss, and with ‖∇L‖² over ‖∇L‖ of the ratio
-        elif step % 4 == 0:
-            expected *= math.sqrt(0.3 / (factor * unit * expected))
+        if step in (0, 4):
+            expected = 0.3 / (factor * unit)  # taken whole
+        elif step == 8:  # half of it, and the trend a third of half of that
+            expected = 0.3 / (8 * unit) * math.exp(-step_up / 2 - step_up / 12)
+        elif step == 12:
+            left = step_up / 2 - step_up / 12  # above the level and its trend
+            level, trend = step_up - left / 2, step_up / 12 + left / 12
+            expected = 0.3 / (8 * unit) * math.exp(-level - trend)
         assert weight(step + 1) == pytest.approx(expected, rel=1e-12)
     assert all(p.grad is None for p in net.parameters())
     (loss + term).backward()  # the graphs are still there
+
+
+@pytest.mark.parametrize("kind", ["weight", "input"])
+@pytest.mark.parametrize(("scale", "start"), [(1.0, 1.0), (1e-4, 1e3), (1e-3, 1e-3)])
+def test_gradient_share_holds_from_step_50_on_whatever_the_start(kind, scale, start):
+    # a last layer near zero: the penalty's gradient grows by orders of magnitude as it learns
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 3))
+    with torch.no_grad():
+        net[-1].weight *= scale
+        net[-1].bias *= scale
+    data = torch.randn(400, 8)
+    labels = data[:, :3].argmax(1)
+    weight = gpkit.gradient_share(0.1, weight=start)
+    preset = gpkit.weight_grad_norm if kind == "weight" else gpkit.input_grad_norm
+    penalty = preset(weight=weight)
+    parameters = list(net.parameters())
+    adam = torch.optim.Adam(parameters, 3e-3)
+
+    def length(value):
+        grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+        return torch.cat([g.flatten() for g in grads if g is not None]).norm()
+
+    shares = []
+    for _ in range(150):
+        chosen = torch.randint(0, 400, (32,))
+        x = data[chosen].requires_grad_()
+        losses = F.cross_entropy(net(x), labels[chosen], reduction="none")
+        loss = losses.mean()
+        term = penalty(loss, parameters) if kind == "weight" else penalty(losses, x)
+        weight.measure(loss, term, parameters)
+        shares.append((length(term) / length(loss)).log())
+        adam.zero_grad()
+        (loss + term).backward()
+        adam.step()
+    for first in range(50, 150, 20):  # the mean over a few batches: a single one is noisy
+        assert torch.stack(shares[first : first + 20]).mean().exp() == pytest.approx(0.1, rel=0.3)
+
+
+def observe(weight, norms, steps):
+    for step in range(steps):
+        weight.observe(torch.tensor([norms]), step)
+
+
+@pytest.mark.parametrize(("side", "norms", "bound"), [("high", 9.0, 2e3), ("low", 0.1, 2e-3)])
+def test_a_target_out_of_reach_is_said_and_does_not_wind_up(side, norms, bound):
+    weight = gpkit.target_norm(1.0, weight=2.0, rate=0.2)
+    with pytest.warns(UserWarning, match=rf"at its bound {side}={bound:g} for 50 steps") as said:
+        observe(weight, norms, 1000)
+    assert len(said) == 1
+    assert weight(1000) == bound
+    weight.observe(torch.tensor([1 / norms]), 1000)  # the first measurement of the other sign
+    assert weight(1001) == pytest.approx(bound * math.exp(0.2 if norms < 1 else -0.2))
+
+
+def test_a_lazy_penalty_has_its_share_on_average():
+    net, x, y = classifier()
+    weight = gpkit.gradient_share(0.3)
+    penalty = gpkit.weight_grad_norm(weight=weight, every=4)
+    module = gpkit.PenalizedModule(net, nn.CrossEntropyLoss(), penalty, gradient_norms=False)
+    module.train()
+    module.penalized_loss((x, y))
+    term = weight(1) * gpkit.weight_grad_norm(weight=1.0)(nn.CrossEntropyLoss()(net(x), y), net)
+
+    def length(value):
+        grads = torch.autograd.grad(value, list(net.parameters()), allow_unused=True)
+        return torch.cat([g.flatten() for g in grads if g is not None]).norm()
+
+    assert float(length(term) / length(nn.CrossEntropyLoss()(net(x), y))) == pytest.approx(0.3)
 
 
 def test_nothing_is_learnt_where_there_is_no_gradient():

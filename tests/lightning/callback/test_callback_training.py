@@ -190,11 +190,12 @@ def test_the_loss_is_divided_on_steps_without_the_penalty_too():
 
 @pytest.mark.parametrize("estimator", ["exact", "difference"])
 def test_a_share_of_the_gradient_is_measured(estimator):
-    """log λ += rate·log(share / r), the first time the whole of it; r = ‖∇λP‖ / ‖∇L‖."""
+    """λ = share / u, u = ‖∇P‖ / ‖∇L‖, whose logarithm is smoothed with its trend."""
     share, rate = 0.5, 0.1
+    level, trend = None, 0.0
     true, log_weight = net(), math.log(LAMBDA)
     optimizer = SGD(true.parameters())
-    for i, (x, y) in enumerate(batches()):
+    for x, y in batches():
         params = list(true.parameters())
         loss = F.cross_entropy(true(x), y)
         total = by_hand.TOTALS["weight", estimator](true, x, y, math.exp(log_weight), 1.0)
@@ -205,8 +206,13 @@ def test_a_share_of_the_gradient_is_measured(estimator):
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
-        ratio = (whole - plain).norm() / plain.norm()
-        log_weight += (rate if i else 1.0) * math.log(share / ratio)
+        found = math.log((whole - plain).norm() / plain.norm()) - log_weight
+        error = None if level is None else found - level - trend
+        if error is None or abs(error) > math.log(2):
+            level, trend = found, 0.0
+        else:
+            level, trend = level + trend + rate * error, trend + rate**2 / 3 * error
+        log_weight = math.log(share) - level - trend
     weight = gpkit.gradient_share(share, weight=LAMBDA, rate=rate, every=1)
     cb = callback("weight", estimator, weight)
     assert difference(fit(Plain(net()), cb, batches()), true) < 1e-12
