@@ -11,7 +11,7 @@ and Hydra are loaded only if that module needs them.
   max_gp, path_length.
 - Presets for environments: irm, fishr.
 - Several penalties: sum. In the state of a module: register_penalty.
-- Variables (`wrt`): weights, activation, Variables.
+- Variables (`wrt`): inputs, weights, activation, Variables.
 - Forms (`form`): squared, norm, two_sided, one_sided, absolute, power,
   running_average, Form.
 - Points (`at`): interpolate, perturb, uniform, mixture, At.
@@ -67,6 +67,7 @@ __all__ = [
     "hessian",
     "in_penalty",
     "input_grad_norm",
+    "inputs",
     "interpolate",
     "irm",
     "jacobian",
@@ -144,6 +145,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` has the same names 
     from gpkit.axes.weight import switch as switch
     from gpkit.axes.weight import warmup as warmup
     from gpkit.axes.wrt import Variables as Variables
+    from gpkit.axes.wrt import inputs as inputs
     from gpkit.environment_penalty import EnvironmentPenalty as EnvironmentPenalty
     from gpkit.estimators.base import Estimator as Estimator
     from gpkit.estimators.exact import exact as exact
@@ -208,7 +210,7 @@ else:
         "gpkit.axes.weight": "Weight cosine lazy_adam rescaled switch warmup",
         "gpkit.axes.activation": "activation",
         "gpkit.axes.parameters": "weights",
-        "gpkit.axes.wrt": "Variables",
+        "gpkit.axes.wrt": "Variables inputs",
         "gpkit.environment_penalty": "EnvironmentPenalty",
         "gpkit.estimators.base": "Estimator",
         "gpkit.estimators.exact": "exact",

@@ -68,8 +68,60 @@ def piece(where: str, value: Any, kinds: Mapping[str, Callable[[], Any]], kind: 
         return value
     if isinstance(value, str):
         return kinds[choice(where, value, kinds)]()
+    an_object(where, value)
     listed = ", ".join(repr(name) for name in kinds)
     raise TypeError(f"`{where}` must be one of {listed} or a gpkit object; got {value!r}")
+
+
+def an_object(where: str, value: Any) -> None:
+    """Refuse a class, which is callable and would be taken for a function.
+
+    Raises:
+        TypeError: if ``value`` is a class.
+    """
+    if isinstance(value, type):
+        raise TypeError(
+            f"`{where}` must be an object; got the class {value.__name__}: add parentheses, "
+            f"{value.__name__}(...)"
+        )
+
+
+def keywords(name: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse keyword arguments that a function does not have, with the name that is meant.
+
+    >>> keywords("r1", ["lambda_gp"], ["weight"])
+    Traceback (most recent call last):
+    TypeError: `r1(...)` has no argument 'lambda_gp' (did you mean 'weight'?); it takes weight
+
+    Raises:
+        TypeError: if there is one.
+    """
+    known = list(known)
+    for key in given:
+        if key in ("real", "fake", "critic", "f", "x"):
+            raise TypeError(
+                f"`{name}(...)` makes a penalty and takes no {key}=; call the penalty with it: "
+                f"penalty = {name}(); penalty(critic, real=real, fake=fake)"
+            )
+        if key not in known:
+            meant = next((ours for ours, theirs in MEANT.items() if key.lower() in theirs), None)
+            hint = f" (did you mean {meant!r}?)" if meant else nearest(key, known)
+            raise TypeError(
+                f"`{name}(...)` has no argument {key!r}{hint}; it takes {', '.join(known)}"
+            )
+
+
+# What other projects call an argument.
+MEANT = {
+    "weight": (
+        "lambda_gp", "gp_lambda", "lambda_", "lam", "lamb", "lmbda", "lambd", "lambda", "gp_weight",
+        "gradient_penalty_weight", "penalty_weight", "gamma", "r1_gamma", "coef", "coeff",
+        "coefficient", "alpha", "beta", "strength", "gp_coef",
+    ),
+    "every": ("lazy", "interval", "lazy_every", "d_reg_every", "g_reg_interval", "reg_interval"),
+    "form": ("center", "target", "one_sided", "two_sided"),
+    "estimator": ("method", "approximation", "num_projections", "n_proj"),
+}  # fmt: skip
 
 
 def optional_integer(where: str, value: Any, low: int) -> int | None:

@@ -161,15 +161,24 @@ def terms(
         axes.form.observe(n2)
     values = form(n2)
     outputs = [target.y for target in targets] if has_ranks() else ()
-    total = reduced(values, axes.reduce, weights)
+    scores = len(targets) if targets and targets[0].batched else 1
+    parts = values.chunk(scores) if scores > 1 else (values,)  # each score has a penalty
+    total = sum_of([reduced(part, axes.reduce, weights) for part in parts])
     return Terms(n2, values, weight, total, outputs, weights)
 
 
 def reduced(values: Tensor, how: str = "mean", weights: Tensor | None = None) -> Tensor:
     """Return the mean of the values ``[G]``, their sum or their maximum: a scalar."""
+    if values.shape[0] == 0:  # an empty batch costs nothing
+        return values.sum()
     if weights is not None:
         return weighted_mean(values, weights) if how == "mean" else weighted_sum(values, weights)
     return values.reshape(()) if values.shape[0] == 1 else REDUCTIONS[how](values)
+
+
+def sum_of(parts: Sequence[Tensor]) -> Tensor:
+    """Return the sum of scalars."""
+    return parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum()
 
 
 def _share(axes: Axes, observe: bool, weights: Tensor | None, n2: Tensor) -> Tensor:

@@ -153,6 +153,8 @@ class GradientPenalty(Penalty):
         seed: int | None = None,
         name: str = "penalty",
     ) -> None:
+        if of is not list:  # of all scores
+            checks.an_object("of=...", of)
         self.of = (
             of if callable(of) else checks.choice("of=...", of, ("output", "loss", "sampled_loss"))
         )
@@ -219,11 +221,12 @@ class GradientPenalty(Penalty):
             known = targets[0] in self.seen
             observe = acts and train
             if not (known or self.estimator.first_order):
-                graph.require_derivatives(targets[0].y, targets[0].xs, self.order + observe)
+                for target in targets if targets[0].batched else targets[:1]:
+                    graph.require_derivatives(target.y, target.xs, self.order + observe)
             options: dict[str, Any] = {"observe": observe, "weights": weights}
             n2 = formula.squared_norms(self, targets, rng, scale, **options)
             terms = formula.terms(self, n2, weight, targets=targets, **options)
-        if observe and not (known and terms.reduced.requires_grad):
+        if observe and len(n2) and not (known and terms.reduced.requires_grad):
             unused = f"{type(self.wrt).__name__}: {self.wrt.missing}"
             twice = not self.estimator.first_order and scale is None
             if trains(f, terms, targets, self.order, unused, twice=twice):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from functools import partial
 from typing import Any
@@ -240,7 +241,9 @@ def as_sum(penalty: Penalties | None) -> PenaltySum:
             elif isinstance(part, Penalty):
                 named.append((name, part))
             else:
-                raise TypeError(f"`penalty={{{name!r}: ...}}` must be a penalty; got {part!r}")
+                raise TypeError(
+                    f"`penalty={{{name!r}: ...}}` must be a penalty; got {uncalled(part)}"
+                )
     elif isinstance(penalty, (list, tuple)) and all(
         isinstance(part, (Penalty, PenaltySum)) for part in penalty
     ):
@@ -248,7 +251,7 @@ def as_sum(penalty: Penalties | None) -> PenaltySum:
             named += list(as_sum(part).items())
     else:
         raise TypeError(
-            f"`penalty=...` must be a penalty, or a list or dict of them; got {penalty!r}"
+            f"`penalty=...` must be a penalty, or a list or dict of them; got {uncalled(penalty)}"
         )
     parts = dict(named)
     if len(parts) < len(named):
@@ -257,3 +260,12 @@ def as_sum(penalty: Penalties | None) -> PenaltySum:
             f"or name=...; got {', '.join(name for name, _ in named)}"
         )
     return PenaltySum(parts)
+
+
+def uncalled(given: Any) -> str:
+    """Return what was given instead of a penalty; for a preset that was not called, how to."""
+    given = next(iter(given), None) if isinstance(given, (list, tuple)) else given
+    if inspect.isfunction(given) or isinstance(given, type):
+        name = given.__name__
+        return f"the {'class' if isinstance(given, type) else 'function'} {name}: call it, {name}()"
+    return repr(given)

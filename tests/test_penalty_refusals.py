@@ -48,7 +48,7 @@ REFUSALS = {
     "logits for losses": (
         lambda: gpkit.input_grad_norm()(mlp(3)(Z), Z),
         ValueError,
-        r"one value per sample, \[5\] or \[5, 1\]; got \[5, 3\]: .* gpkit.jacobian for outputs",
+        r"one value per sample, \[5\] or \[5, 1\]; got \[5, 3\]: .* for outputs gpkit.jacobian",
     ),
     "another batch": (
         lambda: gpkit.r1()(NET(Z)[:3], real=Z),
@@ -105,8 +105,8 @@ REFUSALS = {
         ValueError,
         "none of the 4 parameters requires grad: all are frozen",
     ),
-    "list of outputs": (
-        lambda: gpkit.r1()(lambda x: [NET(x)], real=X),
+    "list with other things": (
+        lambda: gpkit.r1()(lambda x: [NET(x), None], real=X),
         TypeError,
         r"must return a tensor; got a list: select one with `of=lambda output: output\[0\]`",
     ),

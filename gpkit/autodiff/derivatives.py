@@ -116,7 +116,7 @@ def derivative_rows(
     Raises:
         ValueError: if more than ten thousand backward passes would be needed.
     """
-    n = 0 if order == 1 else sum(x[0].numel() if batched else x.numel() for x in xs)
+    n = 0 if order == 1 else sum(x.shape[batched:].numel() for x in xs)
     passes = y.shape[1] * n ** (order - 1)
     if passes > MAX_PASSES:
         raise ValueError(
@@ -125,7 +125,7 @@ def derivative_rows(
             "use estimator='projection'"
         )
     for column in y.unbind(1) if y.shape[1] > 1 else [y]:
-        total = column.sum() if column.numel() > 1 else column
+        total = column.sum() if column.numel() != 1 else column
         rows = tuple(as_rows(g, batched) for g in gradients(total, xs))
         if order == 1:
             yield rows
@@ -171,6 +171,11 @@ def gradients(y: Tensor, xs: tuple[Tensor, ...], times: Tensor | None = None) ->
     except RuntimeError as error:
         raise RuntimeError(graph.explain(error)) from error
     grads = regathered(y, grads) if has_ranks() else grads
+    if any(g is not None and g.is_sparse for g in grads):
+        raise RuntimeError(
+            "a parameter has a sparse gradient, which cannot be differentiated again: use "
+            'nn.Embedding(sparse=False), or estimator="finite_difference"'
+        )
     return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, xs, strict=True))
 
 
@@ -214,9 +219,10 @@ def first_gradients(
         return (None,) * len(xs)
     with torch.autocast(y.device.type, enabled=False):
         try:
-            return torch.autograd.grad(y.sum(), xs, retain_graph=retain, allow_unused=True)
+            grads = torch.autograd.grad(y.sum(), xs, retain_graph=retain, allow_unused=True)
         except RuntimeError as error:
             raise RuntimeError(graph.explain(error)) from error
+    return tuple(g.to_dense() if g is not None and g.is_sparse else g for g in grads)
 
 
 def products(

@@ -64,7 +64,7 @@ def batch_std(x: Tensor) -> Tensor:
     """
     x = x.detach()
     if not has_ranks():
-        return x.std(correction=0)
+        return x.std(correction=0) if x.numel() else x.sum()
     wide = x.double()  # a difference of squares loses digits
     moments = torch.stack([wide.new_tensor(x.numel()), wide.sum(), wide.square().sum()])
     distributed.all_reduce(moments)

@@ -48,6 +48,11 @@ def device_of(*values: Any) -> torch.device:
             continue
         device = getattr(value, "device", None)
         if isinstance(device, torch.device):
+            if device.type == "meta":
+                raise ValueError(
+                    "tensors on the meta device have a shape and no values, so they have no "
+                    "gradient: move the net with .to_empty(device=...), and initialise it"
+                )
             return device
     return CPU
 

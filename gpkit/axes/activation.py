@@ -57,7 +57,7 @@ class activation(Named, Inside):
     embedding. A hook captures h in the forward pass that the penalty runs, so the penalty needs
     the module: ``penalty(net, x)``, or as the last argument,
     ``penalty(lambda x: losses(net(x)), x, net)`` and ``penalty(closure, net)``. If you have h with
-    its graph, pass it instead: ``penalty(h, x)`` for ``of``, ``penalty(losses, h)`` for ``wrt``.
+    its graph, use ``penalty(losses, h)`` for ``wrt``, and ``gpkit.jacobian()(h, x)`` for ``of``.
 
     Args:
         name: as in ``net.named_modules()``. The forward pass must call that submodule once.
@@ -65,7 +65,8 @@ class activation(Named, Inside):
     Raises:
         ValueError: if the name is not a string or is empty; in the call, if the net has no such
             submodule, or the forward pass does not call it exactly once.
-        TypeError: in the call, if its output is not a floating-point tensor.
+        TypeError: in the call, if its output is not a floating-point tensor, or if ``of`` names an
+            activation and the penalty is given a tensor.
 
     >>> import gpkit, torch
     >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))

@@ -217,6 +217,7 @@ def as_at(where: str, at: Any) -> At:
         ValueError: if the name is not in `POINTS`.
         TypeError: if it is anything else.
     """
+    checks.an_object(where, at)
     if callable(at) and not isinstance(at, At):
         return computed(at)
     points: At = checks.piece(where, at, POINTS, At)

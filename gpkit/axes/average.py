@@ -64,7 +64,7 @@ class running_average:
     def update(self, norms: Tensor) -> None:
         """Update the average with the mean of norms ``[G]``."""
         summed, count = self.totals(norms.detach()).tolist()
-        if math.isfinite(summed):
+        if count and math.isfinite(summed):
             self.value = self.decay * self.value + (1 - self.decay) * (summed / count)
 
     def updated(self, norms: Tensor) -> Tensor:

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpkit.autodiff import activations
 from gpkit.autodiff.compat import nodes_made
 from gpkit.autodiff.graph import Made
 from gpkit.autodiff.isolation import double_backward, isolated, running
 from gpkit.autodiff.random import RandomState, Source
-from gpkit.autodiff.reached import Reach, reach
+from gpkit.autodiff.reached import Reach, reach, reached
 from gpkit.autodiff.state import Start, start_of
 from gpkit.axes.at import Points
 from gpkit.axes.form import Form
 from gpkit.axes.given.given import Given
-from gpkit.axes.of import Of, draw_labels, named_parts, sampled_losses
+from gpkit.axes.of import Of, draw_labels, named_parts, sampled_losses, scores_of
 from gpkit.estimators.base import Estimator, Recomputable
 from gpkit.estimators.repeats import SAME, require_same
 from gpkit.estimators.window import POOLED, Window
@@ -78,9 +79,10 @@ class Call:
     @property
     def has_graph(self) -> bool:
         """Whether ``f`` is a value: a tensor, or an output that ``of`` selects a tensor from."""
-        return isinstance(self.f, Tensor) or (callable(self.axes.of) and not callable(self.f))
+        tensors = isinstance(self.f, Tensor) or isinstance(scores_of(self.f)[0], Tensor)
+        return tensors or (callable(self.axes.of) and not callable(self.f))
 
-    def run(self, xs: Points, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+    def run(self, xs: Points, device: torch.device) -> tuple[Any, dict[str, Tensor]]:
         """Run a forward pass without side effects.
 
         Args:
@@ -97,13 +99,13 @@ class Call:
         if not wanted:
             with self.forward(self.seed, device):
                 before = nodes_made()
-                y = self.selected(self.f(*xs))
+                y = self.selected(called(self.f, xs, self.batch))
                 self.made = self.made or Made(self.reach, nodes_made() - before)
                 return y, {}
         net = activations.module_of(wanted[0], self.f, self.args)
         with self.forward(self.seed, device):
             with activations.captured(net, wanted) as caught:
-                y = self.f(*xs)
+                y = called(self.f, xs, self.batch)
             if isinstance(self.axes.of, activations.Named):
                 y = caught[self.axes.of.name]
             return self.selected(y), caught
@@ -148,11 +150,19 @@ class Call:
         return self.f.function if isinstance(self.f, Recomputable) else self.f
 
     def require_forward(self) -> None:
-        """Refuse ``forward=`` where the penalty runs no forward pass of its own.
+        """Refuse what needs a forward pass of the penalty's own where it runs none.
 
         Raises:
-            ValueError: if ``f`` is a value.
+            ValueError: for ``forward=``, if ``f`` is a value.
+            TypeError: for an activation, if ``f`` is a value.
         """
+        of, computed = self.axes.of, isinstance(self.f, Recomputable)
+        if isinstance(of, activations.Named) and self.has_graph and not computed:
+            raise TypeError(
+                f"`of={of!r}` is captured in a forward pass that the penalty runs itself; "
+                "got a tensor, which may be any output: use penalty(net, x), or, if you have the "
+                "submodule's output h with its graph, gpkit.jacobian()(h, x)"
+            )
         if self.axes.forward == "isolated":
             return
         if self.has_graph or getattr(self.f, "value", None) is not None:
@@ -162,14 +172,32 @@ class Call:
                 "penalty(f, x) or penalty(closure, net), or leave forward= out"
             )
 
-    def selected(self, y: Any) -> Tensor:
-        """Return the tensor to differentiate: what ``of`` selects from the output of ``f``."""
+    @property
+    def batch(self) -> int | None:
+        """The number of samples given, None if there are none."""
+        given = self.args[0] if self.args and self.real is None and self.fake is None else None
+        for samples in (self.real, self.fake, given):
+            first = samples[0] if isinstance(samples, (list, tuple)) and samples else samples
+            if isinstance(first, Tensor) and first.ndim:
+                return len(first)
+        return None
+
+    def selected(self, y: Any) -> Any:
+        """Return the tensor to differentiate: what ``of`` selects from the output of ``f``.
+
+        For inputs it may be a list of tensors, the scores of several critics or scales.
+
+        Raises:
+            TypeError: if it is anything else.
+        """
         if callable(self.axes.of):
             y = self.axes.of(y)
         if self.axes.of == "sampled_loss" and isinstance(y, Tensor):
             if self.labels is None:  # the same at all points of an evaluation
                 self.labels = draw_labels(y, self.rng)
             y = sampled_losses(y, self.labels)
+        if self.axes.wrt.batched and isinstance(scores_of(y)[0], Tensor):
+            return y
         if not isinstance(y, Tensor):
             raise TypeError(
                 f"the function must return a tensor; got a {type(y).__name__}: {named_parts(y)}"
@@ -193,3 +221,55 @@ class Call:
                 "only gpkit.GradientPenaltyCallback knows: use scope='batch' or 'global'"
             )
         return Window(ranks=True)
+
+
+def called(function: Callable[..., Any], xs: Points, given: int | None) -> Any:
+    """Return ``function(*xs)``.
+
+    Args:
+        function: the user's.
+        xs: the points.
+        given: the number of samples in the call; None if there are none.
+
+    Raises:
+        RuntimeError: if the function raised an error and its cause can be told, such as another
+            dtype of the net's parameters, or labels for other points. Else the error itself.
+    """
+    try:
+        return function(*xs)
+    except Exception as error:
+        hint = _hint(error, function, xs, given)
+        if hint is None:
+            raise
+        raise RuntimeError(
+            f"{hint} ({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from error
+
+
+def _hint(error: Exception, function: Any, xs: Points, given: int | None) -> str | None:
+    """Return what is wrong, if it can be told."""
+    if not xs:
+        loss = isinstance(error, TypeError) and isinstance(function, nn.Module)
+        return (
+            "the loss, or a closure that returns it, comes first: penalty(loss, net)" * loss or None
+        )
+    parameters = [p for module in reached(function)[0] for p in module.parameters()]
+    dtypes = {p.dtype for p in parameters if p.is_floating_point()}
+    floating = [x for x in xs if x.is_floating_point()]
+    words = str(error)
+    if len(dtypes) == 1 and floating and ("dtype" in words or "type" in words):
+        wanted = next(iter(dtypes))
+        for x in floating:
+            if x.dtype != wanted:
+                return (
+                    f"the samples have the dtype {x.dtype} and the net's parameters {wanted}: "
+                    f"give the penalty x.to({wanted}), or run it under autocast"
+                )
+    points = len(xs[0])
+    if given and points > given and points % given == 0:
+        times = points // given
+        return (
+            f"the function failed at {points} points, {times} for each of the {given} samples: if "
+            f"it holds labels or latents, let them follow, labels.repeat({times})"
+        )
+    return None

@@ -317,8 +317,7 @@ def as_form(where: str, form: Any) -> Form:
         ValueError: if the name is not in `FORMS`.
         TypeError: if it is anything else, or a class instead of an object.
     """
-    if isinstance(form, type):
-        raise TypeError(f"`{where}` must be a form, not the class: {form.__name__}()")
+    checks.an_object(where, form)
     if callable(form) and not isinstance(form, Form):
         return of_norm(form)
     given: Form = checks.piece(where, form, FORMS, Form)

@@ -68,7 +68,7 @@ class per_pixel:
 
 def class_sum(output: Tensor) -> Tensor:
     """Return the sum of the outputs of each sample: ``[B, C]`` to ``[B]``."""
-    return output.reshape(len(output), -1).sum(1)
+    return output.flatten(1).sum(1) if output.ndim > 1 else output
 
 
 def require_one_output(form: Form, y: Tensor) -> None:
@@ -94,10 +94,15 @@ def has_target(form: Form, y: Tensor) -> bool:
     center = getattr(form, "center", None)
     if center is not None:
         return isinstance(center, running_average) or bool(torch.as_tensor(center).any())
-    n2 = y.new_ones(len(y), dtype=wide(y))
+    n2 = y.new_ones(max(len(y), 1), dtype=wide(y))
     with torch.no_grad():
         zero, *costs = [form.value(n2 * n**2).sum() for n in (0.0, 0.1, 1.0, 10.0)]
     return not all(cost > zero for cost in costs)
+
+
+def scores_of(y: Any) -> list[Any]:
+    """Return the scores of an output: those of a list, as multi-scale critics return, or itself."""
+    return list(y) if isinstance(y, list) and y and all(isinstance(s, Tensor) for s in y) else [y]
 
 
 def named_parts(output: Any) -> str:
@@ -107,6 +112,8 @@ def named_parts(output: Any) -> str:
         chosen = {str(k): f"lambda output: output[{k!r}]" for k in found}
     elif isinstance(output, (list, tuple)) and not hasattr(output, "_fields"):
         chosen = {"0": "lambda output: output[0]"}
+        if output and all(isinstance(part, Tensor) for part in output):
+            return "select one with `of=lambda output: output[0]`, or all of them with `of=list`"
     else:
         names = getattr(output, "_fields", None) or getattr(output, "__dict__", {})
         found = {n: getattr(output, n) for n in names}

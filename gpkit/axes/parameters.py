@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -108,7 +108,7 @@ class weights(Variables):
             return False
         if axes.scope == "batch":
             return bool(layers.calls)
-        return y.ndim > 0 and applies(layers, y, params)
+        return y.numel() > 0 and y.ndim > 0 and applies(layers, y, params)
 
     def targets_of(
         self,
@@ -156,7 +156,7 @@ class weights(Variables):
                     'scope="sample" needs one loss per sample, [B]; got a scalar: use '
                     'reduction="none"'
                 )
-            return list(y.reshape(len(y), 1, -1).unbind(0))
+            return list(y.reshape(len(y), 1, -1).unbind(0)) if len(y) else [y.sum().reshape(1, 1)]
         if scope in POOLED and y.numel() != (len(y) if y.ndim else 1):
             raise ValueError(
                 f"scope={scope!r} needs one number, or losses [B]; got {list(y.shape)}"
@@ -179,11 +179,15 @@ class weights(Variables):
                 f"`weights({self.match!r})` selects by name: pass the module, not tensors"
             )
         else:
-            given = [given] if isinstance(given, Tensor) else list(given)
-            named = {str(i): p for i, p in enumerate(given)}
+            named = {str(i): p for i, p in enumerate(parameters_of(given))}
         chosen: dict[str, Any] = named
         if self.match != "*":
             chosen = {n: p for n, p in named.items() if fnmatch.fnmatchcase(n, self.match)}
+        if not named:
+            raise ValueError(
+                "a weight penalty needs parameters; got none: is it a generator that was used up? "
+                "Give the penalty the module, or list(net.parameters())"
+            )
         if not chosen:
             hint = checks.nearest(self.match, named)
             raise ValueError(
@@ -200,6 +204,28 @@ class weights(Variables):
         if not trained:
             raise ValueError(f"none of the {len(chosen)} parameters requires grad: all are frozen")
         return trained
+
+
+def parameters_of(given: Any) -> list[Any]:
+    """Return the parameters that a call names without a module.
+
+    Raises:
+        TypeError: if it is no tensor, and has none.
+    """
+    if isinstance(given, Tensor):
+        return [given]
+    if isinstance(given, Mapping):  # of functional_call, or named_parameters as a dict
+        return list(given.values())
+    if not isinstance(given, Iterable):
+        kind = type(given).__name__
+        hint = ", or the net's own" if hasattr(given, "param_groups") else ""
+        raise TypeError(
+            f"a weight penalty takes a module or its parameters{hint}; got a {kind}: "
+            "penalty(loss, net) or penalty(loss, net.parameters())"
+        )
+    found = list(given)
+    pairs = [p for p in found if isinstance(p, tuple) and len(p) == 2]
+    return [p for _, p in pairs] if found and len(pairs) == len(found) else found
 
 
 def reads_layers(axes: Axes) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpkit import checks
 
@@ -68,7 +68,18 @@ class plain(Weight):
 
 
 def as_weight(schedule: Schedule) -> Weight:
-    """Return a schedule as a `Weight`; a plain function of the step is wrapped."""
+    """Return a schedule as a `Weight`; a plain function of the step is wrapped.
+
+    Raises:
+        TypeError: if it is a class, or a net.
+    """
+    checks.an_object("weight=...", schedule)
+    if isinstance(schedule, nn.Module):
+        raise TypeError(
+            f"`weight=...` must be a number or a schedule; got a {type(schedule).__name__}: make "
+            "the penalty first, and then call it: penalty = gpkit.r1(weight=10.0); "
+            "penalty(critic, real=real)"
+        )
     return schedule if isinstance(schedule, Weight) else plain(schedule)
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
+from gpkit import checks
 from gpkit.autodiff import graph
 from gpkit.axes.at import Points, as_points, require_floating
 from gpkit.axes.call import Axes, Call
-from gpkit.axes.of import Of, require_one_output
+from gpkit.axes.of import Of, require_one_output, scores_of
 from gpkit.axes.scope import require_images
 from gpkit.estimators.base import Recomputable, Target
 
@@ -58,16 +60,36 @@ class inputs(Variables):
     """The inputs of a function: one tensor ``[B, *S]`` or several. The groups are the samples.
 
     With ``scope="pixel"`` the inputs are ``[B, C, *S]``, and the groups are the pixels of all
-    samples.
+    samples. A function that returns a list of scores, as critics at several scales do, has the sum
+    of the penalties of each.
+
+    Args:
+        batch_dim: the dimension of the batch in each input, such as 1 for time-major sequences
+            ``[T, B, F]``. The output has the batch first in any case.
+
+    Raises:
+        ValueError: if ``batch_dim`` is not an integer >= 0.
+
+    >>> import gpkit, torch
+    >>> net = torch.nn.GRU(3, 4)  # time-major
+    >>> x = torch.randn(5, 2, 3)  # 5 steps of 2 sequences
+    >>> penalty = gpkit.GradientPenalty(wrt=inputs(batch_dim=1))
+    >>> penalty.terms(lambda x: net(x)[0][-1], x).norms.shape
+    torch.Size([2])
     """
+
+    batch_dim: int = field(default=0, kw_only=True, repr=False)
 
     scopes = ("sample", "pixel")
     missing = (
         "call x.requires_grad_() before the forward pass, and give the penalty the same tensors"
     )
 
+    def __post_init__(self) -> None:
+        checks.integer("inputs(batch_dim=...)", self.batch_dim, 0)
+
     def targets(self, call: Call) -> Iterator[Target]:
-        """Yield one target, with ``y`` ``[B, m]``: a row for each sample."""
+        """Yield one target for each score, with ``y`` ``[B, m]``: a row for each sample."""
         if len(call.args) > 1 + bool(call.axes.named):
             raise TypeError(
                 "an input penalty takes f and the samples; several inputs go into one tuple: "
@@ -87,7 +109,7 @@ class inputs(Variables):
             graph.require_within(y, xs)
         elif callable(call.f) or isinstance(call.f, Recomputable):
             given = self.points(call)
-            y, caught = call.run(given, given[0].device)
+            y, caught = call.run(self.placed(given), given[0].device)
             xs = self.chosen(given, caught)
             if xs is given:  # only inputs can be moved, not an activation
                 evaluate = partial(self.evaluated, call)
@@ -96,8 +118,10 @@ class inputs(Variables):
             raise TypeError(f"expected a tensor or a callable; got a {type(call.f).__name__}")
         if mean:
             yield Target(summed(y, xs), xs, True, evaluate, mean=True)
-        else:
-            yield from self.targets_of(y, xs, call.axes, evaluate)
+            return
+        for i, score in enumerate(scores_of(y)):
+            again = evaluate and partial(evaluate, score=i)
+            yield from self.targets_of(score, xs, call.axes, again)
 
     def targets_of(
         self, y: Tensor, xs: Points, axes: Axes, evaluate: Callable[..., Tensor] | None = None
@@ -122,14 +146,20 @@ class inputs(Variables):
     def prove(self, call: Call, y: Tensor, xs: Points) -> None:
         """Refuse a function that is run again and gives another value at the same points."""
         if call.is_unproven():
-            call.prove(y, call.run(xs, xs[0].device)[0])
+            again, _ = call.run(self.placed(xs), xs[0].device)
+            for before, after in zip(scores_of(y), scores_of(again), strict=True):
+                call.prove(before, after)
 
-    def evaluated(self, call: Call, *xs: Tensor) -> Tensor:
+    def evaluated(self, call: Call, *xs: Tensor, score: int = 0) -> Tensor:
         """Return ``[B, m]`` at other points, with the same random numbers each time."""
-        y, _ = call.run(xs, xs[0].device)
+        y, _ = call.run(self.placed(xs), xs[0].device)
         if isinstance(call.f, Recomputable) and call.f.mean:
             return summed(y, xs)
-        return self.columns(y, len(xs[0]), call.axes.of)
+        return self.columns(scores_of(y)[score], len(xs[0]), call.axes.of)
+
+    def placed(self, xs: Points) -> Points:
+        """Return points ``[B, *S]`` as the function takes them."""
+        return tuple(x.movedim(0, self.batch_dim) for x in xs) if self.batch_dim else xs
 
     def given(self, call: Call) -> Points:
         """Return the samples of a call with a graph; they must require grad."""
@@ -139,6 +169,11 @@ class inputs(Variables):
                 "there; got a tensor: use penalty(critic, real=real, fake=fake)"
             )
         real, fake = self.samples(call)
+        if self.batch_dim:
+            raise ValueError(
+                "`inputs(batch_dim=...)` needs a callable, whose inputs it rearranges; got a "
+                "tensor: use penalty(f, x), or transpose x before y is computed from it"
+            )
         xs = call.axes.at.choose(real, fake, call.rng)
         for x in xs:
             require_floating(x)
@@ -157,18 +192,31 @@ class inputs(Variables):
         if args:
             if call.real is not None or (call.fake is not None and not call.axes.at.moves):
                 raise TypeError("pass the samples once: by position, or as real=... and fake=...")
-            points = as_points(args[0])
+            points = self.moved(args[0])
             fake = points if call.fake is None and not call.axes.at.moves else None
-            return points, fake if call.fake is None else as_points(call.fake)
+            return points, fake if call.fake is None else self.moved(call.fake)
         if call.real is None and call.fake is None:
             raise TypeError(
                 "an input penalty needs samples: penalty(f, x) or penalty(f, real=..., fake=...); "
                 "got none"
             )
         return (
-            None if call.real is None else as_points(call.real),
-            None if call.fake is None else as_points(call.fake),
+            None if call.real is None else self.moved(call.real),
+            None if call.fake is None else self.moved(call.fake),
         )
+
+    def moved(self, given: Any) -> Points:
+        """Return samples with the batch first."""
+        k = self.batch_dim
+        if not k:
+            return as_points(given)
+        points = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+        if any(isinstance(x, Tensor) and x.ndim <= k for x in points):
+            raise ValueError(
+                f"`inputs(batch_dim={k})` needs inputs with more than {k} dimensions; got "
+                f"{[list(x.shape) for x in points]}"
+            )
+        return as_points(tuple(x.movedim(k, 0) if isinstance(x, Tensor) else x for x in points))
 
     def columns(self, y: Tensor, batch: int, of: Of) -> Tensor:
         """Return ``y`` as ``[B, m]``; raise a ValueError if it is not per sample."""
@@ -177,9 +225,18 @@ class inputs(Variables):
                 f"an input penalty needs one value per sample, [{batch}]; got a scalar: a mean "
                 'hides a factor 1/B in every gradient. Use per-sample losses (reduction="none")'
             )
-        if y.shape[0] != batch:
+        if len(y) != batch:
+            if len(y) > 1 and batch % len(y) == 0 and self.batch_dim == 0:
+                raise ValueError(
+                    f"an input penalty needs values per sample, [{batch}, ...]; got "
+                    f"{list(y.shape)}: if the function holds labels or latents, let them follow "
+                    f"the points, labels.repeat({batch // len(y)}). Is the batch the first "
+                    "dimension? If not, use wrt=gpkit.inputs(batch_dim=1)"
+                )
             raise ValueError(
-                f"an input penalty needs values per sample, [{batch}, ...]; got {list(y.shape)}"
+                f"an input penalty needs values per sample, [{batch}, ...]; got {list(y.shape)}: "
+                "is the batch the first dimension? For time-major inputs [T, B, ...] use "
+                "wrt=gpkit.inputs(batch_dim=1); for several rows of one sample, groups="
             )
         if of == "loss" and y.numel() != batch:
             raise ValueError(
@@ -187,7 +244,9 @@ class inputs(Variables):
                 f"{list(y.shape)}: for losses of steps or pixels choose their sum, "
                 "losses.flatten(1).sum(1), or mean; for outputs gpkit.jacobian"
             )
-        return y if y.ndim == 2 else y.reshape(batch, -1)  # which is one more node of the graph
+        if y.ndim == 2:
+            return y
+        return y.flatten(1) if y.ndim > 1 else y.unsqueeze(1)
 
 
 def summed(mean: Tensor, xs: Points) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gpkit import checks
 from gpkit.axes.weight import Schedule
 from gpkit.gradient_penalty import Axes, GradientPenalty
 
@@ -15,5 +16,6 @@ def preset(name: str, weight: float | Schedule, chosen: Axes, axes: Axes) -> Gra
         chosen: the choices of the preset.
         axes: the choices of the caller, which replace them.
     """
+    checks.keywords(name, axes, ["weight", *Axes.__annotations__])
     merged: Axes = {"name": name, **chosen, **axes}
     return GradientPenalty(weight=weight, **merged)

@@ -119,9 +119,9 @@ def contractive(
 
     .. math:: \lambda \, \text{mean}_i \, \Big\|\frac{\partial h(x_i)}{\partial x_i}\Big\|_F^2
 
-    Call ``penalty(net, x)`` with the net that has the layer and ``x`` ``[B, *S]``, or
-    ``penalty(h, x)`` with an ``h`` ``[B, *H]`` of an ``x`` that requires grad. For a sigmoid layer
-    with weights W the square is :math:`\sum_j (h_j (1 - h_j))^2 \|W_j\|^2`.
+    Call ``penalty(net, x)`` with the net that has the layer and ``x`` ``[B, *S]``. If you have h
+    ``[B, *H]`` with its graph, ``gpkit.jacobian()(h, x)`` is the same. For a sigmoid layer with
+    weights W the square is :math:`\sum_j (h_j (1 - h_j))^2 \|W_j\|^2`.
 
     Args:
         weight: λ, the paper's λ, with the mean over samples: there is no ½ inside.

@@ -8,7 +8,7 @@ from typing import Any
 from gpkit import checks
 from gpkit.penalty import Penalty
 from gpkit.presets import PRESETS
-from gpkit.sums import PenaltySum, as_sum
+from gpkit.sums import PenaltySum, as_sum, uncalled
 
 Part = Penalty | PenaltySum | Mapping[str, Any] | None
 Parts = Mapping[str, Part] | Iterable[str | Penalty | PenaltySum]
@@ -52,7 +52,7 @@ def _build(name: str, part: Part) -> Any:
         return part
     if part is not None and not isinstance(part, Mapping):
         raise TypeError(
-            f"`sum(parts=...)` takes penalties, or dicts of their arguments; got {part!r}"
+            f"`sum(parts=...)` takes penalties, or dicts of their arguments; got {uncalled(part)}"
             + (f" for {name!r}" if name else "")
         )
     arguments = dict(part or {})

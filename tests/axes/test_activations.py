@@ -144,8 +144,10 @@ def test_of_an_activation_in_the_weights(net, x):
 def test_an_activation_whose_graph_is_there(net, x, y):
     x.requires_grad_()
     h = net.encoder[:2](x)
-    found = gpkit.GradientPenalty(of=gpkit.activation("encoder.1"))(h, x)
-    assert_is(found, net, of_gelu(net, x.detach()))
+    # any output would be taken for the activation
+    with pytest.raises(TypeError, match=r"which may be any output: .*gpkit.jacobian\(\)\(h, x\)"):
+        gpkit.GradientPenalty(of=gpkit.activation("encoder.1"))(net(x), x)
+    assert_is(gpkit.GradientPenalty()(h, x), net, of_gelu(net, x.detach()))  # the advice
     h = net.encoder[:2](x)
     logits = net.head(F.relu(h).flatten(1))
     losses = F.cross_entropy(logits, y, reduction="none")

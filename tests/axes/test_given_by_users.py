@@ -47,7 +47,7 @@ def test_a_form_function_is_finite_at_a_zero_gradient():
     [
         (lambda n: n.mean(), ValueError, r"norms n \[5\], must return a value for each; got \[\]"),
         (lambda n: 1.0, ValueError, "must return a value for each; got float"),
-        (gpkit.two_sided, TypeError, r"must be a form, not the class: two_sided\(\)"),
+        (gpkit.two_sided, TypeError, r"got the class two_sided: add parentheses, two_sided\(...\)"),
         ("two_sidet", ValueError, r"got 'two_sidet' \(did you mean 'two_sided'\?\)"),
     ],
     ids=["mean", "number", "class", "name"],

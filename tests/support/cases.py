@@ -11,7 +11,6 @@ import pytest
 import torch
 from scenes import (
     Scene,
-    hidden_graph,
     images,
     losses_graph,
     on_critic,
@@ -192,7 +191,7 @@ ROWS = [
         "contractive",
         preset("contractive", 0.7, activation="1", estimator="exact"),
         on_outputs,
-        hidden_graph,
+        None,
         (of_hidden(0.7),),
         scene=partial(images, 3),
     ),

@@ -180,11 +180,3 @@ def on_environments(act: Any, s: Scene, *, graph: bool = False, features: bool =
 def classes(s: Scene) -> tuple[Tensor, Tensor]:
     """Return classes and environments, of two and of three samples: ``[B]`` each."""
     return s.target.argmax(1), torch.tensor([7, 3, 3, 7, 3])[: len(s.target)]
-
-
-def hidden_graph(act: Any, s: Scene) -> Any:
-    x, caught = s.real.clone().requires_grad_(), []
-    hook = s.net[1].register_forward_hook(lambda module, args, h: caught.append(h))
-    s.f(x)
-    hook.remove()
-    return act(caught[0], x)

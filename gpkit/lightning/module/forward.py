@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gpkit.autodiff.activations import features
+from gpkit.autodiff.activations import Named, features
 from gpkit.autodiff.layers.recording import Recording
 from gpkit.autodiff.state import Start
 from gpkit.axes.parameters import layers_for
@@ -156,7 +156,10 @@ class ForwardRunner:
                 "other inputs=[...]"
             )
         if needs.input_graph:
-            return penalty.act(forward.differentiated(needs), forward.variable(needs), **options)
+            value = forward.differentiated(needs)
+            if isinstance(getattr(penalty, "of", None), Named):
+                value = Recomputable(value, self.net, ())
+            return penalty.act(value, forward.variable(needs), **options)
         x = forward.x.detach()
         if needs.in_weights:
 
