@@ -159,8 +159,11 @@ def test_another_dtype_is_named():
     module = net()
     with pytest.raises(RuntimeError, match=r"torch.float32 and .* torch.float64: .*x.to\(torch.fl"):
         gpkit.r1()(module, real=data(4, 3).float())
-    with pytest.raises(ValueError, match="on the meta device have a shape and no values"):
+    said = "on the meta device have a shape and no values"
+    with pytest.raises(RuntimeError, match=said):
         gpkit.r1()(module.to("meta"), real=data(4, 3))
+    with pytest.raises(ValueError, match=said):
+        gpkit.r1()(module, real=data(4, 3).to("meta"))
 
 
 def test_errors_of_the_users_own_are_left_alone():

@@ -171,11 +171,7 @@ def gradients(y: Tensor, xs: tuple[Tensor, ...], times: Tensor | None = None) ->
     except RuntimeError as error:
         raise RuntimeError(graph.explain(error)) from error
     grads = regathered(y, grads) if has_ranks() else grads
-    if any(g is not None and g.is_sparse for g in grads):
-        raise RuntimeError(
-            "a parameter has a sparse gradient, which cannot be differentiated again: use "
-            'nn.Embedding(sparse=False), or estimator="finite_difference"'
-        )
+    graph.require_dense(grads)
     return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, xs, strict=True))
 
 

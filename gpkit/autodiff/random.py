@@ -49,15 +49,16 @@ def device_of(*values: Any) -> torch.device:
         device = getattr(value, "device", None)
         if isinstance(device, torch.device):
             if device.type == "meta":
-                raise ValueError(
-                    "tensors on the meta device have a shape and no values, so they have no "
-                    "gradient: move the net with .to_empty(device=...), and initialise it"
-                )
+                raise ValueError(META)
             return device
     return CPU
 
 
 CPU = torch.device("cpu")
+META = (
+    "tensors on the meta device have a shape and no values, so they have no gradient: move the net "
+    "with .to_empty(device=...), and initialise it"
+)
 
 
 def first_parameter(module: nn.Module) -> Tensor | None:

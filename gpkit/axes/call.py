@@ -15,7 +15,7 @@ from gpkit.autodiff import activations
 from gpkit.autodiff.compat import nodes_made
 from gpkit.autodiff.graph import Made
 from gpkit.autodiff.isolation import double_backward, isolated, running
-from gpkit.autodiff.random import RandomState, Source
+from gpkit.autodiff.random import META, RandomState, Source
 from gpkit.autodiff.reached import Reach, reach, reached
 from gpkit.autodiff.state import Start, start_of
 from gpkit.axes.at import Points
@@ -254,6 +254,8 @@ def _hint(error: Exception, function: Any, xs: Points, given: int | None) -> str
             "the loss, or a closure that returns it, comes first: penalty(loss, net)" * loss or None
         )
     parameters = [p for module in reached(function)[0] for p in module.parameters()]
+    if any(p.is_meta for p in parameters):
+        return META
     dtypes = {p.dtype for p in parameters if p.is_floating_point()}
     floating = [x for x in xs if x.is_floating_point()]
     words = str(error)

@@ -33,7 +33,7 @@ class Form:
     ... class quartic(Form):
     ...     def value(self, squared_norms):
     ...         return squared_norms**2
-    >>> quartic(scale=0.5)(torch.tensor([4.0]))  # n = 2
+    >>> quartic(scale=0.5)(Tensor([4.0]))  # n = 2
     tensor([8.])
     """
 
@@ -72,7 +72,7 @@ class squared(Form):
     Raises:
         ValueError: if an argument is out of range.
 
-    >>> squared(scale=0.5)(torch.tensor([4.0, 9.0]))
+    >>> squared(scale=0.5)(Tensor([4.0, 9.0]))
     tensor([2.0000, 4.5000])
     """
 
@@ -91,7 +91,7 @@ class Rooted(Form):
     Raises:
         ValueError: if ``eps`` is negative.
 
-    >>> two_sided(1.0, eps=0.25)(torch.tensor([0.0]))  # (½ - 1)²
+    >>> two_sided(1.0, eps=0.25)(Tensor([0.0]))  # (½ - 1)²
     tensor([0.2500])
     """
 
@@ -122,7 +122,7 @@ class norm(Rooted):
     Raises:
         ValueError: if an argument is out of range.
 
-    >>> norm()(torch.tensor([4.0, 9.0]))
+    >>> norm()(Tensor([4.0, 9.0]))
     tensor([2., 3.])
     """
 
@@ -144,7 +144,7 @@ class two_sided(Rooted):
     Raises:
         ValueError: if an argument is out of range.
 
-    >>> two_sided(1.0)(torch.tensor([0.0, 4.0, 9.0]))
+    >>> two_sided(1.0)(Tensor([0.0, 4.0, 9.0]))
     tensor([1., 1., 4.])
     """
 
@@ -215,7 +215,7 @@ class one_sided(two_sided):
     Raises:
         ValueError: if an argument is out of range.
 
-    >>> one_sided(1.0)(torch.tensor([0.0, 4.0, 9.0]))
+    >>> one_sided(1.0)(Tensor([0.0, 4.0, 9.0]))
     tensor([0., 1., 4.])
     """
 
@@ -240,7 +240,7 @@ class absolute(two_sided):
     Raises:
         ValueError: if an argument is out of range.
 
-    >>> absolute(1.0)(torch.tensor([0.0, 4.0, 9.0]))
+    >>> absolute(1.0)(Tensor([0.0, 4.0, 9.0]))
     tensor([1., 1., 2.])
     """
 
@@ -261,7 +261,7 @@ class power(Rooted):
     Raises:
         ValueError: if an argument is out of range.
 
-    >>> power(6)(torch.tensor([0.0, 4.0]))
+    >>> power(6)(Tensor([0.0, 4.0]))
     tensor([ 0., 64.])
     """
 
@@ -293,7 +293,7 @@ class of_norm(Rooted):
     Raises:
         ValueError: in the call, if the values have another shape.
 
-    >>> of_norm(lambda n: (n - 1).abs())(torch.tensor([0.0, 4.0]))
+    >>> of_norm(lambda n: (n - 1).abs())(Tensor([0.0, 4.0]))
     tensor([1., 1.])
     """
 
