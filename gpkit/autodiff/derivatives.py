@@ -250,10 +250,7 @@ def squared_length(parts: tuple[Tensor, ...]) -> Tensor:
     if sum(part.numel() for part in parts) < SMALL:
         parts = (torch.cat([part.reshape(-1) for part in parts]),)
     squares = [(p if p.dtype.itemsize > 2 else p.float()).square().sum() for p in parts]
-    total = squares[0]
-    for square in squares[1:]:
-        total = total + square
-    return total.reshape(1)
+    return sum(squares[1:], squares[0]).reshape(1)
 
 
 SMALL = 2**18  # entries; below this, one copy is cheaper than a sum for each parameter
