@@ -4,11 +4,12 @@ Importing gpkit loads nothing else. Each name below loads its module on first us
 and Hydra are loaded only if that module needs them.
 
 - The two kinds of penalty: GradientPenalty, EnvironmentPenalty.
-- Presets for weights: weight_grad_norm, per_sample_grad_norm, fisher, hessian, gnp, none.
-- Presets for inputs: input_grad_norm, eikonal, duq, cure, jacobian, curvature, contractive,
-  spectral_jacobian.
-- Presets for critics and generators: wgan_gp, wgan_lp, r1, r2, r1_r2, dragan, zero_gp, wgan_div,
-  max_gp, path_length.
+- Presets for weights: weight_grad_norm, per_sample_grad_norm, fisher, hessian, gnp, sam,
+  none.
+- Presets for inputs: input_grad_norm, sobolev, right_reasons, lipschitz_policy, eikonal, duq, cure,
+  jacobian, curvature, laplacian, contractive, spectral_jacobian.
+- Presets for critics and generators: wgan_gp, wgan_lp, r1, r2, r1_r2, approximate_r1,
+  approximate_r2, amp, dragan, zero_gp, wgan_div, max_gp, path_length.
 - Presets for environments: irm, fishr.
 - Several penalties: sum. In the state of a module: register_penalty.
 - Variables (`wrt`): inputs, weights, activation, Variables.
@@ -16,7 +17,7 @@ and Hydra are loaded only if that module needs them.
   running_average, Form.
 - Points (`at`): interpolate, perturb, uniform, mixture, At.
 - Estimators: exact, projection, finite_difference, taylor, power_iteration, random_difference, jvp,
-  stencil, Estimator.
+  stencil, trace, Estimator.
 - Weights (`weight`): warmup, cosine, switch, rescaled, lazy_adam, Weight, target_norm,
   gradient_share.
 - Environments: Statistic.
@@ -47,6 +48,9 @@ __all__ = [
     "Weight",
     "absolute",
     "activation",
+    "amp",
+    "approximate_r1",
+    "approximate_r2",
     "contractive",
     "cosine",
     "cure",
@@ -72,7 +76,9 @@ __all__ = [
     "irm",
     "jacobian",
     "jvp",
+    "laplacian",
     "lazy_adam",
+    "lipschitz_policy",
     "load",
     "max_gp",
     "mixture",
@@ -91,13 +97,17 @@ __all__ = [
     "random_difference",
     "register_penalty",
     "rescaled",
+    "right_reasons",
     "running_average",
+    "sam",
+    "sobolev",
     "spectral_jacobian",
     "squared",
     "stencil",
     "switch",
     "target_norm",
     "taylor",
+    "trace",
     "train",
     "two_sided",
     "uniform",
@@ -156,11 +166,15 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` has the same names 
     from gpkit.estimators.power_iteration import power_iteration as power_iteration
     from gpkit.estimators.projection import projection as projection
     from gpkit.estimators.taylor import taylor as taylor
+    from gpkit.estimators.trace import trace as trace
     from gpkit.gradient_penalty import GradientPenalty as GradientPenalty
     from gpkit.lightning.callback import GradientPenaltyCallback as GradientPenaltyCallback
     from gpkit.lightning.gan import GANModule as GANModule
     from gpkit.lightning.module import PenalizedModule as PenalizedModule
     from gpkit.lightning.monitor import GradientNormMonitor as GradientNormMonitor
+    from gpkit.presets import amp as amp
+    from gpkit.presets import approximate_r1 as approximate_r1
+    from gpkit.presets import approximate_r2 as approximate_r2
     from gpkit.presets import contractive as contractive
     from gpkit.presets import cure as cure
     from gpkit.presets import curvature as curvature
@@ -174,6 +188,8 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` has the same names 
     from gpkit.presets import input_grad_norm as input_grad_norm
     from gpkit.presets import irm as irm
     from gpkit.presets import jacobian as jacobian
+    from gpkit.presets import laplacian as laplacian
+    from gpkit.presets import lipschitz_policy as lipschitz_policy
     from gpkit.presets import max_gp as max_gp
     from gpkit.presets import none as none
     from gpkit.presets import path_length as path_length
@@ -181,6 +197,9 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` has the same names 
     from gpkit.presets import r1 as r1
     from gpkit.presets import r1_r2 as r1_r2
     from gpkit.presets import r2 as r2
+    from gpkit.presets import right_reasons as right_reasons
+    from gpkit.presets import sam as sam
+    from gpkit.presets import sobolev as sobolev
     from gpkit.presets import spectral_jacobian as spectral_jacobian
     from gpkit.presets import weight_grad_norm as weight_grad_norm
     from gpkit.presets import wgan_div as wgan_div
@@ -218,6 +237,7 @@ else:
         "gpkit.estimators.power_iteration": "power_iteration",
         "gpkit.estimators.projection": "projection",
         "gpkit.estimators.taylor": "taylor",
+        "gpkit.estimators.trace": "trace",
         "gpkit.estimators.forwards.jvp": "jvp",
         "gpkit.estimators.forwards.random_difference": "random_difference",
         "gpkit.estimators.forwards.stencil": "stencil",
@@ -227,9 +247,10 @@ else:
         "gpkit.lightning.module": "PenalizedModule",
         "gpkit.lightning.monitor": "GradientNormMonitor",
         "gpkit.presets": (
-            "contractive cure curvature dragan duq eikonal fisher fishr gnp hessian "
-            "input_grad_norm irm jacobian max_gp none path_length per_sample_grad_norm r1 "
-            "r1_r2 r2 spectral_jacobian weight_grad_norm wgan_div wgan_gp wgan_lp zero_gp"
+            "amp approximate_r1 approximate_r2 contractive cure curvature dragan duq eikonal "
+            "fisher fishr gnp hessian input_grad_norm irm jacobian laplacian lipschitz_policy "
+            "max_gp none path_length per_sample_grad_norm r1 r1_r2 r2 right_reasons sam "
+            "sobolev spectral_jacobian weight_grad_norm wgan_div wgan_gp wgan_lp zero_gp"
         ),
         "gpkit.presets.sum": "sum",
         "gpkit.sums": "register_penalty",

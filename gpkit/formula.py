@@ -72,7 +72,9 @@ class Terms:
         """Return the mean of the norms, a scalar, without a graph."""
         norms = self.norms.detach()
         weights = self.sample_weight
-        return norms.mean() if weights is None else weighted_mean(norms, weights.detach())
+        if weights is None:
+            return norms.mean()
+        return weighted_mean(norms, weights.detach().repeat(len(norms) // len(weights)))
 
     @property
     def penalty(self) -> Tensor:

@@ -19,7 +19,7 @@ from gpkit.axes.activation import activation, as_wrt
 from gpkit.axes.at import At, as_at
 from gpkit.axes.call import Call
 from gpkit.axes.form import Form, as_form
-from gpkit.axes.given.given import Given, completed
+from gpkit.axes.given.given import Given, completed, weights_of
 from gpkit.axes.given.keys import Keys, Metric, as_keys, as_metric
 from gpkit.axes.of import Of
 from gpkit.axes.parameters import weights
@@ -215,7 +215,9 @@ class GradientPenalty(Penalty):
             rng = torch.Generator(device_of(real, args, fake, f)).manual_seed(seed)
             targets, weights = self._targets(f, args, real, fake, rng, seed, acts, given), None
             if given is not None:
-                targets, weights = given.on(targets, self), given.weights(targets, self)
+                targets = given.on(targets, self)
+            if given is not None or targets[0].weights is not None:
+                weights = weights_of(given, targets, self)
             for target in targets:
                 target.step = self.evaluated_at
             known = targets[0] in self.seen

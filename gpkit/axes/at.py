@@ -66,6 +66,15 @@ class At:
         """Return the points, before ``detach``: ``[B, *S]`` for each input of the function."""
         raise NotImplementedError(f"{type(self).__name__} must define choose(real, fake, rng)")
 
+    def sizes(self, real: Points | None, fake: Points | None) -> tuple[int, ...]:
+        """Return the number of points of each kind: one for the default, that of real or fake."""
+        reads_fake = real is None or self.reads == ("fake",)
+        return (len(self.need(fake if reads_fake else real, "fake" if reads_fake else "real")[0]),)
+
+    def weights(self, real: Points | None, fake: Points | None) -> Tensor | None:
+        """Return the weight of each point ``[B]`` in the mean; None if all weigh the same."""
+        return None
+
     def need(self, samples: Points | None, kind: str) -> Points:
         """Return ``samples``, or raise a ValueError if the call had no samples of this kind."""
         if samples is None:

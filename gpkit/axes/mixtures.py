@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gpkit.autodiff import random
 from gpkit.autodiff.random import Source
-from gpkit.axes.at import At, Points, as_at, require_floating
+from gpkit.axes.at import At, Points, as_at, computed, require_floating
 
 Bound = float | Sequence[Any] | Tensor
 
@@ -91,9 +91,12 @@ class mixture(At):
         *ats: the kinds of points: names such as "data", objects such as ``gpkit.uniform(-1, 1)``,
             or functions ``(real, fake) -> points``. Each kind has its own ``detach``.
         equal: refuse kinds with different numbers of points; the larger would have more weight.
+        balanced: give each kind the same weight in the mean, however many points it has: the
+            penalty is the mean of the kinds' means.
 
     Raises:
-        ValueError: if ``ats`` is empty, or a name is unknown.
+        ValueError: if ``ats`` is empty, a name is unknown, or ``balanced`` is used with a function,
+            whose number of points is not known.
 
     >>> x = torch.ones(2, 3)
     >>> at = mixture("data", lambda real, fake: 2 * real)
@@ -104,18 +107,41 @@ class mixture(At):
 
     ats: tuple[At, ...] = ()
     equal: bool = False
+    balanced: bool = False
 
     moves = True
 
-    def __init__(self, *ats: str | At | Callable[[Any, Any], Any], equal: bool = False) -> None:
+    def __init__(
+        self,
+        *ats: str | At | Callable[[Any, Any], Any],
+        equal: bool = False,
+        balanced: bool = False,
+    ) -> None:
         if not ats:
             raise ValueError("`mixture(...)` needs at least one kind of points; got none")
         object.__setattr__(self, "ats", tuple(as_at("mixture(...)", at) for at in ats))
         object.__setattr__(self, "equal", equal)
+        object.__setattr__(self, "balanced", balanced)
+        if balanced and any(isinstance(at, computed) for at in self.ats):
+            raise ValueError(
+                "`mixture(..., balanced=True)` needs kinds whose number of points is known, such "
+                "as 'real' and 'fake'; got a function"
+            )
         object.__setattr__(self, "detach", False)  # each part has its own
         parts = [at.samples for at in self.ats]
         object.__setattr__(self, "reads", tuple({kind: 0 for at in self.ats for kind in at.reads}))
-        object.__setattr__(self, "samples", sum(parts, ()) if all(parts) else ())
+        # Scores of real and fake samples are not weighed, so a balanced mixture has its own.
+        shared = all(parts) and not balanced
+        object.__setattr__(self, "samples", sum(parts, ()) if shared else ())
+
+    def sizes(self, real: Points | None, fake: Points | None) -> tuple[int, ...]:
+        return tuple(sum(at.sizes(real, fake)) for at in self.ats)
+
+    def weights(self, real: Points | None, fake: Points | None) -> Tensor | None:
+        if not self.balanced:
+            return None
+        sizes = torch.tensor(self.sizes(real, fake))
+        return (sizes.sum() / (len(sizes) * sizes.double())).repeat_interleave(sizes)
 
     def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
         parts = [

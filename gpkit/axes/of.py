@@ -71,6 +71,11 @@ def class_sum(output: Tensor) -> Tensor:
     return output.flatten(1).sum(1) if output.ndim > 1 else output
 
 
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Return Σ_k log p_k of the softmax p of each sample's logits: ``[B, C]`` to ``[B]``."""
+    return logits.to(wide(logits)).log_softmax(1).sum(1)
+
+
 def require_one_output(form: Form, y: Tensor) -> None:
     """Refuse a form with a slope target for several outputs ``[G, m]`` that nobody chose.
 

@@ -119,9 +119,12 @@ class inputs(Variables):
         if mean:
             yield Target(summed(y, xs), xs, True, evaluate, mean=True)
             return
+        weights = call.axes.at.weights(*self.samples(call)) if call.axes.at.moves else None
         for i, score in enumerate(scores_of(y)):
             again = evaluate and partial(evaluate, score=i)
-            yield from self.targets_of(score, xs, call.axes, again)
+            for target in self.targets_of(score, xs, call.axes, again):
+                target.weights = weights
+                yield target
 
     def targets_of(
         self, y: Tensor, xs: Points, axes: Axes, evaluate: Callable[..., Tensor] | None = None

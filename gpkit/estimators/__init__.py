@@ -30,6 +30,7 @@ from gpkit.estimators.gaussian_product import gaussian_product
 from gpkit.estimators.power_iteration import power_iteration
 from gpkit.estimators.projection import projection
 from gpkit.estimators.taylor import taylor
+from gpkit.estimators.trace import trace
 
 ESTIMATORS: dict[str, type[Estimator]] = {
     "exact": exact,
@@ -41,4 +42,5 @@ ESTIMATORS: dict[str, type[Estimator]] = {
     "random_difference": random_difference,
     "jvp": jvp,
     "stencil": stencil,
+    "trace": trace,
 }

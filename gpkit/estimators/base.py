@@ -36,6 +36,7 @@ class Target:
         share: n² ``[G]`` -> ∂P/∂n² ``[G]``, constants, where P is the reduced value of the penalty.
         times: a constant factor of the gradient of a one-number ``y``, as in ``grad_outputs``; only
             `exact` supports it. It saves a multiplication node in the graph of ``y``.
+        weights: the weights of the points in the mean ``[G]``; None if all weigh the same.
         step: the optimiser step, for an estimator with a schedule.
         compared: what the derivative is compared with; only for an estimator that ``compares``.
         layers: of the forward pass. Then ``y`` is ``[B, 1]`` with parameters as variables, and each
@@ -56,6 +57,7 @@ class Target:
     layers: Recording | None = None
     compared: Compared | None = None
     made: Made | None = None
+    weights: Tensor | None = None
     step: int = 0
 
     @property

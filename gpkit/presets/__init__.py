@@ -21,7 +21,9 @@ A preset belongs in the file of what it differentiates, and with respect to what
 - ``inputs``: one number for each sample, such as its loss, in the inputs;
 - ``jacobians``: several outputs, or a hidden layer, in the inputs, and higher derivatives;
 - ``critics``: a critic's score, at real samples, fake samples, or points between them;
+- ``approximations``: the same by differences, without a gradient in the samples;
 - ``generators``: a generator's output, in its latents;
+- ``policies``: of reinforcement learning;
 - ``environments``: statistics of how the environments of a batch differ.
 
 ``sum`` combines several penalties, ``base`` has what all presets use.
@@ -48,15 +50,38 @@ To add one:
 160.0
 """
 
-from gpkit.presets.critics import dragan, max_gp, r1, r1_r2, r2, wgan_div, wgan_gp, wgan_lp, zero_gp
+from gpkit.presets.approximations import approximate_r1, approximate_r2
+from gpkit.presets.critics import (
+    dragan,
+    max_gp,
+    r1,
+    r1_r2,
+    r2,
+    wgan_div,
+    wgan_gp,
+    wgan_lp,
+    zero_gp,
+)
 from gpkit.presets.environments import fishr, irm
 from gpkit.presets.generators import path_length
-from gpkit.presets.inputs import cure, duq, eikonal, input_grad_norm
-from gpkit.presets.jacobians import contractive, curvature, jacobian, spectral_jacobian
-from gpkit.presets.weights import fisher, gnp, hessian, none, per_sample_grad_norm, weight_grad_norm
+from gpkit.presets.inputs import cure, duq, eikonal, input_grad_norm, right_reasons, sobolev
+from gpkit.presets.jacobians import contractive, curvature, jacobian, laplacian, spectral_jacobian
+from gpkit.presets.policies import amp, lipschitz_policy
+from gpkit.presets.weights import (
+    fisher,
+    gnp,
+    hessian,
+    none,
+    per_sample_grad_norm,
+    sam,
+    weight_grad_norm,
+)
 
 __all__ = [
     "PRESETS",
+    "amp",
+    "approximate_r1",
+    "approximate_r2",
     "contractive",
     "cure",
     "curvature",
@@ -70,6 +95,8 @@ __all__ = [
     "input_grad_norm",
     "irm",
     "jacobian",
+    "laplacian",
+    "lipschitz_policy",
     "max_gp",
     "none",
     "path_length",
@@ -77,6 +104,9 @@ __all__ = [
     "r1",
     "r1_r2",
     "r2",
+    "right_reasons",
+    "sam",
+    "sobolev",
     "spectral_jacobian",
     "weight_grad_norm",
     "wgan_div",
@@ -96,13 +126,18 @@ PRESETS = {
         fishr,
         hessian,
         gnp,
+        sam,
         input_grad_norm,
+        sobolev,
+        right_reasons,
+        lipschitz_policy,
         cure,
         jacobian,
         contractive,
         spectral_jacobian,
         path_length,
         curvature,
+        laplacian,
         eikonal,
         duq,
         wgan_gp,
@@ -110,6 +145,9 @@ PRESETS = {
         r1,
         r2,
         r1_r2,
+        approximate_r1,
+        approximate_r2,
+        amp,
         dragan,
         zero_gp,
         wgan_div,

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from gpkit.axes.at import At, data
 from gpkit.axes.form import squared, two_sided
+from gpkit.axes.given.keys import Key
 from gpkit.axes.mixtures import Bound, mixture, uniform
-from gpkit.axes.of import class_sum
+from gpkit.axes.of import class_sum, log_probabilities
 from gpkit.axes.weight import Schedule
 from gpkit.estimators.curvature_difference import curvature_difference
 from gpkit.gradient_penalty import Axes, GradientPenalty
@@ -48,6 +49,78 @@ def input_grad_norm(
     return preset(
         "input_grad_norm", weight, Axes(of="loss", wrt="input", form=squared(norm=norm)), axes
     )
+
+
+def sobolev(
+    weight: float | Schedule = 1.0, target: Key = "gradient", **axes: Unpack[Axes]
+) -> GradientPenalty:
+    r"""Fit the gradient of a function to given ones: Sobolev training, forces, normals.
+
+    .. math:: \lambda \, \text{mean}_i \, \|\nabla_{x_i} f(x_i) - g_i\|^2
+
+    Call ``penalty(f, x, target=g)``, or ``penalty(y, x, target=g)`` with y ``[B]`` of an ``x``
+    ``[B, *S]`` that requires grad, and g ``[B, *S]``. For forces, which are -∇E, use
+    ``of=lambda energy: -energy``; the mean over the 3N components of N atoms has
+    ``form=gpkit.squared(scale=1 / (3 * N))``. For several outputs g is the Jacobian ``[B, m, *S]``.
+
+    Args:
+        weight: λ, a factor of the whole square: there is no ½ inside.
+        target: the key of g in the batches of `PenalizedModule` and `GradientPenaltyCallback`, or a
+            function of the batch.
+        **axes: see `gpkit.presets`.
+
+    Returns:
+        The penalty.
+
+    Raises:
+        TypeError: in the call, if there is no target.
+
+    Source: Czarnecki et al. (2017), arXiv:1706.04859.
+
+    >>> import torch
+    >>> x, g = torch.ones(4, 2), torch.tensor([3.0, 0.0]).expand(4, 2)
+    >>> sobolev()(lambda x: (x**2).sum(1), x, target=g).item()  # ‖(2, 2) - (3, 0)‖²
+    5.0
+    """
+    chosen = Axes(of="output", wrt="input", form=squared(), given={"target": target})
+    return preset("sobolev", weight, chosen, axes)
+
+
+def right_reasons(
+    weight: float | Schedule = 1000.0, mask: Key = "mask", **axes: Unpack[Axes]
+) -> GradientPenalty:
+    r"""Penalise a classifier's gradient where the input should not matter.
+
+    .. math:: \lambda \, \text{mean}_i \,
+              \sum_d \Big( A_{id} \, \partial_d \sum_k \log p_k(x_i) \Big)^2
+
+    p is the softmax of the net's outputs. Call ``penalty(net, x, metric=A)`` with A 1 where the
+    input is irrelevant, and 0 elsewhere; or ``penalty(logits, x, metric=A)`` with logits ``[B, C]``
+    of an ``x`` ``[B, *S]`` that requires grad. A broadcasts: ``[*S]`` is the same mask for all.
+
+    Args:
+        weight: λ, the paper's λ₁, with the mean over samples instead of their sum.
+        mask: the key of A in the batches of `PenalizedModule` and `GradientPenaltyCallback`, or a
+            function of the batch.
+        **axes: see `gpkit.presets`.
+
+    Returns:
+        The penalty.
+
+    Raises:
+        TypeError: in the call, if there is no metric.
+
+    Source: Ross, Hughes and Doshi-Velez (2017), arXiv:1703.03717.
+
+    >>> import torch
+    >>> net = lambda x: torch.stack([2 * x[:, 0] + x[:, 1], 0 * x[:, 0]], 1)
+    >>> mask = torch.tensor([1.0, 0.0])
+    >>> value = right_reasons(weight=1.0)(net, torch.tensor([[1.0, -2.0]]), metric=mask)
+    >>> value.item()  # z = (0, 0), p = (½, ½): ∂₀ Σ log p = 2·½ - 2·½
+    0.0
+    """
+    chosen = Axes(of=log_probabilities, wrt="input", form=squared(), given={"metric": mask})
+    return preset("right_reasons", weight, chosen, axes)
 
 
 def eikonal(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from gpkit import checks
 from gpkit.axes.form import norm
@@ -168,6 +171,57 @@ def hessian(
     return preset("hessian", weight, chosen, axes)
 
 
+def sam(
+    weight: float | Schedule | None = None,
+    rho: float = 0.05,
+    adaptive: bool = False,
+    eta: float = 0.01,
+    **axes: Unpack[Axes],
+) -> GradientPenalty:
+    r"""Sharpness-aware minimisation: the gradient is the one at weights moved up the slope.
+
+    .. math:: \nabla L(\theta + \rho \, T^2 \nabla L / \|T \nabla L\|), \quad
+              T = 1, \text{ or } |\theta| + \eta \text{ if adaptive}
+
+    As a penalty it is `gnp` with α = 1: λ ‖T ∇_θ L‖ with λ = ρ, whose gradient is the finite
+    difference (∇L(θ + ρ T² ∇L/‖T ∇L‖) - ∇L(θ)) / ρ. So the gradient of loss and penalty is
+    exactly the one above. Call ``penalty.with_loss(closure, net)``, at two forward and backward
+    passes in all; or add ``penalty(closure, net)`` to a loss of your own, at one pass more. The
+    closure gives a loss ``[]`` or losses ``[B]``.
+
+    Args:
+        weight: λ; None is ρ. Another λ has the share λ/ρ of the gradient at the moved weights.
+        rho: ρ, the length of the step, in the metric T. For adaptive steps it is larger: the paper
+            has 0.5 to 2 where plain SAM has 0.05 to 0.1.
+        adaptive: whether steps scale with the weights (ASAM), so that they do not depend on scales
+            of layers that cancel. T is a constant, and applies to all parameters.
+        eta: η, so that weights near zero move too.
+        **axes: see `gpkit.presets`.
+
+    Returns:
+        The penalty.
+
+    Source: Foret et al. (2021), arXiv:2010.01412; adaptive: Kwon et al. (2021), arXiv:2102.11600.
+
+    >>> import torch
+    >>> w = torch.tensor([3.0, 4.0], requires_grad=True)
+    >>> total = sam(rho=0.5).with_loss(lambda: (w**2).sum() / 2, [w])  # ∇L = w
+    >>> torch.autograd.grad(total, w)[0]  # w + 0.5 w/‖w‖
+    tensor([3.3000, 4.4000])
+    """
+    checks.number("sam(rho=...)", rho, 0, strict=True)
+    checks.number("sam(eta=...)", eta, 0)
+    metric = partial(sizes, eta=eta) if adaptive else None
+    difference = finite_difference(rho, cross_kinks=True)
+    chosen = Axes(of="loss", wrt="weight", form=norm(), estimator=difference, metric=metric)
+    return preset("sam", rho if weight is None else weight, chosen, axes)
+
+
+def sizes(x: Tensor, eta: float) -> Tensor:
+    """Return |x| + η."""
+    return x.abs() + eta
+
+
 def gnp(
     weight: float | Schedule | None = None,
     r: float = 0.05,
@@ -183,9 +237,9 @@ def gnp(
     .. math:: (1 - \alpha) \nabla L(\theta)
               + \alpha \nabla L(\theta + r \, \nabla L / \|\nabla L\|).
 
-    α = 1 is exactly SAM. Call ``penalty.with_loss(closure, net)`` for loss and penalty as one
-    number, at two forward and backward passes in all. Or add ``penalty(closure, net)`` to a loss of
-    your own, at one pass more. The closure gives a loss ``[]`` or losses ``[B]``.
+    α = 1 is exactly SAM, see `sam`. Call ``penalty.with_loss(closure, net)`` for loss and penalty
+    as one number, at two forward and backward passes in all. Or add ``penalty(closure, net)`` to a
+    loss of your own, at one pass more. The closure gives a loss ``[]`` or losses ``[B]``.
 
     Args:
         weight: λ, the paper's λ, or a schedule of it; None is α·r.

@@ -175,6 +175,11 @@ def test_every_penalty(penalty, tmp_path):
     on = ["penalty.weight=1.0"] if penalty == "fishr" else []  # its own is zero at first
     if penalty in ("wgan_gp", "wgan_lp", "dragan", "eikonal"):  # a slope of one output
         on = ["+penalty.of={_target_:hydra.utils.get_method,path:gpkit.axes.of.class_sum}"]
+    if penalty in ("sobolev", "right_reasons"):  # they compare with an entry of the batch: here x
+        name = "target" if penalty == "sobolev" else "mask"
+        on = [f"penalty.{name}={{_target_:hydra.utils.get_method,path:modules.first}}"]
+    if penalty == "sobolev":
+        on += ["+penalty.of={_target_:hydra.utils.get_method,path:gpkit.axes.of.class_sum}"]
     metrics = gpkit.train([*FAST, f"penalty={penalty}", *on], tmp_path)
     assert all(math.isfinite(value) for value in metrics.values())
     weights = [v for k, v in metrics.items() if k.startswith("penalty/") and k.endswith("/weight")]

@@ -13,14 +13,18 @@ from scenes import (
     Scene,
     images,
     losses_graph,
+    mask_graph,
     on_critic,
     on_environments,
     on_losses,
+    on_mask,
     on_outputs,
     on_sampled,
+    on_target,
     on_weights,
     on_weights_losses,
     outputs_graph,
+    target_graph,
     vectors,
     weights_graph,
     weights_losses_graph,
@@ -28,6 +32,8 @@ from scenes import (
 from torch import Tensor
 from truths import (
     Oracle,
+    of_change,
+    of_compared,
     of_cure,
     of_gnp,
     of_hidden,
@@ -35,6 +41,7 @@ from truths import (
     of_sampled,
     of_scale,
     of_spectrum,
+    of_trace,
     of_variance,
     of_weights,
 )
@@ -63,7 +70,7 @@ class Row:
     @property
     def drawn(self) -> bool:
         """Whether the points are random even where real and fake are equal."""
-        return "near" in self.where
+        return "near" in self.where or "noisy" in self.where
 
     consistent: bool = True  # the gradient is that of the value, not an estimate of it
 
@@ -159,6 +166,48 @@ ROWS = [
         where=("real", "real"),
         per_sample=False,
         consistent=False,
+    ),
+    Row(
+        "sam",
+        lambda **axes: gpkit.sam(rho=0.3, **axes),
+        on_weights,
+        None,
+        (of_gnp(0.3, 1.0),),
+        scene=partial(images, 3),
+        where=("real", "real"),
+        per_sample=False,
+        consistent=False,
+    ),
+    Row(
+        "sobolev",
+        preset("sobolev", 0.7),
+        on_target,
+        target_graph,
+        (of_compared(0.7),),
+    ),
+    Row(
+        "right_reasons",
+        preset("right_reasons", 0.7),
+        on_mask,
+        mask_graph,
+        (of_compared(0.7, mask=True),),
+        scene=partial(images, 3),
+    ),
+    Row(
+        "lipschitz_policy",
+        preset("lipschitz_policy", 0.7),
+        on_losses,
+        losses_graph,
+        (of_inputs(0.7, lambda n: n**2, loss=True),),
+        scene=partial(images, 3),
+    ),
+    Row(
+        "laplacian",
+        preset("laplacian", 0.7),
+        on_outputs,
+        outputs_graph,
+        (of_trace(0.7),),
+        scene=vectors,
     ),
     Row(
         "cure",
@@ -268,6 +317,31 @@ ROWS = [
         on_critic,
         None,
         (of_inputs(7.0, lambda n: n**2),),  # 7/2 of two means of B are 7 of the mean of 2 B
+        where=("real+fake",),
+        points=2,
+    ),
+    Row(
+        "approximate_r1",
+        preset("approximate_r1", 7.0, sigma=0.3),
+        on_critic,
+        None,
+        (of_change(7.0, 0.3),),
+        where=("real", "noisy"),
+    ),
+    Row(
+        "approximate_r2",
+        preset("approximate_r2", 7.0, sigma=0.3),
+        on_critic,
+        None,
+        (of_change(7.0, 0.3),),
+        where=("fake", "noisy"),
+    ),
+    Row(
+        "amp",
+        preset("amp", 7.0),
+        on_critic,
+        None,
+        (of_inputs(7.0, lambda n: n**2),),  # as r1_r2, where they are as many
         where=("real+fake",),
         points=2,
     ),

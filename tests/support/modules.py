@@ -17,6 +17,11 @@ QUIET = {
 }
 
 
+def first(batch):
+    """Return the first entry of a batch."""
+    return batch[0]
+
+
 class Plain(pl.LightningModule):
     """A module that knows nothing of gpkit."""
 

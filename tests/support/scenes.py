@@ -134,6 +134,24 @@ def on_outputs(act: Any, s: Scene) -> Any:
     return act(s.f, s.real)
 
 
+def on_target(act: Any, s: Scene) -> Any:
+    return act(s.f, s.real, target=s.fake)
+
+
+def on_mask(act: Any, s: Scene) -> Any:
+    return act(s.f, s.real, metric=s.fake > 0)
+
+
+def target_graph(act: Any, s: Scene) -> Any:
+    x = s.real.clone().requires_grad_()
+    return act(s.f(x), x, target=s.fake)
+
+
+def mask_graph(act: Any, s: Scene) -> Any:
+    x = s.real.clone().requires_grad_()
+    return act(s.f(x), x, metric=s.fake > 0)
+
+
 def on_critic(act: Any, s: Scene) -> Any:
     return act(s.f, real=s.real, fake=s.fake)
 

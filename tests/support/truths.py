@@ -37,6 +37,40 @@ def of_inputs(
     return oracle
 
 
+def of_compared(weight: float, *, mask: bool = False) -> Oracle:
+    """‖∇f - fake‖, or the norm where fake > 0 of the gradient of the sum of log-probabilities."""
+
+    def oracle(s: Scene, params: oracles.Params, z: list[Tensor]) -> tuple[float, Tensor, Tensor]:
+        def f(x: Tensor) -> Tensor:
+            output = s.apply(params, x[None])[0]
+            return output.log_softmax(0).sum() if mask else output[0]
+
+        g = torch.func.vmap(torch.func.grad(f))(z[0])
+        norms = (g * (s.fake > 0) if mask else g - s.fake).flatten(1).norm(dim=1)
+        return weight, norms, norms**2
+
+    return oracle
+
+
+def of_change(weight: float, sigma: float) -> Oracle:
+    """The change of the score between the two points, over σ."""
+
+    def oracle(s: Scene, params: oracles.Params, z: list[Tensor]) -> tuple[float, Tensor, Tensor]:
+        change = (s.apply(params, z[-1]) - s.apply(params, z[0]))[:, 0]
+        return weight, change.abs() / sigma, change**2
+
+    return oracle
+
+
+def of_trace(weight: float) -> Oracle:
+    def oracle(s: Scene, params: oracles.Params, z: list[Tensor]) -> tuple[float, Tensor, Tensor]:
+        hessian = torch.func.hessian(lambda x: s.apply(params, x[None])[0, 0])
+        norms = torch.stack([hessian(x).trace().abs() for x in z[0]])
+        return weight, norms, norms
+
+    return oracle
+
+
 def of_cure(weight: float, h: float) -> Oracle:
     def oracle(s: Scene, params: oracles.Params, z: list[Tensor]) -> tuple[float, Tensor, Tensor]:
         def f(x: Tensor, target: Tensor) -> Tensor:

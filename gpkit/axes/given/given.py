@@ -79,44 +79,49 @@ class Given:
             for target in targets
         ]
 
-    def weights(self, targets: Sequence[Target], axes: Axes) -> Tensor | None:
-        """Return w ``[G]``, one weight for each norm; None if all weigh the same.
 
-        Args:
-            targets: the outputs to differentiate.
-            axes: of the penalty.
+def weights_of(given: Given | None, targets: Sequence[Target], axes: Axes) -> Tensor | None:
+    """Return w ``[G]``, one weight for each norm; None if all weigh the same.
 
-        Returns:
-            The weights.
+    Args:
+        given: by the call; its weights multiply those of the points.
+        targets: the outputs to differentiate.
+        axes: of the penalty.
 
-        Raises:
-            ValueError: if there is not one weight for each sample, or a weighted mean of the values
-                has no meaning.
-        """
-        if self.sample_weight is None or axes.scope == "batch":  # there it weighs the losses
-            return None
-        if axes.scope in POOLED:
-            raise ValueError(
-                f"scope={axes.scope!r} has one norm, of a mean gradient, so it takes no "
-                "sample_weight=: weigh the samples in the loss, or use scope='batch' with losses "
-                "[B]"
-            )
-        if axes.reduce == "max":
-            raise ValueError(
-                "sample_weight= takes reduce='mean' or 'sum'; got 'max', which has no weights"
-            )
-        if isinstance(getattr(axes.form, "center", None), running_average):
-            raise ValueError(
-                "sample_weight= does not weigh the running average in the form: use a number as "
-                "its centre"
-            )
-        first = targets[0]
-        if not first.batched:
-            count = len(first.y) if first.layers is not None else len(targets)
-            return sample_weights(self.sample_weight, count)
-        batch = len(first.xs[0])
-        pixels = math.prod(first.xs[0].shape[2:]) if first.pixels else 1
-        return sample_weights(self.sample_weight, batch, pixels)
+    Returns:
+        The weights.
+
+    Raises:
+        ValueError: if there is not one weight for each sample, or a weighted mean of the values has
+            no meaning.
+    """
+    first = targets[0]
+    samples = None if given is None else given.sample_weight
+    if axes.scope == "batch":  # there they weigh the losses
+        samples = None
+    if samples is None and first.weights is None:
+        return None
+    if axes.scope in POOLED:
+        raise ValueError(
+            f"scope={axes.scope!r} has one norm, of a mean gradient, so it takes no "
+            "sample_weight=: weigh the samples in the loss, or use scope='batch' with losses [B]"
+        )
+    if axes.reduce == "max":
+        raise ValueError(
+            "sample_weight= takes reduce='mean' or 'sum'; got 'max', which has no weights"
+        )
+    if isinstance(getattr(axes.form, "center", None), running_average):
+        raise ValueError(
+            "sample_weight= does not weigh the running average in the form: use a number as its "
+            "centre"
+        )
+    if not first.batched:
+        count = len(first.y) if first.layers is not None else len(targets)
+        return sample_weights(samples, count)
+    batch = len(first.xs[0])
+    pixels = math.prod(first.xs[0].shape[2:]) if first.pixels else 1
+    parts = [sample_weights(w, batch, pixels) for w in (samples, first.weights) if w is not None]
+    return parts[0] if len(parts) == 1 else parts[0] * parts[1].to(parts[0].device)
 
 
 def as_given(given: Mapping[str, Any], penalty: Any) -> dict[str, Given]:

@@ -12,7 +12,8 @@ from gpkit import checks
 NAMES = ("target", "metric", "sample_weight")
 
 # Where trainers find what a call gives: the key of an entry of the batch, or a function of it.
-Keys = Mapping[str, str | int | Callable[[Any], Any]]
+Key = str | int | Callable[[Any], Any]
+Keys = Mapping[str, Key]
 
 Metric = Callable[[Tensor], Tensor]
 
