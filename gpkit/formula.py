@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from gpkit.autodiff import graph
 from gpkit.autodiff.derivatives import MENDED, mended
 from gpkit.autodiff.distributed import require_dynamic_graph
+from gpkit.autodiff.known_gradient import Difference, known_gradient, node_of
 from gpkit.autodiff.numerics import root
 from gpkit.autodiff.random import Source, has_ranks
 from gpkit.axes.form import Form
@@ -81,9 +83,24 @@ class Terms:
         """Return the scalar to add to the loss, ``weight * reduced``."""
         return self.weight * self.reduced
 
-    def added_to(self, loss: Tensor) -> Tensor:
-        """Return ``loss + penalty``, in one operation."""
-        return torch.add(loss, self.reduced, alpha=self.weight)
+    def added_to(self, loss: Tensor, *, overwrite: bool = False) -> Tensor:
+        """Return ``loss + penalty``, in one operation; with one gradient if both are known.
+
+        Args:
+            loss: the loss.
+            overwrite: whether a known gradient of the loss may be overwritten.
+        """
+        total = torch.add(loss, self.reduced, alpha=self.weight)
+        own = self.squared_norms.grad_fn
+        difference: Difference | None = getattr(own, "difference", None)
+        _, grads = getattr(node_of(loss), "known", ((), ()))
+        if difference is None or not difference.starts_at(grads):
+            return total
+        if not graph.passes(self.reduced, own):  # the form has a graph of its own
+            return total
+        (share,) = torch.autograd.grad(self.penalty, self.squared_norms)
+        grads = difference.added_to(grads, share.sum(), overwrite=overwrite)
+        return known_gradient(total, difference.leaves, grads)
 
     def detached(self) -> Terms:
         """Return the same terms without graphs."""

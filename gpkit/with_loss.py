@@ -66,13 +66,13 @@ def with_loss(
     if len(in_weights) == 1 and not first.estimator.reuses_graph:
         given = y = summarised(y) if y.numel() == 1 and y.requires_grad else y
         selected = True
-    total = y.mean()
+    total = y.reshape(()) if y.numel() == 1 else y.mean()
     for penalty in in_weights:
         plain = penalty.estimator.reuses_graph and layers is None
         again = partial(Recomputable, function=closure, state=state, layers=layers)
         f = given if plain else again(given, selected=selected)
         terms = penalty.act(f, net, step=step)
-        total = total if terms is None else terms.added_to(total)
+        total = total if terms is None else terms.added_to(total, overwrite=True)
     return total
 
 

@@ -232,11 +232,6 @@ children_of: Callable[[nn.Module], dict[str, nn.Module | None]] = attrgetter("_m
 parameters_of: Callable[[nn.Module], dict[str, Tensor | None]] = attrgetter("_parameters")
 
 
-def put_buffer(module: nn.Module, name: str, value: Tensor) -> None:
-    """Replace a buffer of a scripted or traced module: they are in C++, behind setattr."""
-    setattr(module, name, value)
-
-
 # write_count(tensor): the number of in-place writes to a tensor, not counted in inference mode.
 # torch.autograd.graph has `increment_version`, but no function to read the version.
 write_count: Callable[[Tensor], int] = attrgetter("_version")
@@ -300,6 +295,10 @@ def tracing_gradients() -> AbstractContextManager[Any]:
 
     return torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=256)
 
+
+# Operations on lists of tensors, by which torch's optimisers take one call instead of one a tensor.
+_NAMES = [f"_foreach_{name}" for name in ("norm", "mul", "lerp", "add_", "sub_", "mul_", "lerp_")]
+norms_of, times, lerp, add_to, subtract_from, scale_by, lerp_to = attrgetter(*_NAMES)(torch)
 
 # Tensor subclasses: "Extending PyTorch" documents these, though the names have an underscore.
 

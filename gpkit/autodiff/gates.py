@@ -107,9 +107,18 @@ def recorded(y: Tensor) -> Iterator[Gates]:
             handle.remove()
 
 
-def carry(y: Tensor, gates: Gates) -> Tensor:
-    """Return ``y``, whose gradient is known, with the gates of the graph that it stands for."""
-    y.grad_fn.gates = gates  # type: ignore[union-attr]
+def carry(y: Tensor, gates: Gates, known: Any = None) -> Tensor:
+    """Return ``y``, whose gradient is known, with the gates of the graph that it stands for.
+
+    Args:
+        y: the value.
+        gates: of the graph.
+        known: the leaves and the gradients, for others to take without a backward pass.
+    """
+    node: Any = y.grad_fn
+    node.gates = gates
+    if known is not None:
+        node.known = known
     return y
 
 

@@ -114,6 +114,20 @@ def uses(tensor: Tensor) -> Counter[int]:
     return found
 
 
+def passes(y: Tensor, node: Any) -> bool:
+    """Whether all paths from ``y`` to a leaf pass through a node."""
+    stack: list[Any] = [y.grad_fn]
+    seen = {node, None}
+    while stack:
+        found = stack.pop()
+        if found not in seen:
+            seen.add(found)
+            if hasattr(found, compat.LEAF):
+                return False
+            stack.extend(parent for parent, _ in found.next_functions)
+    return y.grad_fn is not None
+
+
 def depends(y: Tensor, x: Tensor) -> bool:
     """Whether ``x`` is in the graph of ``y``."""
     if x.grad_fn is not None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from gpkit.autodiff.compat import add_to, lerp, lerp_to, scale_by, subtract_from
 
 
 @contextmanager
-def perturbed(tensors: Sequence[Tensor], moves: Sequence[Tensor]) -> Iterator[None]:
+def perturbed(
+    tensors: Sequence[Tensor], moves: Sequence[Tensor], *, swap: bool = False
+) -> Iterator[None]:
     """Move leaf tensors in place, and restore their values bit for bit at the end.
 
     Graphs that saved the tensors stay valid: the values are restored before such a graph is used,
@@ -21,11 +25,23 @@ def perturbed(tensors: Sequence[Tensor], moves: Sequence[Tensor]) -> Iterator[No
     Args:
         tensors: the tensors to move.
         moves: the tensor to add to each.
+        swap: exchange the memory of the tensors instead of writing to it, where no other tensor
+            can share it. The moves are overwritten then.
 
     Yields:
         Nothing.
     """
     values = [t.data for t in tensors]  # the same memory, without version counting
+    if swap and all(map(owns_memory, tensors)):
+        add_to(moves, values)
+        try:
+            for tensor, moved in zip(tensors, moves, strict=True):
+                tensor.data = moved
+            yield
+        finally:
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.data = value
+        return
     copies = [v.clone() for v in values]
     try:
         for value, move in zip(values, moves, strict=True):
@@ -34,6 +50,27 @@ def perturbed(tensors: Sequence[Tensor], moves: Sequence[Tensor]) -> Iterator[No
     finally:
         for value, copy in zip(values, copies, strict=True):
             value.copy_(copy)
+
+
+def owns_memory(tensor: Tensor) -> bool:
+    """Whether a tensor is plain and has a whole piece of CPU memory, so that none shares it."""
+    # On other devices kernels may rely on where weights lie, such as cuDNN's recurrent nets.
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu":
+        return False
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
+    return whole and tensor.is_contiguous() and not tensor.is_shared()
+
+
+def is_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether operations on lists do for these: plain, dense, real tensors of one wide dtype."""
+    kinds = {(type(t), t.dtype, t.device, t.layout) for t in tensors}
+    dtypes = {dtype for _, dtype, *_ in kinds}
+    return (
+        {kind for kind, *_ in kinds} <= {Tensor, nn.Parameter}
+        and len({kind[1:] for kind in kinds}) == 1
+        and dtypes <= {torch.float32, torch.float64}
+        and all(t.layout == torch.strided for t in tensors)
+    )
 
 
 def require_leaves(tensors: Sequence[Tensor]) -> None:
@@ -49,11 +86,60 @@ def require_leaves(tensors: Sequence[Tensor]) -> None:
         )
 
 
+class Difference(NamedTuple):
+    """The gradient of a value as a difference of two, ``times · (after - before)``."""
+
+    leaves: Sequence[Tensor]
+    before: Sequence[Tensor]
+    after: Sequence[Tensor]
+    times: Tensor
+
+    def computed(self) -> list[Tensor]:
+        """Return the gradients."""
+        pairs = zip(self.before, self.after, strict=True)
+        return [(after - before) * self.times for before, after in pairs]
+
+    def starts_at(self, grads: Sequence[Tensor]) -> bool:
+        """Whether the gradients before are these."""
+        same = (a is b for a, b in zip(grads, self.before, strict=False))
+        return len(grads) == len(self.before) and all(same)
+
+    def added_to(
+        self, grads: Sequence[Tensor], share: Tensor, *, overwrite: bool
+    ) -> Sequence[Tensor]:
+        """Return ``grads + share · times · (after - before)``, where ``before`` are ``grads``.
+
+        Args:
+            grads: the gradients before.
+            share: a constant factor, a scalar.
+            overwrite: whether the result may be written to ``grads``.
+        """
+        share = share.to(self.times) * self.times
+        if share.device.type == "cpu":
+            if not overwrite:
+                return lerp(grads, self.after, float(share))
+            lerp_to(grads, self.after, float(share))
+            return grads
+        subtract_from(self.after, grads)  # on other devices a number would wait for the device
+        scale_by(self.after, share)
+        add_to(self.after, grads)
+        return self.after
+
+
+def node_of(value: Tensor) -> Any:
+    """Return the node that computed a number, behind changes of its shape."""
+    node = value.grad_fn
+    while node is not None and node.name() in ("ViewBackward0", "ReshapeAliasBackward0"):
+        node = node.next_functions[0][0]
+    return node
+
+
 def known_gradient(
     value: Tensor,
     leaves: Sequence[Tensor],
     grads: Sequence[Tensor],
     share: Tensor | None = None,
+    difference: Difference | None = None,
 ) -> Tensor:
     """Return a value whose gradients in ``leaves`` are ``grads``: its backward computes nothing.
 
@@ -62,6 +148,7 @@ def known_gradient(
         leaves: the tensors that the value depends on.
         grads: the gradient of the value in each leaf; with ``share``, of ⟨share, value⟩.
         share: c ``[G]``: the incoming gradient of the backward pass must be a multiple of c.
+        difference: what ``grads`` are; then these are empty, and computed when they are needed.
 
     Returns:
         The value, differentiable once.
@@ -72,23 +159,44 @@ def known_gradient(
     >>> w.grad
     tensor([6., 8.])
     """
-    share = torch.ones_like(value) if share is None else share
-    out: Tensor = _KnownGradient.apply(value.detach(), share, len(leaves), *leaves, *grads)
+    times = None if difference is None else difference.times
+    if difference is not None:
+        grads = [*difference.before, *difference.after]
+    out: Tensor = _KnownGradient.apply(value.detach(), share, times, len(leaves), *leaves, *grads)
+    if out.grad_fn is not None:
+        out.grad_fn.difference = difference  # type: ignore[attr-defined]
     return out
 
 
 class _KnownGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, share: Tensor, count: int, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(share, *tensors[count:])
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        share: Tensor | None,
+        times: Tensor | None,
+        count: int,
+        *tensors: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(share, times, *tensors[count:])
         ctx.dtypes = [t.dtype for t in tensors[:count]]
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        share, *known = ctx.saved_tensors
-        size = share.square().sum()
-        factor = (grad * share).sum() / torch.where(size == 0, 1, size)
-        grads = [(g * factor).to(dtype) for g, dtype in zip(known, ctx.dtypes, strict=True)]
-        return None, None, None, *grads, *[None] * len(grads)
+        share, times, *known = ctx.saved_tensors
+        if share is None:
+            factor = grad.sum()
+        else:
+            size = share.square().sum()
+            factor = (grad * share).sum() / torch.where(size == 0, 1, size)
+        grads = known
+        count = len(ctx.dtypes)
+        if times is not None:
+            grads = [a - b for b, a in zip(known[:count], known[count:], strict=True)]
+            factor = factor * times
+        if factor.device.type != "cpu" or factor != 1:  # reading it would wait for another device
+            grads = [g * factor for g in grads]
+        grads = [g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
+        return None, None, None, None, *grads, *[None] * len(known)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from gpkit.autodiff.compat import buffers_of, is_compiled, put_buffer
+from gpkit.autodiff.compat import buffers_of, is_compiled
 from gpkit.autodiff.random import RandomState, random_state
 from gpkit.autodiff.reached import (
     NO_OTHERS,
@@ -183,7 +183,7 @@ def own_state(
 def put(module: nn.Module, name: str, buffer: Tensor) -> None:
     """Replace a buffer of a module."""
     if isinstance(module, torch.jit.ScriptModule):
-        put_buffer(module, name, buffer)
+        setattr(module, name, buffer)  # they are in C++
     else:
         buffers_of(module)[name] = buffer
 

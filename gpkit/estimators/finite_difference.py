@@ -12,7 +12,7 @@ from gpkit import checks
 from gpkit.autodiff import graph
 from gpkit.autodiff.derivatives import as_rows, first_gradients
 from gpkit.autodiff.gates import Gates, recorded
-from gpkit.autodiff.known_gradient import known_gradient, perturbed, require_leaves
+from gpkit.autodiff.known_gradient import known_gradient
 from gpkit.autodiff.numerics import (
     Over,
     Rows,
@@ -20,7 +20,6 @@ from gpkit.autodiff.numerics import (
     nonzero_mask,
     over_all,
     over_rows,
-    pairwise_sums,
     reduce_rows,
     root,
     shaped,
@@ -30,8 +29,8 @@ from gpkit.autodiff.numerics import (
 )
 from gpkit.autodiff.random import Source
 from gpkit.estimators.base import Estimator, Target, require_function, require_gradient
-from gpkit.estimators.compared import Compared
 from gpkit.estimators.step_factor import FINE, SIGNS, Known, ascent, length_for, search
+from gpkit.estimators.weight_difference import of_weights
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class finite_difference(Estimator):
             return self.of_mean(target, evaluate, norm)
         if target.batched:
             return self.of_inputs(target, evaluate, norm)
-        return self.of_weights(target, evaluate, norm)
+        return of_weights(self, target, evaluate, norm)
 
     def of_inputs(self, target: Target, evaluate: Callable[..., Tensor], norm: str) -> Tensor:
         """Return n² ``[G]``, whose gradient is that of ((f(x + hv) - f(x)) / h)²."""
@@ -166,86 +165,6 @@ class finite_difference(Estimator):
         leaves = [p for p in graph.leaves(target.y) if not any(p is x for x in target.xs)]
         change = slope(self.factor(spacing(target.y, *target.xs), leaves, difference))
         return n2 + 2 * n * (change - change.detach())  # n is known, and its gradient is not
-
-    def of_weights(self, target: Target, evaluate: Callable[..., Tensor], norm: str) -> Tensor:
-        """Return ‖∇L‖² ``[1]``, whose gradient in all leaves is 2n (∇L(θ + hv) - ∇L(θ)) / h."""
-        require_leaves(target.xs)
-        leaves = graph.leaves(target.y)
-        where = [next((i for i, p in enumerate(leaves) if p is x), None) for x in target.xs]
-        with recorded(target.y) as gates:
-            base = first_gradients(target.y, tuple(leaves))
-        grads = zeros_for_none([None if i is None else base[i] for i in where], target.xs)
-        window, scale = target.window, target.scale
-        if window is not None:
-            grads = window.mean(grads, target.xs, scale)
-        elif all(i is None for i in where):
-            rows = tuple(as_rows(widened(g), False) for g in grads)
-            return reduce_rows(target.split([rows]), norm)
-
-        def gradient(moves: list[Tensor] | None) -> list[Tensor]:
-            if moves is None:
-                here = [widened(g) for g in zeros_for_none(base, leaves)]
-                return pairwise_sums(here, window.earlier_sum(leaves, scale)) if window else here
-            with perturbed(target.xs, moves):
-                y = evaluate()
-                self.hold(gates, y)
-                moved = first_gradients(y, tuple(leaves), retain=False)
-                there = [widened(g) for g in zeros_for_none(moved, leaves)]
-                if window is None:
-                    return there
-                return pairwise_sums(there, window.rerun_sum(leaves, scale, self.hold))
-
-        known, compared = (target.xs, grads, norm, spacing(target.y, *target.xs)), target.compared
-        n, slopes = self.slopes(*known, gradient, compared=compared)
-        n2 = known_gradient(n.square().reshape(1), leaves, slopes)
-        return n2 if compared is None else compared.pulled(n2, ascent(compared, grads, norm))
-
-    def slopes(
-        self,
-        xs: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        norm: str,
-        epsilon: float,
-        gradient: Callable[[list[Tensor] | None], list[Tensor]],
-        over: Over = over_all,
-        compared: Compared | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Return n, the norm of the gradient in weights, and the gradient of n² in all leaves.
-
-        Args:
-            xs: the weights θ.
-            grads: ∇L in ``xs``.
-            norm: "l2", "l1" or "linf".
-            epsilon: of the dtype that the loss is computed in.
-            gradient: moves (None: none) -> ∇L in all leaves, at weights moved by them.
-            over: the sum or maximum over all entries, see `over_all`.
-            compared: what ∇L is compared with.
-
-        Returns:
-            n, a scalar, and 2n (∇L(θ + hv) - ∇L(θ)) / h, one tensor for each leaf.
-        """
-        n, v, directions = ascent(compared, grads, norm, over)
-        length = over(v if self.step else directions, torch.square, "sum").sqrt()
-        weights = [x.detach() for x in xs]
-        size = over(weights, torch.square, "sum").sqrt() / sum(x.numel() for x in xs) ** 0.5
-        unit = length_for(size, epsilon, self.step, self.side)
-        unit = unit / torch.where(length > 0, length, torch.ones_like(length))
-        a, b = SIGNS[self.side]
-
-        def difference(factor: float) -> list[Tensor]:
-            h = unit * factor
-
-            def along(sign: float) -> list[Tensor]:
-                if sign == 0:
-                    return gradient(None)
-                pairs = zip(xs, directions, strict=True)
-                return gradient([(h * sign * v).to(x.dtype) for x, v in pairs])
-
-            times = 2 * n / ((b - a) * h)
-            pairs = zip(along(a), along(b), strict=True)
-            return [(widened(after) - before) * times for before, after in pairs]
-
-        return n, difference(self.factor(epsilon, xs, difference, over))
 
     def of_mean(self, target: Target, evaluate: Callable[..., Tensor], norm: str) -> Tensor:
         r"""Return n² ``[G]`` of the samples if only their mean loss L is known.

@@ -175,6 +175,9 @@ def summarised(
         grads = torch.autograd.grad(y, leaves, retain_graph=retain)
     if scale is not None:
         grads = tuple(g.to(wide(g)) / scale for g in grads)
+    shared = False
     for window, function in windows:
         window.add(function, leaves, grads, gates)
-    return carry(known_gradient(loss, leaves, grads), gates)
+        shared = True
+    known = None if shared else (leaves, grads)
+    return carry(known_gradient(loss, leaves, grads), gates, known)

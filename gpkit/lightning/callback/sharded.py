@@ -20,6 +20,7 @@ from gpkit.autodiff.known_gradient import known_gradient, perturbed
 from gpkit.autodiff.numerics import as_real, spacing, widened, zeros_for_none
 from gpkit.estimators.base import Recomputable
 from gpkit.estimators.finite_difference import finite_difference
+from gpkit.estimators.weight_difference import slopes_of
 from gpkit.formula import Terms
 from gpkit.gradient_penalty import NO_GRAPH
 from gpkit.needs import needs_of
@@ -210,8 +211,8 @@ class ShardedWeights:
 
         grads = zeros_for_none([base[x] for x in chosen], chosen)
         norm = penalty.form.norm
-        n, slopes = penalty.estimator.slopes(
-            chosen, grads, norm, epsilon, gradient, reduce_over_shards
+        n, slopes = slopes_of(
+            penalty.estimator, chosen, grads, norm, epsilon, gradient, reduce_over_shards
         )
         n2 = known_gradient(n.square().reshape(1), list(base), slopes)
         return formula.terms(penalty, n2, weight, observe=True)
