@@ -6,8 +6,11 @@ penalty what it needs. Only this file reads the axes for that purpose.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
+from weakref import WeakKeyDictionary
 from typing import Any
 
 from gpkit.autodiff import activations
@@ -133,6 +136,8 @@ class Needs:
 def needs_of(penalty: Penalty) -> Needs:
     """Return what a penalty needs from the code that runs the forward pass.
 
+    It is asked at every step, and worked out anew where a choice of the penalty was replaced.
+
     Args:
         penalty: a `GradientPenalty` or an `EnvironmentPenalty`.
 
@@ -143,6 +148,19 @@ def needs_of(penalty: Penalty) -> Needs:
         features = penalty.statistic.features
         return Needs("environments", features=features, measures=penalty.measures)
     assert isinstance(penalty, GradientPenalty), penalty
+    choices = [*penalty.axes().values(), penalty.given, penalty.metric]
+    before, needs = _KNOWN.get(penalty, ([], None))
+    same = len(before) == len(choices) and all(map(operator.is_, before, choices))
+    if needs is None or not same:
+        needs = _worked_out(penalty)
+        _KNOWN[penalty] = choices, needs
+    return needs
+
+
+_KNOWN: WeakKeyDictionary[GradientPenalty, tuple[list[Any], Needs]] = WeakKeyDictionary()
+
+
+def _worked_out(penalty: GradientPenalty) -> Needs:
     of, wrt, estimator = penalty.of, penalty.wrt, penalty.estimator
     in_weights, loss = not wrt.batched, penalty.of == "loss"
     own_forward = penalty.forward != "isolated"

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import gpkit
+from gpkit.needs import needs_of
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -176,3 +177,13 @@ def test_once_differentiable_function(order):
         gpkit.curvature(order=order)(lambda x: Cube.apply(net(x)), data())
     h = Cube.apply(net[:2](data()))  # upstream of the variables it does no harm
     gpkit.curvature(order=order)(net[2](h).tanh(), h).backward()
+
+
+def test_needs_are_worked_out_again_where_a_choice_was_replaced():
+    penalty = gpkit.weight_grad_norm()
+    needs = needs_of(penalty)
+    assert needs_of(penalty) is needs
+    penalty.estimator = gpkit.finite_difference()
+    assert needs_of(penalty).loss_at_two_points
+    penalty.weight = gpkit.gradient_share(0.1)
+    assert needs_of(penalty).measures
