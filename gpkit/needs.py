@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
-from typing import Any
 
 from gpkit.autodiff import activations
 from gpkit.axes.at import At, fake, interpolate

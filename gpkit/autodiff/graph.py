@@ -273,9 +273,6 @@ def fingerprint_of(target: Differentiated) -> Fingerprint:
     return target.made.fingerprint(target.y, target.xs)
 
 
-MANY = 64
-
-
 @dataclass(eq=False)
 class Made:
     """How a graph was made: it tells the fingerprint without a walk, if such a graph is known.
@@ -304,7 +301,7 @@ class Made:
         if known.graphs and found.key != key:  # it does something new
             known.facts -= SEEN_ONCE
         if found.key[1].issubset(map(id, params)):
-            if len(known.graphs) >= MANY:  # such as sequences of many lengths
+            if len(known.graphs) >= 64:  # such as sequences of many lengths
                 known.graphs.clear()
             refs = [weakref.ref(leaf) for leaf in found.leaves]
             known.graphs[made] = found.key, refs, found.kinds
