@@ -64,4 +64,4 @@ def test_no_call_goes_back_into_a_file_that_is_still_running():
     files = [int(count) for count, *_ in walks]
     assert files[1] <= 17  # wgan_gp, second call
     assert files[3] <= 12  # weight_grad_norm
-    assert files[5] <= 29  # the callback's training step
+    assert files[5] <= 30  # the callback's training step

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -14,11 +14,9 @@ from gpkit.autodiff.derivatives import as_rows, first_gradients
 from gpkit.autodiff.gates import Gates, recorded
 from gpkit.autodiff.known_gradient import known_gradient
 from gpkit.autodiff.numerics import (
-    Over,
     Rows,
     length_of,
     nonzero_mask,
-    over_all,
     over_rows,
     reduce_rows,
     root,
@@ -29,7 +27,7 @@ from gpkit.autodiff.numerics import (
 )
 from gpkit.autodiff.random import Source
 from gpkit.estimators.base import Estimator, Target, require_function, require_gradient
-from gpkit.estimators.step_factor import FINE, SIGNS, Known, ascent, length_for, search
+from gpkit.estimators.step_factor import SIGNS, Known, ascent, length_for, look
 from gpkit.estimators.weight_difference import of_weights
 
 
@@ -163,7 +161,10 @@ class finite_difference(Estimator):
         if self.step is not None:
             return slope(1.0).square()
         leaves = [p for p in graph.leaves(target.y) if not any(p is x for x in target.xs)]
-        change = slope(self.factor(spacing(target.y, *target.xs), leaves, difference))
+        looking = look(self, spacing(target.y, *target.xs), leaves)
+        for factor in looking:
+            looking.found = difference(factor)
+        change = slope(looking.factor)
         return n2 + 2 * n * (change - change.detach())  # n is known, and its gradient is not
 
     def of_mean(self, target: Target, evaluate: Callable[..., Tensor], norm: str) -> Tensor:
@@ -208,35 +209,16 @@ class finite_difference(Estimator):
             pairs = zip(along(a), along(b), strict=True)
             return [(after - before) / ((b - a) * h) for before, after in pairs]
 
-        slopes = difference(self.factor(spacing(target.y, *target.xs), leaves, difference))
+        looking = look(self, spacing(target.y, *target.xs), leaves)
+        for factor in looking:
+            looking.found = difference(factor)
+        slopes = difference(looking.factor)
         return known_gradient(n2, leaves, slopes, c)
 
     def hold(self, gates: Gates, y: Tensor) -> None:
         """Keep a moved output on the pieces of the first point."""
         if not self.cross_kinks:
             gates.hold(y)
-
-    def factor(
-        self,
-        epsilon: float,
-        leaves: Sequence[Tensor],
-        difference: Callable[[float], list[Tensor]],
-        over: Over = over_all,
-    ) -> float:
-        """Return the factor of the step for this net, see `search`, and count a use."""
-        if not leaves or not (self.check_every or (self.step is None and epsilon > FINE)):
-            return 1.0
-        uses, factor = self.factors.recall(leaves[0])
-        if uses == 0 or (self.check_every and uses % self.check_every == 0):
-            looking = search(factor, over, self.step is not None)
-            try:
-                asked = next(looking)
-                while True:
-                    asked = looking.send(difference(asked))
-            except StopIteration as done:
-                factor = done.value
-        self.factors.note(leaves[0], uses + 1, factor)
-        return factor
 
     def lengths(self, target: Target, directions: Rows) -> Tensor:
         """Return h ``[G]``, such that h·‖v‖ is the length of the step."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Generator, Sequence
-from typing import Any
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 from weakref import ref
 
 import torch
@@ -42,6 +43,68 @@ class Known(dict[int, tuple["ref[Tensor]", int, float]]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Known, ()
+
+
+class Stepping(Protocol):
+    """What `finite_difference` says of its step."""
+
+    @property
+    def step(self) -> float | None:
+        """The length, if it is given."""
+
+    @property
+    def side(self) -> str:
+        """The side of the difference."""
+
+    @property
+    def cross_kinks(self) -> bool:
+        """Whether units may change pieces within the step."""
+
+    @property
+    def check_every(self) -> int:
+        """How often the step is looked at."""
+
+    @property
+    def factors(self) -> Known:
+        """What is known of nets."""
+
+
+@dataclass(eq=False)
+class look:
+    """A look at the step for a net: iterate over factors, and give the difference at each.
+
+    There are none where the net is known. Then, and at the end, ``factor`` is the one to use.
+
+    Args:
+        fd: the step.
+        epsilon: the machine epsilon.
+        leaves: of the net.
+        over: see `search`.
+    """
+
+    fd: Stepping
+    epsilon: float
+    leaves: Sequence[Tensor]
+    over: Over = over_all
+    factor: float = 1.0
+    found: Sequence[Tensor] = ()
+
+    def __iter__(self) -> Iterator[float]:
+        """Yield factors; set ``found`` to the difference quotient at each."""
+        fd, leaves = self.fd, self.leaves
+        if not leaves or not (fd.check_every or (fd.step is None and self.epsilon > FINE)):
+            return
+        uses, self.factor = fd.factors.recall(leaves[0])
+        if uses == 0 or (fd.check_every and uses % fd.check_every == 0):
+            looking = search(self.factor, self.over, fd.step is not None)
+            try:
+                asked = next(looking)
+                while True:
+                    yield asked
+                    asked = looking.send(self.found)
+            except StopIteration as done:
+                self.factor = done.value
+        fd.factors.note(leaves[0], uses + 1, self.factor)
 
 
 def search(start: float, over: Over, fixed: bool) -> Search:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,38 +31,12 @@ from gpkit.autodiff.numerics import (
 )
 from gpkit.estimators.base import Target
 from gpkit.estimators.compared import Compared
-from gpkit.estimators.step_factor import SIGNS, ascent, length_for
+from gpkit.estimators.step_factor import SIGNS, Stepping, ascent, length_for, look
 
 Gradient = Callable[[list[Tensor] | None], list[Tensor]]  # moves (None: none) -> ∇L in all leaves
 
 
-class Differences(Protocol):
-    """What `finite_difference` says of a step."""
-
-    @property
-    def step(self) -> float | None:
-        """Its length, if it is given."""
-
-    @property
-    def side(self) -> str:
-        """The side of the difference."""
-
-    def hold(self, gates: Gates, y: Tensor) -> None:
-        """Keep a moved output on the pieces of the first point."""
-
-    def factor(
-        self,
-        epsilon: float,
-        leaves: Sequence[Tensor],
-        difference: Callable[[float], list[Tensor]],
-        over: Over = over_all,
-    ) -> float:
-        """Return the factor of the step for this net."""
-
-
-def of_weights(
-    fd: Differences, target: Target, evaluate: Callable[..., Tensor], norm: str
-) -> Tensor:
+def of_weights(fd: Stepping, target: Target, evaluate: Callable[..., Tensor], norm: str) -> Tensor:
     """Return ‖∇L‖² ``[1]``, whose gradient in all leaves is 2n (∇L(θ + hv) - ∇L(θ)) / h.
 
     Args:
@@ -91,18 +65,22 @@ def of_weights(
         rows = tuple(as_rows(widened(g), False) for g in grads)
         return reduce_rows(target.split([rows]), norm)
 
+    def hold(gates: Gates, y: Tensor) -> None:
+        if not fd.cross_kinks:
+            gates.hold(y)
+
     def gradient(moves: list[Tensor] | None) -> list[Tensor]:
         if moves is None:
             here = [widened(g) for g in zeros_for_none(base, leaves)]
             return pairwise_sums(here, window.earlier_sum(leaves, scale)) if window else here
         with perturbed(target.xs, moves, swap=True):
             y = evaluate()
-            fd.hold(gates, y)
+            hold(gates, y)
             moved = first_gradients(y, tuple(leaves), retain=False)
             there = [widened(g) for g in zeros_for_none(moved, leaves)]
             if window is None:
                 return there
-            return pairwise_sums(there, window.rerun_sum(leaves, scale, fd.hold))
+            return pairwise_sums(there, window.rerun_sum(leaves, scale, hold))
 
     epsilon = spacing(target.y, *target.xs)
     plain = window is None and target.compared is None and norm == "l2"
@@ -116,7 +94,7 @@ def of_weights(
 
 
 def in_few_passes(
-    fd: Differences,
+    fd: Stepping,
     xs: Sequence[Tensor],
     grads: Sequence[Tensor],
     leaves: Sequence[Tensor],
@@ -134,11 +112,14 @@ def in_few_passes(
         before, after = (gradient(times(grads, h * s) if s else None) for s in (a, b))
         return Difference(leaves, before, after, (n > 0) * 2 / ((b - a) * h))
 
-    return n, ends(fd.factor(epsilon, xs, lambda factor: ends(factor).computed()))
+    looking = look(fd, epsilon, xs)
+    for factor in looking:
+        looking.found = ends(factor).computed()
+    return n, ends(looking.factor)
 
 
 def slopes_of(
-    fd: Differences,
+    fd: Stepping,
     xs: Sequence[Tensor],
     grads: Sequence[Tensor],
     norm: str,
@@ -183,4 +164,7 @@ def slopes_of(
         pairs = zip(along(a), along(b), strict=True)
         return [(widened(after) - before) * times for before, after in pairs]
 
-    return n, difference(fd.factor(epsilon, xs, difference, over))
+    looking = look(fd, epsilon, xs, over)
+    for factor in looking:
+        looking.found = difference(factor)
+    return n, difference(looking.factor)
