@@ -27,8 +27,8 @@ from gpkit.autodiff.numerics import (
 )
 from gpkit.autodiff.random import Source
 from gpkit.estimators.base import Estimator, Target, require_function, require_gradient
-from gpkit.estimators.step_factor import SIGNS, Known, ascent, length_for, look
-from gpkit.estimators.weight_difference import of_weights
+from gpkit.estimators.differences.step_factor import SIGNS, Known, ascent, length_for, look
+from gpkit.estimators.differences.weight_difference import of_weights
 
 
 @dataclass(frozen=True)

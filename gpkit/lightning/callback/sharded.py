@@ -19,8 +19,8 @@ from gpkit.autodiff.isolation import isolated
 from gpkit.autodiff.known_gradient import known_gradient, perturbed
 from gpkit.autodiff.numerics import as_real, spacing, widened, zeros_for_none
 from gpkit.estimators.base import Recomputable
+from gpkit.estimators.differences.weight_difference import slopes_of
 from gpkit.estimators.finite_difference import finite_difference
-from gpkit.estimators.weight_difference import slopes_of
 from gpkit.formula import Terms
 from gpkit.gradient_penalty import NO_GRAPH
 from gpkit.needs import needs_of

@@ -31,7 +31,7 @@ from gpkit.autodiff.numerics import (
 )
 from gpkit.estimators.base import Target
 from gpkit.estimators.compared import Compared
-from gpkit.estimators.step_factor import SIGNS, Stepping, ascent, length_for, look
+from gpkit.estimators.differences.step_factor import SIGNS, Stepping, ascent, length_for, look
 
 Gradient = Callable[[list[Tensor] | None], list[Tensor]]  # moves (None: none) -> ∇L in all leaves
 

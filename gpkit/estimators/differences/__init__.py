@@ -1,0 +1,1 @@
+"""How finite differences step: the length, and the difference in the weights."""
