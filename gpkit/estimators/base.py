@@ -221,6 +221,19 @@ def require_inputs(estimator: Estimator, norm: str, batched: bool) -> None:
         )
 
 
+def require_movable(estimator: Estimator, target: Target) -> None:
+    """Refuse variables that are computed from the inputs, where only inputs can be replaced.
+
+    Raises:
+        ValueError: if they are, as the output of a submodule is.
+    """
+    if target.batched and any(x.grad_fn is not None for x in target.xs):
+        raise ValueError(
+            f"`estimator={type(estimator).__name__}()` evaluates the function at other inputs; got "
+            "the output of a submodule as the variable: use estimator='projection' or 'exact'"
+        )
+
+
 def require_function(estimator: Estimator, target: Target) -> Callable[..., Tensor]:
     """Return the function to evaluate.
 
@@ -229,6 +242,7 @@ def require_function(estimator: Estimator, target: Target) -> Callable[..., Tens
     """
     name = type(estimator).__name__
     if target.evaluate is None:
+        require_movable(estimator, target)
         call = "penalty(f, x)" if target.batched else "penalty(closure, net)"
         raise ValueError(
             f"`estimator={name}()` needs a callable, to evaluate it at other points; got a tensor: "

@@ -43,7 +43,8 @@ class gaussian_product(Estimator):
         if order > 1 or norm != "l2":
             raise ValueError(
                 "`estimator=gaussian_product()` gives the l2 norm of a first derivative; "
-                f"got order={order}, norm={norm!r}: use estimator='projection'"
+                f"got order={order}, norm={norm!r}: use estimator="
+                + ("'projection'" if norm == "l2" else "'exact'")
             )
 
     def squared_norms(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:

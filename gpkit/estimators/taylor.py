@@ -12,7 +12,7 @@ from gpkit.autodiff.derivatives import as_rows
 from gpkit.autodiff.numerics import reduce_rows
 from gpkit.autodiff.random import Source, has_ranks
 from gpkit.autodiff.sharding.gathering import require_no_hooks
-from gpkit.estimators.base import Estimator, Target
+from gpkit.estimators.base import Estimator, Target, require_movable
 from gpkit.estimators.projection import DISTRIBUTIONS, projection
 
 
@@ -94,6 +94,7 @@ class taylor(Estimator):
         from gpkit.autodiff.taylor.directional import last_derivative, paths
 
         if target.evaluate is None:
+            require_movable(self, target)
             raise ValueError(
                 "`estimator=taylor()` needs a callable, to run it on Taylor series; got a tensor: "
                 "use penalty(f, x)"

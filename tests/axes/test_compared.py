@@ -248,6 +248,45 @@ def test_a_target_in_the_weights_with_a_graph_is_trained(scope, name, norm):
     torch.testing.assert_close(found, wanted, rtol=rtol, atol=0)
 
 
+class Scaled(nn.Module):
+    """A parameter without dimensions, and a bias of as many entries as there are outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.3, dtype=torch.float64))
+        self.bias = nn.Parameter(torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64))
+
+    def forward(self, x):
+        return (x * self.scale + self.bias).tanh() ** 2
+
+
+@pytest.mark.parametrize("given", [{}, {"target": 1}, {"metric": 1}, {"target": 1, "metric": 1}])
+def test_several_outputs_in_the_weights(given):
+    net, x = Scaled(), X.flatten(1)[:, :3]
+    of_function = given and {"metric": torch.exp}
+    g = [draw(3), draw(3, 3)] if "target" in given else [0.0, 0.0]
+    a = [draw(3).exp(), draw(3, 3).exp()] if "metric" in given else [1.0, 1.0]
+    arguments = {"target": g, "metric": a}
+
+    def by_hand(params, a=a):
+        rows = jacrev(lambda p: functional_call(net, p, (x,)).mean(0))(params).values()
+        return sum(((r - t) * s).square().sum() for r, t, s in zip(rows, g, a, strict=True))
+
+    def compare(wanted, **arguments):
+        penalty = gpkit.GradientPenalty(wrt="weight")
+        value = penalty(lambda: net(x), net, **arguments)
+        found = torch.autograd.grad(value, list(net.parameters()))
+        torch.testing.assert_close(value.detach(), wanted(params_of(net)))
+        expected = grad(wanted)(params_of(net)).values()
+        torch.testing.assert_close(list(found), list(expected))
+
+    compare(by_hand, **{name: arguments[name] for name in given})
+    if of_function:
+        factors = [p.detach().exp() for p in net.parameters()]
+        kept = {"target": g} if "target" in given else {}
+        compare(lambda p: by_hand(p, factors), **kept, **of_function)
+
+
 def losses_of_net():
     return (NET(X) - Y).square().sum(1)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 import gpkit
 from gpkit.axes.at import computed, data, fake, real
 from gpkit.estimators.curvature_difference import curvature_difference
-from tests.property import compared, points
+from tests.property import compared, drawn
 from tests.property.config import CENTERED, Config
 from tests.property.nets import KINDS
 from tests.property.oracle import DECAY, each
@@ -78,19 +78,19 @@ def at(c: Config) -> Any:
         "real": lambda: real(**d),
         "fake": lambda: fake(**d),
         "interpolate": lambda: gpkit.interpolate(**d),
-        "uniform": lambda: gpkit.uniform(points.LOW, points.HIGH, **d),
+        "uniform": lambda: gpkit.uniform(drawn.LOW, drawn.HIGH, **d),
         "mixture": lambda: gpkit.mixture(real(**d), fake(**d)),
         "triple": lambda: gpkit.mixture(
-            real(**d), gpkit.uniform(points.LOW, points.HIGH), gpkit.interpolate(**d)
+            real(**d), gpkit.uniform(drawn.LOW, drawn.HIGH), gpkit.interpolate(**d)
         ),
-        "perturb_normal": lambda: gpkit.perturb(points.SCALE, **d),
-        "perturb_uniform": lambda: gpkit.perturb(points.SCALE, noise="uniform", **d),
-        "perturb_relative": lambda: gpkit.perturb(points.SCALE, relative=True, **d),
-        "perturb_along": lambda: gpkit.perturb(points.SCALE, relative=True, along=True, **d),
+        "perturb_normal": lambda: gpkit.perturb(drawn.SCALE, **d),
+        "perturb_uniform": lambda: gpkit.perturb(drawn.SCALE, noise="uniform", **d),
+        "perturb_relative": lambda: gpkit.perturb(drawn.SCALE, relative=True, **d),
+        "perturb_along": lambda: gpkit.perturb(drawn.SCALE, relative=True, along=True, **d),
     }
     if c.at == "box":
         x = torch.zeros(1, KINDS[c.net].shapes[0][-1])
-        return gpkit.uniform(points.low(x).tolist(), points.high(x), **d)
+        return gpkit.uniform(drawn.low(x).tolist(), drawn.high(x), **d)
     if c.at == "midpoint":
         return computed(midpoint, **d)
     if c.at == "data":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,46 +12,11 @@ from torch import Tensor
 
 from tests.property.calls import Calls, Found
 from tests.property.config import Config
-from tests.property.draws import Draws
+from tests.property.drawn import Draws
 from tests.property.oracle import Expected, Oracle, real
 from tests.property.problem import Problem, problem
+from tests.property.refusals import UNTRAINED, advised
 
-UNTRAINED = "the penalty does not depend on any trained parameter"
-# What gpkit refuses, and why there is no right answer.
-REFUSALS = (
-    UNTRAINED,  # `require_untrained` looks whether the gradient is zero
-    "selects by name: pass the module, not tensors",  # tensors have no names
-    "`scope=...` must be one of",  # the scopes of inputs are not those of weights
-    "scope='global' takes order=#",  # a second derivative is not the mean of those of the ranks
-    "scope='accumulated' takes order=#",
-    "scope='global' averages gradients of the training forward passes",
-    "scope='accumulated' averages gradients of the training forward passes",
-    'scope="accumulated" needs the micro-batches',  # only the callback knows them
-    "scope='global' needs one number, or losses []",  # the mean of Jacobians is not implemented
-    '`scope="pixel"` needs images',  # vectors have no pixels
-    '`scope="pixel"` takes',  # higher derivatives mix pixels; a direction has one length
-    'scope="sample" needs one loss per sample',  # a mean cannot be taken apart
-    "takes order=#; got order=#",  # differences of first derivatives
-    "`estimator=taylor()` is for inputs",
-    "`estimator=curvature_difference()` needs wrt='input'",
-    "norm of a first derivative; got order",  # σ_max and JᵀY are of a Jacobian
-    "estimates the l# norm; got norm=",  # random projections estimate squares
-    "takes one output per group; got #",  # one direction of steepest ascent
-    "needs a callable, to",  # a tensor cannot be evaluated at other points
-    "Taylor mode has no rule",
-    "Taylor mode of order >= # needs smooth operations",
-    "is about a forward pass that the penalty runs itself; got a tensor",
-    "draws labels from logits [] with C >= #",  # of losses, or of one output
-    "has a slope target, which needs one output per sample",
-    "torch's third derivative of layer norm, and of batch norm in training mode, is wrong",
-    "a gradient needs floating-point samples",  # tokens
-    "does not broadcast to a sample",  # a box of another shape
-    "needs floating-point",
-    "has # numbers, for # norms",
-    "is for a penalty of the loss that the closure returns",  # of with_loss
-    "the closure must return a loss, or losses []",
-    "could not create a primitive descriptor",  # this CPU has no bfloat16 convolution
-)
 QUIET = (  # of nets with batch norm in training mode; the oracle takes the same coupled gradient
     "the outputs of a batch depend on each other",
     "the norms of each sample's gradient take a backward pass",  # slower, and right
@@ -93,6 +57,23 @@ def check(c: Config) -> Outcome:
         return Outcome("skipped")
     compare(c, p, found, draws)
     return Outcome("same")
+
+
+def followed(c: Config, outcome: Outcome) -> Outcome:
+    """Return what the advice of refusals leads to, step by step.
+
+    Raises:
+        AssertionError: if a refusal comes back, or there are more than eight.
+    """
+    seen: list[str] = []
+    while outcome.kind == "refused":
+        require(c, outcome.message not in seen and len(seen) < 8, "advice that helps", seen)
+        seen.append(outcome.message)
+        next_one = advised(c, outcome.message)
+        if next_one is None:
+            return outcome
+        c, outcome = next_one, check(next_one)
+    return outcome
 
 
 def require_untrained(c: Config, p: Problem, draws: Draws) -> None:
@@ -152,6 +133,8 @@ def tolerances(c: Config) -> tuple[float, float]:
     if c.dtype == "bfloat16":
         return 0.1, 0.4
     if c.dtype == "float32":
+        if c.estimator == "curvature_difference":  # of two gradients that are close
+            return 0.03, 0.1
         if c.estimator == "finite_difference":
             return (1e-4, 0.05) if c.length is None else (2e-3, 2e-2)
         return 2e-4 * 10 ** (c.order - 1), 1e-3 * 10 ** (c.order - 1)
@@ -202,9 +185,3 @@ def untouched(c: Config, p: Problem) -> Iterator[None]:
     require(c, all(same), "the same weights", same)
     require(c, all(q.grad is None for q in p.net.parameters()), "no .grad", "one")
     require(c, torch.equal(random, torch.get_rng_state()), "the same random state", "another")
-
-
-def kind_of(message: str) -> str:
-    """Return a message without its numbers and lists, to count refusals of a kind."""
-    message = re.sub(r"\[[^\]]*\]", "[]", message)
-    return re.sub(r"-?\d+(\.\d+)?(e-?\d+)?", "#", message)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.property.config import Config
-from tests.property.draws import Draws
+from tests.property.drawn import Draws
 
 
 @dataclass

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, jacrev
 
-from tests.property import compared, estimates, points
+from tests.property import compared, drawn, estimates
 from tests.property.config import CENTERED, Config
-from tests.property.draws import Draws
+from tests.property.drawn import Draws
 from tests.property.nets import KINDS
 from tests.property.problem import Problem, generated, losses
 from tests.support import oracles
@@ -110,7 +110,7 @@ class Oracle:
 
     def in_inputs(self) -> estimates.Field:
         c, params = self.c, self.params
-        xs = points.chosen(c, self.real, self.fake, self.draws)
+        xs = drawn.chosen(c, self.real, self.fake, self.draws)
         extra = self.extras(xs)
         coupled = self.kind.coupled and self.twin.training
         if c.wrt == "activations":

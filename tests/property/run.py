@@ -10,8 +10,9 @@ from collections import Counter
 
 import torch
 
-from tests.property.check import check, kind_of
+from tests.property.check import check, followed
 from tests.property.config import draw, parse
+from tests.property.refusals import kind_of, refusal
 
 
 def main() -> None:
@@ -29,7 +30,10 @@ def main() -> None:
     refused: Counter[str] = Counter()
     example: dict[str, str] = {}
     axes: Counter[str] = Counter()
+    ends: Counter[str] = Counter()
     for i in range(args.number):
+        if i % 1000 == 999:
+            print(f"{i + 1}: {dict(kinds)}", flush=True)
         c = draw(rng)
         try:
             outcome = check(c)
@@ -42,6 +46,11 @@ def main() -> None:
         if outcome.kind == "refused":
             refused[kind_of(outcome.message)] += 1
             example.setdefault(kind_of(outcome.message), repr(c))
+            try:
+                end = followed(c, outcome)
+                ends[end.kind if end.kind != "refused" else f"refused: {end.message}"] += 1
+            except AssertionError as error:
+                print(f"FAILED, as advised, {i}: {error}\nfrom {c!r}\n", flush=True)
         elif outcome.kind == "same":
             for name in ("wrt", "scope", "order", "form", "norm", "at", "estimator", "reduce",
                          "forward", "of", "net", "dtype", "call"):  # fmt: skip
@@ -51,7 +60,11 @@ def main() -> None:
         f"{dict(kinds)}"
     )
     for message, count in refused.most_common():
-        print(f"{count:6d} refused: {message}\n       {example[message]}")
+        why = "" if refusal(message) else " (NOT KNOWN)"
+        print(f"{count:6d} refused{why}: {message}\n       {example[message]}")
+    print("where the advice of the refusals ended:")
+    for end, count in ends.most_common():
+        print(f"{count:6d} {end}")
     print("compared, by axis:")
     for name, count in sorted(axes.items()):
         print(f"{count:6d} {name}")

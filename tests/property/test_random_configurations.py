@@ -6,8 +6,9 @@ from itertools import islice
 import pytest
 
 from tests.property import breaks
-from tests.property.check import REFUSALS, check, kind_of
+from tests.property.check import check, followed
 from tests.property.config import Config, draw, parse
+from tests.property.refusals import refusal
 
 NUMBER = 150
 
@@ -19,8 +20,9 @@ def test_value_norms_and_parameter_gradient(seed):
     same = [c for c, outcome in found if outcome.kind == "same"]
     assert len(same) > NUMBER // 3 * 0.6
     for c, outcome in found:
-        known = any(text in kind_of(outcome.message) for text in REFUSALS)
-        assert outcome.kind != "refused" or known, f"{outcome.message}\n{c!r}"
+        assert outcome.kind != "refused" or refusal(outcome.message), f"{outcome.message}\n{c!r}"
+        end = followed(c, outcome)  # the advice of the refusals
+        assert end.kind != "refused" or not refusal(end.message).advice
 
 
 def test_a_printed_configuration_can_be_pasted():
@@ -36,8 +38,7 @@ def notices(c):
         outcome = check(c)
     except AssertionError:
         return True
-    known = any(text in kind_of(outcome.message) for text in REFUSALS)
-    return outcome.kind == "refused" and not known
+    return outcome.kind == "refused" and not refusal(outcome.message)
 
 
 @pytest.mark.parametrize("name", breaks.BREAKS)

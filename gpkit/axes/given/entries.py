@@ -50,6 +50,8 @@ def _fitted(name: str, given: Any, x: Tensor, target: Target, order: int) -> Ten
     outputs = 1 if target.mean else target.y.shape[1]
     groups, sample = (len(x), x.shape[1:]) if target.batched else (1, x.shape)
     full = (groups, outputs, *sample * order)
+    if not target.batched and outputs > 1 and given.ndim == len(full) - 1:  # [m, *S]
+        given = given.unsqueeze(0)
     shaped = _with_dimensions(given, full, broadcasts=name == "metric")
     if shaped is None:
         batch = [groups] if target.batched else []
@@ -57,10 +59,9 @@ def _fitted(name: str, given: Any, x: Tensor, target: Target, order: int) -> Ten
         raise ValueError(
             f"{name}= must have the shape of the derivative, {wanted}; got {list(given.shape)}"
         )
-    shaped = shaped.to(wide(x))
+    shaped, n = shaped.to(wide(x)), math.prod(sample)
     if name == "metric" and order == 1:  # one row where it is the same for all outputs
-        return shaped.expand(*shaped.shape[:2], *sample).flatten(2)
-    n = math.prod(sample)
+        return shaped.expand(*shaped.shape[:2], *sample).reshape(*shaped.shape[:2], n)
     return shaped.expand(full).reshape(groups, outputs * n ** (order - 1), n)
 
 
