@@ -93,6 +93,7 @@ class Target:
                 "their mean: use of='output', PenalizedModule, or estimator='exact'"
             )
         if self.evaluate is None:
+            require_movable(estimator, self)
             raise ValueError(
                 f"`estimator={name}()` needs a callable, to evaluate it at other points; got a "
                 "tensor: use penalty(f, x), or estimator='exact'"

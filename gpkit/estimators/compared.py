@@ -53,7 +53,7 @@ class Compared:
     def along(self, vectors: Sequence[Tensor]) -> Tensor:
         """Return ⟨g, v⟩ ``[G]`` for vectors ``[G, n]`` and all rows: ``[G, R]`` if R > 1."""
         if self.targets is None:
-            return vectors[0].new_zeros(())
+            return vectors[0].new_zeros(len(vectors[0]))
         pairs = zip(self.targets, vectors, strict=True)
         found = torch.stack([(g * v.unsqueeze(1)).sum(2) for g, v in pairs]).sum(0)
         return found.squeeze(1)

@@ -470,3 +470,12 @@ def test_one_norm_over_two_activations():
         strict=True,
     ):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("estimator", [gpkit.jvp(3), gpkit.random_difference(0.1, 3)])
+def test_a_metric_without_a_target_in_forward_estimators(estimator):
+    """As with a target of zero."""
+    penalty = gpkit.GradientPenalty(estimator=estimator, seed=0)
+    alone = penalty.terms(NET, X, metric=SCALE).norms
+    torch.testing.assert_close(alone, penalty.terms(NET, X, metric=SCALE, target=0 * G).norms)
+    assert alone.unique().numel() == B

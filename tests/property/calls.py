@@ -15,6 +15,7 @@ from gpkit.axes.at import computed, data, fake, real
 from gpkit.estimators.curvature_difference import curvature_difference
 from tests.property import compared, drawn
 from tests.property.config import CENTERED, Config
+from tests.property.estimates import taps
 from tests.property.nets import KINDS
 from tests.property.oracle import DECAY, each
 from tests.property.problem import Problem, dimensions, losses
@@ -111,6 +112,9 @@ def estimator(c: Config) -> Any:
         "power_iteration": lambda: gpkit.power_iteration(c.count),
         "finite_difference": lambda: gpkit.finite_difference(c.length, c.side, cross_kinks=c.cross),
         "curvature_difference": lambda: curvature_difference(c.length or 1.5),
+        "random_difference": lambda: gpkit.random_difference(c.length or 0.01, c.count),
+        "jvp": lambda: gpkit.jvp(c.count, c.distribution),
+        "stencil": lambda: gpkit.stencil(c.length or 1e-3, taps(c)),
     }
     return makes[c.estimator]() if c.estimator in makes else c.estimator
 

@@ -12,8 +12,11 @@ from tests.property.nets import KINDS
 CENTERED = ("two_sided", "one_sided", "absolute")
 LOSSES = ("loss", "sampled_loss")
 MOVES = ("interpolate", "uniform", "box", "mixture", "triple", "midpoint")  # perturb_... as well
+FORWARDS = ("random_difference", "jvp", "stencil")
+COMPARING = ("exact", "projection", "finite_difference", *FORWARDS)
+STEPS = ("finite_difference", "curvature_difference", "random_difference", "stencil")
 ROBUST = ("tanh", "softplus", "gelu", "silu", "conv", "tied", "unused")  # in bfloat16
-SPECIAL = ("batch_norm", "dict", "waves")
+SPECIAL = ("batch_norm", "checkpoint", "dict", "waves")
 SAMPLES = ("data", "real", "fake")
 
 
@@ -57,6 +60,7 @@ class Config:
     every: int = 1
     step: int | None = None
     scaler: float | None = None
+    again: bool = False  # the second call, after a step of training
     call: str = "module"
 
     def __repr__(self) -> str:
@@ -110,7 +114,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "detach": (True, False),
     "estimator": ("exact", "exact", "exact", "projection", "finite_difference",
                   "finite_difference", "power_iteration", "gaussian_product", "taylor",
-                  "curvature_difference"),
+                  "curvature_difference", "random_difference", "jvp", "stencil"),
     "count": (1, 2, 3, 10),
     "distribution": ("rademacher", "gaussian", "sphere"),
     "length": (None, 0.05, 0.5),
@@ -125,6 +129,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "every": (1, 1, 2, 5),
     "step": (None, 0, 3, 10),
     "scaler": (None, None, None, 1024.0),
+    "again": (False, True),
     "call": ("module", "function", "tensor", "terms"),
 }  # fmt: skip
 WEIGHT_CALLS = ("closure", "parameters", "tensor", "tensor_parameters", "with_loss", "terms")
@@ -157,7 +162,7 @@ def fitting(c: Config, rng: Random) -> Config:
             new["of"] = "loss"
         if new["scope"] == "sample":
             new["mean"] = False
-        if c.estimator in ("taylor", "curvature_difference"):
+        if c.estimator in ("taylor", "curvature_difference", *FORWARDS):
             new["estimator"] = "exact"
         if new["scope"] == "global":
             new |= {"order": 1, "forward": "isolated", "of": "loss"}
@@ -172,15 +177,13 @@ def fitting(c: Config, rng: Random) -> Config:
             new["net"] = c.net if KINDS[c.net].chained else "tanh"
         if new["scope"] == "pixel":
             new["order"] = 1
-            new["estimator"] = rng.choice(("exact", "projection"))
+            new["estimator"] = rng.choice(("exact", "exact", "projection", "stencil"))
     c = replace(c, **new)
     new, kind = {}, KINDS[c.net]
     if c.net == "tokens" and not c.in_weights:
         new |= {"wrt": "activation", "metric": "", "at": rng.choice(SAMPLES), "detach": True}
     if c.net == "batch_norm":
         new["batch"] = max(c.batch, 3)  # two samples are normalised to ±1
-        if not c.in_weights and c.estimator != "exact":
-            new["forward"] = "eval"  # the others mix the samples: gpkit warns of it
         if c.in_weights and c.estimator == "finite_difference":
             new["norm"] = "l2"  # some gradients are zero, up to rounding, which has a sign
     if c.net == "dict":
@@ -191,7 +194,7 @@ def fitting(c: Config, rng: Random) -> Config:
     new = {}
     if c.wrt.startswith("activation") and c.estimator in ("finite_difference", "taylor"):
         new["estimator"] = "exact"
-    if c.wrt.startswith("activation") and c.estimator == "curvature_difference":
+    if c.wrt.startswith("activation") and c.estimator in ("curvature_difference", *FORWARDS):
         new["estimator"] = "projection"
     if c.of == "activation" and c.wrt.startswith("activation"):
         new["of"] = "output"
@@ -212,14 +215,17 @@ def fitting(c: Config, rng: Random) -> Config:
     if c.net == "maps" and c.of == "loss":
         c = replace(c, loss="squares")
     if c.estimator in ("finite_difference", "curvature_difference", "power_iteration",
-                       "gaussian_product"):  # fmt: skip
+                       "gaussian_product", *FORWARDS):  # fmt: skip
         c = replace(c, order=1)
-    if c.estimator in ("projection", "taylor", "power_iteration", "gaussian_product"):
+    if c.estimator in ("projection", "taylor", "power_iteration", "gaussian_product",
+                       "random_difference", "jvp"):  # fmt: skip
         c = replace(c, norm="l2")
     if c.order > KINDS[c.net].degree - (c.of != "loss") and not c.in_weights:
         c = replace(c, order=1)
     if not KINDS[c.net].smooth:
         c = replace(c, order=1, cross=c.length is not None)
+    if c.net == "checkpoint" and c.estimator == "jvp":
+        c = replace(c, estimator="exact")  # torch.func does not support checkpoints
     if c.net == "waves":
         c = replace(c, dtype="float64")
     if c.estimator == "finite_difference" and c.norm == "linf" and c.outputs == 2:
@@ -228,20 +234,21 @@ def fitting(c: Config, rng: Random) -> Config:
         c = replace(c, order=1, form=rng.choice(("squared", "norm")), reduce="mean", norm="l2",
                     estimator="exact")  # fmt: skip
         c = replace(c, net=c.net if c.net in ROBUST else rng.choice(ROBUST))
-        c = replace(c, of="column" if c.of == "sampled_loss" else c.of)
+        c = replace(c, of="column" if c.of in LOSSES else c.of)  # whose residuals cancel
     if c.wrt.startswith("weight:"):
         c = replace(
             c, call=c.call.replace("tensor_parameters", "tensor").replace("parameters", "closure")
         )
-    if c.net == "batch_norm" and c.forward == "eval" and c.call == "tensor":
-        c = replace(c, call="module")
+    if c.net == "batch_norm" and not c.in_weights and c.estimator != "exact":
+        call = "module" if c.call == "tensor" else c.call
+        c = replace(c, forward="eval", call=call)  # the others mix the samples: gpkit warns of it
     return comparing(c)
 
 
 def comparing(c: Config) -> Config:
     """Return a configuration whose target, metric and weights fit the other choices."""
     plain = c.net == "waves" or c.wrt == "activations"
-    if plain or c.estimator not in ("exact", "projection", "finite_difference"):
+    if plain or c.estimator not in COMPARING:
         c = replace(c, target=False, metric="")
     if c.order > 1 and c.metric in ("function", "axis"):
         c = replace(c, metric="mask")
@@ -257,7 +264,7 @@ def comparing(c: Config) -> Config:
 
 
 def needs_function(estimator: str) -> bool:
-    return estimator in ("finite_difference", "curvature_difference", "taylor")
+    return estimator in ("finite_difference", "curvature_difference", "taylor", *FORWARDS)
 
 
 def bounded(c: Config, rng: Random) -> Config:
@@ -277,9 +284,9 @@ def without_idle(c: Config) -> Config:
         "exponent": c.form == "power",
         "factor": c.form != "function",
         "norm": c.form != "function",
-        "count": c.estimator in ("projection", "taylor", "power_iteration"),
-        "distribution": c.estimator in ("projection", "taylor"),
-        "length": c.estimator in ("finite_difference", "curvature_difference"),
+        "count": c.estimator in ("projection", "taylor", "power_iteration", *FORWARDS),
+        "distribution": c.estimator in ("projection", "taylor", "jvp"),
+        "length": c.estimator in STEPS,
         "side": c.estimator == "finite_difference",
         "cross": c.estimator == "finite_difference",
         "loss": c.of == "loss",
@@ -288,6 +295,11 @@ def without_idle(c: Config) -> Config:
         "detach": not c.in_weights and c.call != "tensor",
         "step": c.every > 1,
     }
+    averaged = c.form in CENTERED and c.centered in ("constant", "graph", "before")
+    if averaged or c.call == "terms":  # the first call moves the average; terms is no call
+        read["again"] = False
+    if c.again and c.every > 1 and c.step is None:
+        c = replace(c, step=0)
     if c.call == "with_loss":  # which takes the closure and the net
         c = replace(c, metric=c.metric if c.metric == "axis" else "")
         read |= {"target": False, "weigh": False}

@@ -166,6 +166,56 @@ def of_curvature(c: Config, f: Field, draws: Draws) -> Tensor:
     return squared(there - here, c.norm)
 
 
+def of_steps(c: Config, f: Field, draws: Draws) -> Tensor:
+    """Mean over j of ‖(f(x + σ A ∘ ε) - f(x)) / σ - <g, A ∘ ε>‖²."""
+    assert f.value is not None
+    sigma, total = c.length or 0.01, 0.0
+    for _ in range(c.count):
+        parts = [draws.normal(len(f.D), *shape).reshape(len(f.D), -1) for shape in f.shapes]
+        u = scaled(f, torch.cat(parts, 1))
+        change = (f.value(f.flat + sigma * u) - f.value(f.flat)) / sigma
+        total = total + squared(change - aimed(f, u), "l2")
+    return total / c.count
+
+
+def of_jvp(c: Config, f: Field, draws: Draws) -> Tensor:
+    """Mean over j of ‖J (A ∘ v) - <g, A ∘ v>‖²."""
+    total = 0.0
+    for _ in range(c.count):
+        u = scaled(f, directions(c, f, f.sizes, draws))
+        total = total + squared((f.D @ u.unsqueeze(2)).squeeze(2) - aimed(f, u), "l2")
+    return total / c.count
+
+
+def scaled(f: Field, v: Tensor) -> Tensor:
+    """Return A ∘ v ``[G, n]``."""
+    return v if f.metric is None else v * f.metric[:, 0]
+
+
+def aimed(f: Field, u: Tensor) -> Tensor:
+    """Return <g, u> ``[G, m]``."""
+    return u.new_zeros(()) if f.target is None else (f.target @ u.unsqueeze(2)).squeeze(2)
+
+
+def of_stencil(c: Config, f: Field, draws: Draws) -> Tensor:
+    """The norm of A ∘ (D - g), with D by differences along each axis."""
+    assert f.value is not None
+    h, columns = c.length or 1e-3, []
+    for i in range(f.flat.shape[1]):
+        e = torch.zeros_like(f.flat[0])
+        e[i] = h
+        ends = {k: f.value(f.flat + k * e) for k in (-2, -1, 1, 2)}
+        two, four = ends[1] - ends[-1], ends[2] - ends[-2]
+        columns.append(two / (2 * h) if taps(c) == 2 else (8 * two - four) / (12 * h))
+    entries = difference(replace(f, D=torch.stack(columns, 2)))
+    return squared(pixels(f, entries) if c.scope == "pixel" else entries, c.norm)
+
+
+def taps(c: Config) -> int:
+    """Return the number of points of a stencil."""
+    return 2 if c.count % 2 else 4
+
+
 ENDS = {"forward": (0.0, 1.0), "backward": (-1.0, 0.0), "central": (-1.0, 1.0)}
 
 
@@ -219,4 +269,7 @@ ESTIMATES: dict[str, Callable[..., Tensor]] = {
     "gaussian_product": of_gaussian,
     "power_iteration": of_power,
     "curvature_difference": of_curvature,
+    "random_difference": of_steps,
+    "jvp": of_jvp,
+    "stencil": of_stencil,
 }

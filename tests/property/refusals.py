@@ -78,9 +78,11 @@ REFUSALS = (
     Refusal("takes order=#; got order=#", "it differentiates once", {"estimator": "exact"}),
     Refusal("`estimator=taylor()` is for inputs", "", {"estimator": "projection"}),
     Refusal(
-        "`estimator=curvature_difference()` needs wrt='input'",
+        "` needs wrt='input'; got weights",
         "a step has no sample in the weights",
-        {"wrt": "input", "scope": None, "call": "module"},
+        lambda c: {"wrt": "input", "scope": None, "call": "module"}
+        if c.estimator == "curvature_difference"
+        else {"estimator": "finite_difference"},
     ),
     Refusal(
         "norm of a first derivative; got order",
@@ -90,6 +92,7 @@ REFUSALS = (
     Refusal("estimates the l# norm; got norm=", "it estimates squares", {"estimator": "exact"}),
     Refusal("takes one output per group; got #", "one slope", {"estimator": "exact"}),
     Refusal("got the output of a submodule", "it is computed", {"estimator": "exact"}),
+    Refusal("needs a forward-mode derivative", "torch has none", {"estimator": "exact"}),
     Refusal("needs a callable, to", "a tensor cannot be evaluated elsewhere", called),
     Refusal("Taylor mode has no rule", "", {"estimator": "exact"}),
     Refusal("needs smooth operations", "series ignore kinks", {"net": "softplus"}),
