@@ -219,7 +219,7 @@ class Calls:
         y, (body, h) = self.with_activations(*xs)
         if c.wrt.startswith("activation"):
             return self.asked(y, h if c.wrt == "activation" else (body, h))
-        return self.asked(h if c.of == "activation" else y, xs if len(xs) > 1 else xs[0])
+        return self.asked(y, xs if len(xs) > 1 else xs[0])
 
     def with_activations(self, *xs: Tensor) -> tuple[Any, list[Tensor]]:
         """Return the result, and the outputs of body and act."""
@@ -246,8 +246,4 @@ class Calls:
         net: Any = p.net.parameters() if listed else p.net
         if c.call == "with_loss":
             return Found(self.penalty.with_loss(closure, net, step=c.step))
-        if not c.call.startswith("tensor"):
-            return self.asked(closure, net)
-        return self.asked(
-            self.with_activations(*xs)[1][1] if c.of == "activation" else closure(), net
-        )
+        return self.asked(closure() if c.call.startswith("tensor") else closure, net)

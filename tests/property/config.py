@@ -204,7 +204,8 @@ def fitting(c: Config, rng: Random) -> Config:
         c = replace(c, call="closure" if c.call == "with_loss" else c.call)
     if c.call == "with_loss" and c.of == "output":
         c = replace(c, of="loss")
-    if c.call.startswith("tensor") and (c.moves or needs_function(c.estimator)):
+    alone = c.moves or c.of == "activation" or needs_function(c.estimator)
+    if c.call.startswith("tensor") and alone:
         c = replace(c, call="closure" if c.in_weights else "module")
     one = c.estimator in ("finite_difference", "curvature_difference")
     if c.of not in (*LOSSES, "column", "total") and (one or c.form in CENTERED):

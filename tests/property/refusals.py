@@ -38,6 +38,7 @@ REFUSALS = (
     ),
     Refusal(UNTRAINED, "the gradient is zero: `require_untrained` compares it"),
     Refusal("selects by name: pass the module, not tensors", "tensors have no names", called),
+    Refusal("is captured in a forward pass that the penalty runs", "it may be any", called),
     Refusal("needs the module that contains it", "activations have names", called),
     Refusal(
         "`scope=...` must be one of",
