@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from gpkit.autodiff import graph
-from gpkit.autodiff.compat import uses_batch_statistics
+from gpkit.autodiff.compat import base_of, packs_saved, saved, uses_batch_statistics
 from gpkit.autodiff.derivatives import first_gradients
 from gpkit.autodiff.reached import reached
-from gpkit.estimators.base import Target
+from gpkit.axes.form import Form
+from gpkit.estimators.base import Estimator, Target
 from gpkit.formula import Terms
 
 UNTRAINED = "the penalty does not depend on any trained parameter: "
@@ -94,7 +95,7 @@ def trains(
             require_gradient(terms.reduced, trained(terms.reduced))
         return True
     if not any(trained(t.y) for t in targets):
-        if is_frozen(f):
+        if is_frozen(f, targets):
             raise RuntimeError(
                 UNTRAINED + "all parameters of the net are frozen: call net.requires_grad_(True), "
                 "or use torch.no_grad() if only the value is wanted"
@@ -121,13 +122,43 @@ def trains(
     raise RuntimeError(UNTRAINED + cause)
 
 
-def is_frozen(f: Any) -> bool:
-    """Whether a function runs modules with parameters, and none of them requires grad."""
+def is_frozen(f: Any, targets: Sequence[Target]) -> bool:
+    """Whether a net with parameters was run, and none of them requires grad."""
     if not callable(f) or isinstance(f, Tensor):
-        return False
+        return any(_saves_parameters(node) for t in targets for node in graph.nodes(t.y))
     modules = [f] if isinstance(f, nn.Module) else reached(f)[0]
     parameters = [p for module in modules for p in module.parameters()]
     return bool(parameters) and not any(p.requires_grad for p in parameters)
+
+
+def _saves_parameters(node: Any) -> bool:
+    """Whether an operation has saved a parameter or a view of one, as those of a frozen net do."""
+    if packs_saved(node):
+        return False
+    names = [n.removeprefix("_saved_") for n in dir(node) if n.startswith("_saved_")]
+    found = [value for name in names if isinstance(value := saved(node, name), Tensor)]
+    return any(isinstance(t, nn.Parameter) for x in found for t in (x, base_of(x)))
+
+
+def warn_of_bias(form: Form, estimator: Estimator, target: Target, order: int) -> None:
+    """Warn of a form that bends a random estimate of n²: it is right on average for n² alone."""
+    if not estimator.is_random(target, order) or _is_linear(form):
+        return
+    warnings.warn(
+        f"form={type(form).__name__} is not linear in n², and estimator={type(estimator).__name__} "
+        "gives a random estimate of n²: the root of an estimate is not the estimate of the root. "
+        'Use estimator="exact", form="squared", or more draws (the bias falls as 1/n)',
+        stacklevel=2,
+    )
+
+
+def _is_linear(form: Form) -> bool:
+    """Whether a form is a multiple of n², plus a constant."""
+    if not isinstance(getattr(form, "center", 0), (int, float)):
+        return False  # a tensor or an average
+    n2 = torch.tensor([0.0, 1.0, 2.0, 5.0], dtype=torch.float64)
+    values = form.value(n2)
+    return torch.allclose(values - values[0], (values[1] - values[0]) * n2)
 
 
 def require_gradient(penalty: Tensor, leaves: Sequence[Tensor]) -> None:

@@ -25,7 +25,7 @@ from gpkit.axes.of import Of
 from gpkit.axes.parameters import weights
 from gpkit.axes.weight import Schedule
 from gpkit.axes.wrt import Variables, inputs
-from gpkit.effect import trains
+from gpkit.effect import trains, warn_of_bias
 from gpkit.estimators import ESTIMATORS
 from gpkit.estimators.base import Estimator, Target, Targets
 from gpkit.estimators.exact import exact
@@ -167,6 +167,7 @@ class GradientPenalty(Penalty):
             estimator = projection() if order > 1 and not self.wrt.batched else exact()
         self.estimator: Estimator = checks.piece("estimator=...", estimator, ESTIMATORS, Estimator)
         self.estimator.check(self.order, self.form.norm, self.wrt.batched)
+        self.elementary = self.estimator.elementary  # norm layers, at order 1 as well
         self.named = tuple(names(self.of, self.wrt))  # activations
         self.forward = checks.choice("forward=...", forward, FORWARDS)
         scopes.check(self.scope, self.order, self.estimator, self.forward)
@@ -223,14 +224,22 @@ class GradientPenalty(Penalty):
             known = targets[0] in self.seen
             observe = acts and train
             if not (known or self.estimator.first_order):
-                for target in targets if targets[0].batched else targets[:1]:
-                    graph.require_derivatives(target.y, target.xs, self.order + observe)
+                try:
+                    for target in targets if targets[0].batched else targets[:1]:
+                        graph.require_derivatives(target.y, target.xs, self.order + observe)
+                except graph.NormLayerError as error:  # f holds derivatives itself
+                    if self.elementary or not callable(f) or self.forward == "training":
+                        raise RuntimeError(str(error)) from None
+                    self.elementary = True
+                    inputs_of = (f, args, real, fake, weight, seed, scale)
+                    return self.evaluate(*inputs_of, acts=acts, given=given)
             options: dict[str, Any] = {"observe": observe, "weights": weights}
             n2 = formula.squared_norms(self, targets, rng, scale, **options)
             terms = formula.terms(self, n2, weight, targets=targets, **options)
         if observe and len(n2) and not (known and terms.reduced.requires_grad):
             unused = f"{type(self.wrt).__name__}: {self.wrt.missing}"
             twice = not self.estimator.first_order and scale is None
+            warn_of_bias(self.form, self.estimator, targets[0], self.order)
             if trains(f, terms, targets, self.order, unused, twice=twice):
                 self.seen.add(targets[0])
         return terms if train else terms.detached()

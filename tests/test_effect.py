@@ -176,3 +176,80 @@ def test_the_advice_for_cdist_works():
     mode = "use_mm_for_euclid_dist"
     net = mlp(nn.Tanh(), Call(lambda h: torch.cdist(h, centre, compute_mode=mode)))
     assert gpkit.r1()(net, real=X).requires_grad
+
+
+def test_a_frozen_critic_is_refused_where_its_output_is_given():
+    net, z = mlp().requires_grad_(False), X.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match=r"all parameters of the net are frozen: call net\.req"):
+        gpkit.r1()(net(z), z)
+    with torch.no_grad():
+        with torch.enable_grad():
+            y = net(z)
+        assert gpkit.r1()(y, z) > 0
+    gpkit.r1()((z**3).sum(1), z)  # a function without parameters is no frozen net
+
+
+ESTIMATES = {
+    "projection of a Jacobian": ("projection", 3, "norm", True),
+    "projection of a gradient": ("projection", 1, "norm", False),
+    "projection, squared": ("projection", 3, "squared", False),
+    "projection, n to the 4": ("projection", 3, gpkit.power(4), True),
+    "projection, (n - 0)²": ("projection", 3, gpkit.two_sided(0.0), False),
+    "taylor": ("taylor", 1, gpkit.two_sided(1.0), True),
+    "exact": ("exact", 3, "norm", False),
+}
+
+
+@pytest.mark.parametrize("kind", ESTIMATES)
+def test_the_root_of_an_estimate_is_warned_of(kind):
+    estimator, outputs, form, warns = ESTIMATES[kind]
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, outputs))
+    penalty = gpkit.GradientPenalty(estimator=estimator, form=form)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        penalty(net, X)
+        penalty(net, X)  # once for a net
+    found = [w for w in said if "random estimate of n²" in str(w.message)]
+    assert len(found) == warns
+
+
+def test_layer_norm_inside_of_a_second_derivative_is_right_in_a_function():
+    """A residual u_y - u_xx: torch's third derivative of layer norm is wrong, without an error."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 1)).double()
+    x = torch.randn(5, 2, dtype=torch.float64)
+
+    def residual(z):
+        z = z if z.requires_grad else z.requires_grad_()
+        (g,) = torch.autograd.grad(net(z).sum(), z, create_graph=True)
+        (h,) = torch.autograd.grad(g[:, 0].sum(), z, create_graph=True)
+        return g[:, 1] - h[:, 0]
+
+    def truth(params):
+        def u(z):
+            a = params["0.weight"] @ z + params["0.bias"]
+            c = a - a.mean()
+            a = c * (c.square().mean() + 1e-5).rsqrt() * params["1.weight"] + params["1.bias"]
+            return params["3.weight"][0] @ a.tanh() + params["3.bias"][0]
+
+        def r(z):
+            g = torch.func.grad(u)
+            return g(z)[1] - torch.func.grad(lambda q: g(q)[0])(z)[0]
+
+        return torch.func.vmap(torch.func.grad(r))(x).square().sum(1).mean()
+
+    params = {k: v.detach() for k, v in net.named_parameters()}
+    grads = torch.func.grad(truth)(params)
+    penalty = gpkit.input_grad_norm(weight=1.0)
+    for _ in range(2):  # known from the second call on
+        value = penalty(residual, x)
+        torch.testing.assert_close(value, truth(params), rtol=1e-12, atol=0)
+        value.backward()
+        for name, p in net.named_parameters():
+            if name != "3.bias":  # it has no effect
+                torch.testing.assert_close(p.grad, grads[name], rtol=1e-9, atol=1e-12)
+        net.zero_grad()
+    z = x.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match=r"layer norm.* is wrong: give the penalty a callable"):
+        gpkit.input_grad_norm()(residual(z), z)

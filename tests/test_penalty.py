@@ -92,6 +92,7 @@ def test_critic_calls():
     close(slope, (20 * (terms.norms - 1) * terms.norms / 1.5).mean().detach())
 
 
+@pytest.mark.filterwarnings("ignore:.*random estimate of n²")
 def test_all_axes_together():
     # D(x) = Σ aᵢ xᵢ² / 2 has the Hessian diag(a), of which a projection on signs loses nothing
     a = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64, requires_grad=True)

@@ -232,6 +232,10 @@ children_of: Callable[[nn.Module], dict[str, nn.Module | None]] = attrgetter("_m
 parameters_of: Callable[[nn.Module], dict[str, Tensor | None]] = attrgetter("_parameters")
 
 
+# base_of(tensor): what a view is a view of, or None. There is no public way to ask.
+base_of: Callable[[Tensor], Tensor | None] = attrgetter("_base")
+
+
 # write_count(tensor): the number of in-place writes to a tensor, not counted in inference mode.
 # torch.autograd.graph has `increment_version`, but no function to read the version.
 write_count: Callable[[Tensor], int] = attrgetter("_version")
@@ -240,11 +244,7 @@ write_count: Callable[[Tensor], int] = attrgetter("_version")
 def is_compiled(module: nn.Module) -> bool:
     """Whether a module is compiled, by ``torch.compile(module)`` or ``module.compile()``.
 
-    `torch.compiler` only tells what is being compiled now. The class that ``torch.compile(module)``
-    returns is private, in a module that takes a second to import.
-
-    Args:
-        module: any module; its children are not inspected.
+    Its children are not inspected. `torch.compiler` only tells what is being compiled now.
 
     Returns:
         True for the result of ``torch.compile(module)``, and after ``module.compile()``.

@@ -83,6 +83,10 @@ HINTS = {
 }
 
 
+class NormLayerError(RuntimeError):
+    """A derivative through a fused norm layer is wrong; elementary operations have a right one."""
+
+
 def nodes(tensor: Tensor) -> Iterator[Any]:
     """Yield each node of the graph of ``tensor`` once."""
     stack, seen = [tensor.grad_fn], set()
@@ -206,7 +210,9 @@ def require_derivatives(y: Tensor, xs: tuple[Tensor, ...], order: int) -> None:
         ):
             cause = HINTS["NativeLayerNorm"]
         if cause:
-            raise RuntimeError(f"there is no derivative of order {order} through {name}: {cause}")
+            norm = cause is HINTS["NativeLayerNorm"]
+            kind = NormLayerError if norm else RuntimeError
+            raise kind(f"there is no derivative of order {order} through {name}: {cause}")
 
 
 def has_no_curvature(y: Tensor, order: int) -> str | None:

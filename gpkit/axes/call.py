@@ -39,6 +39,7 @@ class Axes(Protocol):
     form: Form
     estimator: Estimator
     forward: str
+    elementary: bool  # whether norm layers are in elementary operations at order 1 as well
 
 
 @dataclass(eq=False)
@@ -115,7 +116,7 @@ class Call:
     ) -> AbstractContextManager[None]:
         """A context for a run of the function: without side effects, or as ``forward=``."""
         twice, how = not self.axes.estimator.first_order, self.axes.forward
-        order = max(self.axes.order, 2 if self.axes.estimator.elementary else 1)
+        order = max(self.axes.order, 2 if self.axes.elementary else 1)
         if how == "training" and isinstance(seed, int):
             seed = self.seed = start_of(self.reach, device)  # the runs at other points repeat it
             if self.acts:

@@ -173,6 +173,10 @@ class Estimator:
     def check(self, order: int, norm: str, batched: bool) -> None:
         """Refuse what it does not support; ``batched`` is True for inputs, False for weights."""
 
+    def is_random(self, target: Target, order: int) -> bool:
+        """Whether n² is a random estimate, which is right on average."""
+        return False
+
     def squared_norms(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:
         """Return n² ``[G]``, the squared norm of each group's derivative.
 

@@ -66,10 +66,14 @@ class projection(Estimator):
                 "use estimator='exact'"
             )
 
+    def is_random(self, target: Target, order: int) -> bool:
+        """Whether n² is a random estimate: the gradient of one number is exact."""
+        return order > 1 or target.y.shape[1] > 1
+
     def squared_norms(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:
         """Return the estimate of n² ``[G]``, differentiable, in float32 or better."""
-        random = order > 1 or target.y.shape[1] > 1
-        draws = [self.once(target, order, norm, rng) for _ in range(self.n if random else 1)]
+        count = self.n if self.is_random(target, order) else 1
+        draws = [self.once(target, order, norm, rng) for _ in range(count)]
         return torch.stack(draws).mean(0)
 
     def once(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:

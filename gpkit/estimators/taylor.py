@@ -76,6 +76,10 @@ class taylor(Estimator):
                 "use estimator='exact'"
             )
 
+    def is_random(self, target: Target, order: int) -> bool:
+        """Whether n² is a random estimate: there is one direction if x has one entry."""
+        return sum(x.shape[1:].numel() for x in target.xs) > 1
+
     def squared_norms(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:
         """Return the estimate of n² ``[G]``, differentiable, in float32 or better.
 
@@ -102,7 +106,7 @@ class taylor(Estimator):
         if has_ranks():
             require_no_hooks(target.y, "`estimator=taylor()`")
         flat = tuple(as_rows(x, True) for x in target.xs)  # [G, n]
-        alone = sum(x.shape[1] for x in flat) == 1
+        alone = not self.is_random(target, order)
         draws = []
         for _ in range(1 if alone else self.n):
             vs = projection(1, self.distribution).draw(flat, rng)

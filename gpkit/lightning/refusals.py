@@ -1,8 +1,9 @@
-"""One error for all findings that make a fit impossible."""
+"""Refusals of what the modules and callbacks are given, and one error for all findings of a fit."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 # Titles of the errors of the two callbacks.
 CALLBACK_REFUSAL = "GradientPenaltyCallback cannot add its penalties"
@@ -40,3 +41,25 @@ def refuse(title: str, found: Iterable[str], cause: Exception | None = None) -> 
     lines = list(dict.fromkeys(found))
     if lines:
         raise RefusalError(title, lines) from cause
+
+
+def require_functions(**functions: Any) -> None:
+    """Check that optimisers and schedulers are functions that create them.
+
+    Args:
+        **functions: by argument name; names that end in "scheduler" take an optimiser, the others
+            parameters.
+
+    Raises:
+        TypeError: if one of them is neither None nor callable.
+    """
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            given = "an optimiser" if name.endswith("scheduler") else "parameters"
+            example = (
+                "ExponentialLR, gamma=0.999" if name.endswith("scheduler") else "Adam, lr=1e-4"
+            )
+            raise TypeError(
+                f"`{name}=...` must be a function of {given}, such as "
+                f"functools.partial({example}); got {function!r}"
+            )

@@ -200,6 +200,7 @@ def test_a_copy_draws_the_same(row, duplicate):
     assert [row.call(penalty, s) for _ in range(2)] == [row.call(twin, s) for _ in range(2)]
 
 
+@pytest.mark.filterwarnings("ignore:.*random estimate of n²")
 @rows()
 def test_state_resumes_the_same_draws(row):
     # a checkpoint of plain numbers, which loads in a process of another global seed

@@ -108,28 +108,6 @@ def require_order(simultaneous: bool, **orders: bool) -> None:
             )
 
 
-def require_functions(**functions: Any) -> None:
-    """Check that optimisers and schedulers are functions that create them.
-
-    Args:
-        **functions: by argument name; names that end in "scheduler" take an optimiser, the others
-            parameters.
-
-    Raises:
-        TypeError: if one of them is neither None nor callable.
-    """
-    for name, function in functions.items():
-        if function is not None and not callable(function):
-            given = "an optimiser" if name.endswith("scheduler") else "parameters"
-            example = (
-                "ExponentialLR, gamma=0.999" if name.endswith("scheduler") else "Adam, lr=1e-4"
-            )
-            raise TypeError(
-                f"`{name}=...` must be a function of {given}, such as "
-                f"functools.partial({example}); got {function!r}"
-            )
-
-
 def optional_number(
     where: str, value: Any, low: float, *, below: float | None = None
 ) -> float | None:

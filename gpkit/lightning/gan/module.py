@@ -14,7 +14,6 @@ from gpkit.autodiff.random import derived_seed, rank, seeded
 from gpkit.lightning.compat import logs_now, scaler_of
 from gpkit.lightning.gan.checks import (
     optional_number,
-    require_functions,
     require_nets,
     require_order,
     require_penalties,
@@ -29,6 +28,7 @@ from gpkit.lightning.gan.scores import conditioned
 from gpkit.lightning.gan.stepping import MakeOptimizer, MakeScheduler, configured, require_support
 from gpkit.lightning.gan.training import GANStep
 from gpkit.lightning.recording import EVALUATION, Histograms, LatestScalars, LatestStep
+from gpkit.lightning.refusals import require_functions
 from gpkit.sums import Penalties, PenaltySum, as_sum
 
 

@@ -15,7 +15,7 @@ from gpkit.axes.parameters import layers_for
 from gpkit.estimators.base import Recomputable
 from gpkit.formula import Terms
 from gpkit.lightning.batches import Batch, repeated
-from gpkit.lightning.module.losses import LossFunction, has_reduction, logits
+from gpkit.lightning.module.losses import LossFunction, has_reduction, logits, taken
 from gpkit.needs import Needs
 from gpkit.penalty import Penalty
 
@@ -112,7 +112,7 @@ class ForwardRunner:
         with layers_for(self.layers, self.net) as layers:
             output, a = self.run_with_features(x) if self.features else (self.run(x), None)
         losses = self.sample_losses(output, y) if per_sample else None
-        loss = self.loss(output, y)
+        loss = taken(self.loss, output, y)
         return ForwardPass(
             x, output, loss if loss.ndim == 0 else loss.mean(), losses, a, layers=layers
         )

@@ -1,4 +1,4 @@
-"""The loss of each sample."""
+"""The loss of a batch and of each sample, and what its errors mean."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gpkit import checks
 from gpkit.autodiff.compat import tree_leaves
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -40,6 +41,54 @@ def per_sample(loss: LossFunction) -> LossFunction:
     return functools.partial(_losses, loss)  # a partial, unlike a closure, can be pickled
 
 
+def as_loss(loss: Any) -> LossFunction:
+    """Return a loss that says in one line what does not fit.
+
+    Raises:
+        TypeError: if it is a class, or no function.
+    """
+    checks.an_object("loss=...", loss)
+    if not callable(loss):
+        raise TypeError(f"`loss=...` must be a function (output, y) -> loss; got {loss!r}")
+    return loss
+
+
+def taken(loss: LossFunction, output: Any, target: Any) -> Tensor:
+    """Return ``loss(output, target)``.
+
+    Raises:
+        ValueError: if the loss raised an error, with the shapes, and the labels that it takes.
+    """
+    try:
+        return loss(output, target)
+    except (RuntimeError, ValueError, IndexError) as error:
+        said = f"({type(error).__name__}: {str(error).splitlines()[0]})"
+        raise ValueError(f"{_misfit(loss, output, target)} {said}") from error
+
+
+def _misfit(loss: LossFunction, output: Any, target: Any) -> str:
+    """Return what may be wrong with an output and a target for a loss."""
+    name = getattr(loss, "__name__", type(loss).__name__)
+    got = f"the loss {name} failed"
+    if not isinstance(output, Tensor) or not isinstance(target, Tensor):
+        return f"{got} for an output {type(output).__name__} and a target {type(target).__name__}"
+    shapes = f"for outputs {list(output.shape)} and targets {list(target.shape)}, {target.dtype}"
+    classes = output.shape[1] if output.ndim > 1 else 0
+    if "cross" in name.lower() and "binary" not in name.lower() and classes:
+        if target.is_floating_point() and target.ndim < output.ndim:
+            return f"{got} {shapes}: labels are class indices, y.long()"
+        labels = target[target != getattr(loss, "ignore_index", -100)].unique().tolist()
+        if labels and not 0 <= labels[0] <= labels[-1] < classes:
+            return (
+                f"{got} {shapes}: the {classes} outputs of the net are for labels 0 to "
+                f"{classes - 1}; got labels from {labels[0]:g} to {labels[-1]:g}: give the net an "
+                "output for each class"
+            )
+    if output.shape != target.shape and output.numel() == target.numel():
+        return f"{got} {shapes}: give both the same shape, output.squeeze(1) or y[:, None]"
+    return f"{got} {shapes}"
+
+
 def has_reduction(loss: LossFunction) -> bool:
     """Whether a loss can be asked for the loss of each entry, as those of torch can."""
     own = isinstance(loss, nn.Module) and hasattr(loss, "reduction")
@@ -56,7 +105,7 @@ def logits(output: Any) -> Any:
 
 
 def _losses(loss: LossFunction, output: Any, target: Any) -> Tensor:
-    value = loss(output, target)
+    value = taken(loss, output, target)
     if value.ndim == 0:
         return value.expand(_batch_size(output, target))
     return value if value.ndim == 1 else value.flatten(1).mean(1)

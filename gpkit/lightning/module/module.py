@@ -24,10 +24,11 @@ from gpkit.lightning.batches import Batch, Keys, entries, unpack
 from gpkit.lightning.compat import logs_now, scale_of, scaler_of, trainer_of
 from gpkit.lightning.module.compiled import CompiledLoss, terms_of
 from gpkit.lightning.module.forward import ForwardPass, ForwardRunner
-from gpkit.lightning.module.losses import LossFunction, logits, per_sample
+from gpkit.lightning.module.losses import LossFunction, as_loss, logits, per_sample
 from gpkit.lightning.module.metrics import as_metrics, prediction
 from gpkit.lightning.norms import input_norms, weight_norm
 from gpkit.lightning.recording import EVALUATION, Histograms, LatestStep, penalty_scalars
+from gpkit.lightning.refusals import require_functions
 from gpkit.needs import Needs, needs_of
 from gpkit.sums import Penalties, as_sum
 
@@ -120,16 +121,15 @@ class PenalizedModule(pl.LightningModule):
         super().__init__()
         if not isinstance(net, nn.Module):
             raise TypeError(f"`net=...` must be a torch.nn.Module; got a {type(net).__name__}")
-        if not callable(loss):
-            raise TypeError(f"`loss=...` must be a function (output, y) -> loss; got {loss!r}")
         self.net = net
-        self.loss = loss
+        self.loss = as_loss(loss)
         self.per_sample_loss = per_sample(loss)
         self.penalties = as_sum(penalty)
         self.needs = {name: needs_of(part) for name, part in self.penalties.items()}
         for name, own in self.needs.items():
             if own.fakes:
                 pl.utilities.rank_zero_warn(f"penalty {name!r}: {own.fakes}. Here it is x_{{i-1}}")
+        require_functions(optimizer=optimizer, scheduler=scheduler)
         self.make_optimizer, self.make_scheduler = optimizer or torch.optim.Adam, scheduler
         self.val_metrics = as_metrics(metrics, loss).clone()
         self.test_metrics = as_metrics(metrics, loss).clone()
