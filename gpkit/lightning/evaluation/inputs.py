@@ -1,4 +1,4 @@
-"""`Robustness`, `Smoothness` and `Calibration`: what a net does at the test samples and near them."""
+"""`Robustness`, `Smoothness` and `Calibration`: a net at the test samples and near them."""
 
 from __future__ import annotations
 
