@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from gpkit import checks
 from gpkit.autodiff import graph
 from gpkit.autodiff.compat import LEAF, class_of, packs_saved, saved, saved_input
-from gpkit.autodiff.numerics import as_real, widened
+from gpkit.autodiff.numerics import as_real, require_dense, widened
 from gpkit.autodiff.random import has_ranks
 from gpkit.autodiff.sharding.gathering import regathered
 
@@ -171,7 +171,7 @@ def gradients(y: Tensor, xs: tuple[Tensor, ...], times: Tensor | None = None) ->
     except RuntimeError as error:
         raise RuntimeError(graph.explain(error)) from error
     grads = regathered(y, grads) if has_ranks() else grads
-    graph.require_dense(grads)
+    require_dense(grads)
     return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, xs, strict=True))
 
 

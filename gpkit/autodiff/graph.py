@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -312,19 +312,6 @@ class Made:
             refs = [weakref.ref(leaf) for leaf in found.leaves]
             known.graphs[made] = found.key, refs, found.kinds
         return found
-
-
-def require_dense(grads: Iterable[Tensor | None]) -> None:
-    """Refuse sparse gradients.
-
-    Raises:
-        RuntimeError: if there is one.
-    """
-    if any(g is not None and g.is_sparse for g in grads):
-        raise RuntimeError(
-            "a parameter has a sparse gradient, which cannot be differentiated again: use "
-            'nn.Embedding(sparse=False), or estimator="finite_difference"'
-        )
 
 
 def explain(error: RuntimeError) -> str:

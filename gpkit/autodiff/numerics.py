@@ -179,3 +179,16 @@ def per_pixel(row: Tensor, x: Tensor) -> Tensor:
             [1, 3, 5]])
     """
     return row.unflatten(1, (x.shape[1], -1)).transpose(1, 2).flatten(0, 1)
+
+
+def require_dense(grads: Iterable[Tensor | None]) -> None:
+    """Refuse sparse gradients.
+
+    Raises:
+        RuntimeError: if there is one.
+    """
+    if any(g is not None and g.is_sparse for g in grads):
+        raise RuntimeError(
+            "a parameter has a sparse gradient, which cannot be differentiated again: use "
+            'nn.Embedding(sparse=False), or estimator="finite_difference"'
+        )
