@@ -21,6 +21,7 @@ from gpkit.axes.call import Call
 from gpkit.axes.form import Form, as_form
 from gpkit.axes.given.given import Given, completed, weights_of
 from gpkit.axes.given.keys import Keys, Metric, as_keys, as_metric
+from gpkit.axes.mixtures import part
 from gpkit.axes.of import Of
 from gpkit.axes.parameters import weights
 from gpkit.axes.weight import Schedule
@@ -37,7 +38,7 @@ from gpkit.with_loss import with_loss
 VARIABLES: dict[str, type[Variables]] = {"input": inputs, "weight": weights}
 AXES = (
     "of", "wrt", "scope", "order", "form", "at", "estimator", "forward", "reduce", "metric",
-    "given", "weight", "every",
+    "given", "subsample", "weight", "every",
 )  # fmt: skip
 NO_GRAPH = (
     "the penalty has nothing to differentiate: the tensor has no graph. Was it computed under "
@@ -59,6 +60,7 @@ class Axes(TypedDict, total=False):
     reduce: str
     metric: Metric | None
     given: Keys | None
+    subsample: float | None
     every: int
     seed: int | None
     name: str
@@ -115,6 +117,11 @@ class GradientPenalty(Penalty):
         given: what a call must give, "target", "metric" or "sample_weight", each with the key of
             the entry of a batch where Lightning modules find it, or a function of the batch:
             ``given={"target": "forces"}``. See `Penalty.__call__` for their meaning.
+        subsample: the part of the samples that the penalty is evaluated on, in (0, 1], such as
+            0.25: ⌈B/4⌉ of them, drawn anew at each call. Its mean over all parts is the penalty of
+            all samples. For inputs it needs the function, and runs it on these samples only, so the
+            function must not hold targets of the others: pass them, ``penalty(f, (x, y))``, or use
+            ``of`` an output. For weights with ``scope="sample"`` it takes that part of the losses.
         weight: λ >= 0, or a schedule: a function of the optimiser step.
         every: act on every k-th step, with the weight multiplied by k (lazy regularisation).
         seed: the seed of the penalty's random numbers; None uses torch's initial seed. Each rank
@@ -148,6 +155,7 @@ class GradientPenalty(Penalty):
         reduce: str = "mean",
         metric: Metric | None = None,
         given: Keys | None = None,
+        subsample: float | None = None,
         weight: float | Schedule = 1.0,
         every: int = 1,
         seed: int | None = None,
@@ -174,6 +182,10 @@ class GradientPenalty(Penalty):
         self.metric = as_metric("metric=...", metric)
         self.given = as_keys("given=...", given)
         self.reduce = checks.choice("reduce=...", reduce, formula.REDUCTIONS)
+        self.subsample = subsample
+        scopes.check_part(self)
+        if subsample is not None and self.wrt.batched:
+            self.at = part(self.at, subsample)
         super().__init__(weight=weight, every=every, seed=seed, name=name)
 
     def evaluate(

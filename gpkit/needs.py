@@ -50,6 +50,9 @@ class Needs:
         measures: whether its weight measures the gradients of loss and penalty.
         given: where the batch has what the call must give, by name, see `GradientPenalty`.
         own_forward: whether it must run a forward pass of its own, in its own mode.
+        part: what to say where a part of the samples would not fit the batch's targets; "" if it
+            takes all samples, or runs the net on its own ones.
+        takes_part: whether it takes a part of the samples.
     """
 
     differentiates: str
@@ -71,6 +74,8 @@ class Needs:
     measures: bool = False
     given: tuple[tuple[str, Any], ...] = ()
     own_forward: bool = False
+    part: str = ""
+    takes_part: bool = False
 
     @cached_property
     def of_loss(self) -> bool:
@@ -195,6 +200,19 @@ def _worked_out(penalty: GradientPenalty) -> Needs:
         fakes=_without_fakes(penalty.at),
         given=tuple(penalty.given.items()),
         own_forward=own_forward,
+        part=_of_a_part(penalty),
+        takes_part=penalty.subsample is not None,
+    )
+
+
+def _of_a_part(penalty: GradientPenalty) -> str:
+    """Return what to say where a part of the samples would not fit the batch's targets."""
+    if penalty.subsample is None or (penalty.wrt.batched and penalty.of != "loss"):
+        return ""
+    return (
+        f"subsample={penalty.subsample} of a penalty of the loss takes some samples, and the loss "
+        "here has the targets of all: use every=..., a penalty of the output, or call the penalty "
+        "in a loop of your own"
     )
 
 

@@ -40,6 +40,7 @@ class Axes(Protocol):
     estimator: Estimator
     forward: str
     elementary: bool  # whether norm layers are in elementary operations at order 1 as well
+    subsample: float | None
 
 
 @dataclass(eq=False)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from gpkit.autodiff import random
 from gpkit.autodiff.random import Source
-from gpkit.axes.at import At, Points, as_at, computed, require_floating
+from gpkit.axes.at import At, Points, as_at, computed, data, require_floating
 
 Bound = float | Sequence[Any] | Tensor
 
@@ -161,6 +162,55 @@ class mixture(At):
                 + " and ".join(map(str, sizes))
             )
         return tuple(torch.cat(xs) for xs in zip(*parts, strict=True))
+
+
+@dataclass(frozen=True, init=False)
+class part(At):
+    """A random part of other points: ⌈fraction·B⌉ of B samples, drawn anew at each call.
+
+    Args:
+        at: the points.
+        fraction: of them, in (0, 1].
+
+    >>> x = torch.arange(8.0).reshape(8, 1)
+    >>> (z,) = part(as_at("at", "real"), 0.25)((x,), None, torch.Generator().manual_seed(0))
+    >>> z.shape
+    torch.Size([2, 1])
+    """
+
+    at: At = field(default_factory=data)
+    fraction: float = 1.0
+
+    moves = True
+
+    def __init__(self, at: At, fraction: float) -> None:
+        for name, own in {"at": at, "fraction": fraction, "detach": at.detach}.items():
+            object.__setattr__(self, name, own)
+        object.__setattr__(self, "reads", at.reads)
+
+    def sizes(self, real: Points | None, fake: Points | None) -> tuple[int, ...]:
+        return (size_of(sum(self.at.sizes(real, fake)), self.fraction),)
+
+    def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
+        if self.at.weights(real, fake) is not None:
+            raise ValueError(
+                f"subsample={self.fraction} takes points that weigh the same; got {self.at!r}: "
+                "use one penalty for each kind of points, gpkit.sum([...]), or leave subsample= out"
+            )
+        points = self.at.choose(real, fake, rng)
+        rows = rows_of(len(points[0]), self.fraction, rng, points[0].device)
+        return tuple(x[rows] for x in points)
+
+
+def size_of(count: int, fraction: float) -> int:
+    """Return ⌈fraction·count⌉, at least one of them if there are any."""
+    return min(count, max(1, math.ceil(fraction * count - 1e-9)))  # 0.1·30 is above 3
+
+
+def rows_of(count: int, fraction: float, rng: Source, device: torch.device) -> Tensor:
+    """Return the numbers of a random part of the rows; each part of that size is as likely."""
+    order = random.uniform(rng, [count], device, torch.float64).argsort()
+    return order[: size_of(count, fraction)]
 
 
 def _numbers(where: str, value: Any) -> Any:

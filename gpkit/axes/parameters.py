@@ -21,6 +21,7 @@ from gpkit.autodiff.random import has_ranks
 from gpkit.autodiff.sharding.gathering import require_whole
 from gpkit.axes.call import Axes, Call
 from gpkit.axes.given.sample_weight import sample_weights, weighted_mean
+from gpkit.axes.mixtures import rows_of
 from gpkit.axes.of import Of
 from gpkit.axes.wrt import Variables
 from gpkit.estimators.base import Recomputable, Target
@@ -95,10 +96,18 @@ class weights(Variables):
         layers = layers if call.given is None else None
         if layers is not None and self.by_layers(y, params, call.axes, layers):
             y = y if call.axes.scope == "sample" else y.mean()
-            yield Target(y.reshape(-1, 1), params, False, layers=layers)
+            rows = self.part(call, y)
+            yield Target(y.reshape(-1, 1), params, False, layers=layers, rows=rows)
         else:
             window = call.window()
-            yield from self.targets_of(y, params, call.axes, rerun, window, weights)
+            targets = self.targets_of(y, params, call.axes, rerun, window, weights)
+            rows = self.part(call, y)
+            yield from targets if rows is None else [targets[i] for i in rows.tolist()]
+
+    def part(self, call: Call, y: Tensor) -> Tensor | None:
+        """Return which of the samples' losses are taken; None for all."""
+        fraction = call.axes.subsample
+        return None if fraction is None else rows_of(len(y), fraction, call.rng, y.device)
 
     def by_layers(
         self, y: Tensor, params: tuple[Tensor, ...], axes: Axes, layers: Recording

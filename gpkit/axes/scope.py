@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
+from gpkit import checks
 from gpkit.estimators.base import Estimator
 from gpkit.estimators.window import POOLED
 
@@ -33,6 +36,32 @@ def check(scope: str, order: int, estimator: Estimator, forward: str = "isolated
     if scope == "pixel" and not estimator.by_pixel:
         raise ValueError(
             "`scope=\"pixel\"` takes estimator='exact' or 'projection'; got " + repr(estimator)
+        )
+
+
+def check_part(axes: Any) -> None:
+    """Refuse a part of the samples where the penalty of a part is not that of all on average.
+
+    Raises:
+        ValueError: if the groups are not samples, or the values are not averaged.
+    """
+    fraction = axes.subsample
+    if fraction is None:
+        return
+    if not 0 < checks.number("subsample=...", fraction, 0) <= 1:
+        raise ValueError(
+            f"`subsample=...` must be a part of the samples, in (0, 1]; got {fraction!r}"
+        )
+    if not axes.wrt.batched and axes.scope != "sample":
+        raise ValueError(
+            f"subsample={fraction} takes a part of the samples' norms; scope={axes.scope!r} has "
+            "one norm of their mean gradient, and that of a part of them is larger on average: "
+            "use scope='sample', or compute the loss of a smaller batch"
+        )
+    if axes.reduce != "mean":
+        raise ValueError(
+            f"subsample={fraction} takes reduce='mean'; got {axes.reduce!r}, which is another "
+            "number for a part of the samples"
         )
 
 

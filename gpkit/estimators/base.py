@@ -41,6 +41,7 @@ class Target:
         compared: what the derivative is compared with; only for an estimator that ``compares``.
         layers: of the forward pass. Then ``y`` is ``[B, 1]`` with parameters as variables, and each
             sample has a norm; only for an estimator with ``by_layer``.
+        rows: the numbers of the samples whose norms are taken, with ``layers``; None for all.
         made: how the graph of ``y`` was made, where the penalty has made it.
     """
 
@@ -56,6 +57,7 @@ class Target:
     times: Tensor | None = None
     layers: Recording | None = None
     compared: Compared | None = None
+    rows: Tensor | None = None
     made: Made | None = None
     weights: Tensor | None = None
     step: int = 0

@@ -38,7 +38,8 @@ class exact(Estimator):
         """Return n² ``[G]``, differentiable, in float32 or better."""
         if target.layers is not None:
             norms = sample_norms if len(target.y) > 1 else batch_norm
-            return norms(target.y.reshape(-1), target.xs, target.layers)
+            n2 = norms(target.y.reshape(-1), target.xs, target.layers)
+            return n2 if target.rows is None else n2[target.rows]
         if target.window is not None:
             window, compared = target.window, target.compared
             return window.squared_norms(target.y, target.xs, target.scale, norm, compared)

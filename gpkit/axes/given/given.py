@@ -158,7 +158,14 @@ def completed(given: Given | None, penalty: Any) -> Given | None:
 
     Raises:
         TypeError: if the call lacks what the penalty needs.
+        ValueError: if it has something for each sample, and the penalty draws the samples.
     """
+    own = [n for n in ("target", "metric", "sample_weight") if getattr(given, n, None) is not None]
+    if penalty.subsample is not None and own:
+        raise ValueError(
+            f"subsample={penalty.subsample} draws the samples itself, so the call cannot have "
+            f"{own[0]}= for each: leave subsample= out, or draw the samples before the call"
+        )
     for name in penalty.given:
         if getattr(given, name, None) is None:
             raise TypeError(

@@ -146,6 +146,8 @@ def _findings_of_penalty(
             "it reruns the training step on the same batch, and `dataloader_iter` gives another: "
             "write training_step(self, batch, batch_idx)"
         )
+    if needs.part:
+        yield needs.part
     if needs.fakes:
         yield needs.fakes
     names = [name for name, _ in needs.given]

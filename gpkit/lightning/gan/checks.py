@@ -77,6 +77,11 @@ def require_penalties(
                 f"`penalty=...` {name!r} needs the loss of each sample, but a GAN loss compares "
                 "batches: use scope='batch', as weight_grad_norm does"
             )
+        if needs.part or (needs.takes_part and name in of_generator):
+            raise TypeError(
+                f"`penalty=...` {name!r} has subsample=, which is for penalties of a critic's "
+                "scores: a generator's take fewer latents by generator_penalty_shrink=..."
+            )
     both = sorted(of_critic.keys() & of_generator.keys())
     if both:
         raise ValueError(

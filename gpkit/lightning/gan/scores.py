@@ -137,7 +137,15 @@ def differentiated(critic: nn.Module, labels: Any, penalty: Penalty) -> Callable
     """Return the critic as a penalty differentiates it: a list of scores is `joined`.
 
     A penalty with a function as ``of`` is given the list itself.
+
+    Raises:
+        ValueError: if there are labels, and the penalty draws some of the samples.
     """
+    if labels is not None and needs_of(penalty).takes_part:
+        raise ValueError(
+            f"{penalty.name} has subsample=, and the labels of this batch are of all its samples: "
+            "leave subsample= out, or use every=..."
+        )
     if callable(penalty.axes()["of"]):
         return conditioned(critic, labels)
     if labels is None:

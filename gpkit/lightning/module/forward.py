@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytorch_lightning as pl
 from torch import Tensor, nn
 
 from gpkit.autodiff.activations import Named, features
@@ -187,3 +188,19 @@ class ForwardRunner:
 
         net = [self.net] if needs.activations else []
         return penalty.act(function, *net, real=x, fake=x.roll(1, 0), **options)
+
+
+def require_fit(needs: Mapping[str, Needs]) -> None:
+    """Refuse penalties that do not fit the batches of a module, and warn of missing samples.
+
+    Args:
+        needs: by the names of the penalties.
+
+    Raises:
+        ValueError: if a penalty takes some samples, and the loss has the targets of all.
+    """
+    for name, own in needs.items():
+        if own.part:
+            raise ValueError(f"penalty {name!r}: {own.part}")
+        if own.fakes:
+            pl.utilities.rank_zero_warn(f"penalty {name!r}: {own.fakes}. Here it is x_{{i-1}}")

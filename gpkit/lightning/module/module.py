@@ -23,7 +23,7 @@ from gpkit.formula import Terms
 from gpkit.lightning.batches import Batch, Keys, entries, unpack
 from gpkit.lightning.compat import logs_now, scale_of, scaler_of, trainer_of
 from gpkit.lightning.module.compiled import CompiledLoss, terms_of
-from gpkit.lightning.module.forward import ForwardPass, ForwardRunner
+from gpkit.lightning.module.forward import ForwardPass, ForwardRunner, require_fit
 from gpkit.lightning.module.losses import LossFunction, as_loss, logits, per_sample
 from gpkit.lightning.module.metrics import as_metrics, prediction
 from gpkit.lightning.norms import input_norms, weight_norm
@@ -126,9 +126,7 @@ class PenalizedModule(pl.LightningModule):
         self.per_sample_loss = per_sample(loss)
         self.penalties = as_sum(penalty)
         self.needs = {name: needs_of(part) for name, part in self.penalties.items()}
-        for name, own in self.needs.items():
-            if own.fakes:
-                pl.utilities.rank_zero_warn(f"penalty {name!r}: {own.fakes}. Here it is x_{{i-1}}")
+        require_fit(self.needs)
         require_functions(optimizer=optimizer, scheduler=scheduler)
         self.make_optimizer, self.make_scheduler = optimizer or torch.optim.Adam, scheduler
         self.val_metrics = as_metrics(metrics, loss).clone()
