@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback as Callback
@@ -34,24 +34,6 @@ def is_a(thing: Any, *names: str) -> bool:
 def trainer_of(module: Any) -> Any:
     """Return the trainer of a LightningModule, or None; ``module.trainer`` raises without one."""
     return module._trainer
-
-
-def holds_fsdp2_shards(module: nn.Module) -> bool:
-    """Whether FSDP2's ``fully_shard`` was applied to the module or a submodule.
-
-    The class can only be imported where torch.distributed is available.
-
-    Args:
-        module: the LightningModule.
-
-    Returns:
-        False outside of a distributed run.
-    """
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
-    return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
 def scaler_of(trainer: Any) -> Any:

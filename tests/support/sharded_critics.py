@@ -74,11 +74,16 @@ def sharded(critic, how="blocks", mesh=None, **options):
         for block in critic.blocks:
             block.checkpointed = True
     critic.outside = how == "checkpoint outside"
+    freeze(critic, how)
     for block in critic.blocks if how != "whole" else []:
         fully_shard(block, **options)
     for layer in (critic.patches, critic.head) if how == "layers" else ():
         fully_shard(layer, **options)
     return fully_shard(critic, **options)
+
+
+def freeze(critic, how):
+    critic.blocks[1].requires_grad_(how != "frozen")
 
 
 def data(dtype=torch.float64):
@@ -225,6 +230,7 @@ class Case:
 CASES = {
     "R1 + R2": Case(r1_r2, r1_r2_by_hand),
     "R1 + R2, one group for all weights": Case(r1_r2, r1_r2_by_hand, how="whole"),
+    "R1 + R2, a frozen block": Case(r1_r2, r1_r2_by_hand, how="frozen"),
     "R1 + R2, weights kept after the forward": Case(
         r1_r2, r1_r2_by_hand, options={"reshard_after_forward": False}
     ),
@@ -275,6 +281,7 @@ def trained(rank, name):
 def expected(case):
     """Return the same, trained in one process by hand."""
     critic = Critic()
+    freeze(critic, case.how)
     optimizer = torch.optim.SGD(critic.parameters(), lr=0.05, momentum=0.9)
     for step, (real, fake) in enumerate(zip(*data(), strict=True)):
         optimizer.zero_grad()

@@ -2,7 +2,7 @@
 
 `torch.distributed.fsdp.FSDPModule` gathers and shards by public methods. It does not say which of
 its modules a graph was made by, nor what is set for them: that is here. If a release of torch
-removes an entry, `tests/autodiff/test_sharding.py` fails with its name.
+removes an entry, `tests/sharding/test_sharding_compat.py` fails with its name.
 """
 
 from __future__ import annotations
@@ -147,5 +147,5 @@ class Resharding:
     def reset(self) -> None:
         """Let FSDP2 forget a forward or backward pass that an exception has ended."""
         for module, state, _ in self.found:
-            if state._is_root and hasattr(module, "reset_iter_state"):  # from torch 2.12 on
+            if state._is_root and hasattr(module, "reset_iter_state"):  # newer releases
                 module.reset_iter_state()

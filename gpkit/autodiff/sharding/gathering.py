@@ -98,6 +98,15 @@ class _Regathered(torch.autograd.Function):
         return None, *grads
 
 
+def is_sharded(net: nn.Module) -> bool:
+    """Return whether FSDP2's ``fully_shard`` was applied to a module or to a submodule of it.
+
+    >>> is_sharded(nn.Linear(2, 1))
+    False
+    """
+    return any(map(is_fsdp2, net.modules()))
+
+
 def reshard(net: nn.Module) -> None:
     """Free the gathered weights of the FSDP2 modules in a net, so that the next pass gathers them.
 

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from gpkit.autodiff.numerics import wide
 from gpkit.autodiff.random import RandomState
+from gpkit.autodiff.sharding.gathering import is_sharded
 from gpkit.autodiff.state import Start
 from gpkit.estimators.base import Recomputable, Target
 from gpkit.estimators.window import Window, summarised
 from gpkit.formula import Terms
 from gpkit.lightning.batches import entries
 from gpkit.lightning.callback.plan import PenalizedNet, Plan, differentiated
-from gpkit.lightning.compat import holds_fsdp2_shards, scale_of, scaler_of
+from gpkit.lightning.compat import scale_of, scaler_of
 from gpkit.lightning.refusals import CALLBACK_REFUSAL, refuse
 from gpkit.lightning.watch.probe import Capture
 from gpkit.lightning.watch.replay import StepCall, per_sample_losses
@@ -51,7 +52,7 @@ class Evaluator:
         self.windows: dict[str, Window] = {}  # by penalty, of this optimiser step
         self._scaler = scaler_of(trainer)
         self._sharded_weights: Any = None
-        if holds_fsdp2_shards(module):
+        if is_sharded(module):
             from gpkit.lightning.callback.sharded import ShardedWeights
 
             self._sharded_weights = ShardedWeights(module)

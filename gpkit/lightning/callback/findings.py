@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from gpkit import checks
 from gpkit.autodiff import graph
 from gpkit.autodiff.compat import is_reentrant_checkpoint
+from gpkit.autodiff.sharding.gathering import is_sharded
 from gpkit.axes.parameters import weights
 from gpkit.gradient_penalty import GradientPenalty
 from gpkit.lightning.callback.plan import PenalizedNet
-from gpkit.lightning.compat import holds_fsdp2_shards, is_a
+from gpkit.lightning.compat import is_a
 from gpkit.lightning.watch.calls import SeenCalls, findings_of_calls
 from gpkit.lightning.watch.probe import Capture, ProbeSpec
 from gpkit.needs import needs_of
@@ -94,7 +95,7 @@ def _findings_of_callback(
         hint = checks.nearest(str(name), filter(None, names))
         listed = ", ".join(repr(n) for n, _ in module.named_children())
         found.append(f"there is no submodule {name!r}{hint}; there are {listed}")
-    if holds_fsdp2_shards(module):
+    if is_sharded(module):
         from gpkit.lightning.callback.sharded import findings_of_sharding
 
         found += findings_of_sharding(module, penalties)
@@ -131,7 +132,7 @@ def _findings_of_penalty(
         )
     elif is_a(strategy, "DeepSpeedStrategy"):
         yield "DeepSpeed gives no access to the gradients: use strategy='ddp'"
-    elif is_a(strategy, "ModelParallelStrategy") and not holds_fsdp2_shards(module):
+    elif is_a(strategy, "ModelParallelStrategy") and not is_sharded(module):
         yield (
             "under ModelParallelStrategy a penalty needs modules to which fully_shard was applied: "
             "apply it in configure_model, or use strategy='ddp'"

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
 
 from gpkit import formula
@@ -18,6 +17,7 @@ from gpkit.autodiff.gates import Gates, recorded
 from gpkit.autodiff.isolation import isolated
 from gpkit.autodiff.known_gradient import known_gradient, perturbed
 from gpkit.autodiff.numerics import as_real, spacing, widened, zeros_for_none
+from gpkit.autodiff.sharding.gathering import reshard
 from gpkit.estimators.base import Recomputable
 from gpkit.estimators.differences.weight_difference import slopes_of
 from gpkit.estimators.finite_difference import finite_difference
@@ -28,15 +28,6 @@ from gpkit.penalty import Penalty
 
 Entry = Callable[[Tensor], Tensor]  # a function of each entry of a tensor
 Gradient = Mapping[Tensor, Tensor | None]  # by trained weight; None if backward did not reach it
-
-
-def is_sharded(net: nn.Module) -> bool:
-    """Return whether FSDP2's ``fully_shard`` was applied to a module or to a submodule of it.
-
-    >>> is_sharded(nn.Linear(2, 1))
-    False
-    """
-    return any(isinstance(module, FSDPModule) for module in net.modules())
 
 
 def findings_of_sharding(net: nn.Module, penalties: Mapping[str, Any]) -> list[str]:
@@ -236,9 +227,7 @@ class ShardedWeights:
         try:
             yield
         finally:
-            for module in self.net.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+            reshard(self.net)
 
 
 def local_shards(tensors: Sequence[Tensor]) -> list[Tensor]:

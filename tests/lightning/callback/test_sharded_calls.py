@@ -11,8 +11,9 @@ from torch.distributed.fsdp import fully_shard
 
 import gpkit
 from gpkit.autodiff.random import random_state
+from gpkit.autodiff.sharding.gathering import is_sharded
 from gpkit.estimators.base import Recomputable
-from gpkit.lightning.callback.sharded import ShardedWeights, findings_of_sharding, is_sharded
+from gpkit.lightning.callback.sharded import ShardedWeights, findings_of_sharding
 
 pytestmark = pytest.mark.ddp
 

@@ -11,7 +11,7 @@ from sharding import SGD, STEPS, B, data, pair, sharded, single, slope, whole
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import gpkit
-from gpkit.lightning.callback.sharded import is_sharded
+from gpkit.autodiff.sharding.gathering import is_sharded
 
 pytestmark = pytest.mark.ddp
 

@@ -13,7 +13,7 @@ from sharding import SGD, STEPS, B, H, data, pair, sharded, slope, smooth, whole
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import gpkit
-from gpkit.lightning.callback.sharded import is_sharded
+from gpkit.autodiff.sharding.gathering import is_sharded
 
 pytestmark = pytest.mark.ddp
 
