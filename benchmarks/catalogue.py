@@ -33,8 +33,9 @@ from cases import ROWS, evaluated, expected  # noqa: E402
 from compare import gradients, relative_error  # noqa: E402
 
 ROUNDS = 30
+COMPARED = {"sobolev": "target", "right_reasons": "mask"}
 CRITICS = {
-    name for name, f in PRESETS.items() if f.__module__.endswith((".critic", ".adversarial"))
+    name for name, f in PRESETS.items() if f.__module__.endswith((".critics", ".approximations"))
 }
 
 
@@ -80,7 +81,12 @@ def costs() -> dict[str, float]:
                 cfg.penalty.weight = 1.0
             if path.stem == "sum":
                 cfg = compose("train", ["penalty=sum"])
-            score = path.stem == "eikonal" or path.stem in CRITICS
+            if path.stem in COMPARED:  # with an entry of the batch: here the samples
+                cfg.penalty[COMPARED[path.stem]] = {
+                    "_target_": "hydra.utils.get_method",
+                    "path": "modules.first",
+                }
+            score = path.stem in ("eikonal", "sobolev", "laplacian", "amp", *CRITICS)
             steps[path.stem] = step(instantiate(cfg.penalty, _convert_="all"), score=score)
     plain = step(None, score=False)
     for run in (plain, *steps.values()):
