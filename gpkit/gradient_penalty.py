@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, TypedDict
 
@@ -21,6 +21,7 @@ from gpkit.axes.call import Call
 from gpkit.axes.form import Form, as_form
 from gpkit.axes.given.given import Given, completed, weights_of
 from gpkit.axes.given.keys import Keys, Metric, as_keys, as_metric
+from gpkit.axes.given.named import by_name
 from gpkit.axes.mixtures import part
 from gpkit.axes.of import Of
 from gpkit.axes.parameters import weights
@@ -224,6 +225,9 @@ class GradientPenalty(Penalty):
         train = torch.is_grad_enabled()
         if given is not None or self.metric is not None or self.given:
             given = completed(given, self)
+        named = [x for x in (*args[:1], real, fake) if isinstance(x, Mapping)]
+        if named and self.wrt.batched and not isinstance(f, (Target, Targets)):
+            f, (args, real, fake), given = by_name(f, (args, real, fake), given)
         with _graphs(train):
             rng = torch.Generator(device_of(real, args, fake, f)).manual_seed(seed)
             targets, weights = self._targets(f, args, real, fake, rng, seed, acts, given), None

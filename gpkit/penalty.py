@@ -88,7 +88,7 @@ class Penalty:
             f: a tensor, whose graph is reused, or a callable. Input penalty: it is, or returns,
                 one value per sample, ``[B]`` or ``[B, 1]``, or outputs ``[B, *O]``. Weight
                 penalty: a loss, or a closure that returns it.
-            *args: input penalty: the samples ``[B, *S]``, a tuple of them for several inputs.
+            *args: input penalty: the samples ``[B, *S]``, a tuple or dict of them for several.
                 Weight penalty: the module or its parameters.
             real: real samples, ``[B, *S]``.
             fake: fake samples, ``[B, *S]``.

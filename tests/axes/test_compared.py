@@ -479,3 +479,48 @@ def test_a_metric_without_a_target_in_forward_estimators(estimator):
     alone = penalty.terms(NET, X, metric=SCALE).norms
     torch.testing.assert_close(alone, penalty.terms(NET, X, metric=SCALE, target=0 * G).norms)
     assert alone.unique().numel() == B
+
+
+class OfDict(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.norm, self.b = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(6, 4)
+        self.double().eval()
+
+    def forward(self, inputs):
+        h = torch.tanh(self.norm(self.a(inputs["positions"])))
+        return (h * torch.tanh(self.b(inputs["cell"].flatten(1)))).sum(1)
+
+
+@pytest.mark.parametrize("estimator", ["exact", gpkit.finite_difference(side="central")])
+def test_samples_by_name_have_one_norm(estimator):
+    net = OfDict()
+    x = {"positions": draw(B, 3), "cell": draw(B, 2, 3)}
+    g = {"cell": draw(B, 2, 3), "positions": draw(B, 3)}  # in any order
+    penalty = gpkit.GradientPenalty(estimator=estimator)
+    found = measured(penalty, net, x, net=net, target=g)
+
+    def pair(positions, cell):
+        return net({"positions": positions, "cell": cell})
+
+    wanted = measured(
+        gpkit.GradientPenalty(),
+        pair,
+        tuple(x.values()),
+        net=net,
+        target=(g["positions"], g["cell"]),
+    )
+    assert_same(found, wanted, 1e-7)
+    net.train()
+    before = net.norm.running_mean.clone()
+    gpkit.wgan_gp().terms(net, real=x, fake={name: -value for name, value in x.items()})
+    torch.testing.assert_close(net.norm.running_mean, before)
+
+
+def test_a_tensor_of_samples_by_name():
+    net = OfDict()
+    x = {"positions": draw(B, 3).requires_grad_(), "cell": draw(B, 2, 3).requires_grad_()}
+    torch.testing.assert_close(gpkit.r1()(net(x), real=x), gpkit.r1()(net, real=x))
+    with pytest.raises(ValueError, match=r"target= must have the same keys as the samples"):
+        gpkit.r1()(net, real=x, target={"positions": x["positions"]})
