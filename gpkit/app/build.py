@@ -31,7 +31,6 @@ def build_module(cfg: DictConfig, data: Any, chosen: set[str]) -> pl.LightningMo
     Raises:
         ValueError: if the module does not fit the rest of the config.
     """
-    _check_nets(cfg)
     make = instantiate(cfg.module, _convert_="all", _partial_=True)
     penalty = instantiate(cfg.penalty, _convert_="all")
     optimizer = instantiate(cfg.optimizer, _convert_="all")
@@ -241,8 +240,12 @@ def signature_of(target: Any) -> Mapping[str, inspect.Parameter]:
         return {}
 
 
-def _check_nets(cfg: DictConfig) -> None:
-    """Refuse one net for a module that takes two, and two nets for a module that takes one."""
+def check_nets(cfg: DictConfig) -> None:
+    """Refuse one net for a module that takes two, and two nets for a module that takes one.
+
+    Raises:
+        ValueError: for these.
+    """
     found = [net for net in PAIR if net in cfg.model]
     if trains_pair(cfg) and len(found) < len(PAIR):
         raise ValueError(

@@ -29,8 +29,10 @@ def build_data(cfg: DictConfig, chosen: set[str]) -> pl.LightningDataModule:
 
     Raises:
         TypeError: if the target gives no data module.
-        ValueError: if it lacks what the run needs, or its training set is empty.
+        ValueError: if an option must be given, or the data lack what the run needs, or are empty.
     """
+    for key in sorted(OmegaConf.missing_keys(cfg.data)):
+        raise ValueError(f"data.{key} must be given: data.{key}=...")
     plain = OmegaConf.create(OmegaConf.to_container(cfg.data, resolve=True))
     assert isinstance(plain, DictConfig)
     data = instantiate(OmegaConf.create(recipe(plain, {}, below("data", chosen))))

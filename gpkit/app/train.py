@@ -20,6 +20,7 @@ from gpkit.app.build import (
     build_callbacks,
     build_loggers,
     build_module,
+    check_nets,
     recipes,
     trains_pair,
 )
@@ -112,6 +113,7 @@ def run(
     quiet()
     folder = Path(output_dir)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    check_nets(cfg)
     data = build_data(cfg, set_keys(overrides))
     cfg.run_dir, cfg.total_steps = str(folder), count_steps(cfg, batches_of(cfg, data))
     callbacks = build_callbacks(cfg)

@@ -271,7 +271,7 @@ def test_jobs_side_by_side(launcher, tmp_path, monkeypatch):
     found = results()
     assert [r["status"] for r in found.values()] == ["failed", "finished"] * 2
     assert len({r["pid"] for r in found.values()}) > 1
-    assert "best    test/acc" in done.stdout
+    assert "best    val/loss" in done.stdout
     assert "2 of 4 jobs did not finish" in done.stderr
 
 
