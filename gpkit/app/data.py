@@ -32,7 +32,7 @@ def build_data(cfg: DictConfig, chosen: set[str]) -> pl.LightningDataModule:
         ValueError: if an option must be given, or the data lack what the run needs, or are empty.
     """
     for key in sorted(OmegaConf.missing_keys(cfg.data)):
-        raise ValueError(f"data.{key} must be given: data.{key}=...")
+        raise ValueError(f"{key} must be given: {key}=...")
     plain = OmegaConf.create(OmegaConf.to_container(cfg.data, resolve=True))
     assert isinstance(plain, DictConfig)
     data = instantiate(OmegaConf.create(recipe(plain, {}, below("data", chosen))))
