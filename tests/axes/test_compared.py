@@ -524,3 +524,14 @@ def test_a_tensor_of_samples_by_name():
     torch.testing.assert_close(gpkit.r1()(net(x), real=x), gpkit.r1()(net, real=x))
     with pytest.raises(ValueError, match=r"target= must have the same keys as the samples"):
         gpkit.r1()(net, real=x, target={"positions": x["positions"]})
+
+
+def test_a_weight_that_adapts_sees_the_weighted_mean_norm():
+    weight = gpkit.target_norm(1.0, weight=2.0, rate=0.5)
+    penalty = gpkit.GradientPenalty(weight=weight)
+    penalty(NET, X, sample_weight=W, step=0)
+    n = NORMS["l2"](slopes(params_of(NET)))
+    mean = float((W * n).sum() / W.sum())
+    assert abs(mean / float(n.mean()) - 1) > 0.1
+    correction = 0.5 * min(1.0, max(-1.0, torch.tensor(mean).log().item()))
+    assert weight(1) == pytest.approx(2.0 * torch.tensor(correction).exp().item(), rel=1e-5)

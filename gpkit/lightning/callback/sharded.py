@@ -182,7 +182,13 @@ class ShardedWeights:
 
         Raises:
             RuntimeError: if no gradient has arrived at its weights.
+            ValueError: if the penalty has a metric, or compares with an entry of the batch.
         """
+        if penalty.metric is not None or penalty.given:
+            raise ValueError(
+                f"{penalty.name} compares gradients, and those of sharded weights are not: leave "
+                "out metric= and given=, or use DDP"
+            )
         chosen = penalty.wrt.chosen(self.net)
         if all(base[x] is None for x in chosen):
             raise RuntimeError(
