@@ -108,8 +108,10 @@ class inputs(Variables):
             y = call.selected(call.f)
             graph.require_within(y, xs)
         elif callable(call.f) or isinstance(call.f, Recomputable):
-            given = self.points(call)
-            y, caught = call.run(self.placed(given), given[0].device)
+            given, started = self.points(call), None
+            if not call.axes.named:
+                started = call.axes.estimator.started(given, call.axes.order, call.rng)
+            y, caught = call.run(self.placed(started or given), given[0].device)
             xs = self.chosen(given, caught)
             if xs is given:  # only inputs can be moved, not an activation
                 evaluate = partial(self.evaluated, call)
@@ -124,6 +126,9 @@ class inputs(Variables):
             again = evaluate and partial(evaluate, score=i)
             for target in self.targets_of(score, xs, call.axes, again):
                 target.weights = weights
+                value = value_of(target.y)
+                if value is not target.y:
+                    target.y, target.series = value, target.y
                 yield target
 
     def targets_of(
@@ -151,7 +156,7 @@ class inputs(Variables):
         if call.is_unproven():
             again, _ = call.run(self.placed(xs), xs[0].device)
             for before, after in zip(scores_of(y), scores_of(again), strict=True):
-                call.prove(before, after)
+                call.prove(value_of(before), after)
 
     def evaluated(self, call: Call, *xs: Tensor, score: int = 0) -> Tensor:
         """Return ``[B, m]`` at other points, with the same random numbers each time."""
@@ -255,3 +260,9 @@ class inputs(Variables):
 def summed(mean: Tensor, xs: Points) -> Tensor:
     """Return B · mean ``[1, 1]``: the sum over the samples, from their mean."""
     return (mean * xs[0].shape[0]).reshape(1, 1)
+
+
+def value_of(y: Tensor) -> Tensor:
+    """Return the value of an output on Taylor series, and any other output as it is."""
+    value: Tensor = getattr(y, "coefficients", (y,))[0]
+    return value

@@ -42,6 +42,7 @@ class Target:
         layers: of the forward pass. Then ``y`` is ``[B, 1]`` with parameters as variables, and each
             sample has a norm; only for an estimator with ``by_layer``.
         rows: the numbers of the samples whose norms are taken, with ``layers``; None for all.
+        series: the output on what `Estimator.started` returned; then ``y`` is its value.
         made: how the graph of ``y`` was made, where the penalty has made it.
     """
 
@@ -58,6 +59,7 @@ class Target:
     layers: Recording | None = None
     compared: Compared | None = None
     rows: Tensor | None = None
+    series: Tensor | None = None
     made: Made | None = None
     weights: Tensor | None = None
     step: int = 0
@@ -178,6 +180,10 @@ class Estimator:
     def is_random(self, target: Target, order: int) -> bool:
         """Whether n² is a random estimate, which is right on average."""
         return False
+
+    def started(self, xs: tuple[Tensor, ...], order: int, rng: Source) -> tuple[Tensor, ...] | None:
+        """Return what the function is run on first instead of the points; None for the points."""
+        return None
 
     def squared_norms(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:
         """Return n² ``[G]``, the squared norm of each group's derivative.

@@ -78,7 +78,20 @@ class taylor(Estimator):
 
     def is_random(self, target: Target, order: int) -> bool:
         """Whether n² is a random estimate: there is one direction if x has one entry."""
-        return sum(x.shape[1:].numel() for x in target.xs) > 1
+        return has_choice(target.xs)
+
+    def started(self, xs: tuple[Tensor, ...], order: int, rng: Source) -> tuple[Tensor, ...]:
+        """Return x + t v as series, with the first directions, so that the function runs once."""
+        from gpkit.autodiff.taylor.directional import paths
+
+        return paths(xs, self.directions(xs, rng), order)
+
+    def directions(self, xs: tuple[Tensor, ...], rng: Source) -> tuple[Tensor, ...]:
+        """Return random directions v in the shapes of ``xs``; one where there is no other."""
+        if not has_choice(xs):
+            return tuple(torch.ones_like(x) for x in xs)
+        vs = projection(1, self.distribution).draw(tuple(as_rows(x, True) for x in xs), rng)
+        return tuple(v.reshape(x.shape) for v, x in zip(vs, xs, strict=True))
 
     def squared_norms(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:
         """Return the estimate of n² ``[G]``, differentiable, in float32 or better.
@@ -105,13 +118,16 @@ class taylor(Estimator):
             )
         if has_ranks():
             require_no_hooks(target.y, "`estimator=taylor()`")
-        flat = tuple(as_rows(x, True) for x in target.xs)  # [G, n]
-        alone = not self.is_random(target, order)
         draws = []
-        for _ in range(1 if alone else self.n):
-            vs = projection(1, self.distribution).draw(flat, rng)
-            vs = [torch.ones_like(v) for v in vs] if alone else vs
-            shaped = tuple(v.reshape(x.shape) for v, x in zip(vs, target.xs, strict=True))
-            y = last_derivative(target.evaluate(*paths(target.xs, shaped, order)), order)
-            draws.append(reduce_rows([(y,)], norm))
-        return torch.stack(draws).mean(0)
+        for i in range(self.n if has_choice(target.xs) else 1):
+            y = target.series if i == 0 else None  # the function has been run on it
+            if y is None:
+                vs = self.directions(target.xs, rng)
+                y = target.evaluate(*paths(target.xs, vs, order))
+            draws.append(reduce_rows([(last_derivative(y, order),)], norm))
+        return draws[0] if len(draws) == 1 else torch.stack(draws).mean(0)
+
+
+def has_choice(xs: tuple[Tensor, ...]) -> bool:
+    """Whether the samples have more than one entry, so that there is more than one direction."""
+    return sum(x.shape[1:].numel() for x in xs) > 1

@@ -400,3 +400,15 @@ def test_an_activation_keeps_its_series_where_nothing_before_it_is_trained(froze
     penalty = gpkit.GradientPenalty(of=gpkit.activation("1"), order=2, estimator="taylor")
     bends = torch.func.vmap(torch.func.hessian(lambda z: F.silu(net[0](z))))(x)  # [5, 4, 1, 1]
     torch.testing.assert_close(penalty.terms(net, x).norms, bends.flatten(1).norm(dim=1))
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_net_runs_once_for_each_direction(n):
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+    runs, x = [], torch.randn(5, 3)
+    net.register_forward_hook(lambda *_: runs.append(1))
+    penalty = gpkit.curvature(estimator=gpkit.taylor(n))
+    penalty(net, x)  # once more: does it repeat?
+    runs.clear()
+    penalty(net, x)
+    assert len(runs) == n
