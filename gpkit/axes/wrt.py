@@ -109,7 +109,7 @@ class inputs(Variables):
             graph.require_within(y, xs)
         elif callable(call.f) or isinstance(call.f, Recomputable):
             given, started = self.points(call), None
-            if not call.axes.named:
+            if call.axes.estimator.started is not None and not call.axes.named:
                 started = call.axes.estimator.started(given, call.axes.order, call.rng)
             y, caught = call.run(self.placed(started or given), given[0].device)
             xs = self.chosen(given, caught)

@@ -174,16 +174,15 @@ class Estimator:
     # Whether n of several outputs is the norm of all of them together, not the slope of one number.
     frobenius = True
 
+    # (points, order, random numbers) -> what the function is run on first instead of the points.
+    started: Any = None
+
     def check(self, order: int, norm: str, batched: bool) -> None:
         """Refuse what it does not support; ``batched`` is True for inputs, False for weights."""
 
     def is_random(self, target: Target, order: int) -> bool:
         """Whether n² is a random estimate, which is right on average."""
         return False
-
-    def started(self, xs: tuple[Tensor, ...], order: int, rng: Source) -> tuple[Tensor, ...] | None:
-        """Return what the function is run on first instead of the points; None for the points."""
-        return None
 
     def squared_norms(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:
         """Return n² ``[G]``, the squared norm of each group's derivative.
