@@ -172,7 +172,7 @@ BREAKS: dict[str, Break] = {
     "torch's weight norm, whose second derivative is wrong": Break(
         derivatives, "MENDED", {}, lambda c: c.net == "weight_norm" and c.in_weights
     ),
-    "central differences over half of the step": Break(
+    "central differences are backward ones": Break(
         finite_difference, "SIGNS", SIDES, lambda c: c.estimator == "finite_difference"
     ),
 }
