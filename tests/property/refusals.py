@@ -25,6 +25,11 @@ class Refusal:
     advice: dict[str, Any] | Callable[[Config], dict[str, Any]] | None = None
 
 
+def alone(c: Config) -> dict[str, Any]:
+    """Choose one number of the output."""
+    return {"outputs": 1} if c.net == "dict" else {"of": "total"}
+
+
 def called(c: Config) -> dict[str, Any]:
     """Give the penalty a function."""
     return {"call": "closure" if c.in_weights else "module"}
@@ -63,7 +68,7 @@ REFUSALS = (
     Refusal(
         "needs one number, or losses []",
         "means of Jacobians over ranks are not implemented",
-        {"of": "total"},
+        alone,
     ),
     Refusal('`scope="pixel"` needs images', "vectors have no pixels", {"scope": "sample"}),
     Refusal('`scope="pixel"` takes order=#', "it mixes pixels", {"scope": "sample"}),
@@ -110,7 +115,7 @@ REFUSALS = (
     Refusal(
         "has a slope target, which needs one output per sample",
         "a slope is of one number",
-        {"of": "total"},
+        alone,
     ),
     Refusal(
         "torch's third derivative of layer norm, and of batch norm in training mode, is wrong",

@@ -49,7 +49,7 @@ def main() -> None:
             try:
                 end = followed(c, outcome)
                 ends[end.kind if end.kind != "refused" else f"refused: {end.message}"] += 1
-            except AssertionError as error:
+            except Exception as error:
                 print(f"FAILED, as advised, {i}: {error}\nfrom {c!r}\n", flush=True)
         elif outcome.kind == "same":
             for name in ("wrt", "scope", "order", "form", "norm", "at", "estimator", "reduce",
