@@ -48,7 +48,6 @@ def update_average(average: nn.Module, net: nn.Module, decay: float) -> None:
 @contextmanager
 def frozen(net: nn.Module) -> Iterator[None]:
     """Freeze the parameters of a net within the block; gradients still pass through the net."""
-    reshard(net)  # of FSDP2's parameters, the sharded ones say whether to train
     trained = [p for p in net.parameters() if p.requires_grad]
     for p in trained:
         p.requires_grad_(False)

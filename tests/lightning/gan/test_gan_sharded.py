@@ -34,6 +34,23 @@ class CriticAlone(Sharded):
     shards = ("critic",)
 
 
+class Looks(Sharded):
+    """One group for each net, which a look leaves gathered between a backward pass and a step."""
+
+    def configure_model(self):
+        for net in (self.generator, self.critic):
+            if not hasattr(net, "reshard"):
+                fully_shard(net, mesh=self.device_mesh["data_parallel"])
+
+    def manual_backward(self, loss):
+        super().manual_backward(loss)
+        with torch.no_grad():
+            for net, inputs in ((self.generator, 3), (self.critic, 2)):
+                net.eval()  # or it would note what it is given
+                net(torch.ones(1, inputs, dtype=torch.float64))
+                net.train()
+
+
 R1_R2 = {"r1": gpkit.r1(3.0), "r2": gpkit.r2(1.0)}
 CASES = {  # penalty, the same by hand, options of both
     "WGAN-GP": (gpkit.wgan_gp(5.0), gp_term, {}),
@@ -71,7 +88,8 @@ def of_rank(rank):
     found = {}
     for name, (penalty, _, options) in CASES.items():
         found[name] = fitted(rank, Sharded, penalty, **options)
-    found["critic alone"] = fitted(rank, CriticAlone, R1_R2, critic_steps=1)
+    found["critic alone"] = fitted(rank, CriticAlone, R1_R2)
+    found["looked at"] = fitted(rank, Looks, R1_R2)
     found["logged"] = fitted(rank, Sharded, gpkit.r1(3.0), steps=1, generator_first=True)
     said = {}
     for name, penalty in {
@@ -90,9 +108,9 @@ def found():
     return ranks.run(of_rank)
 
 
-@pytest.mark.parametrize("case", [*CASES, "critic alone"])
+@pytest.mark.parametrize("case", [*CASES, "critic alone", "looked at"])
 def test_two_processes_are_one_on_the_joint_batch(case, found, record_property):
-    _, term, options = CASES.get(case, CASES["R1 + R2"])
+    _, term, options = CASES.get(case, (R1_R2, r1_r2_term, {}))
     latents = together([known[case][1] for known, _ in found])
     scored = together([known[case][2] for known, _ in found])
     points = interpolates(scored, data(N).tensors[0]) if term is gp_term else []
