@@ -97,9 +97,9 @@ def unpack(
         TypeError: if it cannot be read.
     """
     named = _named(batch)
-    if named is None and isinstance(batch, (list, tuple)) and inputs is None and target is None:
-        batch = tuple(v for i, v in enumerate(batch) if i not in without)
     if named is None and inputs is None and target is None:
+        if without and isinstance(batch, (list, tuple)):
+            batch = [v for i, v in enumerate(batch) if i not in without]
         if not (isinstance(batch, (list, tuple)) and len(batch) in (2, 3)):
             raise TypeError(_unreadable(batch))
         x, y, env = (*batch, None)[:3]
