@@ -25,7 +25,7 @@ from gpkit.autodiff.numerics import root
 from gpkit.autodiff.random import Source, has_ranks
 from gpkit.axes.form import Form
 from gpkit.axes.given.sample_weight import weighted_mean, weighted_sum
-from gpkit.estimators.base import Estimator, Target, Targets
+from gpkit.estimators.base import Estimator, Target
 
 # amax splits its gradient among tied groups. The mean over ranks is taken by DDP.
 REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -180,8 +180,7 @@ def terms(
         axes.form.observe(n2)
     values = form(n2)
     outputs = [target.y for target in targets] if has_ranks() else ()
-    several = targets and targets[0].batched and not isinstance(targets, Targets)
-    scores = len(targets) if several else 1  # `Targets` are kinds of samples of one score
+    scores = targets[0].scores if targets else 1
     parts = values.chunk(scores) if scores > 1 else (values,)  # each score has a penalty
     total = sum_of([reduced(part, axes.reduce, weights) for part in parts])
     return Terms(n2, values, weight, total, outputs, weights)

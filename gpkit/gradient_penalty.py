@@ -252,7 +252,7 @@ class GradientPenalty(Penalty):
             options: dict[str, Any] = {"observe": observe, "weights": weights}
             n2 = formula.squared_norms(self, targets, rng, scale, **options)
             terms = formula.terms(self, n2, weight, targets=targets, **options)
-        if observe and len(n2) and not (known and terms.reduced.requires_grad):
+        if observe and n2.numel() and not (known and terms.reduced.requires_grad):
             unused = f"{type(self.wrt).__name__}: {self.wrt.missing}"
             twice = not self.estimator.first_order and scale is None
             warn_of_bias(self.form, self.estimator, targets[0], self.order)

@@ -79,6 +79,7 @@ class Penalty:
         target: Any = None,
         metric: Any = None,
         sample_weight: Tensor | None = None,
+        groups: Tensor | None = None,
         step: int | None = None,
         scale: Tensor | float | None = None,
     ) -> Tensor:
@@ -98,6 +99,8 @@ class Penalty:
                 such as a mask ``[*S]``, or a function x -> A.
             sample_weight: w ``[B]``: the mean over samples is Σ w v / Σ w. A weight penalty of
                 losses ``[B]`` takes the gradient of their weighted mean.
+            groups: an index ``[N]`` of the group of each row, for inputs ``[N, *S]`` and outputs
+                ``[G, ...]``: one norm over all rows of a group, such as the nodes of a graph.
             step: the optimiser step, for the schedule and ``every``; None counts the calls.
             scale: the factor of a gradient scaler, for float16: the penalty differentiates
                 ``scale·f`` and divides by ``scale``, so that the gradient does not underflow. It
@@ -121,6 +124,7 @@ class Penalty:
             target=target,
             metric=metric,
             sample_weight=sample_weight,
+            groups=groups,
             step=step,
             scale=scale,
         )

@@ -195,3 +195,98 @@ def test_a_sparse_gradient_is_named_and_finite_differences_take_it():
     true = gpkit.weight_grad_norm(weight=1.0)(lambda: dense(ids).tanh().square().mean(), dense)
     torch.testing.assert_close(found, true)
     torch.testing.assert_close(grads(found, table), grads(true, dense), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("scale", [1, 3])
+def test_r1_r2_of_unequal_batches_is_the_sum_of_both(scale):
+    module, x, y = net(), data(2, 3), data(2 * scale, 3, seed=2)
+    found = gpkit.r1_r2(weight=3.0)(module, real=x, fake=y)
+
+    def truth(params):
+        def f(z):
+            return torch.func.functional_call(module, params, (z[None],))[0, 0]
+
+        return 1.5 * sum(oracles.input_norms(f, 1, z).square().mean() for z in (x, y))
+
+    params = {k: v.detach() for k, v in module.named_parameters()}
+    true = torch.cat([g.flatten() for g in torch.func.grad(truth)(params).values()])
+    torch.testing.assert_close(found, truth(params))
+    slopes = grads(found, module)
+    torch.testing.assert_close(slopes, true[: len(slopes)])
+
+
+class Graphs(nn.Module):
+    """A net on the nodes of graphs, with one score for each graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.node, self.head = nn.Linear(3, 5).double(), nn.Linear(5, 2).double()
+
+    def forward(self, x, index, count):
+        h = self.node(x).tanh()
+        return self.head(h.new_zeros(count, 5).index_add(0, index, h).tanh())
+
+
+INDEX = torch.tensor([1, 0, 0, 2, 1, 0])
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1", "linf"])
+@pytest.mark.parametrize("form", ["squared", "two_sided"])
+def test_groups_have_one_norm_over_all_of_their_rows(norm, form):
+    torch.manual_seed(0)
+    module, x = Graphs(), data(6, 3)
+    form = gpkit.squared(norm=norm) if form == "squared" else gpkit.two_sided(0.3, norm=norm)
+    penalty = gpkit.GradientPenalty(of=lambda y: y[:, 0], form=form, weight=2.0)
+    found = penalty(lambda z: module(z, INDEX, 3), x, groups=INDEX)
+
+    def truth(params):
+        def score(z, g):
+            return torch.func.functional_call(module, params, (z, INDEX, 3))[g, 0]
+
+        total = 0.0
+        for g in range(3):  # the whole gradient of each graph's score
+            slope = torch.func.grad(score)(x, g)
+            assert not slope[g != INDEX].any()
+            n = torch.linalg.vector_norm(slope.flatten(), oracles.ORDS[norm])
+            total = total + (n**2 if isinstance(form, gpkit.squared) else (n - 0.3) ** 2)
+        return 2.0 * total / 3
+
+    params = {k: v.detach() for k, v in module.named_parameters()}
+    true = torch.func.grad(truth)(params)
+    torch.testing.assert_close(found, truth(params))
+    found.backward()
+    for name, p in module.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, true[name], rtol=1e-9, atol=1e-12)
+
+
+def test_groups_of_a_graph_that_is_there_with_weights_and_projections():
+    torch.manual_seed(0)
+    module, x = Graphs(), data(6, 3).requires_grad_()
+    y = module(x, INDEX, 3)
+    jacobian = torch.func.jacrev(lambda z: module(z, INDEX, 3))(x.detach())  # [3, 2, 6, 3]
+    n2 = jacobian.square().sum((1, 2, 3))
+    weights = torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64)
+    found = gpkit.GradientPenalty()(y, x, groups=INDEX, sample_weight=weights)
+    torch.testing.assert_close(found, (n2 * weights).sum() / 3)
+    many = gpkit.GradientPenalty(estimator=gpkit.projection(3000), seed=0)
+    assert many(y, x, groups=INDEX).item() == pytest.approx(float(n2.mean()), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("groups", "options", "error", "said"),
+    [
+        ([0, 1], {}, TypeError, r"must be an index tensor \[N\].*; got list"),
+        (INDEX.double(), {}, TypeError, r"index tensor \[N\], .*got torch.float64"),
+        (INDEX[:4], {}, ValueError, r"for each of 6 rows, .* has 3 groups; got 4 numbers from 0"),
+        (INDEX + 1, {}, ValueError, r"a number from 0 to 2 .*; got 6 numbers from 1 to 3"),
+        (INDEX, {"order": 2}, ValueError, "groups= takes order=1"),
+        (INDEX, {"estimator": "finite_difference"}, ValueError, "groups= takes order=1, .*exact"),
+        (INDEX, {"at": gpkit.perturb(0.1)}, ValueError, "make the points of each group first"),
+    ],
+)
+def test_groups_that_do_not_fit(groups, options, error, said):
+    module = Graphs()
+    penalty = gpkit.GradientPenalty(of=lambda y: y[:, 0], **options)
+    with pytest.raises(error, match=said):
+        penalty(lambda z: module(z, INDEX, 3), data(6, 3), groups=groups)

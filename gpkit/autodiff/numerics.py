@@ -17,8 +17,20 @@ def wide(x: Tensor) -> torch.dtype:
 HALF = (torch.float16, torch.bfloat16)
 
 
-def reduce_rows(rows: Iterable[tuple[Tensor, ...]], norm: str) -> Tensor:
-    """Return n² ``[G]`` of a derivative given as rows, each a tuple of tensors ``[G, n]``."""
+def reduce_rows(
+    rows: Iterable[tuple[Tensor, ...]],
+    norm: str,
+    groups: Tensor | None = None,
+    count: int = 0,
+) -> Tensor:
+    """Return n² ``[G]`` of a derivative.
+
+    Args:
+        rows: each a tuple of tensors ``[G, n]``; or ``[N, n]`` with ``groups``.
+        norm: "l2", "l1" or "linf".
+        groups: the group ``[N]`` of each row, if a norm is over several of them.
+        count: G, the number of groups.
+    """
     total: Tensor | None = None
     for row in rows:
         for part in row:
@@ -29,6 +41,10 @@ def reduce_rows(rows: Iterable[tuple[Tensor, ...]], norm: str) -> Tensor:
                 part = part.abs().sum(1)
             else:
                 part = part.abs().amax(1)
+            if groups is not None:
+                how = "amax" if norm == "linf" else "sum"
+                empty = part.new_zeros(count)
+                part = empty.scatter_reduce(0, groups, part, how, include_self=True)
             if total is None:
                 total = part
             else:

@@ -131,9 +131,8 @@ class mixture(At):
         object.__setattr__(self, "detach", False)  # each part has its own
         parts = [at.samples for at in self.ats]
         object.__setattr__(self, "reads", tuple({kind: 0 for at in self.ats for kind in at.reads}))
-        # Scores of real and fake samples are not weighed, so a balanced mixture has its own.
-        shared = all(parts) and not balanced
-        object.__setattr__(self, "samples", sum(parts, ()) if shared else ())
+        # A GAN's step has as many fake samples as real ones, so their scores weigh the same.
+        object.__setattr__(self, "samples", sum(parts, ()) if all(parts) else ())
 
     def sizes(self, real: Points | None, fake: Points | None) -> tuple[int, ...]:
         return tuple(sum(at.sizes(real, fake)) for at in self.ats)

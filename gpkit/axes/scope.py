@@ -65,6 +65,46 @@ def check_part(axes: Any) -> None:
         )
 
 
+def require_groups(groups: Any, y: Tensor, xs: tuple[Tensor, ...], axes: Any) -> None:
+    """Refuse a ``groups=`` that is no index of a group for each row, and axes that mix rows.
+
+    Args:
+        groups: the index of a group ``[N]`` for each row.
+        y: the output, ``[G, ...]``.
+        xs: the inputs, ``[N, *S]`` each.
+        axes: of the penalty.
+
+    Raises:
+        TypeError: if it is no tensor of integers.
+        ValueError: if its shape or an index does not fit, or for an order, an estimator, points or
+            a scope that it does not go with.
+    """
+    if not isinstance(groups, Tensor) or groups.is_floating_point() or groups.ndim != 1:
+        found = groups.dtype if isinstance(groups, Tensor) else type(groups).__name__
+        raise TypeError(f"groups= must be an index tensor [N], the group of each row; got {found}")
+    rows, count = len(xs[0]), len(y) if y.ndim else 0
+    low, high = (int(groups.min()), int(groups.max())) if len(groups) else (0, -1)
+    if len(groups) != rows or low < 0 or high >= count:
+        raise ValueError(
+            f"groups= must have a number from 0 to {count - 1} for each of {rows} rows, as the "
+            f"output has {count} groups; got {len(groups)} numbers from {low} to {high}"
+        )
+    if axes.order > 1 or axes.scope != "sample" or not axes.estimator.by_group:
+        raise ValueError(
+            "groups= takes order=1, scope='sample' and estimator='exact' or 'projection'; got "
+            f"order={axes.order}, scope={axes.scope!r}, {axes.estimator!r}"
+        )
+    if axes.subsample is not None:
+        raise ValueError(
+            f"groups= takes all rows; got subsample={axes.subsample}: choose the groups in the call"
+        )
+    if axes.at.moves:
+        raise ValueError(
+            f"groups= takes the points as they are; got at={type(axes.at).__name__}(), which draws "
+            "for each row: make the points of each group first, penalty(f, points, groups=...)"
+        )
+
+
 def require_images(xs: tuple[Tensor, ...]) -> None:
     """Refuse inputs without pixels, or with different numbers of pixels.
 

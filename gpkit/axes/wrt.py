@@ -14,7 +14,7 @@ from gpkit.autodiff import graph
 from gpkit.axes.at import Points, as_points, require_floating
 from gpkit.axes.call import Axes, Call
 from gpkit.axes.of import Of, require_one_output, scores_of
-from gpkit.axes.scope import require_images
+from gpkit.axes.scope import require_groups, require_images
 from gpkit.estimators.base import Recomputable, Target
 
 
@@ -122,26 +122,35 @@ class inputs(Variables):
             yield Target(summed(y, xs), xs, True, evaluate, mean=True)
             return
         weights = call.axes.at.weights(*self.samples(call)) if call.axes.at.moves else None
-        for i, score in enumerate(scores_of(y)):
+        scores = scores_of(y)
+        groups = call.given.groups if call.given is not None else None
+        for i, score in enumerate(scores):
             again = evaluate and partial(evaluate, score=i)
-            for target in self.targets_of(score, xs, call.axes, again):
-                target.weights = weights
+            for target in self.targets_of(score, xs, call.axes, again, groups):
+                target.weights, target.scores = weights, len(scores)
                 value = value_of(target.y)
                 if value is not target.y:
                     target.y, target.series = value, target.y
                 yield target
 
     def targets_of(
-        self, y: Tensor, xs: Points, axes: Axes, evaluate: Callable[..., Tensor] | None = None
+        self,
+        y: Tensor,
+        xs: Points,
+        axes: Axes,
+        evaluate: Callable[..., Tensor] | None = None,
+        groups: Tensor | None = None,
     ) -> list[Target]:
         """Return one target for outputs ``y`` with a graph."""
+        if groups is not None:
+            require_groups(groups, y, xs, axes)
         pixels = axes.scope == "pixel"
         if pixels:
             require_images(xs)
-        columns = self.columns(y, xs[0].shape[0], axes.of)
+        columns = self.columns(y, len(xs[0] if groups is None else y), axes.of)
         if columns.shape[1] > 1 and axes.estimator.frobenius and not callable(axes.of):
             require_one_output(axes.form, columns)
-        return [Target(columns, xs, True, evaluate, pixels=pixels)]
+        return [Target(columns, xs, True, evaluate, pixels=pixels, groups=groups)]
 
     def points(self, call: Call) -> Points:
         """Return the points where the function is evaluated."""

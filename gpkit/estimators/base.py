@@ -38,6 +38,9 @@ class Target:
             `exact` supports it. It saves a multiplication node in the graph of ``y``.
         weights: the weights of the points in the mean ``[G]``; None if all weigh the same.
         step: the optimiser step, for an estimator with a schedule.
+        scores: how many targets are scores of the same points; each has a penalty of its own.
+        groups: the group ``[N]`` of each row of ``xs`` ``[N, *S]``, if a group has several rows; only
+            for an estimator with ``by_group``.
         compared: what the derivative is compared with; only for an estimator that ``compares``.
         layers: of the forward pass. Then ``y`` is ``[B, 1]`` with parameters as variables, and each
             sample has a norm; only for an estimator with ``by_layer``.
@@ -63,6 +66,8 @@ class Target:
     made: Made | None = None
     weights: Tensor | None = None
     step: int = 0
+    scores: int = 1
+    groups: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -169,6 +174,8 @@ class Estimator:
     compares = False
     # Whether it can give each pixel of an image a norm.
     by_pixel = False
+    # Whether it can take one norm over several rows of the inputs.
+    by_group = False
     # Whether it takes l2 norms of each sample's gradient in the weights from recorded layers.
     by_layer = False
     # Whether n of several outputs is the norm of all of them together, not the slope of one number.

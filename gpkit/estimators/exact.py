@@ -33,6 +33,7 @@ class exact(Estimator):
     compares = True
     by_pixel = True
     by_layer = True
+    by_group = True
 
     def squared_norms(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:
         """Return n² ``[G]``, differentiable, in float32 or better."""
@@ -44,13 +45,14 @@ class exact(Estimator):
             window, compared = target.window, target.compared
             return window.squared_norms(target.y, target.xs, target.scale, norm, compared)
         plain = not target.pixels and target.compared is None
+        groups = target.groups, len(target.y)
         if order > 1 or target.y.shape[-1:] > (1,):
             rows = derivative_rows(target.y, target.xs, order, batched=target.batched)
-            return reduce_rows(rows if plain else target.split(rows), norm)
+            return reduce_rows(rows if plain else target.split(rows), norm, *groups)
         # the faster case of one number, or one number for each group
         y = target.y if target.y.numel() == 1 else target.y.sum()
         grads = gradients(y, target.xs, target.times)
         if norm == "l2" and not target.batched and target.compared is None:
             return squared_length(grads)
         row = tuple([as_rows(g, target.batched) for g in grads])
-        return reduce_rows([row] if plain else target.split([row]), norm)
+        return reduce_rows([row] if plain else target.split([row]), norm, *groups)

@@ -48,6 +48,7 @@ class projection(Estimator):
     distribution: str = "rademacher"
 
     by_pixel = True
+    by_group = True
     compares = True
 
     def __post_init__(self) -> None:
@@ -93,7 +94,8 @@ class projection(Estimator):
             assert isinstance(along, Tensor)
             compared = compared and compared.projected(vs[0])
             rows = tuple(as_rows(g, target.batched) for g in gradients(along, target.xs))
-        return reduce_rows(replace(target, compared=compared).split([rows]), norm)
+        split = replace(target, compared=compared).split([rows])
+        return reduce_rows(split, norm, target.groups, len(target.y))
 
     def draw(self, rows: tuple[Tensor, ...], rng: Source) -> list[Tensor]:
         """Return v in the shapes ``[G, n]`` of ``rows``, with E[v vᵀ] = I over a whole row."""

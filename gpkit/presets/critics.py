@@ -133,9 +133,9 @@ def r1_r2(weight: float | Schedule = 1.0, **axes: Unpack[Axes]) -> GradientPenal
     .. math:: \frac\gamma2 \, \text{mean}_i \, \|\nabla D(x_i)\|^2
               + \frac\gamma2 \, \text{mean}_i \, \|\nabla D(y_i)\|^2
 
-    Call ``penalty(critic, real=x, fake=y)`` with samples ``[B, *S]`` of the same number. The critic
-    is evaluated once, on all 2B samples; the norms of x come first. For two different weights use
-    ``gpkit.sum({"r1": {"weight": 1}, "r2": {"weight": 2}})``.
+    Call ``penalty(critic, real=x, fake=y)`` with samples ``[B, *S]`` and ``[C, *S]``; each kind has
+    the mean of its own. The critic is evaluated once, on all samples; the norms of x come first.
+    For two different weights use ``gpkit.sum({"r1": {"weight": 1}, "r2": {"weight": 2}})``.
 
     Args:
         weight: γ, the paper's γ: the ½ is inside.
@@ -151,8 +151,7 @@ def r1_r2(weight: float | Schedule = 1.0, **axes: Unpack[Axes]) -> GradientPenal
     >>> r1_r2(weight=1.0)(lambda x: (x**2).sum(1) / 2, real=x, fake=y).item()  # ½·2² + ½·4²
     10.0
     """
-    # γ times the mean over both is γ/2 times the sum of both means, where they are as many.
-    at = mixture("real", "fake", equal=True)
+    at = mixture("real", "fake", balanced=True)  # γ times the mean of the two means
     return preset("r1_r2", weight, Axes(wrt="input", form=squared(), at=at), axes)
 
 

@@ -246,7 +246,9 @@ def f(x):
             r"`at=fake\(\)` needs fake=...",
         ),
         (
-            lambda: gpkit.r1_r2()(f, real=X, fake=X[:2]),
+            lambda: gpkit.GradientPenalty(at=gpkit.mixture("real", "fake", equal=True))(
+                f, real=X, fake=X[:2]
+            ),
             ValueError,
             r"needs the same number of points from each part; got 5 and 2",
         ),

@@ -41,11 +41,13 @@ class Given:
         target: g, subtracted from the derivative: a tensor, or one for each variable.
         metric: A, a factor of each entry: a tensor, one for each variable, or a function x -> A.
         sample_weight: w, the weights of the samples.
+        groups: the group ``[N]`` of each row, if several rows of the inputs have one norm.
     """
 
     target: Any = None
     metric: Any = None
     sample_weight: Any = None
+    groups: Any = None
 
     def on(self, targets: Sequence[Target], axes: Axes) -> list[Target]:
         """Return the targets of an evaluation, with what their derivatives are compared with.
@@ -118,7 +120,7 @@ def weights_of(given: Given | None, targets: Sequence[Target], axes: Axes) -> Te
     if not first.batched:
         count = len(first.y) if first.layers is not None else len(targets)
         return sample_weights(samples, count)
-    batch = len(first.xs[0])
+    batch = len(first.xs[0] if first.groups is None else first.y)
     pixels = math.prod(first.xs[0].shape[2:]) if first.pixels else 1
     parts = [sample_weights(w, batch, pixels) for w in (samples, first.weights) if w is not None]
     return parts[0] if len(parts) == 1 else parts[0] * parts[1].to(parts[0].device)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gpkit import checks
 
-NAMES = ("target", "metric", "sample_weight")
+NAMES = ("target", "metric", "sample_weight", "groups")
 
 # Where trainers find what a call gives: the key of an entry of the batch, or a function of it.
 Key = str | int | Callable[[Any], Any]
