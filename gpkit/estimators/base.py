@@ -39,8 +39,8 @@ class Target:
         weights: the weights of the points in the mean ``[G]``; None if all weigh the same.
         step: the optimiser step, for an estimator with a schedule.
         scores: how many targets are scores of the same points; each has a penalty of its own.
-        groups: the group ``[N]`` of each row of ``xs`` ``[N, *S]``, if a group has several rows; only
-            for an estimator with ``by_group``.
+        groups: the group ``[N]`` of each row of ``xs`` ``[N, *S]``, if a group has several rows;
+            only for an estimator with ``by_group``.
         compared: what the derivative is compared with; only for an estimator that ``compares``.
         layers: of the forward pass. Then ``y`` is ``[B, 1]`` with parameters as variables, and each
             sample has a norm; only for an estimator with ``by_layer``.
