@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gpkit import checks
 from gpkit.autodiff.distributed import tied
 from gpkit.autodiff.random import derived_seed, device_of, has_ranks, rank
-from gpkit.axes.given.given import as_given
+from gpkit.axes.given.given import any_given, as_given
 from gpkit.axes.weight import Schedule, as_weight
 from gpkit.effect import SeenNets
 from gpkit.formula import Terms
@@ -326,8 +326,3 @@ class Penalty:
         if self.seed is None:
             self.seed = torch.initial_seed() % 2**63
         return derived_seed(self.seed, rank(), draws)
-
-
-def any_given(given: Mapping[str, Any]) -> bool:
-    """Whether a call gives more than samples."""
-    return any(value is not None for value in given.values())

@@ -45,7 +45,7 @@ class exact(Estimator):
             window, compared = target.window, target.compared
             return window.squared_norms(target.y, target.xs, target.scale, norm, compared)
         plain = not target.pixels and target.compared is None
-        groups = target.groups, len(target.y)
+        groups = () if target.groups is None else (target.groups, len(target.y))
         if order > 1 or target.y.shape[-1:] > (1,):
             rows = derivative_rows(target.y, target.xs, order, batched=target.batched)
             return reduce_rows(rows if plain else target.split(rows), norm, *groups)

@@ -126,6 +126,11 @@ def weights_of(given: Given | None, targets: Sequence[Target], axes: Axes) -> Te
     return parts[0] if len(parts) == 1 else parts[0] * parts[1].to(parts[0].device)
 
 
+def any_given(given: Mapping[str, Any]) -> bool:
+    """Whether a call gives more than samples."""
+    return any(value is not None for value in given.values())
+
+
 def as_given(given: Mapping[str, Any], penalty: Any) -> dict[str, Given]:
     """Return the argument ``given`` of a penalty's `evaluate`; {} if nothing is given.
 
