@@ -237,7 +237,14 @@ def main_metric(results: Sequence[Result]) -> str | None:
     """Return the metric that runs are compared by: the optimised one, or one of the test."""
     names = [name for r in results for name, value in r.metrics.items() if value is not None]
     asked = [str(r.config.get("optimized_metric")) for r in results]
-    for name in [*asked, "test/acc", "test/loss", "wasserstein/debiased", *sorted(names)]:
+    for name in [
+        *asked,
+        "test/acc",
+        "test/loss",
+        "modes/covered",
+        "wasserstein/debiased",
+        *sorted(names),
+    ]:
         if name in names:
             return name
     return None

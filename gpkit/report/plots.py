@@ -110,6 +110,8 @@ def against_norm(table: Table) -> Figure | None:
         if seen and 0 < 10 * min(seen) < max(seen):
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter(_plain)
+            axes.xaxis.set_minor_formatter(_plain)
+            axes.tick_params(which="minor", labelsize=7)
     _legend(panels[0])
     return figure
 
@@ -138,6 +140,8 @@ def learning_curves(table: Table) -> Figure | None:
         if seen and 0 < 10 * min(seen) < max(seen):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(_plain)
+            axes.yaxis.set_minor_formatter(_plain)
+            axes.tick_params(which="minor", labelsize=7)
     _legend(panels[0])
     return figure
 

@@ -120,6 +120,12 @@ def test_a_regression_has_no_accuracy(tmp_path):
     assert not {"test/gap/acc", "test/memorised"} & metrics.keys()
 
 
+def test_a_pair_has_no_net_to_evaluate(tmp_path):
+    options = ["module=gan", "model=gan_points", "data=eight_gaussians", "penalty=wgan_gp"]
+    with pytest.raises(TypeError, match=r"`Smoothness` evaluates the net of .*; got a GANModule"):
+        gpkit.train([*SMALL[:2], *options, "callbacks=[smoothness]"], tmp_path)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [

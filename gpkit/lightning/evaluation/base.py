@@ -27,6 +27,18 @@ class Evaluation(Callback):
         self.seed = checks.integer("seed=...", seed, 0)
         self._rng = torch.Generator()
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse, before the first step, a module that has no net with a loss.
+
+        Raises:
+            TypeError: for such a module.
+        """
+        if not hasattr(pl_module, "per_sample_loss"):
+            raise TypeError(
+                f"`{type(self).__name__}` evaluates the net of a PenalizedModule; got a "
+                f"{type(pl_module).__name__}: leave the callback out"
+            )
+
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
         """Seed the random numbers."""
         self._rng = torch.Generator().manual_seed(self.seed)
