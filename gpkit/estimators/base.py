@@ -87,7 +87,9 @@ class Target:
 
         y = self.y.to(wide(self.y)) * scale
         compared = self.compared and self.compared.scaled(scale)
-        return replace(self, y=y, evaluate=evaluate and scaled, scale=scale, compared=compared)
+        series = None if self.series is None else self.series * scale
+        changes: dict[str, Any] = {"y": y, "series": series, "scale": scale, "compared": compared}
+        return replace(self, evaluate=evaluate and scaled, **changes)
 
     def function(self, estimator: Estimator) -> Callable[..., Tensor]:
         """Return the function of an estimator that evaluates it at other inputs.

@@ -412,3 +412,12 @@ def test_the_net_runs_once_for_each_direction(n):
     runs.clear()
     penalty(net, x)
     assert len(runs) == n
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_scale_changes_no_value(n):
+    x = torch.randn(5, 3, dtype=torch.float64)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    penalty = gpkit.GradientPenalty(order=2, estimator=gpkit.taylor(n), seed=0)
+    value = penalty.terms(net, x).penalty
+    torch.testing.assert_close(penalty(net, x, scale=1024.0), value)

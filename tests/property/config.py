@@ -225,6 +225,8 @@ def fitting(c: Config, rng: Random) -> Config:
         c = replace(c, order=1)
     if not KINDS[c.net].smooth:
         c = replace(c, order=1, cross=c.length is not None)
+    if c.of == "sampled_loss" and c.estimator == "taylor":
+        c = replace(c, estimator="exact")  # it draws its directions before the labels
     if c.net == "checkpoint" and c.estimator == "jvp":
         c = replace(c, estimator="exact")  # torch.func does not support checkpoints
     if c.net == "waves":
