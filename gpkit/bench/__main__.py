@@ -1,0 +1,79 @@
+"""``python -m gpkit.bench model=mlp penalty=r1``; ``--help`` lists the options."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import open_dict
+from rich.console import Console
+
+from gpkit.app.build import build_module
+from gpkit.app.data import build_data, loader_of
+from gpkit.app.overrides import CONFIG_DIR, check_types, explain, set_keys
+from gpkit.app.settings import check_values, quiet
+from gpkit.bench.measure import Benchmark, benchmark
+from gpkit.bench.shown import chart, table
+from gpkit.lightning.batches import unpack
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Measure the penalty of a config. Wrong input prints one line, and exits with code 1."""
+    parser = argparse.ArgumentParser("python -m gpkit.bench", description=__doc__)
+    parser.add_argument("overrides", nargs="*", help="as for train.py: model=..., penalty=...")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--png", type=Path, help="write a bar chart to this file")
+    parser.add_argument("--rounds", type=int, default=20, help="steps of each that are timed")
+    parser.add_argument("--within", type=float, default=0.1, help="the error that is tolerated")
+    options = parser.parse_args(words)
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3", job_name="bench"):
+            try:
+                found = measured(options.overrides, rounds=options.rounds, within=options.within)
+            except Exception as error:
+                raise ValueError(explain(error, options.overrides)) from error
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    if options.png:
+        chart(found, options.png)
+    if options.json:
+        print(json.dumps(found.as_dict()))
+        return
+    console = Console()
+    console.print(table(found))
+    for line in found.advice():
+        console.print(line, highlight=False)
+
+
+def measured(overrides: Sequence[str], **options: Any) -> Benchmark:
+    """Return the benchmark of a config's net and penalty on its first batch.
+
+    Raises:
+        ValueError: if the config trains a pair of nets, or has no penalty.
+    """
+    cfg = compose("train", list(overrides), return_hydra_config=True)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    check_types(cfg, list(overrides))
+    check_values(cfg)
+    quiet()
+    torch.manual_seed(cfg.seed or 0)
+    data = build_data(cfg, set_keys(overrides))
+    module: Any = build_module(cfg, data, set_keys(overrides))
+    if not hasattr(module, "net"):
+        raise ValueError("the benchmark is of one net: use module=penalized and a critic as model=")
+    if not any(penalty.acts_at(0) for penalty in module.penalties.values()):
+        raise ValueError("there is no penalty: use penalty=r1, or another one of configs/penalty")
+    batch = unpack(next(iter(loader_of(data, "train"))), module.net)
+    return benchmark(module.net, dict(module.penalties), (batch.x, batch.y), **options)
+
+
+if __name__ == "__main__":
+    main()

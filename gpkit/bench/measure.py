@@ -1,0 +1,254 @@
+"""`benchmark`: time, memory, operations and error of penalties on a net of your own."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from gpkit import checks
+from gpkit.bench.steps import Steps
+from gpkit.bench.variants import variants
+from gpkit.penalty import Penalty
+
+SEEDS = 8  # of an estimate, to measure its error
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one penalty costs with one estimator, in plain steps.
+
+    Args:
+        penalty: its name.
+        estimator: the name of the estimator.
+        time: the median of the ratios to a plain step beside it.
+        low: the lower quartile.
+        high: the upper quartile.
+        flops: counted operations of matrix products and convolutions, in plain steps: what the time
+            comes down to in a large net. NaN if they cannot be counted.
+        memory: the peak of what is allocated in a step, in plain steps. NaN if it is unknown.
+        error: the relative error of the parameter gradient, against exact in float64: the root mean
+            square over several draws. NaN if there is no exact estimator.
+        refused: why it cannot be measured; "" if it can.
+    """
+
+    penalty: str
+    estimator: str
+    time: float = float("nan")
+    low: float = float("nan")
+    high: float = float("nan")
+    flops: float = float("nan")
+    memory: float = float("nan")
+    error: float = float("nan")
+    refused: str = ""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """The rows of a benchmark.
+
+    Args:
+        rows: one for each penalty and estimator.
+        plain: the seconds of a plain step.
+        within: the error that is tolerated.
+    """
+
+    rows: tuple[Row, ...]
+    plain: float
+    within: float
+
+    def cheapest(self, penalty: str, error: float) -> Row | None:
+        """Return the row of a penalty with the least time among those within an error."""
+        fit = [r for r in self.rows if r.penalty == penalty and r.error <= error]
+        return min(fit, key=lambda r: r.time, default=None)
+
+    def advice(self) -> list[str]:
+        """Return a line for each penalty: the cheapest estimators, exact and within the error."""
+        lines = []
+        for name in dict.fromkeys(row.penalty for row in self.rows):
+            exact, other = self.cheapest(name, EXACT), self.cheapest(name, self.within)
+            said = [
+                f"{kind}: {row.estimator}, {row.time:.2f} plain steps"
+                for kind, row in (("exact", exact), (f"within {self.within:.0%}", other))
+                if row is not None
+            ]
+            lines.append(f"{name}: {'; '.join(said) or 'no estimator is within the error'}")
+        return lines
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain numbers, for JSON; what is not known is None."""
+        rows = [
+            {k: None if isinstance(v, float) and v != v else v for k, v in asdict(row).items()}
+            for row in self.rows
+        ]
+        return {"plain_seconds": self.plain, "within": self.within, "rows": rows}
+
+
+EXACT = 1e-4  # the rounding of float32, through a derivative
+
+
+def benchmark(
+    net: nn.Module,
+    penalties: Penalty | Mapping[str, Penalty] | Iterable[Penalty],
+    example: Tensor | tuple[Tensor, Tensor],
+    *,
+    losses: Callable[[Tensor, Tensor], Tensor] | None = None,
+    rounds: int = 20,
+    within: float = 0.1,
+) -> Benchmark:
+    """Measure what penalties cost with each estimator, on a net and this machine.
+
+    A step is a forward and a backward pass of loss and penalty. Steps with and without a penalty
+    take turns, so that a load on the machine slows both.
+
+    Args:
+        net: the net; its ``.grad`` is set to None.
+        penalties: one, several, or several by name.
+        example: a batch: x ``[B, *S]``, or (x, y).
+        losses: (output, y) -> ``[B]``; None is the cross-entropy for integers, else the square.
+        rounds: how many steps of each are timed.
+        within: the error of the penalty's parameter gradient that is tolerated.
+
+    Returns:
+        The rows, and which estimators to take.
+
+    Raises:
+        ValueError: if ``rounds`` < 1, or ``within`` is negative.
+
+    >>> import gpkit
+    >>> net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    >>> found = benchmark(net, gpkit.r1(), torch.randn(8, 3), rounds=1)
+    >>> [row.estimator for row in found.rows]
+    ['exact', 'finite_difference', 'projection']
+    """
+    checks.integer("benchmark(rounds=...)", rounds, 1)
+    checks.number("benchmark(within=...)", within, 0)
+    if isinstance(penalties, Penalty):
+        penalties = [penalties]
+    if not isinstance(penalties, Mapping):
+        penalties = {p.name: p for p in penalties}
+    x, y = example if isinstance(example, (tuple, list)) else (example, None)
+    steps = Steps(net, x, y, losses)
+    cases, rows = {}, {}
+    for name, penalty in penalties.items():
+        for estimator, made in variants(penalty).items():
+            try:
+                steps.penalised(made)  # the first one does some work once
+                error = error_of(steps, penalty, made)
+                cases[name, estimator] = made, error
+            except (ValueError, TypeError, RuntimeError, NotImplementedError) as refusal:
+                said = str(refusal).splitlines()[0]
+                rows[name, estimator] = Row(name, estimator, refused=said)
+    steps.plain()
+    timed = times(
+        {"": steps.plain, **{k: step_of(steps, p) for k, (p, _) in cases.items()}}, rounds
+    )
+    plain = timed.pop("")
+    base = flops_of(steps.plain), memory_of(steps.plain)
+    for key, (made, error) in cases.items():
+        step = step_of(steps, made)
+        ratios = [a / b for a, b in zip(timed[key], plain, strict=True)]
+        low, middle, high = quartiles(ratios)
+        flops, memory = flops_of(step) / base[0], memory_of(step) / base[1]
+        rows[key] = Row(*key, middle, low, high, flops, memory, error)
+    net.zero_grad()
+    order = [(n, e) for n, p in penalties.items() for e in variants(p)]
+    return Benchmark(tuple(rows[key] for key in order), statistics.median(plain), within)
+
+
+def step_of(steps: Steps, penalty: Penalty) -> Callable[[], None]:
+    """Return a step with a penalty, as a function."""
+    return lambda: steps.penalised(penalty)
+
+
+def error_of(steps: Steps, penalty: Penalty, made: Penalty) -> float:
+    """Return the relative error of a penalty's gradient, against exact in float64."""
+    exact = variants(penalty).get("exact")
+    if exact is None:
+        return float("nan")
+    precise = steps.in_float64()
+    squares, size = [], 0.0
+    for seed in range(SEEDS):
+        exact.seed = made.seed = seed
+        exact.draws = made.draws = 0  # the same points
+        true = precise.gradient(exact)
+        made.draws = 0
+        squares.append(float((steps.gradient(made).double() - true).square().sum()))
+        size += float(true.square().sum()) / SEEDS
+    return (statistics.mean(squares) / size) ** 0.5 if size else float("nan")
+
+
+def times(steps: Mapping[Any, Callable[[], None]], rounds: int) -> dict[Any, list[float]]:
+    """Return the seconds of each step in each round; the steps of a round take turns."""
+    found: dict[Any, list[float]] = {key: [] for key in steps}
+    for _ in range(rounds):
+        for key, step in steps.items():
+            finish()
+            start = time.perf_counter()
+            step()
+            finish()
+            found[key].append(time.perf_counter() - start)
+    return found
+
+
+def finish() -> None:
+    """Wait for the device."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Return the lower quartile, the median and the upper quartile."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def flops_of(step: Callable[[], None]) -> float:
+    """Return the operations of a step in matrix products and convolutions, as torch counts them."""
+    counter: Any = FlopCounterMode(display=False)
+    counter.mod_tracker = Untracked()
+    try:
+        with counter:
+            step()
+    except (RuntimeError, NotImplementedError):
+        return float("nan")
+    return float(counter.get_total_flops()) or float("nan")
+
+
+class Untracked:
+    """No modules for a count: torch's tracker of them forbids gradients in an input."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None:
+        """Do nothing."""
+
+    def __exit__(self, *exception: object) -> None:
+        """Do nothing."""
+
+
+def memory_of(step: Callable[[], None]) -> float:
+    """Return the bytes that a step allocates at its peak, beyond what there was."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return float(torch.cuda.max_memory_allocated() - before) or float("nan")
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as prof:
+        step()
+    held = peak = 0
+    for event in prof.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return float(peak) or float("nan")

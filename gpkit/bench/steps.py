@@ -1,0 +1,108 @@
+"""Training steps with and without a penalty, on one batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gpkit.gradient_penalty import GradientPenalty
+from gpkit.penalty import Penalty
+
+
+class Steps:
+    """The steps of a net on a batch.
+
+    Args:
+        net: is not changed, except that ``.grad`` is set to None.
+        x: ``[B, *S]``.
+        y: the targets ``[B, ...]``, or None: then the mean square of the output is trained on.
+        losses: (output, y) -> ``[B]``; None is the cross-entropy for integers, else the square.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        x: Tensor,
+        y: Tensor | None = None,
+        losses: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        self.net, self.x, self.y, self.given = net, x, y, losses
+
+    def losses(self, output: Tensor, y: Tensor | None) -> Tensor:
+        """Return the loss of each sample, ``[B]``."""
+        if y is None:
+            return output.flatten(1).square().mean(1) if output.ndim > 1 else output.square()
+        if self.given is not None:
+            return self.given(output, y)
+        if not y.is_floating_point():
+            return F.cross_entropy(output, y, reduction="none")
+        return (output - y).flatten(1).square().mean(1) if y.ndim > 1 else (output - y).square()
+
+    def plain(self) -> None:
+        """Take a step without a penalty."""
+        self.net.zero_grad()
+        self.losses(self.net(self.x), self.y).mean().backward()
+
+    def penalised(self, penalty: Penalty) -> None:
+        """Take a step with a penalty."""
+        self.net.zero_grad()
+        if self._together(penalty):
+            penalty.with_loss(self._closure(penalty), self.net).backward()  # type: ignore[attr-defined]
+        else:
+            loss = self.losses(self.net(self.x), self.y).mean()
+            (loss + self.penalty(penalty)).backward()
+
+    def penalty(self, penalty: Penalty) -> Tensor:
+        """Return the penalty, which runs the net itself.
+
+        Raises:
+            TypeError: if it compares environments.
+        """
+        if not isinstance(penalty, GradientPenalty):
+            raise TypeError(f"{penalty.name} compares environments, which a batch does not have")
+        net = [self.net] if penalty.named else []
+        if not penalty.wrt.batched:
+            return penalty(self._closure(penalty), self.net)
+        x = self.x.detach()
+        reads = penalty.at.reads
+        given = {"real": x, "fake": x.roll(1, 0)}
+        if penalty.of == "loss":
+            return penalty(lambda z: self.losses(self.net(z), self.y), x, *net)
+        if penalty.at.moves and "fake" in reads:
+            real = given["real"] if "real" in reads else None
+            return penalty(self.net, *net, real=real, fake=given["fake"])
+        return penalty(self.net, x, *net)
+
+    def gradient(self, penalty: Penalty) -> Tensor:
+        """Return the gradient of a penalty in the parameters, as one vector."""
+        value = self.penalty(penalty)
+        params = [p for p in self.net.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(value, params, allow_unused=True, materialize_grads=True)
+        return torch.cat([g.flatten() for g in grads])
+
+    def in_float64(self) -> Steps:
+        """Return the same steps of a copy in float64."""
+        x, y = self.x, self.y
+        y = y.double() if y is not None and y.is_floating_point() else y
+        made = Steps(copy.deepcopy(self.net).double(), x.double(), y, self.given)
+        return made
+
+    def _together(self, penalty: Penalty) -> bool:
+        of_loss = isinstance(penalty, GradientPenalty) and penalty.of != "sampled_loss"
+        return of_loss and not penalty.wrt.batched and not penalty.named  # type: ignore[attr-defined]
+
+    def _closure(self, penalty: Any) -> Callable[[], Tensor]:
+        if penalty.of == "sampled_loss":
+            return lambda: self.net(self.x)
+        whole = penalty.scope != "sample"
+
+        def closure() -> Tensor:
+            losses = self.losses(self.net(self.x), self.y)
+            return losses.mean() if whole else losses
+
+        return closure

@@ -1,0 +1,116 @@
+"""What `gpkit.benchmark` measures, where it is known by hand."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import gpkit
+from gpkit.bench.__main__ import main
+from gpkit.bench.measure import Benchmark, Row, benchmark, flops_of, memory_of
+from gpkit.bench.shown import chart
+from gpkit.bench.steps import Steps
+from gpkit.bench.variants import variants
+
+N, B = 32, 16
+
+
+def setting():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(N, N), nn.Tanh(), nn.Linear(N, 1))
+    return net, torch.randn(B, N), torch.randn(B, 1)
+
+
+def test_operations_are_those_of_the_products():
+    net, x, y = setting()
+    steps = Steps(net, x, y)
+    first, last = 2 * B * N * N, 2 * B * N  # of one product with each layer
+    # forward, the gradient in the weights, and the one in the hidden layer
+    assert flops_of(steps.plain) == 2 * first + 3 * last
+    found = benchmark(net, gpkit.r1(), (x, y), rounds=1)
+    # each layer in a forward pass and in the gradient in x, and two products for the gradients of
+    # both of these, of which the last layer, where δ is one, needs one
+    plain, penalty = 2 * first + 3 * last, 6 * first + 3 * last
+    assert found.rows[0].flops == pytest.approx((plain + penalty) / plain)
+
+
+def test_memory_is_what_is_allocated():
+    kept = []
+    assert memory_of(lambda: kept.append(torch.empty(1000, 250))) == 1e6
+    assert memory_of(lambda: [torch.empty(1000, 250) for _ in range(2)].clear()) == 2e6
+
+
+def test_errors_are_against_exact_in_float64():
+    net, x, y = setting()
+    found = benchmark(net, gpkit.jacobian(of=lambda h: h), (x, y), rounds=2)
+    rows = {row.estimator: row for row in found.rows}
+    assert rows["exact"].error < 1e-5
+    found = benchmark(net, gpkit.curvature(), (x, y), rounds=1)
+    rows = {row.estimator: row for row in found.rows}
+    assert rows["exact"].error < 1e-5
+    assert 0.05 < rows["projection"].error < 5
+    assert rows["exact"].time > 1
+
+
+def test_the_advice_takes_the_cheapest_within_the_error():
+    rows = (
+        Row("p", "exact", time=3.0, error=1e-6),
+        Row("p", "finite_difference", time=2.0, error=0.01),
+        Row("p", "projection", time=1.5, error=0.5),
+    )
+    assert Benchmark(rows, 1e-3, 0.1).advice() == [
+        "p: exact: exact, 3.00 plain steps; within 10%: finite_difference, 2.00 plain steps"
+    ]
+    assert Benchmark(rows[2:], 1e-3, 0.1).advice() == ["p: no estimator is within the error"]
+
+
+def test_every_way_to_call_a_penalty():
+    net, x, y = setting()
+    parts = {
+        "wgan_gp": gpkit.wgan_gp(),
+        "r2": gpkit.r2(),
+        "loss": gpkit.input_grad_norm(of="loss"),
+        "weights": gpkit.weight_grad_norm(),
+        "samples": gpkit.weight_grad_norm(scope="sample"),
+        "activation": gpkit.input_grad_norm(wrt=gpkit.activation("1")),
+        "part": gpkit.r1(subsample=0.25),
+    }
+    found = benchmark(net, parts, (x, y), rounds=1)
+    measured = {row.penalty for row in found.rows if not row.refused and row.time > 0}
+    assert measured == set(parts)
+    assert all("\n" not in row.refused for row in found.rows)
+    refused = benchmark(net, gpkit.irm(), (x, y), rounds=1).rows[0].refused
+    assert "environments" in refused
+
+
+def test_variants_keep_the_choices():
+    made = variants(gpkit.r1(3.0, subsample=0.5, estimator=gpkit.projection(4)))
+    assert made["projection"].estimator.n == 4
+    assert made["exact"].subsample == 0.5
+    assert made["exact"].weight == 3.0
+    torch.manual_seed(0)
+    net, x, _ = setting()
+    assert len(made["exact"].terms(net, x).norms) == B // 2
+
+
+@pytest.mark.app
+def test_the_command(capsys, tmp_path):
+    png = tmp_path / "bench.png"
+    words = ["model=mlp", "penalty=r1", "data.batch_size=8", "--rounds", "1", "--json"]
+    main([*words, "--png", str(png)])
+    said = json.loads(capsys.readouterr().out)
+    assert {row["estimator"] for row in said["rows"]} >= {"exact", "projection"}
+    assert png.stat().st_size > 1000
+    with pytest.raises(SystemExit):
+        main(["penalty=r11"])
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit):
+        main(["penalty=none"])
+    assert "there is no penalty" in capsys.readouterr().err
+
+
+def test_a_chart_of_what_is_unknown(tmp_path):
+    rows = (Row("p", "exact", time=2.0, low=1.0, high=3.0), Row("p", "own", refused="no"))
+    chart(Benchmark(rows, 1.0, 0.1), tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 1000
