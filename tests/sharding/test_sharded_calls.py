@@ -7,6 +7,7 @@ import ranks
 import torch
 from sharded_critics import (
     GAMMA,
+    B,
     Critic,
     adversarial,
     data,
@@ -17,6 +18,7 @@ from sharded_critics import (
     slopes,
 )
 from sharding import BFLOAT16
+from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call
 
 import gpkit
@@ -168,6 +170,42 @@ def test_what_the_user_has_set_stays():
         assert after == [False] * 4
         assert kept == {"Parameter"}  # as after any backward pass with that setting
         assert looked == {"DTensor"}
+
+
+def of_one_variable():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(1, 7), torch.nn.Tanh(), torch.nn.Linear(7, 1))
+    return net.double(), torch.linspace(-2, 2, B, dtype=torch.float64).reshape(-1, 1)
+
+
+def along_directions(rank):
+    """Of one variable, the squares of random signs are 1: the estimators have no error."""
+    found = {}
+    for name, options in {"jvp": {}, "trace": {"order": 2}}.items():
+        net, x = of_one_variable()
+        for layer in (net[0], net[2]):
+            fully_shard(layer)
+        fully_shard(net)
+        penalty = gpkit.GradientPenalty(estimator=name, weight=GAMMA, **options)
+        penalty(net, half(x, rank)).backward()
+        found[name] = gradients(net), kinds(net)
+    return found
+
+
+def test_forward_mode_and_the_trace_of_the_hessian():
+    for found in ranks.run(along_directions):
+        for name in ("jvp", "trace"):
+            net, x = of_one_variable()
+            x.requires_grad_()
+            (g,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+            if name == "trace":
+                (g,) = torch.autograd.grad(g.sum(), x, create_graph=True)
+            (GAMMA * g.square().mean()).backward()
+            grads, at_end = found[name]
+            assert at_end == {"DTensor"}
+            true = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
+            assert len(true) == 3
+            assert largest({n: grads[n] for n in true}, true) < 1e-14
 
 
 def refused(rank):
