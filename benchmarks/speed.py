@@ -1,0 +1,165 @@
+"""What penalties cost beside the same step by hand, in one thread, steps taking turns.
+
+python benchmarks/speed.py       two minutes; prints the rows of speed.md
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import gpkit
+
+Step = Callable[[], object]
+
+
+def mlp(*widths: int, act: type[nn.Module] = nn.SiLU) -> nn.Sequential:
+    """Return an MLP of these widths."""
+    layers: list[nn.Module] = []
+    for a, b in pairwise(widths):
+        layers += [nn.Linear(a, b), act()]
+    return nn.Sequential(*layers[:-1])
+
+
+def times(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of each step in each round; the steps of a round take turns."""
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        for _ in range(3):
+            step()
+    for _ in range(rounds):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            found[name].append(time.perf_counter() - start)
+    return found
+
+
+def ratio(a: list[float], b: list[float]) -> str:
+    """Return the quartiles of a / b over the rounds, and the ratio of the least of each."""
+    low, middle, high = statistics.quantiles([x / y for x, y in zip(a, b, strict=True)], n=4)
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}], least {min(a) / min(b):.2f}"
+
+
+def call() -> None:
+    """A call of wgan_gp with a function, against the same by hand."""
+    critic, x, y = mlp(64, 16, 16, 16, 1), torch.randn(256, 64), torch.randn(256, 64)
+    penalty = gpkit.wgan_gp()
+
+    def by_hand() -> Tensor:
+        z = (y + torch.rand(256, 1) * (x - y)).requires_grad_()
+        (g,) = torch.autograd.grad(critic(z).sum(), z, create_graph=True)
+        return 10 * ((g.square().sum(1).sqrt() - 1) ** 2).mean()
+
+    found = times({"hand": by_hand, "gpkit": lambda: penalty(critic, real=x, fake=y)}, 600)
+    least = {name: min(own) * 1e6 for name, own in found.items()}
+    print(
+        f"| wgan_gp, width 16, B 256: call / by hand | {ratio(found['gpkit'], found['hand'])}; "
+        f"{least['gpkit'] - least['hand']:.0f} µs more than {least['hand']:.0f} |"
+    )
+
+
+def sharpness(width: int, batch: int, rounds: int) -> None:
+    """Finite differences in the weights and gnp, against a plain step and one of SAM by hand."""
+    net, x = mlp(64, width, width, width, 10), torch.randn(batch, 64)
+    t, params = torch.randint(10, (batch,)), list(net.parameters())
+
+    def loss() -> Tensor:
+        return F.cross_entropy(net(x), t)
+
+    def plain() -> None:
+        net.zero_grad()
+        loss().backward()
+
+    def sam() -> None:
+        plain()
+        grads = [p.grad for p in params]
+        with torch.no_grad():
+            n = torch.stack(torch._foreach_norm(grads)).norm()
+            move = torch._foreach_mul(grads, 0.05 / (n + 1e-12))
+            torch._foreach_add_(params, move)
+        plain()
+        with torch.no_grad():
+            torch._foreach_sub_(params, move)
+
+    def ours(penalty: gpkit.GradientPenalty) -> Step:
+        def step() -> None:
+            net.zero_grad()
+            penalty.with_loss(loss, net).backward()
+
+        return step
+
+    difference = gpkit.weight_grad_norm(0.1, estimator="finite_difference")
+    steps = {"plain": plain, "sam": sam, "difference": ours(difference), "gnp": ours(gpkit.gnp())}
+    found = times(steps, rounds)
+    for name in ("difference", "gnp"):
+        for base in ("plain", "sam"):
+            against = "plain steps" if base == "plain" else "a step of SAM by hand"
+            print(f"| {name}, width {width}, B {batch}: / {against} | ", end="")
+            print(ratio(found[name], found[base]), "|")
+
+
+def part() -> None:
+    """A quarter of the samples, against all of them."""
+    critic, x = mlp(64, 512, 512, 512, 1), torch.randn(256, 64)
+
+    def step(penalty: gpkit.GradientPenalty) -> Step:
+        def run() -> None:
+            critic.zero_grad()
+            (critic(x).mean() + penalty(critic, real=x)).backward()
+
+        return run
+
+    def plain() -> None:
+        critic.zero_grad()
+        critic(x).mean().backward()
+
+    steps = {"plain": plain, "all": step(gpkit.r1()), "part": step(gpkit.r1(subsample=0.25))}
+    found = times(steps, 30)
+    for name, said in (("all", "r1"), ("part", "r1, subsample=0.25")):
+        print(f"| {said}, width 512, B 256: / plain steps | {ratio(found[name], found['plain'])} |")
+
+
+def series() -> None:
+    """Taylor mode, against a plain step."""
+    net, x = mlp(3, 64, 64, 64, 1, act=nn.Tanh), torch.randn(128, 3)
+
+    def plain() -> None:
+        net.zero_grad()
+        net(x).square().mean().backward()
+
+    def step(order: int) -> Step:
+        penalty = gpkit.GradientPenalty(order=order, estimator=gpkit.taylor())
+
+        def run() -> None:
+            net.zero_grad()
+            penalty(net, x).backward()
+
+        return run
+
+    found = times({"plain": plain, **{str(k): step(k) for k in (2, 3, 4)}}, 150)
+    for k in (2, 3, 4):
+        print(
+            f"| taylor, order {k}, B 128: / plain steps | {ratio(found[str(k)], found['plain'])} |"
+        )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    gc.disable()  # a collection would fall on one step or another
+    print(f"| case, torch {torch.__version__} | median of the ratios [quartiles] |\n| --- | --- |")
+    call()
+    for width, rounds in ((64, 200), (512, 40), (1024, 20)):
+        sharpness(width, 64, rounds)
+    series()
+    if "--no-part" not in sys.argv:
+        part()
