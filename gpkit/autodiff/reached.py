@@ -123,7 +123,12 @@ def family_of(modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def code_of(function: Any) -> Any:
-    """Return the code of a function, which is the same for each closure of it, or its type."""
+    """Return the code of a function, which is the same for each closure of it, or its type.
+
+    Of a tuple, a function with its module, it is that of the function.
+    """
+    if isinstance(function, tuple) and function:
+        function = function[0]
     while hasattr(function, "func"):
         function = function.func
     code = getattr(getattr(function, "__func__", function), "__code__", None)
