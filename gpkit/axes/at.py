@@ -148,13 +148,17 @@ class interpolate(At):
         return y + per_sample(alpha, x) * (x - y)
 
 
+NOISES = ("normal", "uniform", "positive")
+
+
 @dataclass(frozen=True)
 class perturb(At):
     """Real samples with noise, as in DRAGAN: x + s·u, or x + α·s·u with ``along``.
 
     Args:
         scale: s.
-        noise: "normal", u ~ N(0, I), or "uniform", u ~ U[-1, 1] in every entry.
+        noise: "normal", u ~ N(0, I); "uniform", u ~ U[-1, 1] in every entry; or "positive",
+            u ~ U[0, 1), as in the code that DRAGAN's authors published.
         relative: multiply s by the standard deviation over all entries of the batch, and of all
             ranks in a distributed run. Each of several inputs has its own standard deviation.
         along: take a point between x and x + s·u: x + α·s·u, with one α ~ U[0, 1] per sample.
@@ -181,7 +185,7 @@ class perturb(At):
 
     def __post_init__(self) -> None:
         checks.number("perturb(scale=...)", self.scale, 0)
-        checks.choice("perturb(noise=...)", self.noise, ("normal", "uniform"))
+        checks.choice("perturb(noise=...)", self.noise, NOISES)
 
     def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
         real = self.need(real, "real")
@@ -195,7 +199,7 @@ class perturb(At):
         require_floating(x)
         draw = random.normal if self.noise == "normal" else random.uniform
         u = draw(rng, x.shape, x.device, x.dtype)
-        u = u if self.noise == "normal" else 2 * u - 1
+        u = 2 * u - 1 if self.noise == "uniform" else u
         return u * self.scale * (batch_std(x) if self.relative else 1.0)
 
 

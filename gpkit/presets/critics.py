@@ -159,6 +159,7 @@ def dragan(
     weight: float | Schedule = 10.0,
     center: float = 1.0,
     scale: float = 0.5,
+    noise: str = "uniform",
     **axes: Unpack[Axes],
 ) -> GradientPenalty:
     r"""Pull a critic's slope to one around the real samples.
@@ -169,12 +170,15 @@ def dragan(
 
     std(x) is one number: the standard deviation over all entries of the batch, on all ranks. Each
     sample has one α. Call ``penalty(critic, real=x)`` or ``penalty(critic, x)`` with samples
-    ``[B, *S]``. The authors' notebook draws u from U[0, 1).
+    ``[B, *S]``.
 
     Args:
         weight: λ, the paper's λ.
         center: the slope that costs nothing, 1 in the formula.
         scale: the ½ in δ.
+        noise: "uniform", U[-1, 1], as above; "positive", U[0, 1), as the authors' notebook and most
+            published code have it: the points then lie to one side of x; or "normal". The paper
+            says only that the noise is small.
         **axes: see `gpkit.presets`.
 
     Returns:
@@ -187,7 +191,7 @@ def dragan(
     >>> dragan()(critic, real=torch.ones(8, 2)).item()  # 10 (5 - 1)²
     160.0
     """
-    at = perturb(scale, noise="uniform", relative=True, along=True)
+    at = perturb(scale, noise=noise, relative=True, along=True)
     return preset("dragan", weight, Axes(wrt="input", form=two_sided(center), at=at), axes)
 
 

@@ -204,7 +204,9 @@ def cure(weight: float | Schedule = 4.0, h: float = 1.5, **axes: Unpack[Axes]) -
     evaluated at two points, so a tensor of losses is an error.
 
     Args:
-        weight: λ, the paper's γ: there is no factor 1/h² inside.
+        weight: λ, the paper's γ: there is no factor 1/h² inside. The authors' code has the norm,
+            not its square, of the gradient of the batch's mean loss, so at the same number it is
+            another strength: its γ 4 at h 3 is no λ 4 here.
         h: the length of the step.
         **axes: see `gpkit.presets`. The authors' code has the net in eval mode meanwhile:
             ``forward="eval"``.

@@ -64,16 +64,18 @@ def test_dtype_is_the_samples(dtype):
         assert z.dtype == dtype
 
 
-@pytest.mark.parametrize("noise", ["normal", "uniform"])
+@pytest.mark.parametrize("noise", ["normal", "uniform", "positive"])
 @pytest.mark.parametrize("relative", [False, True])
 def test_perturbation_moments(noise, relative):
     x = samples(2, 3, n=MANY)[0] * 4 + 1
     (z,) = gpkit.perturb(0.5, noise=noise, relative=relative)((x,), None, rng())
     delta = ((z - x).detach() / 0.5) / (x.std(correction=0) if relative else 1)
-    count, variance = delta.numel(), {"normal": 1, "uniform": 1 / 3}[noise]
-    assert abs(delta.mean()) < 4 * (variance / count) ** 0.5
+    count, variance = delta.numel(), {"normal": 1, "uniform": 1 / 3, "positive": 1 / 12}[noise]
+    mean = 0.5 if noise == "positive" else 0.0
+    assert abs(delta.mean() - mean) < 4 * (variance / count) ** 0.5
     assert delta.var().item() == pytest.approx(variance, rel=4 * (2 / count) ** 0.5)
-    assert (delta.abs().max() <= 1) == (noise == "uniform")
+    assert (delta.abs().max() <= 1) == (noise != "normal")
+    assert (delta.min() >= 0) == (noise == "positive")
 
 
 def test_perturbation_along_has_one_alpha_a_sample():
@@ -167,7 +169,7 @@ def test_only_their_own_generator_is_drawn_from():
         (
             lambda p, x: p(gpkit.perturb(noise="unifrom"))(f, x),
             ValueError,
-            r"one of 'normal', 'uniform'; got 'unifrom' \(did you mean 'uniform'\?\)",
+            r"one of 'normal', 'uniform', 'positive'; got 'unifrom' \(did you mean 'uniform'\?\)",
         ),
         (lambda p, x: p(3)(f, x), TypeError, r"`at=...` must be one of 'data', .* got 3"),
         (lambda p, x: p(lambda real, fake: None)(f, x), TypeError, "must be a tensor .* NoneType"),

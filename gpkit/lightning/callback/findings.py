@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from gpkit import checks
 from gpkit.autodiff import graph
-from gpkit.autodiff.compat import is_reentrant_checkpoint
+from gpkit.autodiff.compat import is_reentrant_checkpoint, tree_leaves
 from gpkit.autodiff.sharding.gathering import is_sharded
 from gpkit.axes.parameters import weights
 from gpkit.gradient_penalty import GradientPenalty
@@ -205,6 +206,28 @@ def findings_of_net(
         capture, names, watched.call, seen, step="the training step", inside=inside
     )
     return [*capture.problems.values(), *calls]
+
+
+def warn_of_rows(watched: PenalizedNet, capture: Capture, batch: Any) -> None:
+    """Warn if the input of a submodule has not one row for each sample of the batch.
+
+    Args:
+        watched: the net that the input was captured from.
+        capture: what the probe captured.
+        batch: of the training step.
+    """
+    rows = 0 if capture.x is None or not capture.x.ndim else capture.x.shape[0]
+    samples = getattr(batch, "num_graphs", None)  # of a batch of graphs
+    if samples is None:
+        first = next((t for t in tree_leaves(batch) if isinstance(t, Tensor) and t.ndim), None)
+        samples = rows if first is None else first.shape[0]
+    if rows and rows != samples:
+        rank_zero_warn(
+            f"{watched.title} gets an input of {rows} rows, and the batch has {samples} samples: "
+            "each row counts as a sample, with a norm of its own, and the mean loss is taken to be "
+            "over the rows. If several rows belong to a sample, call the penalty in your own "
+            "training step with groups=..., or choose a submodule with a row for each sample"
+        )
 
 
 def findings_of_loss(loss: Tensor) -> list[str]:

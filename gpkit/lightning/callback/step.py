@@ -15,6 +15,7 @@ from gpkit.lightning.callback.findings import (
     BATCH_WRITTEN_IN_PLACE,
     findings_of_loss,
     findings_of_net,
+    warn_of_rows,
 )
 from gpkit.lightning.callback.plan import PenalizedNet, Plan, probe_spec
 from gpkit.lightning.compat import last_of_step, logs_now
@@ -207,6 +208,8 @@ class PenalizedStep:
             if found:
                 refuse(CALLBACK_REFUSAL, found)
             self._not_acted_yet -= first
+            if first and any(plan.needs[name].reads_input for name in first):
+                warn_of_rows(self.watched, capture, call.batch)
         last = last_of_step(self.trainer)
         loss, terms = self.evaluator.act(
             call, capture, plan, loss, first, optimizer_step=self._optimizer_step, last=last
