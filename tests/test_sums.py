@@ -101,7 +101,7 @@ def test_none_adds_nothing():
         ({"mine": {"weight": 1.0}}, ValueError, "must be one of .* got 'mine'"),
         ({"r1": 10.0}, TypeError, r"dicts of their arguments; got 10\.0 for 'r1'"),
         ([gpkit.r1(), gpkit.r1()], ValueError, "has two penalties .*r1, r1"),
-        ({"r1": {"wieght": 1.0}}, TypeError, "unexpected keyword argument 'wieght'"),
+        ({"r1": {"wieght": 1.0}}, TypeError, "has no argument 'wieght'"),
         ({"r1": {"weight": -1.0}}, ValueError, "must be a number >= 0; got -1.0"),
     ],
     ids=str,
