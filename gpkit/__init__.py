@@ -24,7 +24,7 @@ and Hydra are loaded only if that module needs them.
 - Derivatives: derivative, directional_derivative, elementary, features, in_penalty,
   unsharded.
 - Lightning: GradientPenaltyCallback, GradientNormMonitor, PenalizedModule, GANModule.
-- The application: train, load, benchmark.
+- The application: train, load, bench.
 
 ``from gpkit import *`` does not import `sum`, which would shadow the builtin.
 """
@@ -51,7 +51,7 @@ __all__ = [
     "amp",
     "approximate_r1",
     "approximate_r2",
-    "benchmark",
+    "bench",
     "contractive",
     "cosine",
     "cure",
@@ -157,7 +157,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` has the same names 
     from gpkit.axes.weight import warmup as warmup
     from gpkit.axes.wrt import Variables as Variables
     from gpkit.axes.wrt import inputs as inputs
-    from gpkit.bench.measure import benchmark as benchmark
+    from gpkit.bench.measure import bench as bench
     from gpkit.environment_penalty import EnvironmentPenalty as EnvironmentPenalty
     from gpkit.estimators.base import Estimator as Estimator
     from gpkit.estimators.exact import exact as exact
@@ -216,7 +216,7 @@ else:
     _HOMES = {
         "gpkit.app.load": "load",
         "gpkit.app.train": "train",
-        "gpkit.bench.measure": "benchmark",
+        "gpkit.bench.measure": "bench",
         "gpkit.autodiff.activations": "features",
         "gpkit.autodiff.derivatives": "derivative",
         "gpkit.autodiff.isolation": "in_penalty",

@@ -1,5 +1,6 @@
-"""What `gpkit.benchmark` measures, where it is known by hand."""
+"""What `gpkit.bench` measures, where it is known by hand."""
 
+import importlib
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 
 import gpkit
 from gpkit.bench.__main__ import main
-from gpkit.bench.measure import Benchmark, Row, benchmark, flops_of, memory_of
+from gpkit.bench.measure import Benchmark, Row, bench, flops_of, memory_of
 from gpkit.bench.shown import chart
 from gpkit.bench.steps import Steps
 from gpkit.bench.variants import variants
@@ -28,7 +29,7 @@ def test_operations_are_those_of_the_products():
     first, last = 2 * B * N * N, 2 * B * N  # of one product with each layer
     # forward, the gradient in the weights, and the one in the hidden layer
     assert flops_of(steps.plain) == 2 * first + 3 * last
-    found = benchmark(net, gpkit.r1(), (x, y), rounds=1)
+    found = bench(net, gpkit.r1(), (x, y), rounds=1)
     # each layer in a forward pass and in the gradient in x, and two products for the gradients of
     # both of these, of which the last layer, where δ is one, needs one
     plain, penalty = 2 * first + 3 * last, 6 * first + 3 * last
@@ -43,10 +44,10 @@ def test_memory_is_what_is_allocated():
 
 def test_errors_are_against_exact_in_float64():
     net, x, y = setting()
-    found = benchmark(net, gpkit.jacobian(of=lambda h: h), (x, y), rounds=2)
+    found = bench(net, gpkit.jacobian(of=lambda h: h), (x, y), rounds=2)
     rows = {row.estimator: row for row in found.rows}
     assert rows["exact"].error < 1e-5
-    found = benchmark(net, gpkit.curvature(), (x, y), rounds=1)
+    found = bench(net, gpkit.curvature(), (x, y), rounds=1)
     rows = {row.estimator: row for row in found.rows}
     assert rows["exact"].error < 1e-5
     assert 0.05 < rows["projection"].error < 5
@@ -76,11 +77,11 @@ def test_every_way_to_call_a_penalty():
         "activation": gpkit.input_grad_norm(wrt=gpkit.activation("1")),
         "part": gpkit.r1(subsample=0.25),
     }
-    found = benchmark(net, parts, (x, y), rounds=1)
+    found = bench(net, parts, (x, y), rounds=1)
     measured = {row.penalty for row in found.rows if not row.refused and row.time > 0}
     assert measured == set(parts)
     assert all("\n" not in row.refused for row in found.rows)
-    refused = benchmark(net, gpkit.irm(), (x, y), rounds=1).rows[0].refused
+    refused = bench(net, gpkit.irm(), (x, y), rounds=1).rows[0].refused
     assert "environments" in refused
 
 
@@ -114,3 +115,11 @@ def test_a_chart_of_what_is_unknown(tmp_path):
     rows = (Row("p", "exact", time=2.0, low=1.0, high=3.0), Row("p", "own", refused="no"))
     chart(Benchmark(rows, 1.0, 0.1), tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_the_package_and_the_function_are_one_name():
+    net = nn.Linear(3, 1)
+    found = gpkit.bench(net, {"mine": gpkit.weight_grad_norm()}, torch.randn(4, 3), rounds=1)
+    assert {row.penalty for row in found.rows} == {"mine"}
+    package = importlib.import_module("gpkit.bench")
+    assert package(net, gpkit.weight_grad_norm(), torch.randn(4, 3), rounds=1).rows

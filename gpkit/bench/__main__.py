@@ -18,7 +18,7 @@ from gpkit.app.build import build_module
 from gpkit.app.data import build_data, loader_of
 from gpkit.app.overrides import CONFIG_DIR, check_types, explain, set_keys
 from gpkit.app.settings import check_values, quiet
-from gpkit.bench.measure import Benchmark, benchmark
+from gpkit.bench.measure import Benchmark, bench
 from gpkit.bench.shown import chart, table
 from gpkit.lightning.batches import unpack
 
@@ -72,7 +72,7 @@ def measured(overrides: Sequence[str], **options: Any) -> Benchmark:
     if not any(penalty.acts_at(0) for penalty in module.penalties.values()):
         raise ValueError("there is no penalty: use penalty=r1, or another one of configs/penalty")
     batch = unpack(next(iter(loader_of(data, "train"))), module.net)
-    return benchmark(module.net, dict(module.penalties), (batch.x, batch.y), **options)
+    return bench(module.net, dict(module.penalties), (batch.x, batch.y), **options)
 
 
 if __name__ == "__main__":

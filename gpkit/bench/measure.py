@@ -1,4 +1,4 @@
-"""`benchmark`: time, memory, operations and error of penalties on a net of your own."""
+"""`bench`: time, memory, operations and error of penalties on a net of your own."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Benchmark:
 EXACT = 1e-4  # the rounding of float32, through a derivative
 
 
-def benchmark(
+def bench(
     net: nn.Module,
     penalties: Penalty | Mapping[str, Penalty] | Iterable[Penalty],
     example: Tensor | tuple[Tensor, Tensor],
@@ -123,12 +123,12 @@ def benchmark(
 
     >>> import gpkit
     >>> net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
-    >>> found = benchmark(net, gpkit.r1(), torch.randn(8, 3), rounds=1)
+    >>> found = bench(net, gpkit.r1(), torch.randn(8, 3), rounds=1)
     >>> [row.estimator for row in found.rows]
     ['exact', 'finite_difference', 'projection']
     """
-    checks.integer("benchmark(rounds=...)", rounds, 1)
-    checks.number("benchmark(within=...)", within, 0)
+    checks.integer("bench(rounds=...)", rounds, 1)
+    checks.number("bench(within=...)", within, 0)
     if isinstance(penalties, Penalty):
         penalties = [penalties]
     if not isinstance(penalties, Mapping):

