@@ -177,6 +177,12 @@ def require_gradient(penalty: Tensor, leaves: Sequence[Tensor]) -> None:
         )
 
 
+OTHERWISE = (
+    "does a layer compare samples, or is the batch not the first dimension, as with time-major "
+    "inputs, wrt=gpkit.inputs(batch_dim=1)?"
+)
+
+
 def require_independent_samples(target: Target, terms: Terms) -> None:
     """Warn if the output of one sample depends on another sample, as with batch norm.
 
@@ -198,7 +204,7 @@ def require_independent_samples(target: Target, terms: Terms) -> None:
     if not others > 1e-5 * own:
         return
     batch_norm = any(uses_batch_statistics(node, node.name()) for node in graph.nodes(target.y))
-    cause = "batch norm is in training mode" if batch_norm else "does a layer compare samples?"
+    cause = "batch norm is in training mode" if batch_norm else OTHERWISE
     fix = 'use forward="eval", net.eval(), or group norm or layer norm'
     said = f"the outputs of a batch depend on each other ({cause})"
     if float(terms.norms.detach().max()) < 1e-4 * own:

@@ -291,3 +291,31 @@ def test_groups_that_do_not_fit(groups, options, error, said):
     penalty = gpkit.GradientPenalty(of=lambda y: y[:, 0], **options)
     with pytest.raises(error, match=said):
         penalty(lambda z: module(z, INDEX, 3), data(6, 3), groups=groups)
+
+
+def test_time_major_inputs_with_as_many_steps_as_samples_are_warned_of():
+    torch.manual_seed(0)
+    rnn, head = nn.GRU(3, 6).double(), nn.Linear(6, 1).double()
+    with pytest.warns(UserWarning, match=r"depend on each other .*wrt=gpkit.inputs\(batch_dim=1\)"):
+        gpkit.r1()(lambda x: head(rnn(x)[0][-1]), real=data(4, 4, 3))
+
+
+@pytest.mark.filterwarnings("ignore::Warning")  # of Dynamo, which reads attributes
+def test_a_penalty_inside_of_a_compiled_loss():
+    module, x = net(), data(4, 3)
+    penalty = gpkit.r1(weight=3.0)
+    whole = module(x).square().mean() + penalty(module, real=x)
+    true = grads(whole, module)
+
+    def loss_of(penalty):
+        return torch.compile(
+            lambda z: module(z).square().mean() + penalty(module, real=z), backend="aot_eager"
+        )
+
+    with pytest.raises(RuntimeError, match=r"no double backward: .*torch.compiler.disable\(pen"):
+        loss_of(penalty)(x)
+    torch._dynamo.reset()
+    found = loss_of(torch.compiler.disable(penalty))(x)  # the advice
+    torch.testing.assert_close(found, whole)
+    torch.testing.assert_close(grads(found, module), true)
+    torch._dynamo.reset()

@@ -52,8 +52,9 @@ HINTS = {
     "use checkpoint(..., use_reentrant=False)",
     "once_differentiable": "a custom autograd Function is marked @once_differentiable: "
     "write its backward in differentiable operations",
-    "torch.compile with aot_autograd": "a compiled net has no double backward: "
-    "compile the whole penalised loss instead, or leave the net uncompiled",
+    "torch.compile with aot_autograd": "a compiled net has no double backward: leave the net "
+    "uncompiled; in a loss of your own that is compiled call torch.compiler.disable(penalty); or "
+    "compile loss and penalty together, PenalizedModule(compile=True)",
     "leaky_relu": "a piecewise-linear activation has no derivative of this order: "
     "use a smooth one (GELU, SiLU, softplus, tanh)",
     "NativeLayerNorm": "torch's third derivative of layer norm, and of batch norm in training "
