@@ -1,18 +1,15 @@
 """A discriminator and a policy for robotics, on recorded motions that the example makes itself.
 
-A joint follows a swing with a controller. As in adversarial motion priors, a discriminator D scores
-transitions: 1 for recorded ones, -1 for those of a clumsy controller. `gpkit.amp` keeps the style
-reward max(0, 1 - (D - 1)²/4) from being a cliff. A Gaussian policy imitates the recorded actions.
-`gpkit.lipschitz_policy` keeps noise of the sensors from shaking the motors.
+As in adversarial motion priors, a discriminator D scores transitions of a joint: 1 for recorded
+ones, -1 for clumsy ones. `gpkit.amp` keeps the style reward max(0, 1 - (D - 1)²/4) from being a
+cliff. A policy imitates; `gpkit.lipschitz_policy` keeps noise of the sensors out of the motors.
 
     python examples/robot_policy.py        # about 6 seconds
 
 It prints D's slope at recorded transitions (0.36 without the penalty, 0.18 with it), the shake of
-the actions per unit of sensor noise (5.3 and 1.9), the error of the imitation (2.09 and 2.12; the
-noise of the actions is 2), and the style reward of the recorded and the clumsy motion (0.87, 0.55).
+actions per unit of sensor noise (5.3, 1.9), the error of the imitation (2.09, 2.12; the actions have
+a noise of 2), and the style reward of recorded and clumsy motion (0.87, 0.55).
 """
-
-import math
 
 import torch
 from torch import nn
@@ -21,21 +18,20 @@ from torch.distributions import Normal
 import gpkit
 
 torch.manual_seed(0)
-torch.set_num_threads(1)
 DT = 0.02
 
 
 def record(stiffness, noise, seed, episodes=20, steps=100):
     """Return states [N, 4], transitions [N, 8] and actions [N, 1] of some motions."""
     rng = torch.Generator().manual_seed(seed)
-    phase = 2 * math.pi * torch.rand(episodes, generator=rng)
-    angle, velocity, rows = phase.sin(), phase.cos(), []
+    phase, rows = 2 * torch.pi * torch.rand(episodes, generator=rng), []
+    angle, velocity = phase.sin(), phase.cos()
     for _ in range(steps):
-        shaken = noise * torch.randn(episodes, generator=rng)
-        action = stiffness * (phase.sin() - angle) + 8 * (phase.cos() - velocity) + shaken
+        action = stiffness * (phase.sin() - angle) + 8 * (phase.cos() - velocity)
+        action = action + noise * torch.randn(episodes, generator=rng)
         state = torch.stack([angle, velocity, phase.sin(), phase.cos()], 1)
-        velocity = velocity + DT * action
-        angle, phase = angle + DT * velocity, phase + DT
+        velocity, phase = velocity + DT * action, phase + DT
+        angle = angle + DT * velocity
         after = torch.stack([angle, velocity, phase.sin(), phase.cos()], 1)
         rows.append((state, torch.cat([state, (after - state) / DT], 1), action[:, None]))
     return [torch.cat(parts) for parts in zip(*rows, strict=True)]
@@ -44,8 +40,8 @@ def record(stiffness, noise, seed, episodes=20, steps=100):
 def trained(inputs, total, steps=300):
     """Train a net on total(net, i), where i are the indices of a batch."""
     torch.manual_seed(0)
-    layers = nn.Linear(inputs, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1)
-    net = nn.Sequential(*layers)
+    hidden = nn.Linear(inputs, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU()
+    net = nn.Sequential(*hidden, nn.Linear(64, 1))
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -74,12 +70,11 @@ for title, on in {"without": 0.0, "with": 1.0}.items():
 
     D, policy = trained(8, loss_of_critic), trained(4, loss_of_policy)
     slope = gpkit.r1().terms(D, real=recorded).norms.mean()
-    shake = (policy(noisy) - policy(states)).std() / 0.02
-    error = (policy(states) - actions).std()
     print(f"slope of D {title} the penalty {slope:.2f}")
+    shake = (policy(noisy) - policy(states)).std() / 0.02
     print(f"shake of the policy {title} the penalty {shake:.1f}")
-    print(f"error of the policy {title} the penalty {error:.2f}")
+    print(f"error of the policy {title} the penalty {(policy(states) - actions).std():.2f}")
 
 for title, motion in {"recorded": recorded, "clumsy": clumsy}.items():
-    reward = (1 - (D(motion) - 1).square() / 4).clamp(min=0).mean()
-    print(f"style reward of {title} motion {reward:.2f}")
+    reward = (1 - (D(motion) - 1).square() / 4).clamp(min=0)
+    print(f"style reward of {title} motion {reward.mean():.2f}")
