@@ -7,8 +7,8 @@ cliff. A policy imitates; `gpkit.lipschitz_policy` keeps noise of the sensors ou
     python examples/robot_policy.py        # about 6 seconds
 
 It prints D's slope at recorded transitions (0.36 without the penalty, 0.18 with it), the shake of
-actions per unit of sensor noise (5.3, 1.9), the error of the imitation (2.09, 2.12; the actions have
-a noise of 2), and the style reward of recorded and clumsy motion (0.87, 0.55).
+actions per unit of sensor noise (5.3, 1.9), the error of the imitation (2.09, 2.12; the noise of
+actions is 2), and the style reward of recorded and clumsy motion (0.87, 0.55).
 """
 
 import torch

@@ -141,6 +141,8 @@ class mixture(At):
         if not self.balanced:
             return None
         sizes = torch.tensor(self.sizes(real, fake))
+        if (sizes == sizes[0]).all():
+            return None
         return (sizes.sum() / (len(sizes) * sizes.double())).repeat_interleave(sizes)
 
     def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:

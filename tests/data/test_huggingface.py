@@ -230,6 +230,6 @@ def test_a_missing_library_says_what_to_install(monkeypatch):
     # catches an import at the top, and an error in the middle of a run
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
-        ModuleNotFoundError, match=r"^`HuggingFace` .* pip install 'gpkit\[data\]'$"
+        ModuleNotFoundError, match=r"^`HuggingFace` .* pip install 'gradpen\[data\]'$"
     ):
         HuggingFace("csv")

@@ -155,9 +155,13 @@ def test_vit_knows_positions_by_its_embedding_alone():
     torch.testing.assert_close(model(x), model(swapped))
 
 
-FIRST_ORDER = ("per_sample", "irm", "fishr", "gnp", "cure", "path_length", "spectral")
+FIRST_ORDER = (
+    "per_sample", "irm", "fishr", "gnp", "sam", "cure", "path_length", "spectral", "sobolev",
+    "right_reasons",
+)  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:.*random estimate of n²")
 @pytest.mark.parametrize("order", [1, 2])
 @rows(lambda row: not row.name.endswith(("order2", "order3")))
 def test_every_penalty_of_a_vit_is_right(row, order):

@@ -221,7 +221,7 @@ def warn_of_rows(watched: PenalizedNet, capture: Capture, batch: Any) -> None:
     if samples is None:
         first = next((t for t in tree_leaves(batch) if isinstance(t, Tensor) and t.ndim), None)
         samples = rows if first is None else first.shape[0]
-    if rows and rows != samples:
+    if rows > samples:  # fewer are a part of the batch, or fakes
         rank_zero_warn(
             f"{watched.title} gets an input of {rows} rows, and the batch has {samples} samples: "
             "each row counts as a sample, with a norm of its own, and the mean loss is taken to be "

@@ -139,6 +139,7 @@ NAMES = ("exact", "projection", "finite_difference")
 CALLS = [(n, w) for n in NAMES for w in ("weight", "input", "critic")] + [("taylor", "critic")]
 
 
+@pytest.mark.filterwarnings("ignore:.*random estimate of n²")
 @pytest.mark.parametrize(("name", "where"), CALLS)
 @pytest.mark.parametrize("scale", [2.0**-20, 1024.0, torch.tensor(2.0**16)], ids=str)
 def test_the_scale_of_a_call_changes_nothing_but_roundings(name, where, scale):

@@ -241,6 +241,7 @@ def resumable(folder, epochs, ckpt_path=None, **options):
     return made, cb
 
 
+@pytest.mark.filterwarnings("ignore:.*random estimate of n²")
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path):
     whole, kept = resumable(tmp_path / "whole", 4)
@@ -268,6 +269,7 @@ def test_a_checkpoint_of_other_penalties_is_taken_for_those_that_it_has(tmp_path
     assert (new.draws, new.seed) == (6, 5)  # of its own epoch
 
 
+@pytest.mark.filterwarnings("ignore:.*random estimate of n²")
 def test_a_checkpoint_holds_plain_types(tmp_path):
     resumable(tmp_path, 1)
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]

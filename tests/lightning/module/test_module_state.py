@@ -80,12 +80,12 @@ def test_a_penalty_that_a_checkpoint_lacks_begins_at_its_beginning(tmp_path):
         (
             {"penalty": gpkit.r1},
             TypeError,
-            r"a list or dict of them; got <function",
+            r"a list or dict of them; got the function r1: call it, r1\(\)",
         ),
         (
             {"penalty": [gpkit.r1]},
             TypeError,
-            r"a list or dict of them; got \[",
+            r"a list or dict of them; got the function r1: call it, r1\(\)",
         ),
         ({"penalty": {"a": 1.0}}, TypeError, r"`penalty=\{'a': ...\}` must be a penalty; got 1.0"),
         ({"metrics": {"f1": "f1"}}, TypeError, r"`metrics=...` must be torchmetrics by name"),
