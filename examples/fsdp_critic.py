@@ -46,16 +46,17 @@ def train(net, rank, ranks):
 dist.init_process_group("gloo")
 rank, ranks = dist.get_rank(), dist.get_world_size()
 sharded = critic()
-for block in sharded[1:4]:
-    fully_shard(block, mesh=init_device_mesh("cpu", (ranks,)))
-fully_shard(sharded, mesh=init_device_mesh("cpu", (ranks,)))
+mesh = init_device_mesh("cpu", (ranks,))
+for part in (*sharded[1:4], sharded):
+    fully_shard(part, mesh=mesh)
 train(sharded, rank, ranks)
 
 held = sum(p.to_local().numel() for p in sharded.parameters())
 weights = [p.full_tensor() for p in sharded.parameters()]
-dist.destroy_process_group()
 if rank == 0:
     one = train(critic(), 0, 1)  # on the whole batch, with no other process
     pairs = zip(weights, one.parameters(), strict=True)
     print(f"share of the weights {held / sum(p.numel() for p in one.parameters()):.2f}")
     print(f"largest difference {max((a - b).abs().max().item() for a, b in pairs):.1e}")
+dist.barrier()  # leave together
+dist.destroy_process_group()
