@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -78,18 +77,9 @@ def run(name):
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
-@pytest.fixture(scope="module")
-def runs(request):
-    """The runs of the examples that this session asks for, two at a time: imports take longest."""
-    asked = {i.name for i in request.session.items if i.path == request.path}
-    names = [n for n in EXPECTED if f"test_it_prints_what_its_header_promises[{n}]" in asked]
-    with ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(run, name) for name in names}
-
-
 @pytest.mark.parametrize("name", EXPECTED)
-def test_it_prints_what_its_header_promises(name, runs):
-    done = runs[name].result()
+def test_it_prints_what_its_header_promises(name):
+    done = run(name)
     assert done.returncode == 0, done.stderr
     printed = dict(re.findall(r"^(\D.*?) (-?[\d.]+(?:e[-+]?\d+)?)$", done.stdout, re.MULTILINE))
     assert set(printed) == set(EXPECTED[name])
