@@ -14,7 +14,8 @@ def table(found: Benchmark) -> Table:
     """Return the rows as a table."""
     made = Table(title=f"in plain steps of {found.plain * 1e3:.3g} ms")
     for name in ("penalty", "estimator", "time", "quartiles", "operations", "memory", "error"):
-        made.add_column(name, justify="left" if name in ("penalty", "estimator") else "right")
+        words = name in ("penalty", "estimator")
+        made.add_column(name, justify="left" if words else "right", overflow="fold")
     for row in found.rows:
         if row.refused:
             made.add_row(row.penalty, row.estimator, "-", "", "", "", row.refused)
