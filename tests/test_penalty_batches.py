@@ -312,9 +312,13 @@ def test_a_penalty_inside_of_a_compiled_loss():
             lambda z: module(z).square().mean() + penalty(module, real=z), backend="aot_eager"
         )
 
+    fused = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()
     with pytest.raises(RuntimeError, match=r"no double backward: .*torch.compiler.disable\(pen"):
         loss_of(penalty)(x)
     torch._dynamo.reset()
+    # Dynamo leaves the context of the penalty's forward without its exit, after this error.
+    torch.backends.cuda.enable_flash_sdp(fused[0])
+    torch.backends.cuda.enable_mem_efficient_sdp(fused[1])
     found = loss_of(torch.compiler.disable(penalty))(x)  # the advice
     torch.testing.assert_close(found, whole)
     torch.testing.assert_close(grads(found, module), true)
