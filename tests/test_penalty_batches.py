@@ -316,9 +316,11 @@ def test_a_penalty_inside_of_a_compiled_loss():
     with pytest.raises(RuntimeError, match=r"no double backward: .*torch.compiler.disable\(pen"):
         loss_of(penalty)(x)
     torch._dynamo.reset()
-    # Dynamo leaves the context of the penalty's forward without its exit, after this error.
-    torch.backends.cuda.enable_flash_sdp(fused[0])
-    torch.backends.cuda.enable_mem_efficient_sdp(fused[1])
+    # what Dynamo traces and leaves by an error must not leave the kernels switched
+    assert fused == (
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.mem_efficient_sdp_enabled(),
+    )
     found = loss_of(torch.compiler.disable(penalty))(x)  # the advice
     torch.testing.assert_close(found, whole)
     torch.testing.assert_close(grads(found, module), true)

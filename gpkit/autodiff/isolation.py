@@ -150,6 +150,9 @@ class double_backward:
         self.others: ExitStack | None = None
 
     def __enter__(self) -> None:
+        self.fused, self.math = [], True
+        if torch.compiler.is_compiling():  # what Dynamo traces, it may run without the exit
+            return
         self.fused = [enable for enabled, enable in FUSED if enabled()]
         for enable in self.fused:
             enable(False)
