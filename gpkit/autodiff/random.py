@@ -1,9 +1,12 @@
-"""A penalty's own random numbers, without changing torch's global random state."""
+"""A penalty's own random numbers, without changing the state of anybody's streams."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -179,3 +182,48 @@ def accelerator(device: torch.device) -> Any:
     """Return torch's module for a device with its own random state, such as torch.cuda, or None."""
     module = None if device.type == "cpu" else getattr(torch, device.type, None)  # "meta" has none
     return module if hasattr(module, "get_rng_state") else None
+
+
+def is_generator(value: Any) -> bool:
+    """Whether an object is a stream of random numbers: of torch, of NumPy, or `random.Random`."""
+    if isinstance(value, (torch.Generator, random.Random)):
+        return True
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(
+        value, (numpy.random.Generator, numpy.random.RandomState)
+    )
+
+
+def bookmark(generator: Any) -> Callable[[], None]:
+    """Return a function that puts a stream of random numbers back to where it is now."""
+    if hasattr(generator, "getstate"):  # of Python: the module random has it as well
+        return functools.partial(generator.setstate, generator.getstate())
+    if hasattr(generator, "get_state"):  # of torch, and NumPy's older ones
+        return functools.partial(generator.set_state, generator.get_state())
+    bits = generator.bit_generator
+    return functools.partial(setattr, bits, "state", bits.state)
+
+
+def reseed(generator: Any, seed: int) -> None:
+    """Seed a stream of random numbers."""
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed)
+    elif hasattr(generator, "seed"):
+        generator.seed(seed % 2**32)  # the limit of NumPy
+    else:
+        bits = generator.bit_generator
+        bits.state = type(bits)(seed).state
+
+
+def shared() -> list[Any]:
+    """Return the streams that all code shares, except torch's: Python's, and NumPy's if in use."""
+    numpy = sys.modules.get("numpy")
+    return [random] if numpy is None else [random, numpy.random]
+
+
+def position(generator: Any) -> Any:
+    """Return where a stream of `shared` is, to be compared."""
+    if generator is random:
+        return random.getstate()
+    state = generator.get_state(legacy=False)["state"]
+    return {k: v.tobytes() if hasattr(v, "tobytes") else v for k, v in state.items()}

@@ -5,17 +5,16 @@ from __future__ import annotations
 import functools
 import inspect
 import random
-import sys
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from gpkit.autodiff.compat import buffers_of, children_of, parameters_of
+from gpkit.autodiff.compat import buffers_of, children_of, hooks_of, parameters_of
+from gpkit.autodiff.random import is_generator
 
 DEPTH = 3  # from a function to what is in a list of an object in its closure
 LEAVES = (Tensor, str, bytes, int, float, complex, type, types.ModuleType, type(None))
@@ -27,12 +26,14 @@ class Known:
 
     Args:
         own: the places in the family of modules of the user's own types.
+        may_draw: whether it may draw from NumPy or Python.
         facts: such as that it draws from torch alone.
         runs: how often it has run.
         graphs: what tells its graphs from those of other nets, by what they were made of.
     """
 
     own: tuple[int, ...]
+    may_draw: bool = False
     facts: set[str] = field(default_factory=set)
     runs: int = 0
     graphs: dict[Any, Any] = field(default_factory=dict)
@@ -46,7 +47,8 @@ class Reach:
         family: the modules that it refers to, with their children.
         streams: the random generators that it refers to.
         known: what earlier runs have shown, of the same code with the same modules in the same
-            modes. A module that is added, removed, replaced or put in another mode makes it anew.
+            modes. A module that is added, removed, replaced or put in another mode makes it anew,
+            and so does a forward hook.
     """
 
     family: list[nn.Module]
@@ -81,7 +83,7 @@ class Reach:
 TORCH_ALONE = "draws from torch alone"
 NO_OTHERS = "runs no other modules than it refers to"
 SEEN_ONCE = {TORCH_ALONE, NO_OTHERS}
-LOOK_AGAIN = 100  # runs; a function may do something else on some of its runs
+LOOK_AGAIN = 100  # runs; a function may run other modules on some of its runs
 
 
 _KNOWN: dict[Any, tuple[Known, list[weakref.ref[Any]]]] = {}
@@ -94,17 +96,18 @@ def reach(function: Any) -> Reach:
     if isinstance(function, nn.Module):
         roots: list[nn.Module] = [function]
         streams: list[Any] = []
-        code = None
+        codes: list[Any] = []
     else:
-        (roots, streams), code = reached(function), code_of(function)
+        roots, streams, codes = reached(function)
+        codes.append(code_of(function))
     family = family_of(roots)
-    key = (id(code), *map(id, family), *[module.training for module in family])
+    hooks = [h for module in family for own in hooks_of(module) if own for h in own.values()]
+    key = (*map(id, [*codes, *family, *hooks]), *[module.training for module in family])
     found = _KNOWN.get(key)
     if found is None:
-        parts = [code, *family] if code is not None else family
-        refs = [weakref.ref(part, lambda _: _KNOWN.pop(key, None)) for part in parts]
+        refs = [weakref.ref(part, lambda _: _KNOWN.pop(key, None)) for part in (*codes, *family)]
         own = tuple(i for i, module in enumerate(family) if not is_torchs(module))
-        found = _KNOWN[key] = Known(own), refs
+        found = _KNOWN[key] = Known(own, may_draw([function, *family])), refs
     return Reach(family, streams, found[0])
 
 
@@ -151,8 +154,8 @@ def own_attributes(module: nn.Module) -> dict[str, Any]:
     return {k: v for k, v in vars(module).items() if k not in OF_EVERY_MODULE}
 
 
-def reached(function: Any) -> tuple[list[nn.Module], list[Any]]:
-    """Return the modules and the random generators that a function refers to.
+def reached(function: Any) -> tuple[list[nn.Module], list[Any], list[Any]]:
+    """Return the modules, the random generators and the functions that a function refers to.
 
     It looks at the function itself, the object of a method, the arguments of a partial, closures
     and globals, and in lists, dicts and attributes of objects that it finds there.
@@ -161,10 +164,12 @@ def reached(function: Any) -> tuple[list[nn.Module], list[Any]]:
         function: any callable, or a module.
 
     Returns:
-        The modules, without their children; and generators of torch, NumPy and Python.
+        The modules, without their children; generators of torch, NumPy and Python; and the code of
+        functions.
     """
     modules: list[nn.Module] = []
     generators: list[Any] = []
+    codes: list[Any] = []
     seen: set[int] = set()
 
     def visit(value: Any, depth: int) -> None:
@@ -176,11 +181,13 @@ def reached(function: Any) -> tuple[list[nn.Module], list[Any]]:
         elif is_generator(value):
             generators.append(value)
         elif depth < DEPTH:
+            if inspect.isfunction(value):
+                codes.append(value.__code__)
             for part in _parts(value):
                 visit(part, depth + 1)
 
     visit(function, 0)
-    return modules, generators
+    return modules, generators, codes
 
 
 def _parts(value: Any) -> Iterable[Any]:
@@ -210,46 +217,84 @@ def _is_bound(cell: Any) -> bool:
     return True
 
 
-def is_generator(value: Any) -> bool:
-    """Whether an object is a stream of random numbers: of torch, of NumPy, or `random.Random`."""
-    if isinstance(value, (torch.Generator, random.Random)):
-        return True
-    numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(
-        value, (numpy.random.Generator, numpy.random.RandomState)
-    )
+# Packages whose code draws from no stream of NumPy or Python; whose objects hold no user's code.
+TRUSTED = {"torch", "torchmetrics", "gpkit", "builtins", "pytorch_lightning", "lightning"}
+CLOSED = {"builtins", "pytorch_lightning", "lightning"}
+FOREIGN = {"numpy", "random"}
+ENOUGH = 2000  # functions and objects that are read
 
 
-def bookmark(generator: Any) -> Callable[[], None]:
-    """Return a function that puts a stream of random numbers back to where it is now."""
-    if hasattr(generator, "getstate"):  # of Python: the module random has it as well
-        return functools.partial(generator.setstate, generator.getstate())
-    if hasattr(generator, "get_state"):  # of torch, and NumPy's older ones
-        return functools.partial(generator.set_state, generator.get_state())
-    bits = generator.bit_generator
-    return functools.partial(setattr, bits, "state", bits.state)
+def may_draw(roots: Iterable[Any]) -> bool:
+    """Whether the code of functions or modules names NumPy or `random`, however far down.
+
+    It is read, not run, so that a function that draws on some of its runs is known from the first.
+    The answer is yes where there is too much code to read.
+
+    Args:
+        roots: functions, modules or objects.
+
+    Returns:
+        False if no name in it stands for NumPy, `random` or one of their streams.
+    """
+    stack = list(roots)
+    seen: dict[int, Any] = {}  # with the objects, so that no id is used again
+    while stack:
+        value = stack.pop()
+        if id(value) in seen or isinstance(value, (Tensor, str, bytes, int, float, complex)):
+            continue
+        seen[id(value)] = value
+        foreign = package_of(value) in FOREIGN or is_generator(getattr(value, "__self__", None))
+        if foreign or is_generator(value) or len(seen) > ENOUGH:
+            return True
+        stack += _read(value)
+    return False
 
 
-def reseed(generator: Any, seed: int) -> None:
-    """Seed a stream of random numbers."""
-    if isinstance(generator, torch.Generator):
-        generator.manual_seed(seed)
-    elif hasattr(generator, "seed"):
-        generator.seed(seed % 2**32)  # the limit of NumPy
-    else:
-        bits = generator.bit_generator
-        bits.state = type(bits)(seed).state
+def package_of(value: Any) -> str:
+    """Return the package that a module, a function, a class or an object is from."""
+    if isinstance(value, types.ModuleType):
+        return value.__name__.partition(".")[0]
+    name = getattr(value, "__module__", None)
+    return (name if isinstance(name, str) else type(value).__module__).partition(".")[0]
 
 
-def shared() -> list[Any]:
-    """Return the streams that all code shares, except torch's: Python's, and NumPy's if in use."""
-    numpy = sys.modules.get("numpy")
-    return [random] if numpy is None else [random, numpy.random]
+def _read(value: Any) -> list[Any]:
+    """Return what a function, a class or an object refers to, by its code or its attributes."""
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return list(value)
+    if inspect.isfunction(value):
+        cells = [c.cell_contents for c in value.__closure__ or () if _is_bound(c)]
+        return cells if package_of(value) in TRUSTED else [*cells, *_named(value)]
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, property):
+        return [value.fget]
+    if isinstance(value, (types.MethodType, types.BuiltinMethodType, classmethod, staticmethod)):
+        return [getattr(value, "__self__", None), getattr(value, "__func__", None)]
+    package = package_of(value)
+    if isinstance(value, types.ModuleType) or package in CLOSED:
+        return []
+    if isinstance(value, type):
+        return [] if package in TRUSTED else [*vars(value).values(), *value.__bases__]
+    return [type(value), *getattr(value, "__dict__", {}).values()]
 
 
-def position(generator: Any) -> Any:
-    """Return where a stream of `shared` is, to be compared."""
-    if generator is random:
-        return random.getstate()
-    state = generator.get_state(legacy=False)["state"]
-    return {k: v.tobytes() if hasattr(v, "tobytes") else v for k, v in state.items()}
+def _named(function: types.FunctionType) -> list[Any]:
+    """Return what the names in the code of a function stand for."""
+    codes = [function.__code__]
+    for code in codes:
+        codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    names = {name for code in codes for name in code.co_names}
+    if any(name.partition(".")[0] in FOREIGN for name in names):
+        return [random]  # which it may import itself
+    found = [function.__globals__.get(name) for name in names]
+    inside = {id(v): v for v in found if isinstance(v, types.ModuleType)}
+    for module in (modules := list(inside.values())):
+        parts = [vars(module).get(name) for name in names]
+        found += parts
+        new = {id(v): v for v in parts if isinstance(v, types.ModuleType) and id(v) not in inside}
+        inside |= new
+        modules += new.values()
+    return [*found, function.__defaults__, function.__kwdefaults__]

@@ -13,19 +13,22 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from gpkit.autodiff.compat import buffers_of, is_compiled
-from gpkit.autodiff.random import RandomState, random_state
+from gpkit.autodiff.random import (
+    RandomState,
+    bookmark,
+    is_generator,
+    position,
+    random_state,
+    reseed,
+    shared,
+)
 from gpkit.autodiff.reached import (
     NO_OTHERS,
     TORCH_ALONE,
     Reach,
-    bookmark,
     family_of,
-    is_generator,
     own_attributes,
-    position,
     reach,
-    reseed,
-    shared,
 )
 
 CONTAINERS = (list, dict, set, deque)
@@ -78,7 +81,7 @@ def own_streams(found: Reach, seed: int | Start) -> Iterator[None]:
     """Let a function draw from a seed, or as from a start; then put its streams back.
 
     These are the generators that it refers to, and the streams of Python and NumPy: not torch's.
-    Whether it draws from the latter two at all is found out in its first run.
+    The latter two are left out if its code names neither, and its first run did not move them.
     """
     streams = streams_of(found)
     new = TORCH_ALONE not in found.known.facts
@@ -96,7 +99,7 @@ def own_streams(found: Reach, seed: int | Start) -> Iterator[None]:
                 reseed(stream, seed)
         before = [position(s) for s in shared()] if new else []
         yield
-        if new and before == [position(s) for s in shared()]:
+        if new and not found.known.may_draw and before == [position(s) for s in shared()]:
             found.known.facts.add(TORCH_ALONE)
     finally:
         for put_back in back:
