@@ -24,6 +24,7 @@ and Hydra are loaded only if that module needs them.
 - Derivatives: derivative, directional_derivative, elementary, features, in_penalty,
   unsharded.
 - Lightning: GradientPenaltyCallback, GradientNormMonitor, PenalizedModule, GANModule.
+- Before training: diagnose.
 - The application: train, load, bench.
 
 ``from gpkit import *`` does not import `sum`, which would shadow the builtin.
@@ -57,6 +58,7 @@ __all__ = [
     "cure",
     "curvature",
     "derivative",
+    "diagnose",
     "directional_derivative",
     "dragan",
     "duq",
@@ -158,6 +160,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` has the same names 
     from gpkit.axes.wrt import Variables as Variables
     from gpkit.axes.wrt import inputs as inputs
     from gpkit.bench.measure import bench as bench
+    from gpkit.doctor.diagnose import diagnose as diagnose
     from gpkit.environment_penalty import EnvironmentPenalty as EnvironmentPenalty
     from gpkit.estimators.base import Estimator as Estimator
     from gpkit.estimators.exact import exact as exact
@@ -217,6 +220,7 @@ else:
         "gpkit.app.load": "load",
         "gpkit.app.train": "train",
         "gpkit.bench.measure": "bench",
+        "gpkit.doctor.diagnose": "diagnose",
         "gpkit.autodiff.activations": "features",
         "gpkit.autodiff.derivatives": "derivative",
         "gpkit.autodiff.isolation": "in_penalty",

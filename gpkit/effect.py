@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from gpkit.autodiff.derivatives import first_gradients
 from gpkit.autodiff.reached import reached
 from gpkit.axes.form import Form
 from gpkit.estimators.base import Estimator, Target
+from gpkit.finding import Finding, FoundError, FoundWarning, error
 from gpkit.formula import Terms
 
 UNTRAINED = "the penalty does not depend on any trained parameter: "
@@ -77,7 +79,7 @@ def trains(
         the caller only wants the value.
 
     Raises:
-        RuntimeError: if the outputs depend on trained parameters and the penalty does not, if all
+        UntrainedError: if the outputs depend on trained parameters and the penalty does not, if all
             parameters are frozen, or if the penalty has no gradient or one that is not finite.
     """
     given = [x for t in targets for x in t.xs if t.batched]
@@ -96,9 +98,10 @@ def trains(
         return True
     if not any(trained(t.y) for t in targets):
         if is_frozen(f, targets):
-            raise RuntimeError(
-                UNTRAINED + "all parameters of the net are frozen: call net.requires_grad_(True), "
-                "or use torch.no_grad() if only the value is wanted"
+            raise UntrainedError(
+                "frozen",
+                "all parameters of the net are frozen: call net.requires_grad_(True), "
+                "or use torch.no_grad() if only the value is wanted",
             )
         return False  # no trained parameters: the caller only wants the value
     if not any(graph.depends(t.y, x) for t in targets for x in t.xs):
@@ -119,7 +122,20 @@ def trains(
             "polynomial of that degree, or does it use a gradient taken without "
             "create_graph=True, a detached tensor, or reentrant checkpointing?"
         )
-    raise RuntimeError(UNTRAINED + cause)
+    raise UntrainedError("piecewise-linear" if kink else "untrained", cause)
+
+
+class UntrainedError(FoundError):
+    """A penalty trains nothing.
+
+    Args:
+        code: of the finding.
+        cause: "why: fix".
+    """
+
+    def __init__(self, code: str, cause: str) -> None:
+        found = error(code, cause)
+        super().__init__(replace(found, why=UNTRAINED + found.why))
 
 
 def is_frozen(f: Any, targets: Sequence[Target]) -> bool:
@@ -144,12 +160,12 @@ def warn_of_bias(form: Form, estimator: Estimator, target: Target, order: int) -
     """Warn of a form that bends a random estimate of n²: it is right on average for n² alone."""
     if not estimator.is_random(target, order) or _is_linear(form):
         return
-    warnings.warn(
+    why = (
         f"form={type(form).__name__} is not linear in n², and estimator={type(estimator).__name__} "
         "gives a random estimate of n²: the root of an estimate is not the estimate of the root. "
-        'Use estimator="exact", form="squared", or more draws (the bias falls as 1/n)',
-        stacklevel=2,
+        'Use estimator="exact", form="squared", or more draws (the bias falls as 1/n)'
     )
+    warnings.warn(FoundWarning(Finding("biased-estimate", "warning", why)), stacklevel=2)
 
 
 def _is_linear(form: Form) -> bool:
@@ -165,16 +181,15 @@ def require_gradient(penalty: Tensor, leaves: Sequence[Tensor]) -> None:
     """Take the gradient of a penalty once, to find what has none before the user's backward pass.
 
     Raises:
-        RuntimeError: if an operation has no second derivative, or the gradient is not finite.
+        FoundError: if an operation has no second derivative, or the gradient is not finite.
     """
     if not penalty.requires_grad:
         return
     grads = first_gradients(penalty, tuple(leaves))
     if penalty.isfinite() and not all(g.isfinite().all() for g in grads if g is not None):
-        hint = "is there a root or a norm of something that is zero?"
-        raise RuntimeError(
-            f"the gradient of the penalty is not finite, though its value is: {hint}"
-        )
+        why = "the gradient of the penalty is not finite, though its value is"
+        fix = "is there a root or a norm of something that is zero?"
+        raise FoundError(Finding("not-finite", "error", why, fix))
 
 
 OTHERWISE = (
@@ -187,7 +202,7 @@ def require_independent_samples(target: Target, terms: Terms) -> None:
     """Warn if the output of one sample depends on another sample, as with batch norm.
 
     Raises:
-        RuntimeError: if the gradient of the sum over the batch is zero because of it, as with batch
+        FoundError: if the gradient of the sum over the batch is zero because of it, as with batch
             norm before the last linear layer.
     """
     groups = len(target.y) if target.batched and target.y.ndim else 0
@@ -204,13 +219,25 @@ def require_independent_samples(target: Target, terms: Terms) -> None:
     if not others > 1e-5 * own:
         return
     batch_norm = any(uses_batch_statistics(node, node.name()) for node in graph.nodes(target.y))
+    vanishes = float(terms.norms.detach().max()) < 1e-4 * own
+    finding = coupled_samples(batch_norm=batch_norm, vanishes=vanishes)
+    if vanishes:
+        raise FoundError(finding)
+    warnings.warn(FoundWarning(finding), stacklevel=2)
+
+
+def coupled_samples(*, batch_norm: bool, vanishes: bool = False) -> Finding:
+    """Return the finding of a net in which the output of one sample depends on another sample.
+
+    Args:
+        batch_norm: whether batch norm in training mode is the cause.
+        vanishes: whether the gradient of the batch's sum is zero because of it.
+    """
     cause = "batch norm is in training mode" if batch_norm else OTHERWISE
-    fix = 'use forward="eval", net.eval(), or group norm or layer norm'
     said = f"the outputs of a batch depend on each other ({cause})"
-    if float(terms.norms.detach().max()) < 1e-4 * own:
-        raise RuntimeError(f"{UNTRAINED}{said}, and the gradient of their sum is zero: {fix}")
-    warnings.warn(
-        f"{said}: each norm is of the gradient of the batch's sum, not of the sample's own output; "
-        f"{fix} changes that",
-        stacklevel=2,
-    )
+    fix = 'use forward="eval", net.eval(), or group norm or layer norm'
+    if vanishes:
+        why = f"{UNTRAINED}{said}, and the gradient of their sum is zero"
+        return Finding("coupled-samples", "error", why, fix)
+    effect = "each norm is of the gradient of the batch's sum, not of the sample's own output"
+    return Finding("coupled-samples", "warning", f"{said}: {effect}", fix)

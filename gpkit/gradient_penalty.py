@@ -32,6 +32,7 @@ from gpkit.estimators import ESTIMATORS
 from gpkit.estimators.base import Estimator, Target, Targets
 from gpkit.estimators.exact import exact
 from gpkit.estimators.projection import projection
+from gpkit.finding import FoundError
 from gpkit.formula import Terms
 from gpkit.penalty import Penalty
 from gpkit.with_loss import with_loss
@@ -219,8 +220,8 @@ class GradientPenalty(Penalty):
             The terms.
 
         Raises:
-            RuntimeError: if there is no graph to differentiate, if torch has no correct derivative
-                through it, or if ``acts`` and the penalty depends on no trained parameter.
+            FoundError: if torch has no correct derivative through the graph, or if ``acts`` and the
+                penalty depends on no trained parameter.
         """
         train = torch.is_grad_enabled()
         if given is not None or self.metric is not None or self.given:
@@ -230,7 +231,7 @@ class GradientPenalty(Penalty):
             f, (args, real, fake), given = by_name(f, (args, real, fake), given)
         with _graphs(train):
             rng = torch.Generator(device_of(real, args, fake, f)).manual_seed(seed)
-            targets, weights = self._targets(f, args, real, fake, rng, seed, acts, given), None
+            targets, weights = self.targets(f, args, real, fake, rng, seed, acts, given), None
             if given is not None:
                 targets = given.on(targets, self)
             if given is not None or targets[0].weights is not None:
@@ -245,7 +246,7 @@ class GradientPenalty(Penalty):
                         graph.require_derivatives(target.y, target.xs, self.order + observe)
                 except graph.NormLayerError as error:  # f holds derivatives itself
                     if self.elementary or not callable(f) or self.forward == "training":
-                        raise RuntimeError(str(error)) from None
+                        raise FoundError(error.finding, str(error)) from None
                     self.elementary = True
                     inputs_of = (f, args, real, fake, weight, seed, scale)
                     return self.evaluate(*inputs_of, acts=acts, given=given)
@@ -260,7 +261,7 @@ class GradientPenalty(Penalty):
                 self.seen.add(targets[0])
         return terms if train else terms.detached()
 
-    def _targets(
+    def targets(
         self,
         f: Any,
         args: tuple[Any, ...],

@@ -6,7 +6,12 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "gpkit"
 
 # What torch, and what Lightning and torchmetrics, do not promise.
-COMPAT = {"autodiff/compat.py", "autodiff/sharding/compat.py", "lightning/compat.py"}
+COMPAT = {
+    "autodiff/compat.py",
+    "autodiff/sharding/compat.py",
+    "doctor/compat.py",
+    "lightning/compat.py",
+}
 
 # Hydra's parser of options, with its reason beside it. Keys of configs, and the names of a named
 # tuple, are public.

@@ -13,7 +13,7 @@ from gpkit.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = "".join((ROOT / "docs" / name).read_text() for name in ("loops.md", "fsdp.md"))
+PAGES = "".join((ROOT / "docs" / name).read_text() for name in ("loops.md", "fsdp.md", "doctor.md"))
 PYTHON = re.findall(r"```python\n(.*?)```", README + PAGES, re.DOTALL)
 SHELL = [
     line

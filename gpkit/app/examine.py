@@ -14,7 +14,7 @@ from gpkit.app.data import loader_of
 from gpkit.autodiff.isolation import isolated
 from gpkit.lightning.batches import unpack
 from gpkit.lightning.module import PenalizedModule
-from gpkit.lightning.module.losses import logits
+from gpkit.losses import logits
 
 ON_VALUES = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCEWithLogitsLoss, nn.BCELoss)
 

@@ -16,6 +16,7 @@ from gpkit.autodiff.compat import LEAF, class_of, packs_saved, saved, saved_inpu
 from gpkit.autodiff.numerics import as_real, require_dense, widened
 from gpkit.autodiff.random import has_ranks
 from gpkit.autodiff.sharding.gathering import regathered
+from gpkit.hints import ExplainedError
 
 MAX_PASSES = 10_000
 
@@ -157,7 +158,7 @@ def gradients(y: Tensor, xs: tuple[Tensor, ...], times: Tensor | None = None) ->
         A tensor in the shape of each x.
 
     Raises:
-        RuntimeError: if an operation has no derivative of this order; the message says what to do.
+        ExplainedError: if an operation has no derivative of this order; it says what to do.
     """
     if not y.requires_grad:
         return tuple(torch.zeros_like(x) for x in xs)
@@ -169,7 +170,7 @@ def gradients(y: Tensor, xs: tuple[Tensor, ...], times: Tensor | None = None) ->
     try:
         grads = torch.autograd.grad(y, xs, times, create_graph=True, allow_unused=True)
     except RuntimeError as error:
-        raise RuntimeError(graph.explain(error)) from error
+        raise ExplainedError(error) from error
     grads = regathered(y, grads) if has_ranks() else grads
     require_dense(grads)
     return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, xs, strict=True))
@@ -186,13 +187,13 @@ def gradients_at(y: Tensor, edges: Sequence[Any]) -> tuple[Tensor | None, ...]:
         A gradient for each edge.
 
     Raises:
-        RuntimeError: if an operation has no derivative; the message says what to do.
+        ExplainedError: if an operation has no derivative; the message says what to do.
     """
     with torch.autocast(y.device.type, enabled=False):
         try:
             return torch.autograd.grad(y, edges, create_graph=True, allow_unused=True)
         except RuntimeError as error:
-            raise RuntimeError(graph.explain(error)) from error
+            raise ExplainedError(error) from error
 
 
 def first_gradients(
@@ -209,7 +210,7 @@ def first_gradients(
         The gradients.
 
     Raises:
-        RuntimeError: if an operation has no derivative; the message says what to do.
+        ExplainedError: if an operation has no derivative; the message says what to do.
     """
     if not y.requires_grad:
         return (None,) * len(xs)
@@ -217,7 +218,7 @@ def first_gradients(
         try:
             grads = torch.autograd.grad(y.sum(), xs, retain_graph=retain, allow_unused=True)
         except RuntimeError as error:
-            raise RuntimeError(graph.explain(error)) from error
+            raise ExplainedError(error) from error
     return tuple(g.to_dense() if g is not None and g.is_sparse else g for g in grads)
 
 
@@ -233,7 +234,7 @@ def products(
             try:
                 grads = torch.autograd.grad(ys, xs, vs, retain_graph=True, allow_unused=True)
             except RuntimeError as error:
-                raise RuntimeError(graph.explain(error)) from error
+                raise ExplainedError(error) from error
     return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, xs, strict=True)]
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from gpkit.autodiff import compat
 from gpkit.autodiff.reached import SEEN_ONCE, Reach
+from gpkit.finding import Finding, FoundError, error
+from gpkit.hints import HINTS
 
 # Operations with a zero second derivative: if a net has no others, an order >= 2 penalty is zero.
 PIECEWISE_LINEAR = (
@@ -36,55 +38,7 @@ PIECEWISE_LINEAR = (
 )
 
 
-FREED = (
-    "FSDP2 has freed weights that this derivative needs: run the forward pass, the penalty and the "
-    "backward pass within gpkit.unsharded(net)"
-)
-
-# Words of torch's error messages, or names of nodes, and the hint for each.
-HINTS = {
-    "scaled_dot_product": "fused attention has no double backward: run the forward under "
-    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or give the penalty a callable: gpkit then "
-    "does this itself",
-    "cudnn_rnn": "cuDNN's recurrent nets have no double backward: run the forward under "
-    "torch.backends.cudnn.flags(enabled=False), or give the penalty a callable",
-    "use_reentrant=True": "reentrant checkpointing does not support torch.autograd.grad: "
-    "use checkpoint(..., use_reentrant=False)",
-    "once_differentiable": "a custom autograd Function is marked @once_differentiable: "
-    "write its backward in differentiable operations",
-    "torch.compile with aot_autograd": "a compiled net has no double backward: leave the net "
-    "uncompiled; in a loss of your own that is compiled call torch.compiler.disable(penalty); or "
-    "compile loss and penalty together, PenalizedModule(compile=True)",
-    "leaky_relu": "a piecewise-linear activation has no derivative of this order: "
-    "use a smooth one (GELU, SiLU, softplus, tanh)",
-    "NativeLayerNorm": "torch's third derivative of layer norm, and of batch norm in training "
-    "mode, is wrong: give the penalty a callable (gpkit then computes them in elementary "
-    "operations), run the forward under gpkit.elementary(), use group norm, or use order=1",
-    "_cdist": "torch.cdist has no second derivative: use "
-    'compute_mode="use_mm_for_euclid_dist", or estimator="finite_difference"',
-    "_pdist": "torch.pdist has no second derivative: compute the distances by torch.cdist with "
-    'compute_mode="use_mm_for_euclid_dist"',
-    "ctc_loss": 'ctc_loss has no second derivative: use estimator="finite_difference"',
-    "embedding_bag": "embedding_bag has no second derivative: use nn.Embedding and a mean, or "
-    'estimator="finite_difference"',
-    "hardsigmoid": "hardsigmoid has no second derivative: use sigmoid, or "
-    'estimator="finite_difference"',
-    "is not implemented": "torch has no second derivative of this operation: use "
-    'estimator="finite_difference", or another operation',
-    "donated buffers": "a compiled net frees its buffers after one backward: set "
-    "torch._functorch.config.donated_buffer = False before it is compiled",
-    "storage of size 0": FREED,
-    "data is not allocated yet": FREED,
-    "freed": "the graph of the loss has been freed: call the penalty before loss.backward()",
-    "Inference tensors": "the graph has a tensor made under inference_mode: clone it outside",
-    "torch.utils.checkpoint": "checkpointing recomputed a different forward pass: if it has "
-    "attention, run the whole training under torch.nn.attention.sdpa_kernel(SDPBackend.MATH); if a "
-    "penalty moves its inputs or weights, use estimator='exact' at the data",
-    "modified by an inplace operation": "a tensor that the graph needs was modified in place",
-}
-
-
-class NormLayerError(RuntimeError):
+class NormLayerError(FoundError):
     """A derivative through a fused norm layer is wrong; elementary operations have a right one."""
 
 
@@ -184,8 +138,10 @@ def between(y: Tensor, xs: tuple[Tensor, ...]) -> list[Any]:
     return list(found)
 
 
-def require_derivatives(y: Tensor, xs: tuple[Tensor, ...], order: int) -> None:
-    """Refuse a graph if torch has no derivative of that order through it, or a wrong one.
+def derivative_findings(
+    y: Tensor, xs: tuple[Tensor, ...], order: int
+) -> Iterator[tuple[Any, Finding]]:
+    """Yield the operations of which torch has no derivative of that order, or a wrong one.
 
     torch does not always raise an error itself: it treats a backward marked @once_differentiable
     as a constant if its arguments are constants, and its layer norm and batch norm in training
@@ -196,24 +152,38 @@ def require_derivatives(y: Tensor, xs: tuple[Tensor, ...], order: int) -> None:
         xs: the variables.
         order: the number of derivatives.
 
-    Raises:
-        RuntimeError: if an operation between ``xs`` and ``y`` is known to have no correct
-            derivative of that order; the message says what to do.
+    Yields:
+        The node between ``xs`` and ``y``, and what is known of it.
     """
     for node in between(y, xs) if order >= 2 else ():
-        name, cause = node.name(), None
+        name, key = node.name(), ""
         if compat.is_once_differentiable(node):
-            cause = HINTS["once_differentiable"]
+            key = "once_differentiable"
         elif compat.is_fused_attention(name):
-            cause = HINTS["scaled_dot_product"]
+            key = "scaled_dot_product"
         elif order >= (2 if compat.is_second_derivative(name) else 3) and (
             compat.is_layer_norm(name) or compat.uses_batch_statistics(node, name)
         ):
-            cause = HINTS["NativeLayerNorm"]
-        if cause:
-            norm = cause is HINTS["NativeLayerNorm"]
-            kind = NormLayerError if norm else RuntimeError
-            raise kind(f"there is no derivative of order {order} through {name}: {cause}")
+            key = "NativeLayerNorm"
+        if key:
+            yield node, error(*HINTS[key])
+
+
+def require_derivatives(y: Tensor, xs: tuple[Tensor, ...], order: int) -> None:
+    """Refuse a graph if torch has no derivative of that order through it, or a wrong one.
+
+    Args:
+        y: the differentiated output.
+        xs: the variables.
+        order: the number of derivatives.
+
+    Raises:
+        FoundError: if an operation between ``xs`` and ``y`` is known to have no correct
+            derivative of that order; the message says what to do.
+    """
+    for node, found in derivative_findings(y, xs, order):
+        kind = NormLayerError if found.code == "wrong-derivative" else FoundError
+        raise kind(found, f"there is no derivative of order {order} through {node.name()}: {found}")
 
 
 def has_no_curvature(y: Tensor, order: int) -> str | None:
@@ -313,10 +283,3 @@ class Made:
             refs = [weakref.ref(leaf) for leaf in found.leaves]
             known.graphs[made] = found.key, refs, found.kinds
         return found
-
-
-def explain(error: RuntimeError) -> str:
-    """Return torch's error message in one line, with a hint if one is known."""
-    said = str(error).strip().splitlines()[0]
-    hint = next((hint for words, hint in HINTS.items() if words in str(error)), None)
-    return f"{hint} (torch: {said})" if hint else said

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from gpkit import checks
 from gpkit.lightning.batches import Batch, unpack
-from gpkit.lightning.module.losses import logits
 from gpkit.lightning.recording import EVALUATION
+from gpkit.losses import logits
 
 
 class Evaluation(Callback):

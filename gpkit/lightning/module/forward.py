@@ -16,7 +16,7 @@ from gpkit.axes.parameters import layers_for
 from gpkit.estimators.base import Recomputable
 from gpkit.formula import Terms
 from gpkit.lightning.batches import Batch, repeated
-from gpkit.lightning.module.losses import LossFunction, has_reduction, logits, taken
+from gpkit.losses import LossFunction, has_reduction, logits, taken
 from gpkit.needs import Needs
 from gpkit.penalty import Penalty
 

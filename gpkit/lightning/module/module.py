@@ -24,11 +24,11 @@ from gpkit.lightning.batches import Batch, Keys, entries, unpack
 from gpkit.lightning.compat import logs_now, scale_of, scaler_of, trainer_of
 from gpkit.lightning.module.compiled import CompiledLoss, terms_of
 from gpkit.lightning.module.forward import ForwardPass, ForwardRunner, require_fit
-from gpkit.lightning.module.losses import LossFunction, as_loss, logits, per_sample
 from gpkit.lightning.module.metrics import as_metrics, prediction
 from gpkit.lightning.norms import input_norms, weight_norm
 from gpkit.lightning.recording import EVALUATION, Histograms, LatestStep, penalty_scalars
 from gpkit.lightning.refusals import require_functions
+from gpkit.losses import LossFunction, as_loss, logits, per_sample
 from gpkit.needs import Needs, needs_of
 from gpkit.sums import Penalties, as_sum
 

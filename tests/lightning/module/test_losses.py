@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gpkit.lightning.module.losses import per_sample
+from gpkit.losses import per_sample
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0], [1.0, 1.0, 5.0], [0.5, 0.0, 0.0]])
 LABELS = torch.tensor([0, 1, 0, 2])

@@ -1,0 +1,39 @@
+"""Private API of torch that the doctor uses, about nodes of an autograd graph.
+
+`tests/doctor/test_doctor_compat.py` fails with the name of what a release takes away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import methodcaller
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# made_at(node): the number of the node in the order in which its thread made nodes, which tells
+# the module whose forward made it. The profiler shows it; there is no public function.
+made_at: Callable[[Any], int] = methodcaller("_sequence_nr")
+
+
+def ones_for(node: Any) -> list[Tensor]:
+    """Return what a backward pass gives to a node, one tensor for each output, with ones in it.
+
+    The public `Node.metadata` has no shapes.
+
+    Args:
+        node: a node of an autograd graph.
+
+    Returns:
+        Tensors that require grad.
+    """
+    return [
+        torch.ones(tuple(out.shape), dtype=out.dtype, device=out.device).requires_grad_()
+        for out in node._input_metadata
+    ]
+
+
+def is_compiled_node(node: Any) -> bool:
+    """Whether a node is a graph that torch.compile has made, by the name of its class."""
+    return node.name().startswith("CompiledFunction")

@@ -1,0 +1,172 @@
+"""Checks of the derivatives: which operations have none, or a wrong one, and in which module."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from gpkit.autodiff import graph
+from gpkit.autodiff.compat import is_compiled, is_reentrant_checkpoint, packs_saved
+from gpkit.doctor.compat import is_compiled_node, ones_for
+from gpkit.doctor.trial import FAILURES, SEED, Gradients, Trial, norm_of
+from gpkit.doctor.watch import ROOT
+from gpkit.environment_penalty import EnvironmentPenalty
+from gpkit.estimators.exact import exact
+from gpkit.estimators.projection import projection
+from gpkit.finding import Finding, error
+from gpkit.hints import HINTS, hint_for
+
+
+def compiled(trial: Trial) -> Iterator[Finding]:
+    """Find compiled modules that a penalty would differentiate twice."""
+    if trial.twice < 2:
+        return
+    for name, module in trial.net.named_modules():
+        if is_compiled(module):
+            found = error(*HINTS["torch.compile with aot_autograd"])
+            yield Finding(found.code, "error", found.why, found.fix, name or ROOT)
+
+
+def operations(trial: Trial) -> Iterator[Finding]:
+    """Find each operation without a correct second derivative, with the module that made it."""
+    if trial.twice < 2 or any(is_compiled(m) for m in trial.net.modules()):
+        return
+    try:
+        targets, watch = trial.graphs
+    except FAILURES:
+        return  # `refusal` says why
+    seen = set()
+    for target in targets if targets[0].batched else targets[:1]:
+        known = dict(graph.derivative_findings(target.y, target.xs, trial.twice))
+        for node in graph.between(target.y, target.xs):
+            found = known.get(node) or _of_node(node)
+            if found is not None:
+                seen.add((watch.name_of(node), found))
+    for module, found in sorted(seen, key=str):
+        yield Finding(found.code, "error", found.why, found.fix, module)
+
+
+def _of_node(node: Any) -> Finding | None:
+    """Return what is wrong with the second derivative of one operation, by trying it."""
+    if is_reentrant_checkpoint(node):
+        return error(*HINTS["use_reentrant=True"])
+    if is_compiled_node(node):
+        return error(*HINTS["torch.compile with aot_autograd"])
+    if hasattr(node, "variable") or packs_saved(node):
+        return None  # a leaf; or a checkpoint, which can be read once
+    given = ones_for(node)
+    if not all(g.is_floating_point() for g in given):
+        return None
+    try:
+        made = node(*given)
+        found = made if isinstance(made, tuple) else (made,)
+        parts = [p for p in found if isinstance(p, torch.Tensor) and p.requires_grad]
+        if parts:
+            ones = [torch.ones_like(p) for p in parts]
+            torch.autograd.grad(parts, given, ones, allow_unused=True)
+    except RuntimeError as failure:
+        if "not implemented" not in str(failure) and hint_for(str(failure)) is None:
+            return None  # it does not take ones, which says nothing of its derivative
+        return hint_for(str(failure)) or error(*HINTS["is not implemented"])
+    return None
+
+
+def no_curvature(trial: Trial) -> Iterator[Finding]:
+    """Find a piecewise-linear operation whose second derivative is taken, with its module."""
+    order = trial.needs.order if trial.needs is not None else 1
+    if trial.twice < 2 or order < 2 or trial.outcome.terms is not None:
+        return
+    if getattr(getattr(trial.outcome.error, "finding", None), "code", "") != "piecewise-linear":
+        return
+    targets, watch = trial.graphs
+    names = set(graph.PIECEWISE_LINEAR)
+    nodes = [n for t in targets for n in graph.between(t.y, t.xs) if _kind(n) in names]
+    modules = dict.fromkeys(watch.name_of(node) for node in nodes)
+    for module in modules:
+        why = f"order {order} of a piecewise-linear operation is zero everywhere"
+        yield Finding("piecewise-linear", "error", why, "use GELU, SiLU, softplus or tanh", module)
+
+
+def _kind(node: Any) -> str:
+    return node.name().partition("Backward")[0]
+
+
+# Of these the gradient is that of the value, not of an estimate.
+CONSISTENT = (exact, projection)
+STEPS = (1e-5, 1e-6)  # in float64, as parts of the parameters' norm
+TOLERANCE = 1e-4
+
+
+def wrong_gradient(trial: Trial) -> Iterator[Finding]:
+    r"""Compare the penalty's gradient with differences of its value, on a copy in float64.
+
+    .. math:: \langle \nabla P, d \rangle \approx (P(\theta + h d) - P(\theta - h d)) / 2h
+
+    It is wrong if two step sizes agree with each other and not with the gradient.
+
+    Yields:
+        A finding if it is wrong.
+    """
+    consistent = isinstance(trial.penalty, EnvironmentPenalty) or isinstance(
+        getattr(trial.penalty, "estimator", None), CONSISTENT
+    )
+    terms = trial.outcome.terms
+    if not consistent or terms is None or not norm_of(trial.outcome.gradients.values()):
+        return
+    net = copy.deepcopy(trial.net).double()
+    example = trial.example.to(torch.float64)
+    params: dict[str, torch.Tensor] = {n: p for n, p in net.named_parameters() if p.requires_grad}
+    try:
+        value = trial.evaluate(net, example).reduced
+        found = trial.gradients_of(value, params)
+        slope, differences = _compared(trial, net, example, params, found)
+    except FAILURES as failure:
+        said = str(failure).strip().splitlines()[0]
+        yield Finding("call", "note", f"no copy in float64 could be compared ({said})")
+        return
+    near = abs(differences[0] - differences[1]) <= TOLERANCE * abs(differences[1])
+    if near and abs(differences[1] - slope) > 10 * TOLERANCE * abs(differences[1]):
+        why = (
+            f"the gradient of the penalty is wrong: along one direction it is {slope:.4g}, and "
+            f"differences of the penalty's value give {differences[1]:.4g}"
+        )
+        fix = (
+            "is there a custom autograd Function, a .detach() or .data, or a compiled or scripted "
+            "norm layer in the net? Or use estimator='finite_difference'"
+        )
+        yield Finding("wrong-derivative", "error", why, fix)
+
+
+def _compared(
+    trial: Trial, net: Any, example: Any, params: dict[str, torch.Tensor], found: Gradients
+) -> tuple[float, list[float]]:
+    """Return the slope of the penalty along a direction, by its gradient and by differences."""
+    rng = torch.Generator().manual_seed(SEED)
+    length = norm_of(found.values())
+    directions = {}
+    for name, p in params.items():
+        noise = torch.randn(p.shape, generator=rng, dtype=torch.float64).to(p.device)
+        own = found[name]
+        directions[name] = noise * p.detach().square().mean().sqrt().clamp(min=1e-3)
+        directions[name] = directions[name] + (0 if own is None else own.detach() / length)
+    slope = sum(
+        float((own.detach() * directions[name]).sum())
+        for name, own in found.items()
+        if own is not None
+    )
+    differences = []
+    for h in STEPS:
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                for name, p in params.items():
+                    p.add_(directions[name], alpha=sign * h)
+            values.append(float(trial.evaluate(net, example).reduced.detach()))
+            with torch.no_grad():
+                for name, p in params.items():
+                    p.sub_(directions[name], alpha=sign * h)
+        differences.append((values[0] - values[1]) / (2 * h))
+    return slope, differences

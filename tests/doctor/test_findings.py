@@ -1,0 +1,371 @@
+"""Each finding: a net that shows it, and one that must not. The other findings are notes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import gpkit
+from gpkit.finding import CODES
+
+PAGE = Path(__file__).parents[2] / "docs" / "doctor.md"
+
+B, N = 6, 4
+
+
+class Each(nn.Module):
+    """A hidden layer, a function of it, and a last layer."""
+
+    def __init__(self, function: Any, width: int = 5, given: int = 5, outputs: int = 1) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(N, width), nn.Linear(given, outputs)
+        self.function = function
+
+    def forward(self, x):
+        return self.last(self.function(self.first(x)))
+
+
+class Distances(nn.Module):
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.centres, self.mode = nn.Parameter(torch.randn(5, 5)), mode
+
+    def forward(self, h):
+        return torch.cdist(h, self.centres, compute_mode=self.mode)
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0].cos()
+
+
+class Wrong(torch.autograd.Function):
+    """Its second derivative is cut off: the saved cosine is a constant."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.factor = x.detach().cos()
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.factor
+
+
+class Layer(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, h):
+        return self.function(h)
+
+
+class Bags(nn.Module):
+    def __init__(self, bag: bool) -> None:
+        super().__init__()
+        self.table = nn.EmbeddingBag(7, 5) if bag else nn.Embedding(7, 5)
+        self.last = nn.Linear(5, 1)
+
+    def forward(self, x):
+        h = self.table(x)
+        return self.last(h if isinstance(self.table, nn.EmbeddingBag) else h.mean(1))
+
+
+class Tied(nn.Module):
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.last = nn.Linear(N, N), nn.Linear(N, N), nn.Linear(N, 1)
+        if tied:
+            self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.last(self.b(self.a(x).tanh()).tanh())
+
+
+class Cut(nn.Module):
+    """A second branch, whose inner gradient is cut off by a detached input, or not."""
+
+    def __init__(self, cut: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.cut = nn.Linear(N, N), nn.Linear(N, 1), cut
+
+    def forward(self, x):
+        h = self.a(x).tanh()
+        gate = (x.detach() if self.cut else x).sum(1, keepdim=True).sigmoid()
+        return self.b(h) * gate
+
+
+def smooth() -> nn.Module:
+    return Each(Layer(torch.tanh))
+
+
+def sequence(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(N, 5), *layers, nn.Linear(5, 1))
+
+
+def frozen(net: nn.Module) -> nn.Module:
+    net[0].requires_grad_(False)
+    return net
+
+
+def scaled(net: nn.Module, factor: float) -> nn.Module:
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(factor)
+    return net
+
+
+def ctc(output, y):  # [B, 5, 3] as steps first
+    steps = output.reshape(B, 5, 3).transpose(0, 1).log_softmax(-1)
+    lengths = torch.full((B,), 5), torch.full((B,), 2)
+    return F.ctc_loss(steps, y, *lengths, reduction="none")
+
+
+def in_steps(net: nn.Module) -> nn.Module:
+    return nn.Sequential(net, nn.Unflatten(1, (5, 3)))
+
+
+@dataclass
+class Case:
+    """A net and a penalty with a finding, and a net or penalty without."""
+
+    code: str
+    net: Any
+    other: Any
+    penalty: Any = gpkit.r1
+    other_penalty: Any = None
+    example: Any = None
+    other_example: Any = None
+    module: str = ""
+    severity: str = "error"
+    loss: Any = None
+    other_loss: Any = None
+    options: dict = field(default_factory=dict)
+
+
+def x():
+    return torch.randn(B, N)
+
+
+def classes():
+    return torch.randn(B, N), torch.arange(B) % 3
+
+
+CASES = {
+    "hardsigmoid": Case(
+        "no-double-backward",
+        lambda: sequence(nn.Hardsigmoid()),
+        lambda: sequence(nn.Sigmoid()),
+        module="1",
+    ),
+    "cdist": Case(
+        "no-double-backward",
+        lambda: sequence(Distances("donot_use_mm_for_euclid_dist")),
+        lambda: sequence(Distances("use_mm_for_euclid_dist")),
+        module="1",
+    ),
+    "embedding_bag": Case(
+        "no-double-backward",
+        lambda: Bags(True),
+        lambda: Bags(False),
+        gpkit.weight_grad_norm,
+        example=lambda: torch.randint(7, (B, 3)),
+        module="table",
+    ),
+    "ctc": Case(
+        "no-double-backward",
+        lambda: nn.Sequential(nn.Linear(N, 15), nn.Tanh()),
+        lambda: nn.Sequential(nn.Linear(N, 15), nn.Tanh()),
+        gpkit.input_grad_norm,
+        lambda: gpkit.input_grad_norm(estimator="finite_difference"),
+        example=lambda: (torch.randn(B, N), torch.tensor([[1, 2]] * B)),
+        module="(outside of the net, such as the loss)",
+        loss=ctc,
+    ),
+    "once differentiable": Case(
+        "once-differentiable",
+        lambda: Each(Layer(Once.apply)),
+        smooth,
+        module="function",
+    ),
+    "wrong second derivative": Case(
+        "wrong-derivative",
+        lambda: Each(Layer(Wrong.apply)),
+        lambda: Each(Layer(torch.sin)),
+    ),
+    "reentrant": Case(
+        "reentrant-checkpoint",
+        lambda: Each(Layer(lambda h: checkpoint(torch.tanh, h, use_reentrant=True))),
+        lambda: Each(Layer(lambda h: checkpoint(torch.tanh, h, use_reentrant=False))),
+        module="function",
+    ),
+    "batch norm": Case(
+        "coupled-samples",
+        lambda: sequence(nn.BatchNorm1d(5), nn.Tanh()),
+        lambda: sequence(nn.LayerNorm(5), nn.Tanh()),
+        severity="warning",
+    ),
+    "batch norm in eval mode": Case(
+        "coupled-samples",
+        lambda: sequence(nn.BatchNorm1d(5), nn.Tanh()),
+        lambda: sequence(nn.BatchNorm1d(5), nn.Tanh()).eval(),
+        lambda: gpkit.r1(estimator="finite_difference"),
+        severity="warning",
+    ),
+    "dropout": Case(
+        "random-forward",
+        lambda: sequence(nn.Tanh(), nn.Dropout(0.5)),
+        lambda: sequence(nn.Tanh(), nn.Dropout(0.0)),
+        module="2",
+        severity="note",
+    ),
+    "in place": Case(
+        "in-place",
+        lambda: nn.Sequential(nn.ReLU(inplace=True), *smooth().children()),
+        lambda: nn.Sequential(nn.ReLU(), *smooth().children()),
+        module="0",
+    ),
+    "piecewise-linear": Case(
+        "piecewise-linear",
+        lambda: sequence(nn.ReLU()),
+        lambda: sequence(nn.GELU()),
+        gpkit.curvature,
+        module="1",
+    ),
+    "leaky": Case(
+        "piecewise-linear",
+        lambda: sequence(nn.LeakyReLU()),
+        lambda: sequence(nn.SiLU()),
+        lambda: gpkit.curvature(order=3),
+        module="1",
+    ),
+    "mean loss": Case(
+        "mean-loss",
+        lambda: Each(Layer(torch.tanh), outputs=3),
+        lambda: Each(Layer(torch.tanh), outputs=3),
+        gpkit.input_grad_norm,
+        example=classes,
+        loss=F.cross_entropy,
+        other_loss=lambda out, y: F.cross_entropy(out, y, reduction="none"),
+    ),
+    "integers": Case(
+        "integer-input",
+        lambda: nn.Sequential(nn.Embedding(7, 5), nn.Flatten(), nn.Linear(15, 1)),
+        lambda: nn.Sequential(nn.Embedding(7, 5), nn.Flatten(), nn.Linear(15, 1)),
+        gpkit.input_grad_norm,
+        gpkit.weight_grad_norm,
+        example=lambda: torch.randint(7, (B, 3)),
+    ),
+    "frozen": Case(
+        "frozen", lambda: frozen(sequence(nn.Tanh())), lambda: sequence(nn.Tanh()), severity="note"
+    ),
+    "tied": Case("tied", lambda: Tied(True), lambda: Tied(False), severity="note"),
+    "not trained": Case("untrained", lambda: nn.Linear(N, 1), smooth, gpkit.curvature),
+    "zero": Case("zero", lambda: scaled(smooth(), 0.0), smooth, severity="warning"),
+    "strong": Case(
+        "strength",
+        smooth,
+        smooth,
+        lambda: gpkit.r1(1e6),
+        lambda: gpkit.r1(0.0001),
+        severity="warning",
+    ),
+    "root of zero": Case(
+        "not-finite",
+        lambda: Each(Layer(lambda h: (h * 0).square().sum(1, keepdim=True).sqrt() + h)),
+        lambda: Each(Layer(lambda h: (h * 0).square().sum(1, keepdim=True) + h.tanh())),
+    ),
+    "infinite output": Case(
+        "not-finite",
+        lambda: Each(Layer(lambda h: h.tanh() / 0)),
+        smooth,
+        module="function",
+    ),
+    "bias of an estimate": Case(
+        "biased-estimate",
+        lambda: Each(Layer(torch.tanh), outputs=3),
+        lambda: Each(Layer(torch.tanh), outputs=3),
+        lambda: gpkit.jacobian(form="norm", estimator="projection"),
+        lambda: gpkit.jacobian(estimator="projection"),
+        severity="warning",
+    ),
+    "float16": Case(
+        "float16-underflow",
+        lambda: scaled(smooth(), 1e-4),
+        smooth,
+        severity="note",
+    ),
+    "environments": Case(
+        "convention",
+        lambda: Each(Layer(torch.tanh), outputs=3),
+        lambda: Each(Layer(torch.tanh), outputs=3),
+        gpkit.irm,
+        lambda: gpkit.irm(reduce="sum"),
+        example=classes,
+        severity="note",
+    ),
+    "patches": Case(
+        "convention",
+        lambda: Each(Layer(torch.tanh), outputs=4),
+        smooth,
+        lambda: gpkit.zero_gp(of="output"),
+        severity="note",
+    ),
+    "missing target": Case(
+        "call",
+        smooth,
+        smooth,
+        gpkit.sobolev,
+        gpkit.r1,
+    ),
+}
+
+
+def diagnosed(net, penalty, example, loss, **options):
+    torch.manual_seed(0)
+    return gpkit.diagnose(net(), penalty(), (example or x)(), loss=loss, costs=False, **options)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_found_where_it_is_and_nowhere_else(name):
+    case = CASES[name]
+    report = diagnosed(case.net, case.penalty, case.example, case.loss, **case.options)
+    found = [f for f in report.findings if f.code == case.code and f.severity == case.severity]
+    assert found, str(report)
+    assert case.module in {f.module for f in found}, str(report)
+    assert report.ok == (case.severity != "error")
+    clean = diagnosed(
+        case.other,
+        case.other_penalty or case.penalty,
+        case.other_example or case.example,
+        case.other_loss or case.loss,
+        **case.options,
+    )
+    assert not [f for f in clean.findings if f.code == case.code and f.severity == case.severity]
+    assert clean.ok, str(clean)
+
+
+def test_every_code_has_a_case():
+    elsewhere = {"reached", "cost", "partial-gradient", "memory-freed", "compiled"}
+    assert {case.code for case in CASES.values()} | elsewhere == set(CODES)
+
+
+def test_the_page_lists_the_codes():
+    rows = re.findall(r"^\| `([\w-]+)` \| (.+) \|$", PAGE.read_text(), re.MULTILINE)
+    assert dict(rows) == CODES
