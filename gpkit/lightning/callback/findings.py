@@ -216,11 +216,15 @@ def warn_of_rows(watched: PenalizedNet, capture: Capture, batch: Any) -> None:
         capture: what the probe captured.
         batch: of the training step.
     """
-    rows = 0 if capture.x is None or not capture.x.ndim else capture.x.shape[0]
+    x = capture.x
+    if x is None or not x.ndim:
+        return
+    tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor) and t.ndim]
     samples = getattr(batch, "num_graphs", None)  # of a batch of graphs
     if samples is None:
-        first = next((t for t in tree_leaves(batch) if isinstance(t, Tensor) and t.ndim), None)
-        samples = rows if first is None else first.shape[0]
+        alike = sum(len(t) for t in tensors if t.shape[1:] == x.shape[1:])  # may be concatenated
+        samples = max(alike, len(tensors[0]) if tensors else len(x))
+    rows = len(x)
     if rows > samples:  # fewer are a part of the batch, or fakes
         rank_zero_warn(
             f"{watched.title} gets an input of {rows} rows, and the batch has {samples} samples: "

@@ -57,9 +57,9 @@ class SeenCalls:
             name: "" for submodules whose input can be taken, else those whose output can.
             inside: the submodule that names of activations start from.
         """
-        start = f"{inside}." if inside else ""
+        start = f"{inside}." if inside and name else ""
         seen = self.outputs if name else self.inputs
-        names = [n.removeprefix(start) for n in seen if not name or n.startswith(start)]
+        names = [n.removeprefix(start) for n in seen if n.startswith(start)]
         names = sorted((n for n in names if n), key=lambda n: n.count("."))
         listed = ", ".join(map(repr, names[:LISTED]))
         more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
@@ -100,7 +100,12 @@ def findings_of_calls(
         listed = ", ".join(f"call={i} {shape}" for i, shape in enumerate(shapes[:LISTED]))
         if count == 0:
             hint = seen.hint(name, inside) if seen else ""
-            yield f"{step} does not call {what}: name one that it calls{hint}"
+            below = f"{inside}.{name}".strip(".") + "."
+            if seen and any(n.startswith(below) for n in seen.outputs):
+                how = f"runs parts of it, as {below}forward(x) does: write {below[:-1]}(x), or"
+                yield f"{step} does not call {what}, but {how} name one that it calls{hint}"
+            else:
+                yield f"{step} does not call {what}: name one that it calls{hint}"
         elif call is None and capture.count(name) != 1:
             yield (
                 f"{step} calls {what} {count} times: name one that is called once, or choose the "

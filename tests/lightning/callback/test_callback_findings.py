@@ -6,7 +6,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from fits import batches, callback, loader, penalty
+from fits import batches, callback, fit, loader, penalty
 from modules import QUIET, Plain
 from nets import net
 from refused import refusal, refused
@@ -113,6 +113,22 @@ def test_a_submodule_that_is_not_called(made):
     line = refused(made, "net", Calls(0))
     assert "the training step does not call the submodule 'net'" in line
     assert line.endswith("name one that it calls, such as 'other'")
+
+
+class ByForward(Plain):
+    """Calls the method of its net, which runs no hooks."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.net.forward(x), y)
+
+
+def test_a_submodule_whose_forward_is_called_directly():
+    line = refused(penalty("input"), "net", ByForward(net()))
+    assert "does not call the submodule 'net', but runs parts of it" in line
+    assert "as net.forward(x) does: write net(x), or name one that it calls, such as " in line
+    name = line.rpartition("such as ")[2].partition(",")[0].strip("'")
+    fit(ByForward(net()), gpkit.GradientPenaltyCallback(penalty("input"), module=name), batches(2))
 
 
 def test_a_submodule_that_is_called_twice():
