@@ -24,7 +24,7 @@ and Hydra are loaded only if that module needs them.
 - Derivatives: derivative, directional_derivative, elementary, features, in_penalty,
   unsharded.
 - Lightning: GradientPenaltyCallback, GradientNormMonitor, PenalizedModule, GANModule.
-- Before training: diagnose.
+- Before training: check_penalty, diagnose.
 - The application: train, load, bench.
 
 ``from gpkit import *`` does not import `sum`, which would shadow the builtin.
@@ -53,6 +53,7 @@ __all__ = [
     "approximate_r1",
     "approximate_r2",
     "bench",
+    "check_penalty",
     "contractive",
     "cosine",
     "cure",
@@ -161,6 +162,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` has the same names 
     from gpkit.axes.wrt import inputs as inputs
     from gpkit.bench.measure import bench as bench
     from gpkit.doctor.diagnose import diagnose as diagnose
+    from gpkit.doctor.gradcheck.check_penalty import check_penalty as check_penalty
     from gpkit.environment_penalty import EnvironmentPenalty as EnvironmentPenalty
     from gpkit.estimators.base import Estimator as Estimator
     from gpkit.estimators.exact import exact as exact
@@ -237,6 +239,7 @@ else:
         "gpkit.axes.activation": "activation",
         "gpkit.axes.parameters": "weights",
         "gpkit.axes.wrt": "Variables inputs",
+        "gpkit.doctor.gradcheck.check_penalty": "check_penalty",
         "gpkit.environment_penalty": "EnvironmentPenalty",
         "gpkit.estimators.base": "Estimator",
         "gpkit.estimators.exact": "exact",

@@ -1,4 +1,4 @@
-"""Every block of the README, and of the pages on loops and on FSDP2, runs as it stands."""
+"""Every block of the README, and of the pages with programs, runs as it stands."""
 
 import re
 import shlex
@@ -13,7 +13,8 @@ from gpkit.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = "".join((ROOT / "docs" / name).read_text() for name in ("loops.md", "fsdp.md", "doctor.md"))
+NAMES = ("loops.md", "fsdp.md", "doctor.md", "check_penalty.md")
+PAGES = "".join((ROOT / "docs" / name).read_text() for name in NAMES)
 PYTHON = re.findall(r"```python\n(.*?)```", README + PAGES, re.DOTALL)
 SHELL = [
     line

@@ -167,9 +167,15 @@ def reached(function: Any) -> tuple[list[nn.Module], list[Any], list[Any]]:
         The modules, without their children; generators of torch, NumPy and Python; and the code of
         functions.
     """
+    return values_of(function)[:3]
+
+
+def values_of(function: Any) -> tuple[list[nn.Module], list[Any], list[Any], list[Any]]:
+    """Return what `reached` does, and all other objects that a function refers to."""
     modules: list[nn.Module] = []
     generators: list[Any] = []
     codes: list[Any] = []
+    others: list[Any] = []
     seen: set[int] = set()
 
     def visit(value: Any, depth: int) -> None:
@@ -180,14 +186,16 @@ def reached(function: Any) -> tuple[list[nn.Module], list[Any], list[Any]]:
             modules.append(value)
         elif is_generator(value):
             generators.append(value)
-        elif depth < DEPTH:
-            if inspect.isfunction(value):
-                codes.append(value.__code__)
-            for part in _parts(value):
-                visit(part, depth + 1)
+        else:
+            others.append(value)
+            if depth < DEPTH:
+                if inspect.isfunction(value):
+                    codes.append(value.__code__)
+                for part in _parts(value):
+                    visit(part, depth + 1)
 
     visit(function, 0)
-    return modules, generators, codes
+    return modules, generators, codes, others
 
 
 def _parts(value: Any) -> Iterable[Any]:
