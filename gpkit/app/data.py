@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from typing import Any, cast
 
 import pytorch_lightning as pl
+import torch
+from hydra import compose
 from hydra.utils import get_object, instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from gpkit.app.build import below, recipe, signature_of, trains_pair
+from gpkit.app.build import below, build_module, recipe, signature_of, trains_pair
+from gpkit.app.overrides import check_types, set_keys
+from gpkit.app.settings import check_values, quiet
 
 # What a run may need of a data module beside its loaders, and what it is.
 CONTRACT = {
@@ -55,6 +59,24 @@ def build_data(cfg: DictConfig, chosen: set[str]) -> pl.LightningDataModule:
             "batch, and drop_last leaves none: use a smaller data.batch_size"
         )
     return data
+
+
+def built(overrides: Sequence[str]) -> tuple[DictConfig, Any, Any]:
+    """Return the config of overrides, its data, set up, and its module, not trained.
+
+    Args:
+        overrides: as for ``train.py``, where Hydra is initialised.
+    """
+    cfg = compose("train", list(overrides), return_hydra_config=True)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    check_types(cfg, list(overrides))
+    check_values(cfg)
+    quiet()
+    torch.manual_seed(cfg.seed or 0)
+    chosen = set_keys(overrides)
+    data = build_data(cfg, chosen)
+    return cfg, data, build_module(cfg, data, chosen)
 
 
 def loader_of(data: pl.LightningDataModule, stage: str) -> Any:

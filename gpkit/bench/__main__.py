@@ -9,15 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import open_dict
+from hydra import initialize_config_dir
 from rich.console import Console
 
-from gpkit.app.build import build_module
-from gpkit.app.data import build_data, loader_of
-from gpkit.app.overrides import CONFIG_DIR, check_types, explain, set_keys
-from gpkit.app.settings import check_values, quiet
+from gpkit.app.data import built, loader_of
+from gpkit.app.overrides import CONFIG_DIR, explain
 from gpkit.bench.measure import Benchmark, bench
 from gpkit.bench.shown import chart, table
 from gpkit.lightning.batches import unpack
@@ -58,15 +54,7 @@ def measured(overrides: Sequence[str], **options: Any) -> Benchmark:
     Raises:
         ValueError: if the config trains a pair of nets, or has no penalty.
     """
-    cfg = compose("train", list(overrides), return_hydra_config=True)
-    with open_dict(cfg):
-        del cfg["hydra"]
-    check_types(cfg, list(overrides))
-    check_values(cfg)
-    quiet()
-    torch.manual_seed(cfg.seed or 0)
-    data = build_data(cfg, set_keys(overrides))
-    module: Any = build_module(cfg, data, set_keys(overrides))
+    _, data, module = built(overrides)
     if not hasattr(module, "net"):
         raise ValueError("the benchmark is of one net: use module=penalized and a critic as model=")
     if not any(penalty.acts_at(0) for penalty in module.penalties.values()):

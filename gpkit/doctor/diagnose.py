@@ -19,11 +19,11 @@ from gpkit.doctor.example import as_example
 from gpkit.doctor.forward import coupled, in_place, not_finite, random_forward
 from gpkit.doctor.inputs import integer_input, mean_loss, refusal
 from gpkit.doctor.precision import underflow
-from gpkit.doctor.report import Report
+from gpkit.doctor.report import Report, joined
 from gpkit.doctor.strength import convention, size
 from gpkit.doctor.training import frozen, reached, tied
 from gpkit.doctor.trial import FAILURES, Trial
-from gpkit.finding import SEVERITIES, Finding
+from gpkit.finding import Finding
 from gpkit.sums import Penalties, as_sum
 
 Check = Callable[[Trial], Iterator[Finding]]
@@ -110,19 +110,18 @@ def diagnose(
     given = {"target": target, "metric": metric, "sample_weight": sample_weight}
     batch = as_example(example, loss, real, fake, given)
     device = device_of(net, batch.x)
-    before, found, numbers = random_state(device), [], {}
+    before, reports = random_state(device), []
     try:
         for name, part in penalties.items():
             own = copy.deepcopy(net)
             trial = Trial(own, name, copy.deepcopy(part), batch, share, costs)
             with warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad():
                 warnings.simplefilter("ignore")  # what the penalty warns of is a finding
-                found += [replace(f, penalty=name) for f in findings_of(trial)]
-            numbers[name] = trial.numbers
+                found = [replace(f, penalty=name) for f in findings_of(trial)]
+            reports.append(Report(tuple(found), {name: trial.numbers}))
     finally:
         set_random_state(before, device)
-    found.sort(key=lambda f: SEVERITIES.index(f.severity))
-    return Report(tuple(found), numbers)
+    return joined(reports)
 
 
 def findings_of(trial: Trial) -> list[Finding]:

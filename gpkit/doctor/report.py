@@ -59,6 +59,13 @@ class Report:
         return f"{head}\n{rich_table(self) if find_spec('rich') else plain_table(self.rows())}"
 
 
+def joined(reports: Sequence[Report]) -> Report:
+    """Return several reports as one, the worst findings first."""
+    found = [finding for report in reports for finding in report.findings]
+    numbers = {name: own for report in reports for name, own in report.numbers.items()}
+    return Report(tuple(sorted(found, key=lambda f: SEVERITIES.index(f.severity))), numbers)
+
+
 def verdict(findings: Sequence[Finding]) -> str:
     """Return the first line of a report."""
     counts = {s: sum(f.severity == s for f in findings) for s in SEVERITIES}

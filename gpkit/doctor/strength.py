@@ -10,6 +10,7 @@ import torch
 from torch.func import functional_call
 
 from gpkit.autodiff.isolation import isolated
+from gpkit.axes.at import data
 from gpkit.doctor.trial import FAILURES, SEED, Trial, norm_of
 from gpkit.environment_penalty import EnvironmentPenalty
 from gpkit.finding import Finding
@@ -115,8 +116,7 @@ def convention(trial: Trial) -> Iterator[Finding]:
         return
     targets, _ = trial.graphs
     scores = targets[0].y.shape[1]
-    of_critic = penalty.at.samples or penalty.at.moves
-    if of_critic and penalty.of == "output" and scores > 1:
+    if not isinstance(penalty.at, data) and penalty.of == "output" and scores > 1:
         why = (
             f"the critic has {scores} scores a sample, and n² is the sum over them of their "
             "squared gradients; published code takes the gradient of their sum"
