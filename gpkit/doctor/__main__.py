@@ -58,11 +58,12 @@ def diagnosed(overrides: Sequence[str], **options: Any) -> Report:
     _, data, module = built(overrides)
     batch = next(iter(loader_of(data, "train")))
     module.train()
+    groups = (module.penalties, getattr(module, "generator_penalties", {}))
+    if not any(p.weight for penalties in groups for p in penalties.values()):
+        raise ValueError("there is no penalty: use penalty=r1, or another one of configs/penalty")
     found = _of_pair(module, batch, options) if hasattr(module, "critic") else []
     if not found and hasattr(module, "net"):
         found = _of_net(module, batch, options)
-    if not found:
-        raise ValueError("there is no penalty: use penalty=r1, or another one of configs/penalty")
     return joined(found)
 
 
