@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 SEVERITIES = ("error", "warning", "note")
 
@@ -90,6 +91,10 @@ class FoundError(RuntimeError):
         super().__init__(message or str(finding))
         self.finding = finding
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle, as for another process, as an error of this class."""
+        return FoundError, (self.finding, str(self))
+
 
 class FoundWarning(UserWarning):
     """A warning that a finding explains."""
@@ -97,3 +102,7 @@ class FoundWarning(UserWarning):
     def __init__(self, finding: Finding) -> None:
         super().__init__(str(finding))
         self.finding = finding
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle with the finding."""
+        return FoundWarning, (self.finding,)

@@ -14,6 +14,7 @@ from gpkit.autodiff.sharding.gathering import is_sharded
 from gpkit.autodiff.state import Start
 from gpkit.estimators.base import Recomputable, Target
 from gpkit.estimators.window import Window, summarised
+from gpkit.finding import FoundError
 from gpkit.formula import Terms
 from gpkit.lightning.batches import entries
 from gpkit.lightning.callback.plan import PenalizedNet, Plan, differentiated
@@ -125,7 +126,9 @@ class Evaluator:
                 plan.probe.expect_backward()  # its reruns are over: the step's own backward is next
             except RuntimeError as error:
                 # torch.OutOfMemoryError is a RuntimeError too, and no finding.
-                if name not in first or type(error) is not RuntimeError:
+                if name not in first or not (
+                    type(error) is RuntimeError or isinstance(error, FoundError)
+                ):
                     raise
                 found, cause = [*found, f"penalty {name!r}: {error}"], error
         if found:
