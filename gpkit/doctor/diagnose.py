@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from gpkit import checks
 from gpkit.autodiff.random import device_of, random_state, set_random_state
-from gpkit.doctor.cost import cost
-from gpkit.doctor.derivatives import compiled, no_curvature, operations, wrong_gradient
+from gpkit.doctor.checks.cost import cost
+from gpkit.doctor.checks.derivatives import compiled, no_curvature, operations, wrong_gradient
+from gpkit.doctor.checks.forward import coupled, in_place, not_finite, random_forward
+from gpkit.doctor.checks.inputs import integer_input, mean_loss, refusal
+from gpkit.doctor.checks.precision import underflow
+from gpkit.doctor.checks.strength import convention, size
+from gpkit.doctor.checks.training import frozen, reached, tied
 from gpkit.doctor.example import as_example
-from gpkit.doctor.forward import coupled, in_place, not_finite, random_forward
-from gpkit.doctor.inputs import integer_input, mean_loss, refusal
-from gpkit.doctor.precision import underflow
 from gpkit.doctor.report import Report, joined
-from gpkit.doctor.strength import convention, size
-from gpkit.doctor.training import frozen, reached, tied
 from gpkit.doctor.trial import FAILURES, Trial
 from gpkit.finding import Finding
 from gpkit.sums import Penalties, as_sum
