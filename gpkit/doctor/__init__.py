@@ -6,7 +6,7 @@ the options of ``train.py``. ``gpkit.prepare(net)`` returns a copy in which know
 replaced by layers of the same function.
 
 A check is a function of a `Trial`, which holds the net, one penalty, and the samples, and yields
-findings. To add one: write it in the file of its subject in ``checks``, name it in ``diagnose.CHECKS``, give its
-code a line in ``gpkit/finding.py`` and in docs/doctor.md, and add to the table of
-tests/doctor/test_findings.py a net that shows it and one that must not.
+findings. To add one: write it in the file of its subject in ``checks``, name it in
+``diagnose.CHECKS``, give its code a line in ``gpkit/finding.py`` and in docs/doctor.md, and add to
+the table of tests/doctor/test_findings.py a net that shows it and one that must not.
 """
