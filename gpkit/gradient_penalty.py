@@ -83,13 +83,14 @@ class GradientPenalty(Penalty):
 
     Args:
         of: what is differentiated. "output": the whole output; for several outputs n is the
-            Frobenius norm of the Jacobian. "loss": the same, but the output must have one value per
-            sample, or be the scalar loss of a weight penalty. "sampled_loss": the cross-entropy of
-            logits ``[B, C]`` with labels drawn from their softmax. A function of the output, such
-            as ``lambda out: out["logits"]``. ``gpkit.activation("encoder.3")``: the output of a
-            submodule.
-        wrt: the variables of the derivative: "input", "weight", ``gpkit.weights("head.*")``, or
-            ``gpkit.activation("encoder.3")``; a list of activations has one norm over all.
+            Frobenius norm of the Jacobian. "loss": the loss of each sample ``[B]``, or the scalar
+            loss of a weight penalty; of steps ``[B, T]``, their sum Σ_t ℓ_it has one norm a sample.
+            "sampled_loss": the cross-entropy of logits ``[B, C]`` with labels drawn from their
+            softmax. A function of the output, such as ``lambda out: out["logits"]``.
+            ``gpkit.activation("encoder.3")``: the output of a submodule.
+        wrt: the variables of the derivative: "input", ``gpkit.inputs("a", "b")`` of a dict,
+            "weight", ``gpkit.weights("head.*")``, or ``gpkit.activation("encoder.3")``; several
+            activations, in a list, or entries have one norm over all.
         scope: the groups. Gradients are averaged within a group, and each group has one norm. For
             inputs: "sample" (default), or "pixel": each pixel of ``[B, C, *S]`` has a norm, over
             its C channels. For weights: "batch" (default), "sample", "accumulated": all
@@ -226,9 +227,10 @@ class GradientPenalty(Penalty):
         train = torch.is_grad_enabled()
         if given is not None or self.metric is not None or self.given:
             given = completed(given, self)
-        named = [x for x in (*args[:1], real, fake) if isinstance(x, Mapping)]
+        keys = getattr(self.wrt, "keys", ())  # of a dict of samples
+        named = keys or any(isinstance(x, Mapping) for x in (*args[:1], real, fake))
         if named and self.wrt.batched and not isinstance(f, (Target, Targets)):
-            f, (args, real, fake), given = by_name(f, (args, real, fake), given)
+            f, (args, real, fake), given = by_name(f, (args, real, fake), given, keys)
         with _graphs(train):
             rng = torch.Generator(device_of(real, args, fake, f)).manual_seed(seed)
             targets, weights = self.targets(f, args, real, fake, rng, seed, acts, given), None

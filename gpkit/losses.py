@@ -8,12 +8,14 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gpkit import checks
 from gpkit.autodiff.compat import tree_leaves
+from gpkit.axes.given.sample_weight import of_entries, of_samples, weighs_steps
 
-LossFunction = Callable[[Any, Any], Tensor]
+LossFunction = Callable[..., Tensor]
 
 
 def per_sample(loss: LossFunction) -> LossFunction:
@@ -29,14 +31,15 @@ def per_sample(loss: LossFunction) -> LossFunction:
         loss: ``(output, target) -> loss``.
 
     Returns:
-        A function ``(output, target) -> losses``, with losses ``[B]``.
+        A function ``(output, target, weights=None) -> losses``, with losses ``[B]``. With weights
+        ``[B, T]`` of the entries after the first dimension, a loss is Σ_t w_t ℓ_t / Σ_t w_t.
     """
     if isinstance(loss, nn.Module) and has_reduction(loss):
         unreduced = copy.copy(loss)
         unreduced.reduction = "none"  # type: ignore[assignment]
         loss = unreduced
     elif has_reduction(loss):
-        loss = functools.partial(loss, reduction="none")  # type: ignore[call-arg]
+        loss = functools.partial(loss, reduction="none")
 
     return functools.partial(_losses, loss)  # a partial, unlike a closure, can be pickled
 
@@ -104,8 +107,18 @@ def logits(output: Any) -> Any:
     return output if found is None else found
 
 
-def _losses(loss: LossFunction, output: Any, target: Any) -> Tensor:
+def _losses(loss: LossFunction, output: Any, target: Any, weights: Tensor | None = None) -> Tensor:
     value = taken(loss, output, target)
+    if weights is not None:
+        if not weighs_steps(weights, tuple(value.shape)):
+            raise ValueError(
+                "sample_weight= of steps, [B, T], needs the loss of each step; got weights "
+                f"{list(weights.shape)} and losses {list(value.shape)}: use a loss with a "
+                "`reduction`, or weights [B]"
+            )
+        losses, _ = of_samples(value, weights)
+        total = of_entries(weights, value).to(losses).reshape(len(value), -1).sum(1)
+        return losses / torch.where(total == 0, torch.ones_like(total), total)
     if value.ndim == 0:
         return value.expand(_batch_size(output, target))
     return value if value.ndim == 1 else value.flatten(1).mean(1)

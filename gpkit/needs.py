@@ -49,6 +49,8 @@ class Needs:
         fakes: what to say where there are no fake samples; "" if its points need none.
         measures: whether its weight measures the gradients of loss and penalty.
         given: where the batch has what the call must give, by name, see `GradientPenalty`.
+        weighs_steps: whether weights of samples may be those of the steps of their losses.
+        names: the entries of a batch that are the variables; () if its first input is.
         own_forward: whether it must run a forward pass of its own, in its own mode.
         part: what to say where a part of the samples would not fit the batch's targets; "" if it
             takes all samples, or runs the net on its own ones.
@@ -73,6 +75,8 @@ class Needs:
     fakes: str = ""
     measures: bool = False
     given: tuple[tuple[str, Any], ...] = ()
+    weighs_steps: bool = False
+    names: tuple[str, ...] = ()
     own_forward: bool = False
     part: str = ""
     takes_part: bool = False
@@ -174,7 +178,7 @@ def _worked_out(penalty: GradientPenalty) -> Needs:
     whole = (
         (penalty.scope == "batch" and getattr(wrt, "match", "") == "*")
         if in_weights
-        else (penalty.scope == "sample" and type(wrt) is inputs and not penalty.at.moves)
+        else (penalty.scope == "sample" and wrt == inputs() and not penalty.at.moves)
     )
     return Needs(
         "activation" if isinstance(of, activations.Named) else "loss" if loss else "output",
@@ -199,6 +203,8 @@ def _worked_out(penalty: GradientPenalty) -> Needs:
         samples=penalty.at.samples if on_samples else (),
         fakes=_without_fakes(penalty.at),
         given=tuple(penalty.given.items()),
+        weighs_steps=loss and "sample_weight" in penalty.given and penalty.scope != "pixel",
+        names=getattr(wrt, "keys", ()),
         own_forward=own_forward,
         part=_of_a_part(penalty),
         takes_part=penalty.subsample is not None,

@@ -98,7 +98,9 @@ class Penalty:
             metric: A: n is the norm of A ∘ (D f - g). A constant that broadcasts to the derivative,
                 such as a mask ``[*S]``, or a function x -> A.
             sample_weight: w ``[B]``: the mean over samples is Σ w v / Σ w. A weight penalty of
-                losses ``[B]`` takes the gradient of their weighted mean.
+                losses takes the gradient of their weighted mean. For losses of steps also
+                ``[B, T]``, such as the mask of padded sequences: the loss of a sample is
+                Σ_t w_it ℓ_it, and the mean is over the samples with a step whose weight is not 0.
             groups: an index ``[N]`` of the group of each row, for inputs ``[N, *S]`` and outputs
                 ``[G, ...]``: one norm over all rows of a group, such as the nodes of a graph.
             step: the optimiser step, for the schedule and ``every``; None counts the calls.

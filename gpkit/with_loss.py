@@ -86,7 +86,7 @@ def _loss(penalty: Any, given: Any) -> Tensor:
     y = penalty.of(given) if callable(penalty.of) else given
     if not isinstance(y, Tensor):
         raise TypeError(f"the closure must return a loss; got a {type(y).__name__}")
-    if y.numel() != (len(y) if y.ndim else 1):
+    if y.numel() != (len(y) if y.ndim else 1) and penalty.of != "loss":
         raise ValueError(
             f"the closure must return a loss, or losses [B], whose mean is trained on; got "
             f"{list(y.shape)}: for a penalty of outputs use loss + penalty(closure, net)"

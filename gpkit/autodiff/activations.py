@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -62,7 +62,9 @@ def module_of(name: str, f: Any, args: Iterable[Any]) -> nn.Module:
 
 
 @contextmanager
-def captured(module: nn.Module | None, wanted: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+def captured(
+    module: nn.Module | None, wanted: Iterable[str], moves: Mapping[str, Tensor] | None = None
+) -> Iterator[dict[str, Tensor]]:
     """Capture the outputs of submodules during one forward pass; the hooks are removed after it.
 
     The net continues with a copy of the output, so that an in-place operation does not change the
@@ -71,6 +73,7 @@ def captured(module: nn.Module | None, wanted: Iterable[str]) -> Iterator[dict[s
     Args:
         module: the net; None if ``wanted`` is empty.
         wanted: names, as in ``module.named_modules()``.
+        moves: what is added to outputs, by name.
 
     Yields:
         The outputs by name: complete when the block ends.
@@ -83,7 +86,7 @@ def captured(module: nn.Module | None, wanted: Iterable[str]) -> Iterator[dict[s
     with ExitStack() as stack:
         for name in wanted:
             assert module is not None
-            hook = partial(_catch, name, caught)
+            hook = partial(_catch, name, caught, (moves or {}).get(name))
             stack.callback(submodule(module, name).register_forward_hook(hook).remove)
         yield caught
     for name in wanted:
@@ -111,7 +114,14 @@ def submodule(module: nn.Module, name: str) -> nn.Module:
     return modules[name]
 
 
-def _catch(name: str, caught: dict[str, Tensor], module: nn.Module, _: Any, output: Any) -> Tensor:
+def _catch(
+    name: str,
+    caught: dict[str, Tensor],
+    move: Tensor | None,
+    module: nn.Module,
+    _: Any,
+    output: Any,
+) -> Tensor:
     if name in caught:
         raise ValueError(
             f"`activation({name!r})` is ambiguous: the forward calls that submodule several "
@@ -123,6 +133,9 @@ def _catch(name: str, caught: dict[str, Tensor], module: nn.Module, _: Any, outp
             f"`activation({name!r})` must be a floating-point tensor; the {type(module).__name__} "
             f"returns {given}: name a submodule inside it"
         )
+    if move is not None:
+        caught[name] = output + move
+        return caught[name]
     has_graph = output.requires_grad or is_jet(output)  # a jet has graphs in its coefficients
     caught[name] = output if has_graph else output.detach().requires_grad_()
     return caught[name].clone()

@@ -13,6 +13,7 @@ from gpkit.autodiff.activations import Named
 from gpkit.axes.at import Points
 from gpkit.axes.call import Call
 from gpkit.axes.wrt import Variables, inputs
+from gpkit.estimators.base import Recomputable
 
 
 class Inside(inputs):
@@ -46,6 +47,14 @@ class Inside(inputs):
                     f"got {list(h.shape)}"
                 )
         return tuple(caught[name] for name in self.names)
+
+    def moved_to(self, call: Call, given: Points, before: Points, xs: Points) -> Any:
+        """Run the net at the same points, with moves added to the outputs of the submodules."""
+        # Added, because the outputs of some may depend on those of others that are moved.
+        moves = {name: x - h for name, x, h in zip(self.names, xs, before, strict=True)}
+        if isinstance(call.f, Recomputable):  # a trainer moves them itself
+            return call.run(xs, xs[0].device)[0]
+        return call.run(self.placed(given), given[0].device, moves)[0]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +21,7 @@ from gpkit.autodiff.state import Start, start_of
 from gpkit.axes.at import Points
 from gpkit.axes.form import Form
 from gpkit.axes.given.given import Given
+from gpkit.axes.given.sample_weight import of_samples
 from gpkit.axes.of import Of, draw_labels, named_parts, sampled_losses, scores_of
 from gpkit.estimators.base import Estimator, Recomputable
 from gpkit.estimators.repeats import SAME, require_same
@@ -41,6 +42,7 @@ class Axes(Protocol):
     forward: str
     elementary: bool  # whether norm layers are in elementary operations at order 1 as well
     subsample: float | None
+    evaluated_at: int  # the optimiser step
 
 
 @dataclass(eq=False)
@@ -59,6 +61,7 @@ class Call:
         given: the target, metric and weights of the call, or None.
         labels: those drawn for ``of="sampled_loss"``; None before.
         made: how the graph of the first forward pass was made; None before.
+        steps: the shape of the losses of steps ``[B, *T]``, if ``of="loss"`` had such.
     """
 
     axes: Axes
@@ -72,6 +75,7 @@ class Call:
     given: Given | None = None
     labels: Tensor | None = None
     made: Made | None = None
+    steps: tuple[int, ...] = ()
 
     @cached_property
     def reach(self) -> Reach:
@@ -84,12 +88,15 @@ class Call:
         tensors = isinstance(self.f, Tensor) or isinstance(scores_of(self.f)[0], Tensor)
         return tensors or (callable(self.axes.of) and not callable(self.f))
 
-    def run(self, xs: Points, device: torch.device) -> tuple[Any, dict[str, Tensor]]:
+    def run(
+        self, xs: Points, device: torch.device, moves: Mapping[str, Tensor] | None = None
+    ) -> tuple[Any, dict[str, Tensor]]:
         """Run a forward pass without side effects.
 
         Args:
             xs: the arguments of the function.
             device: the device of the forward pass.
+            moves: what is added to activations, by name.
 
         Returns:
             The output to differentiate, and the activations that ``of`` and ``wrt`` name.
@@ -106,7 +113,7 @@ class Call:
                 return y, {}
         net = activations.module_of(wanted[0], self.f, self.args)
         with self.forward(self.seed, device):
-            with activations.captured(net, wanted) as caught:
+            with activations.captured(net, wanted, moves) as caught:
                 y = called(self.f, xs, self.batch)
             if isinstance(self.axes.of, activations.Named):
                 y = caught[self.axes.of.name]
@@ -198,6 +205,14 @@ class Call:
             if self.labels is None:  # the same at all points of an evaluation
                 self.labels = draw_labels(y, self.rng)
             y = sampled_losses(y, self.labels)
+        if (
+            self.axes.of == "loss"
+            and isinstance(y, Tensor)
+            and (self.axes.wrt.batched or self.axes.scope == "sample")
+        ):
+            pixels = self.axes.scope == "pixel"  # then the weights are theirs
+            weights = None if pixels or self.given is None else self.given.sample_weight
+            y, self.steps = of_samples(y, weights)
         if self.axes.wrt.batched and isinstance(scores_of(y)[0], Tensor):
             return y
         if not isinstance(y, Tensor):

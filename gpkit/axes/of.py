@@ -105,6 +105,28 @@ def has_target(form: Form, y: Tensor) -> bool:
     return not all(cost > zero for cost in costs)
 
 
+LINEAR = ("AddmmBackward", "MmBackward", "ConvolutionBackward", "LinearBackward")
+
+
+def require_losses(y: Tensor) -> None:
+    """Refuse outputs ``[B, C]`` of a linear layer where losses are expected: they are logits.
+
+    Losses of steps ``[B, T]`` have the same shape, and come from another operation.
+
+    Raises:
+        ValueError: if they are.
+    """
+    node = y.grad_fn
+    while node is not None and node.name().startswith(("View", "UnsafeView", "Squeeze")):
+        node = node.next_functions[0][0]
+    if node is not None and node.name().startswith(LINEAR):
+        raise ValueError(
+            f'of="loss" needs losses: one value per sample, [{len(y)}], or for each step, '
+            f"[{len(y)}, T]; got {list(y.shape)}, the output of a linear layer: compute the loss, "
+            'with reduction="none"; for outputs use of="output", as gpkit.jacobian does'
+        )
+
+
 def scores_of(y: Any) -> list[Any]:
     """Return the scores of an output: those of a list, as multi-scale critics return, or itself."""
     return list(y) if isinstance(y, list) and y and all(isinstance(s, Tensor) for s in y) else [y]

@@ -20,9 +20,9 @@ from gpkit.autodiff.layers.recording import Recording, recorded_layers
 from gpkit.autodiff.random import has_ranks
 from gpkit.autodiff.sharding.gathering import require_whole
 from gpkit.axes.call import Axes, Call
-from gpkit.axes.given.sample_weight import sample_weights, weighted_mean
+from gpkit.axes.given.sample_weight import of_entries, sample_weights, weighted_mean
 from gpkit.axes.mixtures import rows_of
-from gpkit.axes.of import Of
+from gpkit.axes.of import Of, require_losses
 from gpkit.axes.wrt import Variables
 from gpkit.estimators.base import Recomputable, Target
 from gpkit.estimators.window import POOLED, Window
@@ -101,6 +101,7 @@ class weights(Variables):
         else:
             window = call.window()
             targets = self.targets_of(y, params, call.axes, rerun, window, weights)
+            targets[0].steps = call.steps
             rows = self.part(call, y)
             yield from targets if rows is None else [targets[i] for i in rows.tolist()]
 
@@ -154,11 +155,10 @@ class weights(Variables):
 
     def groups(self, y: Tensor, of: Of, scope: str, weights: Tensor | None = None) -> list[Tensor]:
         """Return the output to differentiate, ``[1, m]``, for each group."""
-        if of == "loss" and y.numel() != (len(y) if y.ndim else 1):
-            raise ValueError(
-                f'of="loss" needs a scalar or losses [B]; got {list(y.shape)}: for losses of steps '
-                "or pixels choose their sum, losses.flatten(1).sum(1), or mean"
-            )
+        if of == "loss" and y.numel() != (len(y) if y.ndim else 1):  # of steps [B, *T]
+            require_losses(y)
+            weights = None if weights is None else of_entries(weights, y)
+            y = y.flatten()
         if scope == "sample":
             if y.ndim == 0:
                 raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,9 +13,9 @@ from gpkit import checks
 from gpkit.autodiff import graph
 from gpkit.axes.at import Points, as_points, require_floating
 from gpkit.axes.call import Axes, Call
-from gpkit.axes.of import Of, require_one_output, scores_of
+from gpkit.axes.of import require_one_output, scores_of
 from gpkit.axes.scope import require_groups, require_images
-from gpkit.estimators.base import Recomputable, Target
+from gpkit.estimators.base import Begun, Recomputable, Series, Target
 
 
 class Variables:
@@ -55,20 +55,26 @@ class Variables:
         raise NotImplementedError(f"{type(self).__name__} must define targets(call)")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False, repr=False)
 class inputs(Variables):
     """The inputs of a function: one tensor ``[B, *S]`` or several. The groups are the samples.
+
+    ``inputs("a", "b")`` are these entries of a dict of inputs, with one norm over both; the other
+    entries, which may be labels or masks, are constants. In `gpkit.PenalizedModule` they are
+    entries of the batch.
 
     With ``scope="pixel"`` the inputs are ``[B, C, *S]``, and the groups are the pixels of all
     samples. A function that returns a list of scores, as critics at several scales do, has the sum
     of the penalties of each.
 
     Args:
+        *keys: the entries that are the variables; without any, all inputs are.
         batch_dim: the dimension of the batch in each input, such as 1 for time-major sequences
             ``[T, B, F]``. The output has the batch first in any case.
 
     Raises:
-        ValueError: if ``batch_dim`` is not an integer >= 0.
+        ValueError: if ``batch_dim`` is not an integer >= 0, or a key is there twice.
+        TypeError: if a key is no string.
 
     >>> import gpkit, torch
     >>> net = torch.nn.GRU(3, 4)  # time-major
@@ -76,8 +82,13 @@ class inputs(Variables):
     >>> penalty = gpkit.GradientPenalty(wrt=inputs(batch_dim=1))
     >>> penalty.terms(lambda x: net(x)[0][-1], x).norms.shape
     torch.Size([2])
+    >>> f = lambda batch: (batch["x"] * batch["c"]).sum(1) * batch["scale"]
+    >>> batch = {"x": torch.ones(2, 3), "c": torch.ones(2, 3), "scale": torch.tensor([1, 2])}
+    >>> gpkit.GradientPenalty(wrt=inputs("x", "c")).terms(f, batch).squared_norms.tolist()
+    [6.0, 24.0]
     """
 
+    keys: tuple[str, ...] = field(default=(), init=False)
     batch_dim: int = field(default=0, kw_only=True, repr=False)
 
     scopes = ("sample", "pixel")
@@ -85,8 +96,20 @@ class inputs(Variables):
         "call x.requires_grad_() before the forward pass, and give the penalty the same tensors"
     )
 
-    def __post_init__(self) -> None:
-        checks.integer("inputs(batch_dim=...)", self.batch_dim, 0)
+    def __init__(self, *keys: str, batch_dim: int = 0) -> None:
+        for key in keys:
+            if not isinstance(key, str):
+                raise TypeError(
+                    f"`inputs(...)` takes names of entries, inputs('a', 'b'); got {key!r}"
+                )
+        if len(set(keys)) < len(keys):
+            raise ValueError(f"`inputs(...)` must name each entry once; got {list(keys)}")
+        object.__setattr__(self, "keys", keys)
+        object.__setattr__(self, "batch_dim", batch_dim)
+        checks.integer("inputs(batch_dim=...)", batch_dim, 0)
+
+    def __repr__(self) -> str:
+        return f"inputs({', '.join(map(repr, self.keys))})"
 
     def targets(self, call: Call) -> Iterator[Target]:
         """Yield one target for each score, with ``y`` ``[B, m]``: a row for each sample."""
@@ -96,26 +119,29 @@ class inputs(Variables):
                 f"penalty(f, (x1, x2)); got {len(call.args)} arguments after f"
             )
         evaluate: Callable[..., Tensor] | None = None
+        series: Sequence[Series | None] | None = None
         mean = isinstance(call.f, Recomputable) and call.f.mean
         if isinstance(call.f, Recomputable) and call.f.value is not None and not call.axes.at.moves:
             xs = self.given(call)
             y = call.selected(call.f.value)
             graph.require_within(y, xs)
-            evaluate = partial(self.evaluated, call)
+            evaluate = partial(self.evaluated, call, xs, xs)
             self.prove(call, y, xs)
         elif call.has_graph:
             xs = self.given(call)
             y = call.selected(call.f)
             graph.require_within(y, xs)
         elif callable(call.f) or isinstance(call.f, Recomputable):
-            given, started = self.points(call), None
-            if call.axes.estimator.started is not None and not call.axes.named:
-                started = call.axes.estimator.started(given, call.axes.order, call.rng)
-            y, caught = call.run(self.placed(started or given), given[0].device)
-            xs = self.chosen(given, caught)
-            if xs is given:  # only inputs can be moved, not an activation
-                evaluate = partial(self.evaluated, call)
-                self.prove(call, y, xs)
+            given = self.points(call)
+            begun = None if mean else self.begun(call, given)
+            if begun is None:
+                y, caught = call.run(self.placed(given), given[0].device)
+                xs = self.chosen(given, caught)
+                self.prove(call, y, given)
+            else:
+                y, xs, series = begun.scores, given, begun.series
+                self.prove(call, y, begun.at)
+            evaluate = partial(self.evaluated, call, given, xs)
         else:
             raise TypeError(f"expected a tensor or a callable; got a {type(call.f).__name__}")
         if mean:
@@ -127,10 +153,8 @@ class inputs(Variables):
         for i, score in enumerate(scores):
             again = evaluate and partial(evaluate, score=i)
             for target in self.targets_of(score, xs, call.axes, again, groups):
-                target.weights, target.scores = weights, len(scores)
-                value = value_of(target.y)
-                if value is not target.y:
-                    target.y, target.series = value, target.y
+                target.weights, target.scores, target.steps = weights, len(scores), call.steps
+                target.series = None if series is None else series[i]
                 yield target
 
     def targets_of(
@@ -147,10 +171,25 @@ class inputs(Variables):
         pixels = axes.scope == "pixel"
         if pixels:
             require_images(xs)
-        columns = self.columns(y, len(xs[0] if groups is None else y), axes.of)
+        columns = self.columns(y, len(xs[0] if groups is None else y))
         if columns.shape[1] > 1 and axes.estimator.frobenius and not callable(axes.of):
             require_one_output(axes.form, columns)
         return [Target(columns, xs, True, evaluate, pixels=pixels, groups=groups)]
+
+    def begun(self, call: Call, xs: Points) -> Begun | None:
+        """Let the estimator run the function first; None if it asks for the value at ``xs``."""
+        begin, given = call.axes.estimator.begun, call.given
+        if begin is None or call.axes.named:
+            return None
+        groups = None if given is None else given.groups
+
+        def scores(*at: Tensor) -> list[Tensor]:
+            found = scores_of(call.run(self.placed(at), at[0].device)[0])
+            batch = len(at[0])
+            return [self.columns(y, batch if groups is None else len(y)) for y in found]
+
+        metrics = None if given is None else given.metrics_at(xs)
+        return begin(scores, xs, call.axes.order, call.rng, call.axes.evaluated_at, metrics)
 
     def points(self, call: Call) -> Points:
         """Return the points where the function is evaluated."""
@@ -160,19 +199,33 @@ class inputs(Variables):
         """Return the variables of a forward pass at ``xs``."""
         return xs
 
-    def prove(self, call: Call, y: Tensor, xs: Points) -> None:
+    def prove(self, call: Call, y: Any, xs: Points) -> None:
         """Refuse a function that is run again and gives another value at the same points."""
         if call.is_unproven():
             again, _ = call.run(self.placed(xs), xs[0].device)
             for before, after in zip(scores_of(y), scores_of(again), strict=True):
-                call.prove(value_of(before), after)
+                call.prove(before, after.reshape(before.shape))
 
-    def evaluated(self, call: Call, *xs: Tensor, score: int = 0) -> Tensor:
-        """Return ``[B, m]`` at other points, with the same random numbers each time."""
-        y, _ = call.run(self.placed(xs), xs[0].device)
+    def evaluated(
+        self, call: Call, given: Points, before: Points, *xs: Tensor, score: int = 0
+    ) -> Tensor:
+        """Return ``[B, m]`` at other points, with the same random numbers each time.
+
+        Args:
+            call: the function.
+            given: the points where it was evaluated.
+            before: the variables there.
+            *xs: the variables now.
+            score: which of several scores is returned.
+        """
+        y = self.moved_to(call, given, before, xs)
         if isinstance(call.f, Recomputable) and call.f.mean:
             return summed(y, xs)
-        return self.columns(scores_of(y)[score], len(xs[0]), call.axes.of)
+        return self.columns(scores_of(y)[score], len(xs[0]))
+
+    def moved_to(self, call: Call, given: Points, before: Points, xs: Points) -> Any:
+        """Run the function with other variables; the arguments are those of `evaluated`."""
+        return call.run(self.placed(xs), xs[0].device)[0]
 
     def placed(self, xs: Points) -> Points:
         """Return points ``[B, *S]`` as the function takes them."""
@@ -235,7 +288,7 @@ class inputs(Variables):
             )
         return as_points(tuple(x.movedim(k, 0) if isinstance(x, Tensor) else x for x in points))
 
-    def columns(self, y: Tensor, batch: int, of: Of) -> Tensor:
+    def columns(self, y: Tensor, batch: int) -> Tensor:
         """Return ``y`` as ``[B, m]``; raise a ValueError if it is not per sample."""
         if y.ndim == 0:
             raise ValueError(
@@ -255,12 +308,6 @@ class inputs(Variables):
                 "is the batch the first dimension? For time-major inputs [T, B, ...] use "
                 "wrt=gpkit.inputs(batch_dim=1); for several rows of one sample, groups="
             )
-        if of == "loss" and y.numel() != batch:
-            raise ValueError(
-                f'of="loss" needs one value per sample, [{batch}] or [{batch}, 1]; got '
-                f"{list(y.shape)}: for losses of steps or pixels choose their sum, "
-                "losses.flatten(1).sum(1), or mean; for outputs gpkit.jacobian"
-            )
         if y.ndim == 2:
             return y
         return y.flatten(1) if y.ndim > 1 else y.unsqueeze(1)
@@ -269,9 +316,3 @@ class inputs(Variables):
 def summed(mean: Tensor, xs: Points) -> Tensor:
     """Return B · mean ``[1, 1]``: the sum over the samples, from their mean."""
     return (mean * xs[0].shape[0]).reshape(1, 1)
-
-
-def value_of(y: Tensor) -> Tensor:
-    """Return the value of an output on Taylor series, and any other output as it is."""
-    value: Tensor = getattr(y, "coefficients", (y,))[0]
-    return value

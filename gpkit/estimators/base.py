@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,28 @@ from gpkit.autodiff.random import RandomState, Source
 from gpkit.autodiff.state import Start
 from gpkit.estimators.compared import Compared
 from gpkit.estimators.window import Window
+
+
+class Series(Protocol):
+    """What an estimator has found out where it ran the function first, see `Estimator.begun`."""
+
+    def scaled(self, scale: Tensor | float) -> Series:
+        """Return the same for scale·y."""
+
+
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """The first run of a function, by an estimator.
+
+    Args:
+        scores: the outputs to differentiate, ``[B, m]`` each; there are several for a list.
+        series: what was found out together with each of them.
+        at: the points where they are the function's value.
+    """
+
+    scores: list[Tensor]
+    series: list[Series]
+    at: tuple[Tensor, ...]
 
 
 @dataclass(eq=False)
@@ -41,11 +63,12 @@ class Target:
         scores: how many targets are scores of the same points; each has a penalty of its own.
         groups: the group ``[N]`` of each row of ``xs`` ``[N, *S]``, if a group has several rows;
             only for an estimator with ``by_group``.
+        steps: the shape ``[G, *T]`` of the losses of steps whose sum ``y`` is; () if it is none.
         compared: what the derivative is compared with; only for an estimator that ``compares``.
         layers: of the forward pass. Then ``y`` is ``[B, 1]`` with parameters as variables, and each
             sample has a norm; only for an estimator with ``by_layer``.
         rows: the numbers of the samples whose norms are taken, with ``layers``; None for all.
-        series: the output on what `Estimator.started` returned; then ``y`` is its value.
+        series: what `Estimator.begun` has found out together with ``y``; None if it was not asked.
         made: how the graph of ``y`` was made, where the penalty has made it.
     """
 
@@ -62,12 +85,13 @@ class Target:
     layers: Recording | None = None
     compared: Compared | None = None
     rows: Tensor | None = None
-    series: Tensor | None = None
+    series: Series | None = None
     made: Made | None = None
     weights: Tensor | None = None
     step: int = 0
     scores: int = 1
     groups: Tensor | None = None
+    steps: tuple[int, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -87,7 +111,7 @@ class Target:
 
         y = self.y.to(wide(self.y)) * scale
         compared = self.compared and self.compared.scaled(scale)
-        series = None if self.series is None else self.series * scale
+        series = None if self.series is None else self.series.scaled(scale)
         changes: dict[str, Any] = {"y": y, "series": series, "scale": scale, "compared": compared}
         return replace(self, evaluate=evaluate and scaled, **changes)
 
@@ -104,7 +128,6 @@ class Target:
                 "their mean: use of='output', PenalizedModule, or estimator='exact'"
             )
         if self.evaluate is None:
-            require_movable(estimator, self)
             raise ValueError(
                 f"`estimator={name}()` needs a callable, to evaluate it at other points; got a "
                 "tensor: use penalty(f, x), or estimator='exact'"
@@ -183,8 +206,9 @@ class Estimator:
     # Whether n of several outputs is the norm of all of them together, not the slope of one number.
     frobenius = True
 
-    # (points, order, random numbers) -> what the function is run on first instead of the points.
-    started: Any = None
+    # The first run of the function, if it is not at the points themselves: then the output there
+    # takes no run of its own. (function, points, order, random numbers, step, metrics) -> `Begun`.
+    begun: Callable[..., Begun] | None = None
 
     def check(self, order: int, norm: str, batched: bool) -> None:
         """Refuse what it does not support; ``batched`` is True for inputs, False for weights."""
@@ -242,19 +266,6 @@ def require_inputs(estimator: Estimator, norm: str, batched: bool) -> None:
         )
 
 
-def require_movable(estimator: Estimator, target: Target) -> None:
-    """Refuse variables that are computed from the inputs, where only inputs can be replaced.
-
-    Raises:
-        ValueError: if they are, as the output of a submodule is.
-    """
-    if target.batched and any(x.grad_fn is not None for x in target.xs):
-        raise ValueError(
-            f"`estimator={type(estimator).__name__}()` evaluates the function at other inputs; got "
-            "the output of a submodule as the variable: use estimator='projection' or 'exact'"
-        )
-
-
 def require_function(estimator: Estimator, target: Target) -> Callable[..., Tensor]:
     """Return the function to evaluate.
 
@@ -263,7 +274,6 @@ def require_function(estimator: Estimator, target: Target) -> Callable[..., Tens
     """
     name = type(estimator).__name__
     if target.evaluate is None:
-        require_movable(estimator, target)
         call = "penalty(f, x)" if target.batched else "penalty(closure, net)"
         raise ValueError(
             f"`estimator={name}()` needs a callable, to evaluate it at other points; got a tensor: "

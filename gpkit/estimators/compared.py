@@ -50,6 +50,20 @@ class Compared:
         pairs = zip(row, self.metrics, strict=True)
         return [widened(part) * _row(a, r, part) for part, a in pairs]
 
+    def directed(self, vs: Sequence[Tensor]) -> list[Tensor]:
+        """Return A ∘ v for directions that all outputs share.
+
+        Raises:
+            ValueError: if the metric differs between the outputs.
+        """
+        rows = max((a.shape[1] for a in self.metrics or ()), default=1)
+        if rows > 1:
+            raise ValueError(
+                "all outputs are moved along the same directions, so metric= must be the same for "
+                f"all of them, [B, *S]; got one for each of {rows}: use estimator='exact'"
+            )
+        return self.times(vs)
+
     def along(self, vectors: Sequence[Tensor]) -> Tensor:
         """Return ⟨g, v⟩ ``[G]`` for vectors ``[G, n]`` and all rows: ``[G, R]`` if R > 1."""
         if self.targets is None:

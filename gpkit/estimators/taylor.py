@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from gpkit.autodiff.derivatives import as_rows
 from gpkit.autodiff.numerics import reduce_rows
 from gpkit.autodiff.random import Source, has_ranks
 from gpkit.autodiff.sharding.gathering import require_no_hooks
-from gpkit.estimators.base import Estimator, Target, require_movable
+from gpkit.estimators.base import Begun, Estimator, Target
 from gpkit.estimators.projection import DISTRIBUTIONS, projection
 
 
@@ -80,11 +81,20 @@ class taylor(Estimator):
         """Whether n² is a random estimate: there is one direction if x has one entry."""
         return has_choice(target.xs)
 
-    def started(self, xs: tuple[Tensor, ...], order: int, rng: Source) -> tuple[Tensor, ...]:
-        """Return x + t v as series, with the first directions, so that the function runs once."""
+    def begun(
+        self,
+        function: Callable[..., list[Tensor]],
+        xs: tuple[Tensor, ...],
+        order: int,
+        rng: Source,
+        step: int,
+        metrics: tuple[Tensor, ...] | None,
+    ) -> Begun:
+        """Run the function on x + t v, with the first directions: the value is a part of it."""
         from gpkit.autodiff.taylor.directional import paths
 
-        return paths(xs, self.directions(xs, rng), order)
+        found = function(*paths(xs, self.directions(xs, rng), order))
+        return Begun(list(map(value_of, found)), list(map(OnPath, found)), xs)
 
     def directions(self, xs: tuple[Tensor, ...], rng: Source) -> tuple[Tensor, ...]:
         """Return random directions v in the shapes of ``xs``; one where there is no other."""
@@ -111,7 +121,6 @@ class taylor(Estimator):
         from gpkit.autodiff.taylor.directional import last_derivative, paths
 
         if target.evaluate is None:
-            require_movable(self, target)
             raise ValueError(
                 "`estimator=taylor()` needs a callable, to run it on Taylor series; got a tensor: "
                 "use penalty(f, x)"
@@ -120,12 +129,30 @@ class taylor(Estimator):
             require_no_hooks(target.y, "`estimator=taylor()`")
         draws = []
         for i in range(self.n if has_choice(target.xs) else 1):
-            y = target.series if i == 0 else None  # the function has been run on it
-            if y is None:
+            if i == 0 and isinstance(target.series, OnPath):
+                y = target.series.y
+            else:
                 vs = self.directions(target.xs, rng)
                 y = target.evaluate(*paths(target.xs, vs, order))
             draws.append(reduce_rows([(last_derivative(y, order),)], norm))
         return draws[0] if len(draws) == 1 else torch.stack(draws).mean(0)
+
+
+@dataclass(frozen=True, eq=False)
+class OnPath:
+    """The output on x + t v, a series in t; a tensor if it does not depend on x."""
+
+    y: Tensor
+
+    def scaled(self, scale: Tensor | float) -> OnPath:
+        """Return the same for scale·y."""
+        return OnPath(self.y * scale)
+
+
+def value_of(y: Tensor) -> Tensor:
+    """Return the value of an output on Taylor series, and any other output as it is."""
+    value: Tensor = getattr(y, "coefficients", (y,))[0]
+    return value
 
 
 def has_choice(xs: tuple[Tensor, ...]) -> bool:

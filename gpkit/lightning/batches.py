@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from dataclasses import fields as dataclass_fields
 from typing import Any
 
@@ -30,6 +30,7 @@ class Batch:
         args: the positional arguments of the net, ``x`` among them or in ``kwargs``.
         kwargs: its keyword arguments.
         place: where ``x`` stands in them.
+        places: where the entries of a batch with names stand in them.
     """
 
     x: Tensor
@@ -38,6 +39,7 @@ class Batch:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     place: int | str = 0
+    places: Mapping[Any, int | str] = field(default_factory=dict)
 
     @property
     def alone(self) -> bool:
@@ -62,7 +64,40 @@ class Batch:
         """Return the batch with another tensor for each."""
         parts = self.x, self.y, self.env, self.args, self.kwargs
         x, y, env, args, kwargs = tree_map_only(Tensor, change, parts)
-        return Batch(x, y, env, args, kwargs, self.place)
+        return Batch(x, y, env, args, kwargs, self.place, self.places)
+
+    def entries(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return inputs of the net by their names in the batch.
+
+        Raises:
+            TypeError: if the batch has no such entry, or it is no floating-point tensor.
+        """
+        found = {}
+        for name in names:
+            if name not in self.places:
+                raise TypeError(
+                    f"`wrt=gpkit.inputs(...)` names {name!r}, and the inputs of the net that have "
+                    f"names in the batch are {list(self.places)}{checks.nearest(name, self.places)}"
+                )
+            place = self.places[name]
+            value = self.args[place] if isinstance(place, int) else self.kwargs[place]
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                raise TypeError(
+                    f"`wrt=gpkit.inputs(...)` names {name!r}, which must be a floating-point "
+                    f"tensor; got {kind}"
+                )
+            found[name] = value
+        return found
+
+    def at(self, entries: Mapping[str, Tensor]) -> Batch:
+        """Return the batch with other entries, and the rest repeated for more points."""
+        points = len(next(iter(entries.values())))
+        parts = repeated((self.x, self.args, self.kwargs), len(self.x), points)
+        now = {self.places[name]: value for name, value in entries.items()}
+        args = tuple(now.get(i, v) for i, v in enumerate(parts[1]))
+        kwargs = {k: now.get(k, v) for k, v in parts[2].items()}
+        return replace(self, x=now.get(self.place, parts[0]), args=args, kwargs=kwargs)
 
     def environments(self) -> Tensor:
         """Return the environment of each sample; without any, the two halves of the batch."""
@@ -118,7 +153,7 @@ def unpack(
     y = parts[wanted[0]] if len(wanted) == 1 else {key: parts[key] for key in wanted}
     env = next((parts[key] for key in environment if key not in chosen), None)
     if len(chosen) == 1:
-        return _read((parts[chosen[0]],), {}, y, env, net)
+        return replace(_read((parts[chosen[0]],), {}, y, env, net), places={chosen[0]: 0})
     args = tuple(parts[key] for key in chosen if isinstance(key, int))
     kwargs = {key: parts[key] for key in chosen if isinstance(key, str)}
     return _read(args, kwargs, y, env, net)
@@ -175,7 +210,7 @@ def _read(args: Any, kwargs: dict[str, Any], y: Any, env: Any, net: nn.Module) -
     if not found:
         raise TypeError(_unreadable(args or kwargs))
     place, x = next((pair for pair in found if pair[1].is_floating_point()), found[0])
-    return Batch(x, y, env, args, kwargs, place)
+    return Batch(x, y, env, args, kwargs, place, {key: key for key in kwargs})
 
 
 def _named(batch: Any) -> dict[str, Any] | None:

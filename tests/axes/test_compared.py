@@ -386,7 +386,7 @@ def test_a_sum_passes_what_is_given_to_each_part():
         ({}, {"target": "forces"}, "target= must be a tensor; got a str"),
         ({}, {"target": [G, G]}, "one tensor for each of 1 inputs; got 2"),
         ({}, {"metric": G.clone().requires_grad_()}, "must be constant"),
-        ({}, {"sample_weight": W[:3]}, r"one number for each sample, \[5\]; got \[3\]"),
+        ({}, {"sample_weight": W[:3]}, r"one number for each sample, \[5\], or .*; got \[3\]"),
         ({}, {"sample_weight": -W}, "must be >= 0; got -2.5"),
         ({}, {"sample_weight": 0.5}, r"must be a tensor \[B\]; got a float"),
         ({"order": 2}, {"metric": torch.abs}, "takes order=1; got order=2: give a tensor"),
@@ -426,27 +426,6 @@ def test_other_kinds_of_penalties_refuse():
         gpkit.r1(given={"targets": "forces"})
     with pytest.raises(TypeError, match="must be a function of the variable"):
         gpkit.r1(metric=MASK)
-
-
-def test_losses_of_steps():
-    """[B, T]: as outputs they have a Jacobian; as a loss the user says which number is meant."""
-    a, x = draw(3, 4).requires_grad_(), draw(B, 3).requires_grad_()
-    losses = torch.sin(x @ a)  # [B, T]
-    J = torch.cos(x @ a).unsqueeze(2) * a.T  # [B, T, 3]
-    found = gpkit.GradientPenalty()(losses, x)
-    torch.testing.assert_close(found, J.flatten(1).square().sum(1).mean())
-    found = gpkit.input_grad_norm(of=lambda losses: losses.sum(1))(losses, x)
-    torch.testing.assert_close(found, J.sum(1).square().sum(1).mean())
-    found = gpkit.input_grad_norm(of=lambda losses: losses.sum(1))(lambda x: torch.sin(x @ a), x)
-    torch.testing.assert_close(found, J.sum(1).square().sum(1).mean())
-    words = r"got \[5, 4\]: for losses of steps or pixels choose their sum, losses.flatten\(1\).sum"
-    with pytest.raises(ValueError, match=words):
-        gpkit.input_grad_norm()(losses, x)
-    with pytest.raises(ValueError, match=words):
-        gpkit.weight_grad_norm()(losses, [a])
-    found = gpkit.weight_grad_norm(weight=1.0)(losses.sum(1), [a])
-    (g,) = torch.autograd.grad(losses.sum(1).mean(), a)
-    torch.testing.assert_close(found, g.square().sum())
 
 
 def test_one_norm_over_two_activations():

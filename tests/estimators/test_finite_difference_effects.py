@@ -196,11 +196,3 @@ def test_refuses_what_trains_nothing(kind):
         args = (lambda: net(x).mean(), other)
     with pytest.raises(RuntimeError, match=f"does not depend on the {kind}s"):
         penalty(*args)
-
-
-@pytest.mark.parametrize("estimator", ["finite_difference", "taylor"])
-def test_the_output_of_a_submodule_cannot_be_moved(estimator):
-    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
-    penalty = gpkit.GradientPenalty(wrt=gpkit.activation("0"), estimator=estimator)
-    with pytest.raises(ValueError, match="output of a submodule as the variable: use estimator="):
-        penalty(net, torch.randn(5, 3))

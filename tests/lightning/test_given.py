@@ -167,8 +167,6 @@ CASES = {
 @pytest.mark.parametrize("estimator", ["exact", CENTRAL], ids=["exact", "difference"])
 @pytest.mark.parametrize(("penalty", "oracle"), CASES.values(), ids=CASES)
 def test_the_step_is_that_of_a_loop(penalty, oracle, estimator, train):
-    if train is by_module and oracle is in_activations and estimator is CENTRAL:
-        pytest.skip("finite differences cannot move an activation of the module's forward pass")
     wanted = by_hand(oracle)
     for p, q in zip(train(penalty(estimator=estimator)), wanted, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
@@ -222,6 +220,9 @@ def test_what_makes_no_sense_is_refused_before_the_first_step():
     penalty = gpkit.weight_grad_norm(scope="accumulated", given=WEIGHTS)
     with pytest.raises(ValueError, match="takes no sample_weight: weigh the samples in the loss"):
         by_callback(penalty)
+    named = gpkit.input_grad_norm(wrt=gpkit.inputs("x"))
+    with pytest.raises(ValueError, match=r"names entries of a batch, \['x'\].*PenalizedModule"):
+        by_callback(named)
     with pytest.raises(ValueError, match="compares the derivative with something"):
         gpkit.PenalizedModule(Net(), nn.MSELoss(), gpkit.r1(given=WEIGHTS), compile=True)
     with pytest.raises(TypeError, match="'r1' needs target=, which the batches of a GAN do not"):

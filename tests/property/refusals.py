@@ -97,7 +97,6 @@ REFUSALS = (
     ),
     Refusal("estimates the l# norm; got norm=", "it estimates squares", {"estimator": "exact"}),
     Refusal("takes one output per group; got #", "one slope", {"estimator": "exact"}),
-    Refusal("got the output of a submodule", "it is computed", {"estimator": "exact"}),
     Refusal("needs a forward-mode derivative", "torch has none", {"estimator": "exact"}),
     Refusal("needs a callable, to", "a tensor cannot be evaluated elsewhere", called),
     Refusal("Taylor mode has no rule", "", {"estimator": "exact"}),

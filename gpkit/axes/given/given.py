@@ -14,7 +14,7 @@ from gpkit.axes.average import running_average
 from gpkit.axes.form import Form
 from gpkit.axes.given.entries import rows_of
 from gpkit.axes.given.keys import NAMES
-from gpkit.axes.given.sample_weight import sample_weights
+from gpkit.axes.given.sample_weight import kept, sample_weights, weighs_steps
 from gpkit.estimators.base import Estimator, Target
 from gpkit.estimators.compared import Compared
 from gpkit.estimators.window import POOLED
@@ -81,6 +81,16 @@ class Given:
             for target in targets
         ]
 
+    def metrics_at(self, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Return the metric for inputs ``xs`` as ``[G, R, n]`` each, before there is an output."""
+        given = self.metric
+        if given is None:
+            return None
+        part = given[0] if isinstance(given, (list, tuple)) and given else given
+        several = isinstance(part, Tensor) and part.ndim > xs[0].ndim
+        y = xs[0].detach().new_empty(len(xs[0]), part.shape[1] if several else 1)
+        return rows_of("metric", given, Target(y, xs, True), 1)
+
 
 def weights_of(given: Given | None, targets: Sequence[Target], axes: Axes) -> Tensor | None:
     """Return w ``[G]``, one weight for each norm; None if all weigh the same.
@@ -117,6 +127,8 @@ def weights_of(given: Given | None, targets: Sequence[Target], axes: Axes) -> Te
             "sample_weight= does not weigh the running average in the form: use a number as its "
             "centre"
         )
+    if samples is not None and weighs_steps(samples, first.steps) and not first.pixels:
+        samples = kept(samples)  # they are in the loss of a sample, where it has a step
     if not first.batched:
         count = len(first.y) if first.layers is not None else len(targets)
         return sample_weights(samples, count)

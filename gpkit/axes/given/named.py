@@ -7,35 +7,66 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from gpkit import checks
+from gpkit.autodiff.compat import tree_map_only
 from gpkit.axes.given.given import Given
 
 Samples = tuple[tuple[Any, ...], Any, Any]  # the arguments after f, real and fake
 
 
-def by_name(f: Any, samples: Samples, given: Given | None) -> tuple[Any, Samples, Given | None]:
-    """Return a call with dicts of samples as one with tuples.
+def by_name(
+    f: Any, samples: Samples, given: Given | None, keys: tuple[str, ...] = ()
+) -> tuple[Any, Samples, Given | None]:
+    """Return a call with dicts of samples as one with tuples; one without dicts as it is.
 
     Args:
         f: a function of a dict, or its output.
         samples: the arguments of the call.
         given: a target or metric may be a dict too.
+        keys: the entries that are variables; () for all. The others are constants.
 
     Returns:
-        The same in the order of the first dict: a function of several inputs.
+        The same in the order of the keys, or of the first dict: a function of several inputs.
 
     Raises:
-        ValueError: if the dicts have different keys.
+        TypeError: if there are keys, and no dict.
+        ValueError: if the dicts have different keys, lack one, or have different constants.
     """
     args, real, fake = samples
     found = [x for x in (*args[:1], real, fake) if isinstance(x, Mapping)]
-    keys = tuple(found[0])
+    if not found:
+        if keys:
+            kind = type(next(iter((*args[:1], real, fake)), None)).__name__
+            raise TypeError(
+                f"`wrt=gpkit.inputs(...)` names the entries {list(keys)} of a dict of samples; got "
+                f"a {kind}: penalty(f, {{{keys[0]!r}: x, ...}})"
+            )
+        return f, samples, given
+    first, keys = found[0], keys or tuple(found[0])
+    missing = [key for key in keys if key not in first]
+    if missing:
+        raise ValueError(
+            f"`wrt=gpkit.inputs(...)` names {missing[0]!r}, and the samples have "
+            f"{list(first)}{checks.nearest(missing[0], map(str, first))}"
+        )
+    constants = {key: value for key, value in first.items() if key not in keys}
+    for other in found[1:]:
+        changed = [k for k, v in constants.items() if k in other and not same(other[k], v)]
+        if changed:
+            raise ValueError(
+                f"real= and fake= must have the same {changed[0]!r}, which "
+                f"`wrt=gpkit.inputs(...)` takes as a constant; got different ones"
+            )
 
     def values(name: str, x: Any) -> Any:
         if not isinstance(x, Mapping):
             return x
-        if x.keys() != found[0].keys():
+        if x.keys() != first.keys() and (any(x is y for y in found) or x.keys() != set(keys)):
             raise ValueError(
-                f"{name} must have the same keys as the samples, {list(keys)}; got {list(x)}"
+                f"{name} must have the same keys as the samples, {list(first)}; got {list(x)}"
             )
         return tuple(x[key] for key in keys)
 
@@ -44,10 +75,27 @@ def by_name(f: Any, samples: Samples, given: Given | None) -> tuple[Any, Samples
             given, target=values("target=", given.target), metric=values("metric=", given.metric)
         )
     args = (values("the samples", args[0]), *args[1:]) if args else args
-    f = partial(called, f, keys) if callable(f) else f
+    f = partial(called, f, keys, constants) if callable(f) else f
     return f, (args, values("real=", real), values("fake=", fake)), given
 
 
-def called(f: Callable[[dict[str, Any]], Any], keys: tuple[str, ...], *xs: Any) -> Any:
-    """Return f of a dict with these keys."""
-    return f(dict(zip(keys, xs, strict=True)))
+def called(
+    f: Callable[[dict[str, Any]], Any], keys: tuple[str, ...], constants: dict[str, Any], *xs: Any
+) -> Any:
+    """Return f of a dict with these keys and constants, repeated for several points a sample."""
+    points = len(xs[0])
+
+    def repeat(value: Tensor) -> Tensor:
+        if not value.ndim or len(value) == points or not len(value) or points % len(value):
+            return value
+        return torch.cat([value] * (points // len(value)))
+
+    others = tree_map_only(Tensor, repeat, constants) if constants else {}
+    return f({**others, **dict(zip(keys, xs, strict=True))})
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two entries are the same."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or (a.shape == b.shape and bool((a == b).all()))
+    return bool(a is b or a == b)

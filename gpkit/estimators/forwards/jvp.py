@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from gpkit import checks
 from gpkit.autodiff.derivatives import as_rows
 from gpkit.autodiff.numerics import shaped, widened
 from gpkit.autodiff.random import Source
-from gpkit.estimators.base import Estimator, Target, require_gradient, require_inputs
+from gpkit.estimators.base import Begun, Estimator, Target, require_gradient, require_inputs
+from gpkit.estimators.compared import Compared
 from gpkit.estimators.projection import DISTRIBUTIONS, projection
 
 
@@ -26,8 +28,9 @@ class jvp(Estimator):
     J is the Jacobian of all outputs together, so n² has the expected value ‖J‖_F², without a step
     and its error. For f = w·x one draw has the variance 2 (‖w‖⁴ - Σ w_i⁴) with random signs, and
     2‖w‖⁴ with Gaussian v. A form that takes a root is biased, see `projection`. It takes N passes
-    in forward mode, about twice as dear as a forward pass, after one for the value, and one
-    ordinary backward pass. Every operation of the function must have a forward-mode derivative.
+    in forward mode, each about twice as dear as a forward pass, and one ordinary backward pass; in
+    an activation one forward pass more, which finds it. Every operation of the function must have
+    a forward-mode derivative.
 
     Args:
         n: N, the number of directions.
@@ -79,36 +82,56 @@ class jvp(Estimator):
             RuntimeError: if an operation has no forward-mode derivative.
         """
         evaluate, compared = target.function(self), target.compared
-        flat = tuple(as_rows(x.detach(), True) for x in target.xs)
         draws = []
-        for _ in range(self.n):
-            vs = projection(1, self.distribution).draw(flat, rng)
-            vs = vs if compared is None else compared.times(vs)
-            tangents = tuple(shaped(v, x) for v, x in zip(vs, target.xs, strict=True))
-            tangent = self.along(evaluate, target.xs, tangents)
-            slope = widened(tangent)  # [G, m]
+        for i in range(self.n):
+            if i == 0 and isinstance(target.series, Along):
+                along = target.series
+            else:
+                vs = self.directions(target.xs, rng, compared)
+                along = Along(self.along(evaluate, target.xs, vs)[1], vs)
+            slope = widened(along.tangent)  # [G, m]
             if compared is not None:
-                slope = slope - compared.along(vs).reshape(len(slope), -1)
+                slope = slope - compared.along(along.vs).reshape(len(slope), -1)
             draws.append(slope.square().sum(1))
         return torch.stack(draws).mean(0)
 
-    def along(
+    def begun(
         self,
-        evaluate: Callable[..., Tensor],
+        function: Callable[..., list[Tensor]],
         xs: tuple[Tensor, ...],
-        tangents: tuple[Tensor, ...],
-    ) -> Tensor:
-        """Return J v ``[G, m]``.
+        order: int,
+        rng: Source,
+        step: int,
+        metrics: tuple[Tensor, ...] | None,
+    ) -> Begun:
+        """Run the function in forward mode along the first directions; it gives the value too."""
+        vs = self.directions(xs, rng, None if metrics is None else Compared(None, metrics))
+        scores, tangents = self.along(function, xs, vs)
+        return Begun(scores, [Along(tangent, vs) for tangent in tangents], xs)
+
+    def directions(
+        self, xs: tuple[Tensor, ...], rng: Source, compared: Compared | None
+    ) -> list[Tensor]:
+        """Return random directions v ``[G, n]``, or A ∘ v for a metric A."""
+        flat = tuple(as_rows(x.detach(), True) for x in xs)
+        vs = projection(1, self.distribution).draw(flat, rng)
+        return vs if compared is None else compared.directed(vs)
+
+    def along(
+        self, evaluate: Callable[..., Any], xs: tuple[Tensor, ...], vs: Sequence[Tensor]
+    ) -> tuple[Any, Any]:
+        """Return f(x) and J v, ``[G, m]`` each, or lists of such.
 
         Raises:
             RuntimeError: if an operation has no forward-mode derivative.
         """
+        tangents = tuple(shaped(v, x) for v, x in zip(vs, xs, strict=True))
         with warnings.catch_warnings():
             # torch compiles some forward-mode formulas with it at their first use
             warnings.filterwarnings("ignore", "`torch.jit.script` is deprec", DeprecationWarning)
             try:
                 # The dual numbers of torch.autograd have a wrong graph through softmax.
-                found: Tensor = torch.func.jvp(evaluate, xs, tangents)[1]
+                value, tangent = torch.func.jvp(evaluate, xs, tangents)[:2]
             except (RuntimeError, NotImplementedError) as error:
                 if not any(word in str(error) for word in ("forward AD", "functorch", "jvp")):
                     raise
@@ -117,4 +140,16 @@ class jvp(Estimator):
                     f"({str(error).splitlines()[0]}): use estimator='exact' or "
                     "gpkit.random_difference()"
                 ) from error
-            return found
+            return value, tangent
+
+
+@dataclass(frozen=True, eq=False)
+class Along:
+    """J v ``[G, m]``, and the directions v ``[G, n]``."""
+
+    tangent: Tensor
+    vs: list[Tensor]
+
+    def scaled(self, scale: Tensor | float) -> Along:
+        """Return the same for scale·y."""
+        return Along(widened(self.tangent) * scale, self.vs)

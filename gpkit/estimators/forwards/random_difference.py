@@ -92,7 +92,7 @@ class random_difference(Estimator):
         draws = []
         for _ in range(self.n):
             rows = [as_rows(normal(rng, x.shape, x.device, wide(x)), True) for x in xs]
-            rows = rows if compared is None else compared.times(rows)
+            rows = rows if compared is None else compared.directed(rows)
             pairs = zip(starts, rows, strict=True)
             there = widened(evaluate(*[x + shaped(self.sigma * row, x) for x, row in pairs]))
             change = (there - here) / self.sigma  # [G, m]

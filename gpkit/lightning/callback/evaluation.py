@@ -12,6 +12,7 @@ from gpkit.autodiff.numerics import wide
 from gpkit.autodiff.random import RandomState
 from gpkit.autodiff.sharding.gathering import is_sharded
 from gpkit.autodiff.state import Start
+from gpkit.axes.given.sample_weight import has_steps, kept
 from gpkit.estimators.base import Recomputable, Target
 from gpkit.estimators.window import Window, summarised
 from gpkit.finding import FoundError
@@ -24,6 +25,25 @@ from gpkit.lightning.watch.probe import Capture
 from gpkit.lightning.watch.replay import StepCall, per_sample_losses
 from gpkit.needs import Needs
 from gpkit.sums import PenaltySum
+
+
+def given_by(needs: Needs, batch: Any) -> dict[str, Any]:
+    """Return what a penalty needs of a batch. Of weights of steps, which samples have a step.
+
+    Raises:
+        ValueError: if steps weigh differently: the step shows one number, the mean loss.
+    """
+    given = entries(needs.given, batch)
+    weights: Any = given.get("sample_weight")
+    if needs.weighs_steps and has_steps(weights):
+        if not bool(((weights == 0) | (weights == 1)).all()):
+            raise ValueError(
+                "sample_weight= of steps must be a mask of zeros and ones in a callback: a "
+                "training step shows its mean loss alone, so weigh the steps there, and give the "
+                "penalty the mask, or weights [B]; PenalizedModule takes weights of steps"
+            )
+        given["sample_weight"] = kept(weights)
+    return given
 
 
 class Evaluator:
@@ -120,7 +140,7 @@ class Evaluator:
             value = base if name in two_points else differentiated(needs, capture, loss)
             value = None if needs.own_forward else value
             f, *args = self._penalty_arguments(name, call, capture, value)
-            given = entries(needs.given, call.batch) if needs.given else {}
+            given = given_by(needs, call.batch) if needs.given else {}
             try:
                 terms[name] = penalty.act(f, *args, step=optimizer_step, scale=scale, **given)
                 plan.probe.expect_backward()  # its reruns are over: the step's own backward is next

@@ -150,6 +150,12 @@ def _findings_of_penalty(
         )
     if needs.part:
         yield needs.part
+    if needs.names:
+        yield (
+            f"it names entries of a batch, {list(needs.names)}, and a training step shows the "
+            "arguments of a submodule: use PenalizedModule, or call the penalty in the step, "
+            "penalty(f, batch)"
+        )
     if needs.fakes:
         yield needs.fakes
     names = [name for name, _ in needs.given]

@@ -72,6 +72,11 @@ def require_penalties(
                 f"`penalty=...` {name!r} needs {needs.given[0][0]}=, which the batches of a GAN do "
                 "not have: use PenalizedModule, or call the penalty in a loop of your own"
             )
+        if needs.names:
+            raise TypeError(
+                f"`penalty=...` {name!r} names entries of a dict of samples, and those of a GAN "
+                "are tensors: leave wrt=gpkit.inputs(...) out, or use a loop of your own"
+            )
         if needs.in_weights and needs.per_sample:
             raise TypeError(
                 f"`penalty=...` {name!r} needs the loss of each sample, but a GAN loss compares "

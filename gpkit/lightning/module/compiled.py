@@ -147,8 +147,8 @@ def not_compiled_because(penalty: Penalty) -> str | None:
         return f"is at {axes['at']!r}, and not at the data"
     if needs.measures:
         return f"has a weight that measures gradients, {axes['weight']!r}"
-    if needs.activations:
-        return "names an activation"
+    if needs.activations or needs.names:
+        return "names an activation" if needs.activations else "names entries of the batch"
     if needs.given or axes["metric"]:
         return "compares the derivative with something, or weighs samples"
     if isinstance(getattr(axes["form"], "center", None), running_average):

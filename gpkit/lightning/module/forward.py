@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from gpkit.autodiff.activations import Named, features
 from gpkit.autodiff.layers.recording import Recording
 from gpkit.autodiff.state import Start
+from gpkit.axes.given.sample_weight import has_steps, kept
 from gpkit.axes.parameters import layers_for
 from gpkit.estimators.base import Recomputable
 from gpkit.formula import Terms
@@ -34,6 +36,7 @@ class ForwardPass:
         activations: the activations that penalties name, ``[B, *H]`` each.
         start: what the pass started from; None if no penalty repeats the pass.
         layers: the calls of the net's layers; None if no penalty needs them.
+        entries: the inputs of the net that penalties name, by their names in the batch.
     """
 
     x: Tensor
@@ -44,6 +47,7 @@ class ForwardPass:
     activations: Mapping[str, Tensor] = field(default_factory=dict)
     start: Start | None = None
     layers: Recording | None = None
+    entries: Mapping[str, Tensor] = field(default_factory=dict)
 
     def differentiated(self, needs: Needs) -> Any:
         """Return what a penalty differentiates: the output, an activation, or the loss."""
@@ -55,8 +59,10 @@ class ForwardPass:
             return self.output
         return self.losses if needs.sample_losses else self.loss
 
-    def variable(self, needs: Needs) -> Tensor | tuple[Tensor, ...]:
-        """Return what a penalty differentiates in: the input or activations."""
+    def variable(self, needs: Needs) -> Any:
+        """Return what a penalty differentiates in: the input, entries by name, or activations."""
+        if needs.names:
+            return {name: self.entries[name] for name in needs.names}
         found = tuple(self.activations[name] for name in needs.in_activation)
         return found or self.x
 
@@ -72,6 +78,7 @@ class ForwardRunner:
         features: whether to capture the input of the last linear layer.
         layers: the penalties that can use the calls of the layers.
         batch: supplies the other inputs of a net with several; None if it has one.
+        names: the inputs of the net that penalties name.
     """
 
     net: nn.Module
@@ -80,6 +87,7 @@ class ForwardRunner:
     features: bool = False
     layers: Sequence[Any] = ()
     batch: Batch | None = None
+    names: Sequence[str] = ()
 
     def run(self, x: Tensor) -> Any:
         """Return the output of the net for an input ``x``."""
@@ -88,6 +96,12 @@ class ForwardRunner:
         if isinstance(output, Tensor) or not has_reduction(self.loss):
             return output
         return logits(output)
+
+    def run_at(self, entries: Mapping[str, Tensor]) -> Any:
+        """Return the output of the net for other entries of the batch."""
+        assert self.batch is not None
+        batch = self.batch.at(entries)
+        return replace(self, batch=batch).run(batch.x)
 
     def run_with_features(self, x: Tensor) -> tuple[Any, Tensor]:
         """Return the output, and the input of the last linear layer."""
@@ -108,14 +122,33 @@ class ForwardRunner:
         Returns:
             The tensors of the pass.
         """
-        if graph_in_x and x.is_floating_point():
+        entries: dict[str, Tensor] = {}
+        runner = self
+        if self.names and self.batch is not None:
+            found = self.batch.entries(self.names).items()
+            entries = {name: entry.detach().requires_grad_(graph_in_x) for name, entry in found}
+            batch = self.batch.at(entries)
+            runner, x = replace(self, batch=batch), batch.x
+        if graph_in_x and x.is_floating_point() and not any(x is e for e in entries.values()):
             x = x.detach().requires_grad_()
+        return runner.passed(x, y, entries, per_sample=per_sample)
+
+    def passed(
+        self, x: Tensor, y: Any, entries: Mapping[str, Tensor], *, per_sample: bool
+    ) -> ForwardPass:
+        """Run a forward pass at ``x``; the other arguments are those of a call."""
         with layers_for(self.layers, self.net) as layers:
             output, a = self.run_with_features(x) if self.features else (self.run(x), None)
         losses = self.sample_losses(output, y) if per_sample else None
         loss = taken(self.loss, output, y)
         return ForwardPass(
-            x, output, loss if loss.ndim == 0 else loss.mean(), losses, a, layers=layers
+            x,
+            output,
+            loss if loss.ndim == 0 else loss.mean(),
+            losses,
+            a,
+            layers=layers,
+            entries=entries,
         )
 
     def act(
@@ -145,12 +178,19 @@ class ForwardRunner:
         """
         if needs.environments:
             return penalty.act(forward.differentiated(needs), y, env, **options)
+        if needs.weighs_steps and has_steps(options.get("sample_weight")):
+            weights = options["sample_weight"]
+            runner = replace(self, sample_losses=partial(self.sample_losses, weights=weights))
+            forward = replace(forward, losses=runner.sample_losses(forward.output, y))
+            options["sample_weight"] = kept(weights)
+            return runner.act(penalty, needs, forward, y, env, **options)
         if needs.in_weights and needs.reuses_graph:
             value = forward.differentiated(needs)
             if needs.layers:
                 value = Recomputable(value, self.net, (), layers=forward.layers)
             return penalty.act(value, self.net, **options)
-        if needs.reads_input and not needs.moves and not forward.x.is_floating_point():
+        reads = needs.reads_input and not needs.names
+        if reads and not needs.moves and not forward.x.is_floating_point():
             raise TypeError(
                 f"a penalty in the input needs floating-point samples; got {forward.x.dtype}: "
                 "differentiate in an activation, as wrt=gpkit.activation('embedding'), or choose "
@@ -173,11 +213,12 @@ class ForwardRunner:
             given = Recomputable(forward.loss, closure, forward.start)
             return penalty.act(given, self.net, **options)
 
-        def function(z: Tensor) -> Any:
-            output = self.run(z)
+        def function(z: Any) -> Any:
+            points = len(next(iter(z.values())) if needs.names else z)
+            output = self.run_at(z) if needs.names else self.run(z)
             if not needs.of_loss:
                 return output
-            losses = self.sample_losses(output, repeated(y, len(x), len(z)))
+            losses = self.sample_losses(output, repeated(y, len(x), points))
             if needs.order == 0 and losses.stride() == (0,):
                 raise ValueError(
                     "finite differences in the inputs need the loss of each sample; got a "
@@ -186,6 +227,10 @@ class ForwardRunner:
                 )
             return losses
 
+        if needs.names:
+            variable = {name: entry.detach() for name, entry in forward.variable(needs).items()}
+            rolled = {name: entry.roll(1, 0) for name, entry in variable.items()}
+            return penalty.act(function, real=variable, fake=rolled, **options)
         net = [self.net] if needs.activations else []
         return penalty.act(function, *net, real=x, fake=x.roll(1, 0), **options)
 

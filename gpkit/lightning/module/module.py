@@ -83,7 +83,8 @@ class PenalizedModule(pl.LightningModule):
             long runs. Penalties must be in the weights, or in the inputs at the data.
         inputs: the entries of a batch that are the net's inputs: names, passed by keyword, or
             positions. None is all but the target and what a penalty has in ``given=``. Penalties
-            "in the input" are in the first that is a floating-point tensor.
+            "in the input" are in the first that is a floating-point tensor, and those with
+            ``wrt=gpkit.inputs("a", "b")`` in these entries.
         target: the entry that is y. None is "labels", "label", "targets", "target" or "y".
 
     Raises:
@@ -295,7 +296,8 @@ class PenalizedModule(pl.LightningModule):
         features = any(own.features for own in needs.values())
         layers = [self.penalties[name] for name, own in needs.items() if own.layers]
         loss = self.loss, self.per_sample_loss
-        return ForwardRunner(self.net, *loss, features, layers, batch)
+        names = dict.fromkeys(name for own in needs.values() for name in own.names)
+        return ForwardRunner(self.net, *loss, features, layers, batch, tuple(names))
 
     def _optimizer_step(self) -> int | None:
         """Return the optimiser step; None without a trainer: then the penalties count the steps."""
