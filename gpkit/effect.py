@@ -208,6 +208,8 @@ def require_independent_samples(target: Target, terms: Terms) -> None:
     groups = len(target.y) if target.batched and target.y.ndim else 0
     if groups < 2 or target.mean or any(x.shape[:1] != (groups,) for x in target.xs):
         return
+    if not all(x.requires_grad for x in target.xs):  # no gradient is taken in them
+        return
     # Of about half of the samples, in no regular order; and with unequal weights of the outputs,
     # because the sum of some, such as of a softmax, is a constant.
     chosen = torch.tensor([i.bit_count() % 2 == 1 for i in range(groups)], device=target.y.device)

@@ -44,8 +44,10 @@ class Needs:
         layers: whether it reads the inputs and outputs of the layers.
         features: whether it needs the input of the last linear layer.
         reads: the kinds of samples that its points are made of, "real" and "fake".
-        samples: the kinds of samples whose scores' graphs are enough for it; () if it must run the
-            critic itself.
+        samples: the kinds of samples whose scores it starts from; () if it must run the critic
+            itself.
+        continues: whether it evaluates the function elsewhere then; else their graphs are enough.
+        values: whether it takes no gradient in the samples.
         fakes: what to say where there are no fake samples; "" if its points need none.
         measures: whether its weight measures the gradients of loss and penalty.
         given: where the batch has what the call must give, by name, see `GradientPenalty`.
@@ -72,6 +74,8 @@ class Needs:
     features: bool = False
     reads: tuple[str, ...] = ("real", "fake")
     samples: tuple[str, ...] = ()
+    continues: bool = False
+    values: bool = False
     fakes: str = ""
     measures: bool = False
     given: tuple[tuple[str, Any], ...] = ()
@@ -173,7 +177,8 @@ def _worked_out(penalty: GradientPenalty) -> Needs:
     in_weights, loss = not wrt.batched, penalty.of == "loss"
     own_forward = penalty.forward != "isolated"
     reuses_graph = estimator.reuses_graph and not own_forward
-    on_samples = reuses_graph and not (in_weights or penalty.named)
+    continues = estimator.continues and not own_forward
+    on_samples = (reuses_graph or continues) and not (in_weights or penalty.named)
     weighs_losses = in_weights and "sample_weight" in penalty.given
     whole = (
         (penalty.scope == "batch" and getattr(wrt, "match", "") == "*")
@@ -201,6 +206,8 @@ def _worked_out(penalty: GradientPenalty) -> Needs:
         measures=penalty.measures,
         reads=("real", "fake") if in_weights else penalty.at.reads,
         samples=penalty.at.samples if on_samples else (),
+        continues=continues,
+        values=not estimator.differentiates,
         fakes=_without_fakes(penalty.at),
         given=tuple(penalty.given.items()),
         weighs_steps=loss and "sample_weight" in penalty.given and penalty.scope != "pixel",

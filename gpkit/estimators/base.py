@@ -189,6 +189,11 @@ class Estimator:
 
     # Whether the graph of the output is enough; if not, the penalty must be given the function.
     reuses_graph = True
+    # Whether it uses the output at the points, and then evaluates the function at others: a caller
+    # that has that output and repeats the function's random numbers saves it a forward pass.
+    continues = False
+    # Whether it takes a gradient in the variables.
+    differentiates = True
     # Whether it differentiates each graph once, and so needs no double backward.
     first_order = False
     # Whether it needs norm layers in elementary operations at order 1 as well.

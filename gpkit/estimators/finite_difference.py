@@ -101,6 +101,7 @@ class finite_difference(Estimator):
     factors: Known = field(default_factory=Known, init=False, repr=False, compare=False)
 
     reuses_graph = False
+    continues = True
     first_order = True
     pools = True
     compares = True

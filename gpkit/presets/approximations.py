@@ -25,7 +25,8 @@ def approximate_r1(
 
     Its expected value is that of ``r1(weight=2·λ·σ²)``, up to order σ⁴: here γ = 0.02. It takes no
     gradient in x and no double backward, as for large critics and fused attention. Call
-    ``penalty(critic, real=x)``. The squares of several scores are added. Dropout is the same.
+    ``penalty(critic, real=x)``. The squares of several scores are added. Dropout is the same. In
+    `gpkit.GANModule` D(x) is the score of the loss: a step takes one more forward pass.
 
     Args:
         weight: λ, the paper's λ: the difference is not divided by σ.

@@ -57,6 +57,8 @@ class random_difference(Estimator):
     n: int = 1
 
     reuses_graph = False
+    continues = True
+    differentiates = False
     first_order = True
     compares = True
 
@@ -85,29 +87,30 @@ class random_difference(Estimator):
             ValueError: if the target has no function of its own samples.
         """
         evaluate = target.function(self)
-        self.require_resolution(target)
         here, xs, compared = widened(target.y), target.xs, target.compared
         # A sample that the penalty made for itself needs no gradient.
         starts = [x.detach() if x.is_leaf else x for x in xs]
-        draws = []
+        draws: list[Tensor] = []
         for _ in range(self.n):
             rows = [as_rows(normal(rng, x.shape, x.device, wide(x)), True) for x in xs]
             rows = rows if compared is None else compared.directed(rows)
             pairs = zip(starts, rows, strict=True)
-            there = widened(evaluate(*[x + shaped(self.sigma * row, x) for x, row in pairs]))
-            change = (there - here) / self.sigma  # [G, m]
+            there = evaluate(*[x + shaped(self.sigma * row, x) for x, row in pairs])
+            if not draws:
+                self.require_resolution(target, there)
+            change = (widened(there) - here) / self.sigma  # [G, m]
             if compared is not None:
                 change = change - compared.along(rows).reshape(len(change), -1)
             draws.append(change.square().sum(1))
         return torch.stack(draws).mean(0)
 
-    def require_resolution(self, target: Target) -> None:
+    def require_resolution(self, target: Target, there: Tensor) -> None:
         """Refuse a step that is below the spacing of the numbers, and warn of one just above it.
 
         Raises:
             ValueError: if it is below.
         """
-        epsilon = spacing(target.y, *target.xs)
+        epsilon = spacing(target.y, there, *target.xs)
         if torch.compiler.is_compiling():
             return
         if epsilon > COARSE:

@@ -174,7 +174,7 @@ class Objectives:
                 return penalty.act(closure, critic, step=step)
             return penalty.act(over_scales(loss, *scores.both()), critic, step=step)
         if needs.samples and scores.of_real is not None and penalty.acts_at(step):
-            return penalty.act(targets_on(scores, penalty, needs.samples), step=step)
+            return penalty.act(targets_on(critic, scores, penalty, needs), step=step)
         net = [critic] if needs.activations else []
         f = differentiated(critic, labels, penalty)
         return penalty.act(f, *net, real=real, fake=fake, step=step)

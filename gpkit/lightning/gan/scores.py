@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from gpkit.autodiff.compat import tree_map_only
-from gpkit.autodiff.isolation import double_backward
+from gpkit.autodiff.isolation import double_backward, isolated
 from gpkit.autodiff.numerics import wide
+from gpkit.autodiff.reached import reach
+from gpkit.autodiff.state import Start, start_of
 from gpkit.estimators.base import Targets
+from gpkit.estimators.repeats import SAME, require_same
 from gpkit.lightning.batches import repeated
 from gpkit.lightning.gan.losses import Scored
-from gpkit.needs import needs_of
+from gpkit.needs import Needs, needs_of
 from gpkit.penalty import Penalty
 
 
@@ -29,6 +33,8 @@ class Scores:
         labels: of the samples, or None.
         of_real: D(x), ``[B, ...]``, or a list of such; None if penalties must run the critic.
         of_fake: D(y), likewise.
+        starts: what the critic's passes on real and fake samples started from, if a penalty
+            repeats them at other points.
     """
 
     real: Tensor
@@ -36,6 +42,7 @@ class Scores:
     labels: Any
     of_real: Scored | None = None
     of_fake: Scored | None = None
+    starts: Mapping[str, Start] = field(default_factory=dict)
 
     def both(self) -> tuple[Scored, Scored]:
         """Return D(x) and D(y), which must be there."""
@@ -166,34 +173,65 @@ def scores_of(critic: nn.Module, samples: Scores, reusing: Iterable[Penalty]) ->
     Returns:
         The same with the scores.
     """
+    reusing = list(reusing)
     needs = [needs_of(penalty) for penalty in reusing]
-    real, fake, labels = samples.real, samples.fake, samples.labels
-    assert fake is not None
-    if any("real" in need.samples for need in needs):
-        real = real.detach().requires_grad_()  # not the batch's own tensor
-    if any("fake" in need.samples for need in needs):
-        fake = fake.detach().requires_grad_()
-    order = max((need.order for need in needs), default=0)
-    with double_backward(order) if order else nullcontext():
-        of_real, of_fake = score(critic, real, labels), score(critic, fake, labels)
-    return replace(samples, real=real, fake=fake, of_real=of_real, of_fake=of_fake)
+    # The first time a look at the gradient says whether samples are independent of each other.
+    seen = [own.values and p.effect_confirmed for own, p in zip(needs, reusing, strict=True)]
+    differentiated = [own for own, known in zip(needs, seen, strict=True) if not known]
+    labels = samples.labels
+    assert samples.fake is not None
+    points = {"real": samples.real, "fake": samples.fake}
+    starts = {}
+    order = max((own.order for own in needs), default=0)
+    scored = {}
+    for kind, x in points.items():
+        if any(kind in own.samples for own in differentiated):
+            points[kind] = x = x.detach().requires_grad_()  # not the batch's own tensor
+        if any(kind in own.samples and own.continues for own in needs):
+            starts[kind] = start_of(critic, x.device)
+        with double_backward(order) if order else nullcontext():
+            scored[kind] = score(critic, x, labels)
+    real, fake = points["real"], points["fake"]
+    return Scores(real, fake, labels, scored["real"], scored["fake"], starts)
 
 
-def targets_on(scores: Scores, penalty: Any, kinds: Iterable[str]) -> Targets:
+def targets_on(critic: nn.Module, scores: Scores, penalty: Any, needs: Needs) -> Targets:
     """Return what a penalty differentiates, on the graphs of the scores that the losses use.
 
     Args:
+        critic: D, for a penalty that evaluates it at other points too.
         scores: of samples that require grad.
         penalty: a `GradientPenalty`.
-        kinds: of samples, "real" or "fake", in their order.
+        needs: of the penalty; they name the kinds of samples, "real" or "fake", in their order.
 
     Returns:
         One target for each kind.
+
+    Raises:
+        RuntimeError: if the critic does not repeat its scores.
     """
     found = Targets()
-    for kind in kinds:
-        x = scores.real if kind == "real" else scores.fake
+    for kind in needs.samples:
+        x: Any = scores.real if kind == "real" else scores.fake
         y = scores.of_real if kind == "real" else scores.of_fake
         y = penalty.of(y) if callable(penalty.of) else joined(y)
-        found += penalty.wrt.targets_of(y, (x,), penalty)
+        again = None
+        if needs.continues:
+            again = partial(rescored, critic, scores, penalty, kind)
+            known = reach(critic).known.facts
+            if SAME not in known:
+                require_same(penalty.wrt.columns(y, len(x)), again(x))
+                known.add(SAME)
+        found += penalty.wrt.targets_of(y, (x,), penalty, again)
     return found
+
+
+def rescored(critic: nn.Module, scores: Scores, penalty: Any, kind: str, x: Tensor) -> Tensor:
+    """Return what a penalty differentiates ``[B, m]`` at other points, in a pass as the first."""
+    f = differentiated(critic, scores.labels, penalty)
+    estimator, start = penalty.estimator, scores.starts[kind]
+    with isolated(critic, start, x.device, penalty.order, twice=not estimator.first_order):
+        y = f(x)
+    y = penalty.of(y) if callable(penalty.of) else y
+    columns: Tensor = penalty.wrt.columns(y, len(x))
+    return columns
