@@ -227,10 +227,9 @@ class GradientPenalty(Penalty):
         train = torch.is_grad_enabled()
         if given is not None or self.metric is not None or self.given:
             given = completed(given, self)
-        keys = getattr(self.wrt, "keys", ())  # of a dict of samples
-        named = keys or any(isinstance(x, Mapping) for x in (*args[:1], real, fake))
+        named = self.wrt.keys or any(isinstance(x, Mapping) for x in (*args[:1], real, fake))
         if named and self.wrt.batched and not isinstance(f, (Target, Targets)):
-            f, (args, real, fake), given = by_name(f, (args, real, fake), given, keys)
+            f, (args, real, fake), given = by_name(f, (args, real, fake), given, self.wrt.keys)
         with _graphs(train):
             rng = torch.Generator(device_of(real, args, fake, f)).manual_seed(seed)
             targets, weights = self.targets(f, args, real, fake, rng, seed, acts, given), None

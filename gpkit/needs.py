@@ -211,7 +211,7 @@ def _worked_out(penalty: GradientPenalty) -> Needs:
         fakes=_without_fakes(penalty.at),
         given=tuple(penalty.given.items()),
         weighs_steps=loss and "sample_weight" in penalty.given and penalty.scope != "pixel",
-        names=getattr(wrt, "keys", ()),
+        names=wrt.keys,
         own_forward=own_forward,
         part=_of_a_part(penalty),
         takes_part=penalty.subsample is not None,

@@ -38,6 +38,7 @@ class Variables:
 
     scopes: tuple[str, ...] = ("sample",)  # the valid scopes; the first is the default
     batched = True  # True for inputs ``[B, *S]`` with one row per group, False for parameters
+    keys: tuple[str, ...] = ()  # the entries of a dict of samples that are meant; () for all
     missing = "was the output computed from it?"  # the hint if y does not depend on them
 
     def targets(self, call: Call) -> Iterable[Target]:
