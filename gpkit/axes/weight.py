@@ -216,6 +216,15 @@ class rescaled(Weight):
         return max(1.0, self(step))
 
 
+def annealed(before: float, after: float, at: int) -> rescaled:
+    """Return IRM's annealing, ``rescaled(switch(before, after, at=at))``, in one call for configs.
+
+    >>> annealed(1.0, 100.0, at=190).loss_scale(190)
+    100.0
+    """
+    return rescaled(switch(before, after, at=at))
+
+
 def lazy_adam(
     lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), every: int = 16
 ) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Data sets: Lightning data modules with ``input_shape``, ``num_outputs`` and ``task``.
 
 ``module`` has the data loaders, ``arrays`` the data that fits into memory, ``splits`` cuts it into
-train, validation and test. The data sets are in ``digits``, ``tables``, ``gaussians`` and
-``curves``; ``huggingface``, with ``decoders``, reads any data set of the `datasets` library.
+train, validation and test. The data sets are in ``digits``, ``colored_digits``, ``tables``,
+``gaussians`` and ``curves``; ``huggingface``, with ``decoders``, reads any data set of the
+`datasets` library.
 
 What belongs here: real data that comes with scikit-learn, so that it needs no download, and toy
 data whose true answer is known.
@@ -30,7 +31,8 @@ To add one:
 """
 
 from gpkit.data.arrays import ArrayDataModule
-from gpkit.data.curves import SwissRoll, TwoMoons
+from gpkit.data.colored_digits import ColoredDigits
+from gpkit.data.curves import CirclePoints, NoisyCurve, SwissRoll, TwoMoons
 from gpkit.data.digits import Digits
 from gpkit.data.gaussians import EightGaussians, Gaussian, TwentyFiveGaussians
 from gpkit.data.huggingface import HuggingFace
@@ -40,12 +42,15 @@ from gpkit.data.tables import BreastCancer, Diabetes
 __all__ = [
     "ArrayDataModule",
     "BreastCancer",
+    "CirclePoints",
+    "ColoredDigits",
     "DataModule",
     "Diabetes",
     "Digits",
     "EightGaussians",
     "Gaussian",
     "HuggingFace",
+    "NoisyCurve",
     "SwissRoll",
     "TwentyFiveGaussians",
     "TwoMoons",

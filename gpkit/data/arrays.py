@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from gpkit.data.module import DataModule
 from gpkit.data.splits import Size, split, split_sizes
 
-Pair = tuple[Tensor, Tensor]
+Pair = tuple[Tensor, ...]  # x, y, and what else a batch has, as the environment of each sample
+
+
+class Rows(list[Tensor]):
+    """A batch: the rows of each tensor."""
+
+
+class Arrays(TensorDataset):
+    """Tensors, of which a loader takes a batch at once instead of sample by sample.
+
+    >>> data = Arrays(torch.arange(4), torch.arange(4) ** 2)
+    >>> data.collate(data.__getitems__([3, 1]))
+    [tensor([3, 1]), tensor([9, 1])]
+    """
+
+    def __getitems__(self, indices: list[int]) -> Rows:
+        """Return the rows of a batch."""
+        chosen = torch.tensor(indices)
+        return Rows(t[chosen] for t in self.tensors)
+
+    @staticmethod
+    def collate(samples: Any) -> Any:
+        """Return a batch of rows, or of a list of samples."""
+        return list(samples) if isinstance(samples, Rows) else default_collate(samples)
 
 
 class SplitOptions(TypedDict, total=False):
@@ -46,9 +69,9 @@ class ArrayDataModule(DataModule):
         ValueError: if an option is out of its range; and in ``setup``, if the sizes do not fit.
     """
 
-    train_set: TensorDataset
-    val_set: TensorDataset
-    test_set: TensorDataset
+    train_set: Arrays
+    val_set: Arrays
+    test_set: Arrays
 
     def __init__(
         self,
@@ -66,7 +89,10 @@ class ArrayDataModule(DataModule):
         self.test_size = test_size
 
     def arrays(self, generator: torch.Generator) -> Sequence[Pair]:
-        """Return (x, y) for train, validation and test, with all randomness from ``generator``."""
+        """Return (x, y) for train, validation and test, with all randomness from ``generator``.
+
+        Further tensors, as ``(x, y, env)``, become entries of the batches.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define arrays(generator)")
 
     def cut(self, x: Tensor, y: Tensor, generator: torch.Generator) -> list[Pair]:
@@ -94,7 +120,8 @@ class ArrayDataModule(DataModule):
         generator = torch.Generator().manual_seed(self.seed)
         target = torch.int64 if self.task == "classification" else torch.float32
         self.train_set, self.val_set, self.test_set = (
-            TensorDataset(x.to(torch.float32), y.to(target)) for x, y in self.arrays(generator)
+            Arrays(x.to(torch.float32), y.to(target), *more)
+            for x, y, *more in self.arrays(generator)
         )
         self.input_shape = tuple(self.train_set.tensors[0].shape[1:])
         return self.train_set, self.val_set, self.test_set

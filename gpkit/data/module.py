@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from gpkit import checks
 from gpkit.data.loader import ResumableLoader
@@ -32,6 +32,8 @@ class DataModule(pl.LightningDataModule):
         input_shape: the shape of one x.
         num_outputs: the number of classes, or of values to predict.
         task: "classification" or "regression".
+        passes: how often an epoch goes over the training set. A subclass for so few samples that a
+            batch has all of them sets it, since an epoch of one step is mostly overhead.
 
     Raises:
         ValueError: if an option is out of its range.
@@ -40,6 +42,7 @@ class DataModule(pl.LightningDataModule):
     input_shape: tuple[int, ...]
     num_outputs: int
     task: str
+    passes: int = 1
 
     def __init__(self, *, batch_size: int = 64, num_workers: int = 0, seed: int = 0) -> None:
         super().__init__()
@@ -63,7 +66,12 @@ class DataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Return the loader of the training set; it shuffles."""
-        return self._loader(self._loaded()[0], ResumableLoader, shuffle=True, generator=self.order)
+        dataset, order = self._loaded()[0], self.order
+        if self.passes == 1:
+            return self._loader(dataset, ResumableLoader, shuffle=True, generator=order)
+        count = self.passes * len(cast(Sized, dataset))
+        sampler = RandomSampler(cast(Sized, dataset), num_samples=count, generator=order)
+        return self._loader(dataset, ResumableLoader, sampler=sampler, generator=order)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Return the loader of the validation set, or [] if the set is empty."""
@@ -108,6 +116,7 @@ class DataModule(pl.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            collate_fn=getattr(dataset, "collate", None),
             **options,
         )
 

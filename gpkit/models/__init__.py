@@ -1,7 +1,8 @@
 """Small nets for the application, the examples and the tests.
 
 ``mlp``, ``convnet`` and ``vit`` predict classes or values, ``critics`` and ``generators`` make up
-GANs, ``dirac`` has the smallest GAN there is. ``options`` checks the options that nets share,
+GANs, ``dirac`` has the smallest GAN there is, ``distance`` a net that starts as
+a distance. ``options`` checks the options that nets share,
 ``labels`` gives the nets of a GAN their labels.
 
 What belongs here: nets that every penalty can train. They have no batch norm, since it couples the
@@ -36,6 +37,7 @@ torch.Size([5, 10])
 from gpkit.models.convnet import ConvNet
 from gpkit.models.critics import ImageCritic, PointCritic
 from gpkit.models.dirac import DiracCritic, DiracGenerator
+from gpkit.models.distance import DistanceNet
 from gpkit.models.generators import ImageGenerator, PointGenerator
 from gpkit.models.mlp import MLP
 from gpkit.models.vit import ViT
@@ -45,6 +47,7 @@ __all__ = [
     "ConvNet",
     "DiracCritic",
     "DiracGenerator",
+    "DistanceNet",
     "ImageCritic",
     "ImageGenerator",
     "PointCritic",

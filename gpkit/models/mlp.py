@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import torch
 from torch import Tensor, nn
 
 from gpkit import checks
@@ -24,6 +25,7 @@ class MLP(nn.Module):
         depth: the number of hidden layers; 0 is a linear model.
         activation: gelu, silu, softplus, tanh or relu.
         dropout: the probability that a hidden unit is dropped.
+        noise: the standard deviation of Gaussian noise that is added to inputs in training.
 
     Raises:
         ValueError: if an option is out of its range.
@@ -42,11 +44,13 @@ class MLP(nn.Module):
         depth: int = 2,
         activation: str = "gelu",
         dropout: float = 0.0,
+        noise: float = 0.0,
     ) -> None:
         super().__init__()
         options.positive("MLP", num_outputs=num_outputs, width=width)
         checks.integer("MLP(depth=...)", depth, 0)
         options.dropout("MLP", dropout)
+        self.noise = checks.number("MLP(noise=...)", noise, 0)
         sizes = [math.prod(input_shape)] + [width] * depth
         layers: list[nn.Module] = []
         for fan_in, fan_out in itertools.pairwise(sizes):
@@ -61,4 +65,6 @@ class MLP(nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:  # [B, *input_shape] -> [B, head.in_features]
         """Return the features: the input of the last linear layer."""
+        if self.noise and self.training:
+            x = x + self.noise * torch.randn_like(x)
         return self.features(x.flatten(1))

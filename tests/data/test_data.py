@@ -16,11 +16,14 @@ from gpkit.app.overrides import CONFIG_DIR
 from gpkit.data import (
     ArrayDataModule,
     BreastCancer,
+    CirclePoints,
+    ColoredDigits,
     Diabetes,
     Digits,
     EightGaussians,
     Gaussian,
     HuggingFace,
+    NoisyCurve,
     SwissRoll,
     TwentyFiveGaussians,
     TwoMoons,
@@ -35,6 +38,9 @@ MODULES = {
     EightGaussians: ((2,), 8, "classification", 25_000),
     TwentyFiveGaussians: ((2,), 25, "classification", 25_000),
     SwissRoll: ((2,), 1, "regression", 25_000),
+    CirclePoints: ((2,), 1, "regression", 25_000),
+    NoisyCurve: ((1,), 1, "regression", 256),
+    ColoredDigits: ((2, 8, 8), 2, "classification", 1259 * 8 + 2 * 269),
 }
 
 modules = pytest.mark.parametrize("module", MODULES)
@@ -46,10 +52,10 @@ def test_attributes_and_batches(module):
     shape, num_outputs, task, total = MODULES[module]
     data = ready(module, batch_size=50)
     assert (data.input_shape, data.num_outputs, data.task) == (shape, num_outputs, task)
-    assert sum(len(x) for x, _ in parts(data)) == total
+    assert sum(len(x) for x, *_ in parts(data)) == total
     batches = list(data.train_dataloader())
-    assert sum(len(x) for x, _ in batches) == len(data.train_set)
-    x, y = batches[0]
+    assert sum(len(x) for x, *_ in batches) == len(data.train_set)
+    x, y, *_ = batches[0]
     assert (x.dtype, x.shape) == (torch.float32, (50, *shape))
     classification = task == "classification"
     assert y.dtype == (torch.int64 if classification else torch.float32)
@@ -67,7 +73,7 @@ def test_a_seed_fixes_the_data_and_another_changes_it(module):
     before = torch.get_rng_state()
     second, other = parts(ready(module, seed=3)), parts(ready(module, seed=4))
     assert torch.equal(torch.get_rng_state(), before)
-    for (x, y), (x_again, y_again), (x_other, _) in zip(first, second, other, strict=True):
+    for (x, y, *_), (x_again, y_again, *_), (x_other, *_) in zip(first, second, other, strict=True):
         assert torch.equal(x, x_again)
         assert torch.equal(y, y_again)
         assert not torch.equal(x, x_other)
@@ -174,6 +180,10 @@ def test_setup_loads_once(monkeypatch):
         (lambda: TwentyFiveGaussians(noise="x"), r"`TwentyFiveGaussians\(noise=.*got 'x'"),
         (lambda: SwissRoll(n=1), r"`SwissRoll\(n=.* >= 2; got 1"),
         (lambda: SwissRoll(noise=-1), r"`SwissRoll\(noise=.*got -1"),
+        (lambda: CirclePoints(radius=0), r"`CirclePoints\(radius=.* > 0; got 0"),
+        (lambda: NoisyCurve(degree=-1), r"`NoisyCurve\(degree=.*got -1"),
+        (lambda: NoisyCurve(passes=0), r"`NoisyCurve\(passes=.*got 0"),
+        (lambda: ColoredDigits(agreement=[0.8, 1.2]), r"`ColoredDigits\(agreement=1\.2\)` must"),
         (lambda: HuggingFace("csv", batch_size=0), r"`HuggingFace\(batch_size=.*got 0"),
         (lambda: HuggingFace("csv", task="regress"), r"task=.*did you mean 'regression'"),
         (lambda: HuggingFace("csv", image_size=[1, 2, 3]), r"image_size=\[1, 2, 3\].* a height"),
@@ -211,6 +221,9 @@ def test_loaders_before_setup_are_refused():
         ("eight_gaussians", EightGaussians),
         ("twenty_five_gaussians", TwentyFiveGaussians),
         ("swiss_roll", SwissRoll),
+        ("circle_points", CirclePoints),
+        ("noisy_curve", NoisyCurve),
+        ("colored_digits", ColoredDigits),
         ("diabetes", Diabetes),
         ("huggingface", HuggingFace),
     ],
@@ -225,7 +238,62 @@ def test_config_spells_out_the_defaults(name, module):
     own = {p.name: p.default for p in inspect.signature(module).parameters.values()}
     options = {**ArrayDataModule.__init__.__kwdefaults__, **own} if own.pop("options", 0) else own
     assert options.pop("seed") == 0
+    options = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
     if module is HuggingFace:
         assert config.pop("path") == "???"
         assert options.pop("path")
     assert config == options
+
+
+def test_a_batch_at_once_is_the_batch_of_its_samples():
+    # catches rows in another order, and a batch that is no list, as Lightning moves it
+    data = ready(ColoredDigits, batch_size=7)
+    loader = data.test_dataloader()
+    one, other = next(iter(loader)), loader.collate_fn([data.test_set[i] for i in range(7)])
+    assert type(one) is type(other) is list
+    assert all(map(torch.equal, one, other))
+
+
+def test_an_epoch_of_several_passes_has_the_whole_set_in_every_batch():
+    # catches a sample that is drawn twice in a pass, as sampling with replacement does
+    loader = ready(NoisyCurve, train_size=64, batch_size=64, passes=3).train_dataloader()
+    xs = [x.sort(0).values for x, _ in loader]
+    assert len(xs) == len(loader) == 3
+    assert torch.equal(xs[0], xs[1])
+    assert torch.equal(xs[0], xs[2])
+
+
+def test_the_polynomial_is_the_least_squares_fit():
+    # catches a fit of the noiseless function, and of the test points; the oracle: normal equations
+    data = ready(NoisyCurve, degree=2, noise=0.5)
+    (x, y), _, (x_test, y_test) = parts(data)
+    powers = torch.arange(3)
+    design = x.double() ** powers
+    solved = torch.linalg.solve(design.T @ design, design.T @ y.double())
+    torch.testing.assert_close((x_test.double() ** powers @ solved).float(), y_test)
+
+
+def test_colours_agree_as_often_as_they_should_and_labels_are_flipped():
+    # catches a colour that follows the digit instead of the label, and environments that are mixed
+    data = ready(ColoredDigits, train_size=1297, val_size=0, test_size=500, agreement=[0.7, 0.95])
+    clean = ready(Digits, train_size=1297, val_size=0, test_size=500)
+    (x, y, env), _, (x_test, y_test, env_test) = parts(data)
+    for images in (x, x_test):
+        assert ((images.flatten(2) != 0).any(2).sum(1) == 1).all()  # one colour each
+    agrees = (x[:, 1].flatten(1).any(1) == y).float()
+    for e, share in enumerate((0.7, 0.95)):
+        assert agrees[env == e].mean().item() == pytest.approx(share, abs=0.02)
+    at_test = (x_test[:, 1].flatten(1).any(1) == y_test).float().mean().item()
+    assert at_test == pytest.approx(0.1, abs=0.04)
+    assert set(env_test.tolist()) == {2}
+    (shown, digit), *_ = parts(clean)  # the same split, of the same seed
+    assert torch.equal(x.sum(1)[:1297], shown[:, 0])
+    below = (digit < 5).repeat(8)
+    assert (y != below).float().mean().item() == pytest.approx(0.25, abs=0.02)
+    copies = y.reshape(8, 1297)
+    assert 0 < (copies[0] != copies[1]).float().mean() < 0.5  # flips of their own
+
+
+def test_the_oracle_sees_no_colour():
+    (x, *_), *_ = parts(ready(ColoredDigits, grey=True))
+    assert torch.equal(x[:, 0], x[:, 1])

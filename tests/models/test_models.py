@@ -15,7 +15,7 @@ from scenes import Scene
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpkit.data import Digits
-from gpkit.models import MLP, ConvNet, ViT
+from gpkit.models import MLP, ConvNet, DistanceNet, ViT
 from gpkit.models.vit import Attention, Block
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -44,6 +44,25 @@ def test_flattened_convnet_takes_odd_sides(depth):
         3,
         2,
     )
+
+
+def test_noise_is_added_to_inputs_in_training_alone():
+    # catches noise at test, and noise that is the same for all samples
+    net, x = MLP((1, 4, 4), 3, width=8, noise=0.3), torch.zeros(4000, 1, 4, 4)
+    assert torch.equal(net.eval()(x[:2]), net(x[2:4]))
+    seen = []
+    net.features.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    net.train()(x)
+    assert seen[0].std(0).mean().item() == pytest.approx(0.3, rel=0.02)
+
+
+@pytest.mark.parametrize(("shape", "width", "depth"), [((2,), 2048, 3), ((3,), 1024, 2)])
+def test_a_distance_net_starts_as_a_distance(shape, width, depth):
+    # catches weights of another scale, which would grow or shrink from layer to layer
+    torch.manual_seed(0)
+    net = DistanceNet(shape, 1, width=width, depth=depth, radius=0.5)
+    x = torch.randn(200, *shape)
+    assert (net(x)[:, 0] - (x.norm(dim=1) - 0.5)).abs().mean() < 0.2 * x.norm(dim=1).mean()
 
 
 @nets
