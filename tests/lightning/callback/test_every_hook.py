@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
-from twin import DATA, KINDS, Twin, assert_trained_as_by_hand, net
+from twin import DATA, KINDS, LAMBDA, Twin, assert_trained_as_by_hand, fitted, net
+
+import gpkit
 
 
 class AfterTransfer(Twin):
@@ -173,3 +175,25 @@ TRAINERS = {
 @pytest.mark.parametrize("options", TRAINERS.values(), ids=TRAINERS)
 def test_a_trainer(options, where, estimator):
     assert_trained_as_by_hand(Twin, where, estimator, **options)
+
+
+BUILT = (BuiltByConfigureModel, BuiltBySetup, Validates)  # by a PenalizedModule itself
+
+
+def penalised(form, penalty):
+    """Return a PenalizedModule with the hooks of a form."""
+    kinds = form.__mro__[: form.__mro__.index(Twin)]
+    hooks = {name: f for kind in kinds for name, f in vars(kind).items() if callable(f)}
+    taken = {name: vars(Twin)[name] for name in ("configure_optimizers", "train_dataloader")}
+    made = type(form.__name__, (gpkit.PenalizedModule,), {**taken, **hooks})
+    return made(net(), loss=nn.CrossEntropyLoss(), penalty=penalty)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("where", "estimator"), KINDS)
+@pytest.mark.parametrize("form", [form for form in HOOKS if form not in BUILT])
+def test_a_hook_of_a_penalised_module(form, where, estimator):
+    make = gpkit.weight_grad_norm if where == "weight" else gpkit.input_grad_norm
+    found = fitted(lambda _: penalised(form, make(LAMBDA, estimator=estimator)))
+    close = 1e-12 if estimator == "exact" else 1e-4
+    assert (found - fitted(form, where)).abs().max() < close
