@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +14,7 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
 from torch import nn
 
+from gpkit.app.overrides import signature_of
 from gpkit.lightning.monitor import GradientNormMonitor
 
 PAIR = ("generator", "critic")
@@ -191,8 +191,11 @@ def build_loggers(cfg: DictConfig) -> list[Logger] | bool:
         cfg: for each name a ``_target_`` with options.
 
     Raises:
-        ValueError: if the package of a logger is not installed.
+        ValueError: if the package of a logger is not installed, or it is no logger.
     """
+    for name, each in cfg.items():
+        if each and not (isinstance(each, DictConfig) and "_target_" in each):
+            raise ValueError(f"logger.{name} must be null or have a _target_; got {each}")
     try:
         return [instantiate(each, _convert_="all") for each in cfg.values() if each] or False
     except Exception as error:
@@ -230,14 +233,6 @@ def build_callbacks(cfg: DictConfig) -> list[Callback]:
                 f"gpkit.lightning.gan.figures.GANFigures does; got a {type(callback).__name__}"
             )
     return list(made.values())
-
-
-def signature_of(target: Any) -> Mapping[str, inspect.Parameter]:
-    """Return the parameters of a target; none if it has no signature."""
-    try:
-        return inspect.signature(target).parameters
-    except ValueError:
-        return {}
 
 
 def check_nets(cfg: DictConfig) -> None:

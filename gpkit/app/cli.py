@@ -5,7 +5,6 @@ torch is imported only when a job runs, so that ``--help`` is fast.
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import traceback
@@ -81,7 +80,7 @@ def _job(cfg: DictConfig) -> float | None:
         if ONE_LINE not in os.environ:
             traceback.print_exception(error)
         _report(f"{' '.join(overrides)}: {result.error}")
-        return math.nan
+        return None  # which a search takes for a failure; NaN would stop it
 
 
 def explain_composed(error: Exception) -> str:

@@ -11,8 +11,8 @@ from hydra import compose
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from gpkit.app.build import below, build_module, recipe, signature_of, trains_pair
-from gpkit.app.overrides import check_types, set_keys
+from gpkit.app.build import below, build_module, recipe, trains_pair
+from gpkit.app.overrides import check_types, set_keys, signature_of
 from gpkit.app.settings import check_values, quiet
 
 # What a run may need of a data module beside its loaders, and what it is.

@@ -6,17 +6,19 @@ import hashlib
 import importlib
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
+from gpkit.app.result import larger_is_better
 from gpkit.checks import nearest
 
 HERE = Path(__file__).resolve().parents[1]
@@ -35,6 +37,15 @@ TYPES: dict[type, tuple[str, tuple[type, ...]]] = {
 }
 
 
+# Choices of Hydra's groups that a package brings.
+PLUGINS = {
+    "hydra/launcher": {
+        "joblib": "hydra-joblib-launcher",
+        "submitit_local": "hydra-submitit-launcher",
+        "submitit_slurm": "hydra-submitit-launcher",
+    },
+    "hydra/sweeper": {"optuna": "hydra-optuna-sweeper"},
+}
 SEVERAL = ("logger", "callbacks")  # groups of which several files can be chosen
 
 # What a file of configs can compute: a share of a count, and the name of a folder.
@@ -42,6 +53,9 @@ OmegaConf.register_new_resolver(
     "part", lambda count, share: count and max(1, round(count * share)), replace=True
 )
 OmegaConf.register_new_resolver("short", lambda name: short(name), replace=True)
+OmegaConf.register_new_resolver(
+    "direction", lambda name: "maximize" if larger_is_better(name) else "minimize", replace=True
+)
 
 
 def short(name: str, longest: int = 120) -> str:
@@ -75,14 +89,16 @@ def check_types(cfg: DictConfig, overrides: Sequence[str]) -> None:
 
     Raises:
         TypeError: for the first such value.
+        ValueError: for a key that nothing reads.
     """
     typed = parse(overrides)
+    _require_readers(cfg)
     for o in typed:
         if is_group(o.key_or_group) and isinstance(o.value(), list):
             if o.key_or_group not in SEVERAL:
                 raise TypeError(_one_name(o))
         elif o.is_add():
-            _require_reader(cfg, o.key_or_group)
+            _require_free(o.key_or_group)
     groups = [text for text, o in zip(overrides, typed, strict=True) if "." not in o.key_or_group]
     default = compose("train", [text for text in groups if not _is_sweep_or_value(text)])
     for key in (o.key_or_group for o in typed if not (o.is_add() or o.is_delete())):
@@ -107,19 +123,35 @@ TRAINER_KEYS = {
 }
 
 
-def _require_reader(cfg: DictConfig, key: str) -> None:
-    """Refuse a key, added with +, that nothing reads.
+def _require_readers(cfg: DictConfig) -> None:
+    """Refuse keys that nothing reads, from the command line or from a file.
 
     Raises:
-        ValueError: for such a key; the message has the nearest that is read.
+        ValueError: for the first such key; the message has the nearest that is read.
+    """
+    known, text = {str(k) for k in compose("train", [])}, OmegaConf.to_yaml(cfg)
+    for key in sorted({str(k) for k in cfg} - known):
+        if re.search(rf"\${{{re.escape(key)}[}}.\[]", text):
+            continue  # another value is made of it
+        there = ", ".join(sorted(known))
+        raise ValueError(f"nothing reads {key!r}{nearest(key, known)}; there are {there}")
+    for group in ("loss", "scheduler"):
+        unread = [k for k in cfg[group] if k != "_target_"]
+        if cfg[group]._target_ is None and unread:
+            raise ValueError(
+                f"nothing reads {group}.{unread[0]}, since {group}._target_ is null: set it"
+            )
+    for key in cfg.debug or ():
+        raise ValueError(f"nothing reads debug.{key}: use debug={', '.join(_names('debug'))}")
+
+
+def _require_free(key: str) -> None:
+    """Refuse a key, added with +, that the run sets itself.
+
+    Raises:
+        ValueError: for such a key.
     """
     top, _, rest = key.partition(".")
-    known = {str(k) for k in compose("train", [])} | {"hydra"}
-    if top not in known:
-        hint = nearest(top, known)
-        raise ValueError(
-            f"+{key}: nothing reads {top!r}{hint}; there are {', '.join(sorted(known))}"
-        )
     name = rest.partition(".")[0]
     if top == "trainer" and name in TRAINER_KEYS:
         raise ValueError(f"+{key}: the run sets trainer.{name}: use {TRAINER_KEYS[name]}")
@@ -167,12 +199,22 @@ def explain(error: BaseException, overrides: Sequence[str]) -> str:
         options = options or _names(group)  # of a group of which several can be chosen
         if not group:
             return f"there is no config {name!r}"
+        plugins = PLUGINS.get(group, {})
+        if name in plugins:
+            return f"{group}={name} needs a package: pip install {plugins[name]}"
+        options += [each for each in plugins if each not in options]
         return (
             f"{group}={name}: there is no {group} {name!r}{nearest(name, options)}; "
             f"there are {', '.join(options)}"
         )
     if found := re.search(r"Error (?:loading|locating target) '([^']+)'", text):
         return _unknown_target(found[1])
+    if found := re.search(r"Multiple values for (\w+)\. To override", text):
+        typed = [o for o in parse(overrides) if o.is_add() and o.key_or_group == found[1]]
+        values = "".join(f"={o.get_value_string()}" for o in typed)
+        return (
+            f"+{found[1]}{values}: one {found[1]} is chosen already: {found[1]}{values}, without +"
+        )
     if text.startswith("Config group override must be a string"):
         wrong = [o for o in parse(overrides) if is_group(o.key_or_group)]
         return _one_name(next(o for o in wrong if not isinstance(o.value(), str)))
@@ -183,7 +225,7 @@ def explain(error: BaseException, overrides: Sequence[str]) -> str:
     if type(error).__name__ == "OverrideParseException" or "LexerNoViableAlt" in text:
         return f"cannot read an override: {_flat(text)}; write key=value, and quote strings"
     if found := re.search(r"unexpected keyword argument '(\w+)'", text):
-        return _unknown_option(found[1], text)
+        return _unknown_option(found[1], text, overrides)
     if type(error).__name__ == "InstantiationException" and error.__cause__ is not None:
         return explain(error.__cause__, overrides)
     if re.search(r"closed by peer|reset by peer|terminated with signal|Broken pipe", text):
@@ -229,16 +271,32 @@ def _unknown_target(path: str) -> str:
     return f"_target_={path}: {module_name} has no {name!r}{nearest(name, dir(module))}"
 
 
-def _unknown_option(name: str, text: str) -> str:
+def _unknown_option(name: str, text: str, overrides: Sequence[str]) -> str:
     """Return the message for an option that a target does not take."""
-    target = re.search(r"(?:Error in call to|Error instantiating) target '([^']+)'", text)
+    found = re.search(r"(?:Error in call to|Error instantiating) target '([^']+)'", text)
     told = re.sub(r"^Error in call to target '[^']+': *", "", text).partition("full_key:")
     words = _flat(told[0]).removeprefix('TypeError("').removesuffix('")')
     line = f"{words}: the target takes no option {name!r}"
-    if target is None:
-        return line
-    known = inspect.signature(get_object(target[1])).parameters
-    return f"{line}{nearest(name, known)}"
+    target = found[1] if found else _target_of(name, overrides)
+    return line if target is None else line + nearest(name, signature_of(get_object(target)))
+
+
+def _target_of(name: str, overrides: Sequence[str]) -> str | None:
+    """Return the ``_target_`` that the option of this name was typed for; None if none was."""
+    keys = [o.key_or_group.rpartition(".") for o in parse(overrides)]
+    parents = [parent for parent, _, last in keys if last == name and parent]
+    if not parents or not GlobalHydra.instance().is_initialized():
+        return None
+    found = OmegaConf.select(compose("train", list(overrides)), f"{parents[0]}._target_")
+    return None if found is None else str(found)
+
+
+def signature_of(target: Any) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a target; none if it has no signature."""
+    try:
+        return inspect.signature(target).parameters
+    except ValueError:
+        return {}
 
 
 def _flat(text: str) -> str:

@@ -44,7 +44,10 @@ class NoteSweep(Callback):
         params = config.hydra.sweeper.get("params") or {}
         overrides = [*(f"{k}={v}" for k, v in params.items()), *config.hydra.overrides.task]
         typed = parse(overrides)
-        swept = {o.key_or_group: values_of(o) for o in typed if o.is_sweep_override()}
+        search = not str(config.hydra.sweeper._target_).endswith(".BasicSweeper")
+        swept = {
+            o.key_or_group: None if search else values_of(o) for o in typed if o.is_sweep_override()
+        }
         names = config.hydra.job.config.override_dirname
         fixed = {o.key_or_group for o in typed} - swept.keys() | set(names.exclude_keys)
         quoted = ",".join(f"'{key}'" for key in sorted(fixed))
@@ -58,7 +61,7 @@ class NoteSweep(Callback):
 
 
 def values_of(override: Override) -> list[str] | None:
-    """Return the values of a swept option; None for a range that a search chooses from."""
+    """Return the values of a swept option; None for a range."""
     return list(override.sweep_string_iterator()) if override.is_discrete_sweep() else None
 
 

@@ -139,6 +139,7 @@ WRONG = {  # command line: what the one line of the error says, in this order
     "sede=1": ["no option 'sede'", "did you mean 'seed'?"],
     "optimiser.lr=1": ["no 'optimiser' to set", "did you mean 'optimizer'?"],
     "+model.heads=3": ["unexpected keyword argument 'heads'"],
+    "+model.widht=3": ["takes no option 'widht' (did you mean 'width'?)"],
     "penalty.weight=abc": ["penalty.weight must be a number", "0.01", "got 'abc'"],
     "penalty.weight=-1": ["`weight=...` must be a number >= 0", "got -1"],
     "penalty.weight=nan": ["`weight=...` must be a number >= 0", "got nan"],

@@ -183,8 +183,13 @@ def test_a_generator_is_loaded(tmp_path):
 
 
 REFUSED = {
-    "+foo=3": r"\+foo: nothing reads 'foo'; there are callbacks,",
-    "+lr_scheduler=cosine": r"\+lr_scheduler: nothing reads .*did you mean 'scheduler'",
+    "+foo=3": r"nothing reads 'foo'; there are callbacks,",
+    "+lr_scheduler=cosine": r"nothing reads 'lr_scheduler' \(did you mean 'scheduler'",
+    "+scheduler=cosine": r"one scheduler is chosen already: scheduler=cosine, without \+",
+    "+scheduler.foo=1": r"nothing reads scheduler\.foo, since scheduler\._target_ is null",
+    "+loss.foo=1": r"nothing reads loss\.foo, since loss\._target_ is null",
+    "+debug.foo=1": r"nothing reads debug\.foo: use debug=anomaly, ",
+    "+logger.foo=1": r"logger\.foo must be null or have a _target_; got 1",
     "+trainer.logger=x": r"the run sets trainer\.logger: use logger=csv",
     "+trainer.devices=2": r"the run sets trainer\.devices: use device\.devices=2",
     "trainer.gradient_clip_val=-1": r"`trainer\.gradient_clip_val` must be a number >= 0; got -1",
@@ -204,6 +209,11 @@ def test_what_nothing_reads_or_cannot_be_is_refused(option, tmp_path):
         gpkit.train([*SMALL, "trainer.max_epochs=1", option], tmp_path)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "metrics.json").exists()
+
+
+def test_a_value_that_others_are_made_of_is_read(tmp_path):
+    gpkit.train([*SMALL[:-2], "trainer=fast_dev_run", "+n=3", "model.width=${n}"], tmp_path)
+    assert gpkit.load(tmp_path / "checkpoints/last.ckpt").features[0].out_features == 3
 
 
 def test_a_plateau_is_not_for_a_pair(tmp_path):

@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.types import RunMode
 from torch import nn
 
 import gpkit
@@ -253,6 +255,59 @@ def test_slurm_takes_its_options():
     launcher = compose_launcher("submitit_slurm", *options)
     assert launcher._target_.endswith("SlurmLauncher")
     assert (launcher.partition, launcher.timeout_min) == ("gpu", 30)
+
+
+def test_a_package_that_is_missing_is_named(command):
+    for option, package in (("hydra/sweeper=optuna", "hydra-optuna-sweeper"),):
+        if find_spec("hydra_plugins.hydra_optuna_sweeper") is None:
+            code, _, errors = command("-m", *FAST, option, "seed=0,1")
+            assert code == 1
+            assert f"{option} needs a package: pip install {package} (" in errors
+
+
+def searched(*options):
+    """Return the composed sweeper of ``search=optuna``."""
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="an extra package")
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return compose("train", ["search=optuna", *options], return_hydra_config=True).hydra
+
+
+@pytest.mark.parametrize(
+    ("metric", "way"), [("val/loss", "minimize"), ("val/acc", "maximize"), ("test/mae", "minimize")]
+)
+def test_a_search_goes_to_the_better_side(metric, way):
+    found = searched(f"optimized_metric={metric}")
+    assert found.mode == RunMode.MULTIRUN
+    assert found.sweeper._target_.endswith("OptunaSweeper")
+    assert found.sweeper.direction == way
+
+
+@pytest.mark.filterwarnings("ignore")  # of Optuna 2 and what it needs
+def test_a_search_goes_on_after_a_failure_and_where_it_stopped(command):
+    searched()
+    words = ["search=optuna", "hydra.sweeper.n_trials=4", *BRITTLE, "model.width=choice(4,5)"]
+    code, out, errors = command(*words)
+    assert code == 1
+    first = results()
+    states = [r["status"] for r in first.values()]
+    assert len(states) == 4
+    assert {"failed", "finished"} == {*states}
+    assert f"{states.count('failed')} of 4 jobs did not finish" in errors
+    assert json.loads(Path("sweep/sweep.json").read_text())["swept"] == {
+        "penalty.weight": None,
+        "model.width": None,
+    }
+    weights = [r["varied"]["penalty.weight"] for r in first.values()]
+    assert len({*weights}) == 4
+    assert all(0.01 <= w <= 10 for w in weights)
+    assert "best    val/loss" in out
+
+    Path("repaired").touch()
+    code, out, errors = command(*words)
+    assert code == 0, errors
+    assert out.count("done before") >= 1
+    done = [r for r in first.values() if r["status"] == "finished"]
+    assert all(r in results().values() for r in done)
 
 
 @pytest.mark.slow

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
-from gpkit.autodiff.compat import tree_leaves
+from gpkit.app.callbacks.share import all_finite, bad_gradients, bad_losses, bad_samples
 from gpkit.lightning.compat import scaler_of
 from gpkit.lightning.recording import LatestStep
 
@@ -41,6 +39,8 @@ class FiniteGuard(Callback):
         """Check the loss."""
         if self._looks(trainer, loss) and not loss.isfinite():
             found = pl_module.latest_step.not_finite() if tells(pl_module) else ""
+            if found.startswith("train/loss"):
+                found += bad_losses(pl_module, self._batch)
             raise NonFiniteError(self._message(trainer, found or f"the loss is {loss.item()}"))
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -55,6 +55,7 @@ class FiniteGuard(Callback):
                 if p.grad is not None and not p.grad.isfinite().all()
             )
             found = f"the gradient of {next(names)} is not finite, though the loss is"
+            found += bad_gradients(pl_module, self._batch)
             raise NonFiniteError(self._message(trainer, found))
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
@@ -99,26 +100,6 @@ class FiniteGuard(Callback):
 def tells(module: Any) -> bool:
     """Whether a module says what it computed in its latest step, as those of gpkit do."""
     return isinstance(getattr(module, "latest_step", None), LatestStep)
-
-
-def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether all entries of all tensors are finite."""
-    dense = [t.detach() for t in tensors if not t.is_sparse]
-    return bool(torch.nn.utils.get_total_norm(dense, torch.inf).isfinite())
-
-
-def bad_samples(batch: Any) -> str:
-    """Return how many samples of a batch hold a value that is not finite; "" if none does."""
-    tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor) and t.ndim]
-    floating = [t for t in tensors if t.is_floating_point()]
-    if not floating:
-        return ""
-    size = len(floating[0])
-    bad = torch.zeros(size, dtype=torch.bool, device=floating[0].device)
-    for t in floating:
-        if len(t) == size:
-            bad |= ~t.reshape(size, -1).isfinite().all(1)
-    return f"{int(bad.sum())} of {size} samples of the batch" if bad.any() else ""
 
 
 def _left(trainer: pl.Trainer) -> str:
