@@ -195,7 +195,7 @@ def build_loggers(cfg: DictConfig) -> list[Logger] | bool:
     """
     for name, each in cfg.items():
         if each and not (isinstance(each, DictConfig) and "_target_" in each):
-            raise ValueError(f"logger.{name} must be null or have a _target_; got {each}")
+            raise ValueError(f"logger.{name} must be null or have a _target_; got {each!r}")
     try:
         return [instantiate(each, _convert_="all") for each in cfg.values() if each] or False
     except Exception as error:

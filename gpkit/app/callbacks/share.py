@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -64,14 +66,12 @@ def bad_gradients(module: Any, batch: Any) -> str:
     read = read_batch(module, batch)
     size = min(MOST, len(read.x))
     module.eval()
-    bad = 0
-    for i in range(size):
-        (loss,) = losses_of(module, read.map(lambda t, i=i: t[i : i + 1]))
-        bad += not all_finite(_gradients(loss, weights))
+    samples = (read.map(itemgetter(slice(i, i + 1))) for i in range(size))
+    bad = sum(not all_finite(_gradients(losses_of(module, one), weights)) for one in samples)
     module.train()
     if bad:
         return f": that of the losses of {bad} of {size} samples"
-    keys = {"inputs": module.inputs, "target": module.target}
+    keys: dict[str, Any] = {"inputs": module.inputs, "target": module.target}
     for name, penalty in module.penalties.items():
         alone = PenalizedModule(module.net, module.loss, {name: penalty}, **keys)
         penalty.step = module.trainer.global_step
@@ -80,12 +80,12 @@ def bad_gradients(module: Any, batch: Any) -> str:
     return ""
 
 
-def all_finite(tensors: list[Tensor]) -> bool:
+def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether all entries of all tensors are finite."""
     dense = [t.detach() for t in tensors if not t.is_sparse]
     return bool(torch.nn.utils.get_total_norm(dense, torch.inf).isfinite())
 
 
-def _gradients(loss: Tensor, weights: list[Tensor]) -> list[Tensor]:
-    grads = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+def _gradients(loss: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    grads = torch.autograd.grad(loss.sum(), weights, retain_graph=True, allow_unused=True)
     return [g for g in grads if g is not None]
