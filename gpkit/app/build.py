@@ -193,7 +193,7 @@ def build_loggers(cfg: DictConfig) -> list[Logger] | bool:
     Raises:
         ValueError: if the package of a logger is not installed, or it is no logger.
     """
-    for name, each in cfg.items():
+    for name, each in zip(map(str, cfg), cfg.values(), strict=True):
         if each and not (isinstance(each, DictConfig) and "_target_" in each):
             raise ValueError(f"logger.{name} must be null or have a _target_; got {each!r}")
     try:
