@@ -24,7 +24,7 @@ and Hydra are loaded only if that module needs them.
 - Derivatives: derivative, directional_derivative, elementary, features, in_penalty,
   unsharded.
 - Lightning: GradientPenaltyCallback, GradientNormMonitor, PenalizedModule, GANModule.
-- Before training: check_penalty, diagnose.
+- Before training: check_penalty, diagnose, prepare.
 - The application: train, load, bench.
 
 ``from gpkit import *`` does not import `sum`, which would shadow the builtin.
@@ -94,6 +94,7 @@ __all__ = [
     "perturb",
     "power",
     "power_iteration",
+    "prepare",
     "projection",
     "r1",
     "r1_r2",
@@ -163,6 +164,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` has the same names 
     from gpkit.bench.measure import bench as bench
     from gpkit.doctor.diagnose import diagnose as diagnose
     from gpkit.doctor.gradcheck.check_penalty import check_penalty as check_penalty
+    from gpkit.doctor.prepare import prepare as prepare
     from gpkit.environment_penalty import EnvironmentPenalty as EnvironmentPenalty
     from gpkit.estimators.base import Estimator as Estimator
     from gpkit.estimators.exact import exact as exact
@@ -223,6 +225,7 @@ else:
         "gpkit.app.train": "train",
         "gpkit.bench.measure": "bench",
         "gpkit.doctor.diagnose": "diagnose",
+        "gpkit.doctor.prepare": "prepare",
         "gpkit.autodiff.activations": "features",
         "gpkit.autodiff.derivatives": "derivative",
         "gpkit.autodiff.isolation": "in_penalty",

@@ -37,3 +37,8 @@ def ones_for(node: Any) -> list[Tensor]:
 def is_compiled_node(node: Any) -> bool:
     """Whether a node is a graph that torch.compile has made, by the name of its class."""
     return node.name().startswith("CompiledFunction")
+
+
+def compiled_from(module: Any) -> Any:
+    """Return what ``torch.compile(module)`` was given; any other module as it is."""
+    return getattr(module, "_orig_mod", module)

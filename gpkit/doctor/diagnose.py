@@ -21,6 +21,7 @@ from gpkit.doctor.checks.precision import underflow
 from gpkit.doctor.checks.strength import convention, size
 from gpkit.doctor.checks.training import frozen, reached, tied
 from gpkit.doctor.example import as_example
+from gpkit.doctor.prepare import uncompiled
 from gpkit.doctor.report import Report, joined
 from gpkit.doctor.trial import FAILURES, Trial
 from gpkit.finding import Finding
@@ -113,8 +114,9 @@ def diagnose(
     before, reports = random_state(device), []
     try:
         for name, part in penalties.items():
-            own = copy.deepcopy(net)
-            trial = Trial(own, name, copy.deepcopy(part), batch, share, costs)
+            changes: dict[str, str] = {}
+            own = uncompiled(net, changes)
+            trial = Trial(own, name, copy.deepcopy(part), batch, tuple(changes), share, costs)
             with warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad():
                 warnings.simplefilter("ignore")  # what the penalty warns of is a finding
                 found = [replace(f, penalty=name) for f in findings_of(trial)]

@@ -57,6 +57,7 @@ class Trial:
         name: the name of the penalty.
         penalty: a copy of the penalty.
         example: the batch.
+        compiled: the names of the net's compiled modules; the copy is not compiled.
         share: of the loss's gradient, that the suggested weight gives the penalty's.
         costs: whether to measure time and memory.
     """
@@ -65,6 +66,7 @@ class Trial:
     name: str
     penalty: Penalty
     example: Example
+    compiled: tuple[str, ...] = ()
     share: float = 0.1
     costs: bool = True
 
@@ -231,10 +233,7 @@ class Trial:
 
     @cached_property
     def graphs(self) -> tuple[list[Target], Watch]:
-        """What the penalty differentiates, and the modules that have made it.
-
-        It is evaluated without gpkit's own kernels where the net is compiled.
-        """
+        """What the penalty differentiates, and the modules that have made it."""
         f, args, kinds = self.call(self.net, self.example)
         penalty = copy.deepcopy(self.penalty)
         rng = torch.Generator(self.device).manual_seed(SEED)

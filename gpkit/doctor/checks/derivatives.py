@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gpkit.autodiff import graph
-from gpkit.autodiff.compat import is_compiled, is_reentrant_checkpoint, packs_saved
+from gpkit.autodiff.compat import is_reentrant_checkpoint, packs_saved
 from gpkit.doctor.compat import is_compiled_node, ones_for
 from gpkit.doctor.trial import FAILURES, SEED, Gradients, Trial, norm_of
 from gpkit.doctor.watch import ROOT
@@ -24,15 +24,14 @@ def compiled(trial: Trial) -> Iterator[Finding]:
     """Find compiled modules that a penalty would differentiate twice."""
     if trial.twice < 2:
         return
-    for name, module in trial.net.named_modules():
-        if is_compiled(module):
-            found = error(*HINTS["torch.compile with aot_autograd"])
-            yield Finding(found.code, "error", found.why, found.fix, name or ROOT)
+    found = error(*HINTS["torch.compile with aot_autograd"])
+    for name in trial.compiled:
+        yield Finding(found.code, "error", found.why, found.fix, name or ROOT)
 
 
 def operations(trial: Trial) -> Iterator[Finding]:
     """Find each operation without a correct second derivative, with the module that made it."""
-    if trial.twice < 2 or any(is_compiled(m) for m in trial.net.modules()):
+    if trial.twice < 2:
         return
     try:
         targets, watch = trial.graphs
