@@ -8,10 +8,10 @@ Direct calls, compiled losses and sharded weights all evaluate it here.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -181,8 +181,11 @@ def terms(
     values = form(n2)
     outputs = [target.y for target in targets] if has_ranks() else ()
     scores = targets[0].scores if targets else 1
-    parts = values.chunk(scores) if scores > 1 else (values,)  # each score has a penalty
-    total = sum_of([reduced(part, axes.reduce, weights) for part in parts])
+    if scores == 1:
+        total = reduced(values, axes.reduce, weights)
+    else:  # each score has a penalty
+        parts = values.chunk(scores)
+        total = sum_of([reduced(part, axes.reduce, weights) for part in parts])
     return Terms(n2, values, weight, total, outputs, weights)
 
 
@@ -193,6 +196,16 @@ def reduced(values: Tensor, how: str = "mean", weights: Tensor | None = None) ->
     if weights is not None:
         return weighted_mean(values, weights) if how == "mean" else weighted_sum(values, weights)
     return values.reshape(()) if values.shape[0] == 1 else REDUCTIONS[how](values)
+
+
+def recording(train: bool) -> AbstractContextManager[Any]:
+    """Return a context in which autograd records graphs, also under no_grad or inference mode."""
+    if train and not torch.is_inference_mode_enabled():
+        return nullcontext()
+    modes = ExitStack()
+    modes.enter_context(torch.inference_mode(False))
+    modes.enter_context(torch.enable_grad())
+    return modes
 
 
 def sum_of(parts: Sequence[Tensor]) -> Tensor:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpkit import checks, formula
 from gpkit.autodiff import graph
@@ -35,6 +34,7 @@ from gpkit.estimators.projection import projection
 from gpkit.finding import FoundError
 from gpkit.formula import Terms
 from gpkit.penalty import Penalty
+from gpkit.shortcut.calls import Shortcuts
 from gpkit.with_loss import with_loss
 
 VARIABLES: dict[str, type[Variables]] = {"input": inputs, "weight": weights}
@@ -190,6 +190,7 @@ class GradientPenalty(Penalty):
         if subsample is not None and self.wrt.batched:
             self.at = part(self.at, subsample)
         super().__init__(weight=weight, every=every, seed=seed, name=name)
+        self.shortcuts = Shortcuts()
 
     def evaluate(
         self,
@@ -225,12 +226,16 @@ class GradientPenalty(Penalty):
                 penalty depends on no trained parameter.
         """
         train = torch.is_grad_enabled()
+        if id(f) in self.shortcuts.found and acts and train and scale is given is None:
+            terms = self.shortcuts.terms(self, f, args, real, fake, weight, seed)
+            if terms is not None:
+                return terms
         if given is not None or self.metric is not None or self.given:
             given = completed(given, self)
         named = self.wrt.keys or any(isinstance(x, Mapping) for x in (*args[:1], real, fake))
         if named and self.wrt.batched and not isinstance(f, (Target, Targets)):
             f, (args, real, fake), given = by_name(f, (args, real, fake), given, self.wrt.keys)
-        with _graphs(train):
+        with formula.recording(train):
             rng = torch.Generator(device_of(real, args, fake, f)).manual_seed(seed)
             targets, weights = self.targets(f, args, real, fake, rng, seed, acts, given), None
             if given is not None:
@@ -258,8 +263,11 @@ class GradientPenalty(Penalty):
             unused = f"{type(self.wrt).__name__}: {self.wrt.missing}"
             twice = not self.estimator.first_order and scale is None
             warn_of_bias(self.form, self.estimator, targets[0], self.order)
-            if trains(f, terms, targets, self.order, unused, twice=twice):
+            known = trains(f, terms, targets, self.order, unused, twice=twice)
+            if known:
                 self.seen.add(targets[0])
+        if known and observe and isinstance(f, nn.Module):
+            self.shortcuts.note(self, f, targets)
         return terms if train else terms.detached()
 
     def targets(
@@ -318,13 +326,3 @@ class GradientPenalty(Penalty):
     def axes(self) -> dict[str, Any]:
         """Return the choices on the axes by name."""
         return {name: getattr(self, name) for name in AXES}
-
-
-def _graphs(train: bool) -> AbstractContextManager[Any]:
-    """Return a context in which autograd records graphs, also under no_grad or inference mode."""
-    if train and not torch.is_inference_mode_enabled():
-        return nullcontext()
-    modes = ExitStack()
-    modes.enter_context(torch.inference_mode(False))
-    modes.enter_context(torch.enable_grad())
-    return modes

@@ -153,13 +153,11 @@ class Penalty:
         Returns:
             The terms, or None if the weight is zero or ``every`` skips the step.
         """
-        compared: Any = as_given(given, self) if any_given(given) else {}
-
-        def evaluate(weight: float) -> Terms:
-            seed = self.next_seed()
-            return self.evaluate(f, args, real, fake, weight, seed, scale, acts=True, **compared)
-
-        return self.act_with(evaluate, step)
+        given = as_given(given, self) if any_given(given) else {}
+        if (weight := self._counted(step)) == 0:
+            return None
+        given |= {"scale": scale, "acts": True}
+        return self._observed(self.evaluate(f, args, real, fake, weight, self.next_seed(), **given))
 
     def act_with(self, evaluate: Callable[[float], Terms], step: int | None = None) -> Terms | None:
         """Return the terms that ``evaluate`` returns for the weight of a step, and count the step.
@@ -171,16 +169,18 @@ class Penalty:
         Returns:
             The terms, or None if the penalty does not act on this step.
         """
-        self.step = self.evaluated_at = self.step if step is None else step
-        weight = self.weight_at(self.step)
-        self.step += 1
-        if weight == 0:
-            return None
-        terms = evaluate(weight)
+        weight = self._counted(step)
+        return None if weight == 0 else self._observed(evaluate(weight))
+
+    def _counted(self, step: int | None) -> float:
+        self.evaluated_at = self.step if step is None else step
+        self.step = self.evaluated_at + 1
+        return self.weight_at(self.evaluated_at)
+
+    def _observed(self, terms: Terms) -> Terms:
         if self._schedule is not None and torch.is_grad_enabled():
-            equal = terms.sample_weight is None
-            norms = terms.norms if equal else terms.mean_norm.reshape(1)
-            self._schedule.observe(norms, self.step - 1)
+            norms = terms.norms if terms.sample_weight is None else terms.mean_norm.reshape(1)
+            self._schedule.observe(norms, self.evaluated_at)
         return terms
 
     def terms(

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from gpkit import checks
 from gpkit.autodiff import graph
 from gpkit.autodiff.compat import LEAF, class_of, packs_saved, saved, saved_input
-from gpkit.autodiff.numerics import as_real, require_dense, widened
+from gpkit.autodiff.numerics import as_real, dense, widened
 from gpkit.autodiff.random import has_ranks
 from gpkit.autodiff.sharding.gathering import regathered
 from gpkit.hints import ExplainedError
@@ -172,8 +172,7 @@ def gradients(y: Tensor, xs: tuple[Tensor, ...], times: Tensor | None = None) ->
     except RuntimeError as error:
         raise ExplainedError(error) from error
     grads = regathered(y, grads) if has_ranks() else grads
-    require_dense(grads)
-    return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, xs, strict=True))
+    return dense(grads, xs)
 
 
 def gradients_at(y: Tensor, edges: Sequence[Any]) -> tuple[Tensor | None, ...]:

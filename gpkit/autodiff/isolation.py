@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from gpkit.autodiff.compat import attention_switch, recomputing_by
 from gpkit.autodiff.norm_layers import elementary
 from gpkit.autodiff.random import RandomState, random_state, set_random_state, set_seed
-from gpkit.autodiff.reached import reach
+from gpkit.autodiff.reached import CHECKPOINTS, Reach, reach
 from gpkit.autodiff.state import Start, own_state, own_streams, start_of
 
 RUNNING: list[bool] = []  # one entry for each forward pass of a penalty that is running now
@@ -50,7 +50,7 @@ class isolated:
         twice: bool = True,
         evaluating: bool = False,
     ) -> None:
-        self.found = reach(function)
+        self.found = function if isinstance(function, Reach) else reach(function)
         self.seed: int | Start = Start(seed, [], {}) if isinstance(seed, tuple) else seed
         self.device = device
         self.order = order if twice else 0
@@ -93,6 +93,7 @@ class isolated:
     def recomputed(self, part: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function that runs a part of the function again in the same way."""
         found, before = self.found, start_of(self.found, self.device)
+        found.known.facts.add(CHECKPOINTS)
 
         def again(*args: Any, **kwargs: Any) -> Any:
             kernels = double_backward(self.order) if self.order else nullcontext()
@@ -100,6 +101,40 @@ class isolated:
                 return part(*args, **kwargs)
 
         return again
+
+
+def run_plain(run: Any, args: Any, found: Reach, seed: int, device: torch.device) -> Any:
+    """Return ``run(*args)``, as in `isolated`, where that needs no more than a seed and kernels.
+
+    Args:
+        run: runs a function that is known to write to nothing, to draw from torch's streams alone,
+            and to checkpoint nothing; it has no recurrent net that cuDNN would run.
+        args: its arguments.
+        found: what it reaches.
+        seed: of this forward pass.
+        device: of this forward pass.
+    """
+    found.known.runs += 1
+    before = random_state(device)
+    RUNNING.append(True)
+    switched = []
+    try:
+        for enabled, enable in FUSED:
+            if enabled():
+                enable(False)
+                switched.append(enable)
+        math = MATH_ENABLED()
+        ENABLE_MATH(True)
+        set_seed(seed, device)
+        try:
+            return run(*args)
+        finally:
+            ENABLE_MATH(math)
+    finally:
+        for enable in switched:
+            enable(True)
+        RUNNING.pop()
+        set_random_state(before, device)
 
 
 def in_penalty() -> bool:

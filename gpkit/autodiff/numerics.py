@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 
 def wide(x: Tensor) -> torch.dtype:
@@ -76,8 +77,23 @@ def root(squared_norms: Tensor) -> Tensor:
     >>> torch.autograd.grad(root(n2).sum(), n2)
     (tensor([0.0000, 0.2500]),)
     """
+    if not is_compiling() and getattr(squared_norms, POSITIVE, False):
+        return squared_norms.sqrt()
     zero = squared_norms <= 0  # not "not > 0", which would hide a NaN
     return squared_norms.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
+
+
+def note_positive(squared_norms: Tensor) -> None:
+    """Look whether all of them are > 0, so that `root` need not; on a CPU, where looking is cheap.
+
+    Args:
+        squared_norms: n² ``[G]``, G > 0.
+    """
+    if squared_norms.device.type == "cpu":
+        setattr(squared_norms, POSITIVE, float(squared_norms.detach().min()) > 0)
+
+
+POSITIVE = "gpkit_positive"  # an attribute of a tensor
 
 
 Rows = list[Tensor]  # one [G, n] for each variable
@@ -197,14 +213,20 @@ def per_pixel(row: Tensor, x: Tensor) -> Tensor:
     return row.unflatten(1, (x.shape[1], -1)).transpose(1, 2).flatten(0, 1)
 
 
-def require_dense(grads: Iterable[Tensor | None]) -> None:
-    """Refuse sparse gradients.
+def dense(grads: Sequence[Tensor | None], xs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return gradients, with zeros in the shape of x where a gradient is None.
 
     Raises:
-        RuntimeError: if there is one.
+        RuntimeError: if one is sparse.
     """
-    if any(g is not None and g.is_sparse for g in grads):
-        raise RuntimeError(
-            "a parameter has a sparse gradient, which cannot be differentiated again: use "
-            'nn.Embedding(sparse=False), or estimator="finite_difference"'
-        )
+    found = []
+    for g, x in zip(grads, xs, strict=True):
+        if g is None:
+            g = torch.zeros_like(x)
+        elif g.is_sparse:
+            raise RuntimeError(
+                "a parameter has a sparse gradient, which cannot be differentiated again: use "
+                'nn.Embedding(sparse=False), or estimator="finite_difference"'
+            )
+        found.append(g)
+    return tuple(found)

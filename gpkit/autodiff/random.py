@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ def derived_seed(*parts: object) -> int:
     >>> derived_seed(0, 1) == derived_seed(0, 1) != derived_seed(0, 2)
     True
     """
-    digest = hashlib.blake2b(",".join(map(str, parts)).encode(), digest_size=8)
+    digest = blake2b(",".join(map(str, parts)).encode(), digest_size=8)
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
@@ -159,21 +159,22 @@ def set_seed(seed: int | RandomState, device: torch.device) -> None:
         set_random_state(seed, device)
         return
     torch.default_generator.manual_seed(seed)
-    own = accelerator(device)
+    own = None if device.type == "cpu" else accelerator(device)
     if own is not None:  # its manual_seed would seed the current device
         own.set_rng_state(torch.Generator(device).manual_seed(seed).get_state(), device)
 
 
 def random_state(device: torch.device) -> RandomState:
     """Return the random state, with which `isolated` repeats the same random numbers."""
-    own, cpu = accelerator(device), torch.default_generator.get_state()
+    cpu = torch.default_generator.get_state()
+    own = None if device.type == "cpu" else accelerator(device)
     return (cpu,) if own is None else (cpu, own.get_rng_state(device))
 
 
 def set_random_state(state: RandomState, device: torch.device) -> None:
     """Restore a state that `random_state` returned for the same device."""
     torch.default_generator.set_state(state[0])
-    own = accelerator(device)
+    own = None if device.type == "cpu" else accelerator(device)
     if own is not None:
         own.set_rng_state(state[1], device)
 

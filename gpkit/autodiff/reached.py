@@ -82,6 +82,7 @@ class Reach:
 # Facts that are seen in a first run.
 TORCH_ALONE = "draws from torch alone"
 NO_OTHERS = "runs no other modules than it refers to"
+CHECKPOINTS = "runs parts again in the backward pass"
 SEEN_ONCE = {TORCH_ALONE, NO_OTHERS}
 LOOK_AGAIN = 100  # runs; a function may run other modules on some of its runs
 

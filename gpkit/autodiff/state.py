@@ -178,9 +178,14 @@ def own_state(
             if i < known or getattr(module, name, None) is copy:
                 put(module, name, original)
         for module, own in attributes:
-            for name in own_attributes(module).keys() - own.keys():
-                del vars(module)[name]
-            vars(module).update(own)
+            restore(module, own)
+
+
+def restore(module: nn.Module, attributes: dict[str, Any]) -> None:
+    """Put back the attributes of the user's own in a module: all of them, and no others."""
+    for name in own_attributes(module).keys() - attributes.keys():
+        del vars(module)[name]
+    vars(module).update(attributes)
 
 
 def put(module: nn.Module, name: str, buffer: Tensor) -> None:

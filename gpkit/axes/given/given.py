@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -140,7 +142,10 @@ def weights_of(given: Given | None, targets: Sequence[Target], axes: Axes) -> Te
 
 def any_given(given: Mapping[str, Any]) -> bool:
     """Whether a call gives more than samples."""
-    return any(value is not None for value in given.values())
+    return any(map(IS_GIVEN, given.values()))
+
+
+IS_GIVEN = partial(operator.is_not, None)
 
 
 def as_given(given: Mapping[str, Any], penalty: Any) -> dict[str, Given]:
