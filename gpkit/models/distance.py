@@ -35,10 +35,10 @@ class DistanceNet(nn.Module):
 
     >>> import torch
     >>> _ = torch.manual_seed(0)
-    >>> f = DistanceNet((2,), 1, width=4096, depth=1, radius=0.5)
+    >>> f = DistanceNet((2,), 1, width=1024, depth=1, beta=1e4, radius=0.5)
     >>> x = torch.tensor([[0.6, 0.8], [0.0, -2.0]])
-    >>> [round(y, 1) for y in f(x).flatten().tolist()]
-    [0.5, 1.5]
+    >>> torch.allclose(f(x)[:, 0], torch.tensor([0.5, 1.5]), atol=0.2)
+    True
     """
 
     def __init__(

@@ -60,7 +60,7 @@ def test_noise_is_added_to_inputs_in_training_alone():
 def test_a_distance_net_starts_as_a_distance(shape, width, depth):
     # catches weights of another scale, which would grow or shrink from layer to layer
     torch.manual_seed(0)
-    net = DistanceNet(shape, 1, width=width, depth=depth, radius=0.5)
+    net = DistanceNet(shape, 1, width=width, depth=depth, beta=1e4, radius=0.5)
     x = torch.randn(200, *shape)
     assert (net(x)[:, 0] - (x.norm(dim=1) - 0.5)).abs().mean() < 0.2 * x.norm(dim=1).mean()
 
