@@ -12,6 +12,7 @@ from gpkit.autodiff.numerics import wide
 from gpkit.autodiff.random import RandomState
 from gpkit.autodiff.sharding.gathering import is_sharded
 from gpkit.autodiff.state import Start
+from gpkit.axes.given.given import Given
 from gpkit.axes.given.sample_weight import has_steps, kept
 from gpkit.estimators.base import Recomputable, Target
 from gpkit.estimators.window import Window, summarised
@@ -172,7 +173,11 @@ class Evaluator:
         rerun = partial(self.watched.rerun, self.module, call, next(iter(needs.values())))
         given = Recomputable(loss, rerun, call.start or ())
         terms: tuple[Tensor, dict[str, Terms | None]]
-        terms = self._sharded_weights.terms(acting, given, optimizer_step, retain=retain)
+        compared = {
+            name: Given(**given_by(own, call.batch)) for name, own in needs.items() if own.given
+        }
+        options = {"retain": retain, "compared": compared}
+        terms = self._sharded_weights.terms(acting, given, optimizer_step, **options)
         return terms
 
     def _penalty_arguments(

@@ -164,10 +164,9 @@ def _findings_of_penalty(
     if "sample_weight" in names and needs.pooled:
         yield (
             f"scope={penalty.scope!r} has one norm, of a mean gradient, so it takes no "
-            "sample_weight: weigh the samples in the loss, or use scope='batch'"
+            "sample_weight: weigh the samples in the loss"
+            + ("" if may_shard(strategy) else ", or use scope='batch'")
         )
-    if (names or penalty.metric) and may_shard(strategy):
-        yield "under FSDP a derivative is not compared: leave out given= and metric=, or use DDP"
     for name in needs.activations if net is not None else ():
         options = [n for n, _ in net.named_modules() if n]  # type: ignore[union-attr]
         if name not in options:

@@ -18,11 +18,13 @@ from gpkit.autodiff.isolation import isolated
 from gpkit.autodiff.known_gradient import known_gradient, perturbed
 from gpkit.autodiff.numerics import as_real, spacing, widened, zeros_for_none
 from gpkit.autodiff.sharding.gathering import reshard
+from gpkit.axes.given.given import Given, completed
 from gpkit.estimators.base import Recomputable
 from gpkit.estimators.differences.weight_difference import slopes_of
 from gpkit.estimators.finite_difference import finite_difference
 from gpkit.formula import Terms
 from gpkit.gradient_penalty import NO_GRAPH
+from gpkit.lightning.callback.sharded_given import in_shards
 from gpkit.needs import needs_of
 from gpkit.penalty import Penalty
 
@@ -120,6 +122,7 @@ class ShardedWeights:
         step: int | None = None,
         *,
         retain: bool = False,
+        compared: Mapping[str, Given] | None = None,
     ) -> tuple[Tensor, dict[str, Terms | None]]:
         """Return the loss and the terms of the penalties, and count a step.
 
@@ -133,6 +136,8 @@ class ShardedWeights:
                 the RNG state before it.
             step: the optimiser step; None counts the calls.
             retain: whether to keep the graph behind ``given.value``.
+            compared: the target and the metric of penalties, by name: whole tensors, the same on
+                all processes, or DTensors.
 
         Returns:
             The loss of this process; and the terms by name, None for a penalty that does not act on
@@ -152,15 +157,18 @@ class ShardedWeights:
         epsilon = spacing(given.value, *graph.leaves(given.value))
         with recorded(given.value) as gates:
             base = self.gradient(given.value, retain=retain)
+        known = (given, base, gates, epsilon)
         terms = {
-            name: penalty.act_with(partial(self.term, penalty, given, base, gates, epsilon), step)
+            name: penalty.act_with(partial(self.term, penalty, other, *known), step)
             for name, penalty in penalties.items()
+            for other in [(compared or {}).get(name)]
         }
         return known_gradient(given.value, list(base), zeros_for_none(base.values(), base)), terms
 
     def term(
         self,
         penalty: Any,
+        other: Given | None,
         given: Recomputable,
         base: Gradient,
         gates: Gates,
@@ -171,6 +179,7 @@ class ShardedWeights:
 
         Args:
             penalty: in the weights, by finite differences.
+            other: the target and the metric that the gradient is compared with.
             given: the loss, and a function that recomputes it.
             base: the gradient of the loss.
             gates: of the loss.
@@ -182,14 +191,9 @@ class ShardedWeights:
 
         Raises:
             RuntimeError: if no gradient has arrived at its weights.
-            ValueError: if the penalty has a metric, or compares with an entry of the batch.
         """
-        if penalty.metric is not None or penalty.given:
-            raise ValueError(
-                f"{penalty.name} compares gradients, and those of sharded weights are not: leave "
-                "out metric= and given=, or use DDP"
-            )
         chosen = penalty.wrt.chosen(self.net)
+        compared = in_shards(completed(other, penalty), chosen)
         if all(base[x] is None for x in chosen):
             raise RuntimeError(
                 "no gradient arrived at the sharded weights of a penalty: does the loss depend on "
@@ -208,9 +212,8 @@ class ShardedWeights:
 
         grads = zeros_for_none([base[x] for x in chosen], chosen)
         norm = penalty.form.norm
-        n, slopes = slopes_of(
-            penalty.estimator, chosen, grads, norm, epsilon, gradient, reduce_over_shards
-        )
+        known = (chosen, grads, norm, epsilon, gradient, reduce_over_shards)
+        n, slopes = slopes_of(penalty.estimator, *known, compared)
         n2 = known_gradient(n.square().reshape(1), list(base), slopes)
         return formula.terms(penalty, n2, weight, observe=True)
 
