@@ -111,6 +111,16 @@ def vectors(
     )
 
 
+def numbers(
+    *, dtype: torch.dtype = torch.float64, zero: bool = False, stateful: bool = False
+) -> Scene:
+    """Return samples ``[5, 1]`` of one number."""
+    torch.manual_seed(0)
+    middle = [nn.BatchNorm1d(3), nn.Dropout(0.3)][: 2 * stateful]
+    layers = nn.Linear(1, 3), *middle, nn.Tanh(), nn.Linear(3, 1)
+    return scene(*layers, shape=(1,), dtype=dtype, zero=zero)
+
+
 def squared_errors(output: Tensor, target: Tensor) -> Tensor:
     return (output - target).square().sum(-1)  # [B, m] -> [B]
 
@@ -150,6 +160,40 @@ def target_graph(act: Any, s: Scene) -> Any:
 def mask_graph(act: Any, s: Scene) -> Any:
     x = s.real.clone().requires_grad_()
     return act(s.f(x), x, metric=s.fake > 0)
+
+
+def on_steps(act: Any, s: Scene) -> Any:
+    """With the losses of steps [B, T], whose sum is `squared_errors`."""
+    f, target = s.f, s.target
+    return act(lambda x: (f(x) - target).square(), s.real)
+
+
+def steps_graph(act: Any, s: Scene) -> Any:
+    x = s.real.clone().requires_grad_()
+    return act((s.f(x) - s.target).square(), x)
+
+
+def sample_weights(count: int) -> Tensor:
+    return torch.linspace(0.0, 2.0, B, dtype=torch.float64)[:count]
+
+
+def on_weighted(act: Any, s: Scene) -> Any:
+    return act(s.f, s.real, sample_weight=sample_weights(len(s.real)))
+
+
+def weighted_graph(act: Any, s: Scene) -> Any:
+    x = s.real.clone().requires_grad_()
+    return act(s.f(x), x, sample_weight=sample_weights(len(x)))
+
+
+def on_entries(act: Any, s: Scene) -> Any:
+    """With a dict, of which one entry is a constant."""
+    f = s.f
+    return act(lambda batch: f(batch["x"] + 0 * batch["c"]), {"c": s.fake, "x": s.real})
+
+
+def on_activations(act: Any, s: Scene) -> Any:
+    return act(s.f, s.real, s.net) if s.given else act(s.net, s.real)
 
 
 def on_critic(act: Any, s: Scene) -> Any:

@@ -62,6 +62,18 @@ def of_change(weight: float, sigma: float) -> Oracle:
     return oracle
 
 
+def of_quotients(weight: float, h: float) -> Oracle:
+    """The norm of the central quotients, of the points in pairs: -h, then +h along each axis."""
+
+    def oracle(s: Scene, params: oracles.Params, z: list[Tensor]) -> tuple[float, Tensor, Tensor]:
+        z = [p for p, last in zip(z, [None, *z], strict=False) if last is None or (p != last).any()]
+        y = torch.stack([s.apply(params, points)[:, 0] for points in z])  # a first use repeats one
+        n2 = ((y[1::2] - y[::2]) / (2 * h)).square().sum(0)
+        return weight, n2.sqrt(), n2
+
+    return oracle
+
+
 def of_trace(weight: float) -> Oracle:
     def oracle(s: Scene, params: oracles.Params, z: list[Tensor]) -> tuple[float, Tensor, Tensor]:
         hessian = torch.func.hessian(lambda x: s.apply(params, x[None])[0, 0])
@@ -124,6 +136,27 @@ def of_hidden(weight: float, layers: int = 2) -> Oracle:
         own = {name: params[name] for name, _ in first.named_parameters()}
         norms = oracles.input_norms(lambda x: functional_call(first, own, (x[None],))[0], 1, z[0])
         return weight, norms, norms**2
+
+    return oracle
+
+
+def of_activations(weight: float) -> Oracle:
+    """‖(∂y/∂h, ∂y/∂k)‖ for the outputs h of the first layer and k of the second."""
+
+    def oracle(s: Scene, params: oracles.Params, z: list[Tensor]) -> tuple[float, Tensor, Tensor]:
+        first, others = s.net[0], nn.Sequential(*s.net[2:])
+        h = functional_call(first, {n[2:]: p for n, p in params.items() if n[0] == "0"}, (z[0],))
+        own = {f"{int(n[0]) - 2}{n[1:]}": p for n, p in params.items() if n[0] not in "01"}
+
+        def after(k: Tensor) -> Tensor:
+            return functional_call(others, own, (k[None],))[0].sum()
+
+        slopes = [
+            torch.func.vmap(torch.func.grad(lambda h: after(torch.tanh(h))))(h),
+            torch.func.vmap(torch.func.grad(after))(torch.tanh(h)),
+        ]
+        n2 = torch.stack([g.flatten(1).square().sum(1) for g in slopes]).sum(0)
+        return weight, n2.sqrt(), n2
 
     return oracle
 

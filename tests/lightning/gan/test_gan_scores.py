@@ -16,11 +16,11 @@ SIGMA = 0.3
 SGD = partial(torch.optim.SGD, lr=0.1)
 
 
-def fitted(penalty, C, steps=1, **options):
+def fitted(penalty, C, G=None, steps=1, **options):
     """Return a critic as it was before its steps, and the module after them."""
     before = copy.deepcopy(C)
     options = {"critic_optimizer": SGD, "critic_steps": 9, **options}
-    made = module(generator(), C, penalty=penalty, **options)
+    made = module(G or generator(), C, penalty=penalty, **options)
     trainer(limit_train_batches=steps, max_epochs=1).fit(made, DataLoader(data(), B))
     return before, made
 
@@ -114,6 +114,24 @@ def test_the_moved_pass_has_the_dropout_and_the_buffers_of_the_first(penalty):
     norms = made.latest_step.terms["approximate_r1" if "approx" in penalty.name else "r1"].norms
     bound = 2 * made.critic.layers[3].weight.detach().norm() * 2
     assert 0 < float(norms.detach().max()) < float(bound)
+
+
+class Half(Witness):
+    """Computes in bfloat16 itself, whatever it is given."""
+
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.bfloat16()
+
+    def forward(self, x, y=None):
+        return super().forward(x.bfloat16())
+
+
+def test_a_step_below_the_spacing_of_the_critics_own_dtype_is_refused():
+    """The losses are of scores in float32, and the spacing is that of bfloat16."""
+    C = Half(nn.Linear(D, 6), nn.Tanh(), nn.Linear(6, 1)).bfloat16()
+    with pytest.raises(ValueError, match=r"sigma=0\.005\)` is below 0\.0"):
+        fitted(gpkit.approximate_r1(7.0, 0.005), C, generator().bfloat16())
 
 
 class Drifting(Witness):
