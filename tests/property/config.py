@@ -224,9 +224,8 @@ def fitting(c: Config, rng: Random) -> Config:
     if c.order > KINDS[c.net].degree - (c.of != "loss") and not c.in_weights:
         c = replace(c, order=1)
     if not KINDS[c.net].smooth:
-        c = replace(c, order=1, cross=c.length is not None)
-    if c.of == "sampled_loss" and c.estimator == "taylor":
-        c = replace(c, estimator="exact")  # it draws its directions before the labels
+        c = replace(c, order=1)
+    c = comparable(c)
     if c.net == "checkpoint" and c.estimator == "jvp":
         c = replace(c, estimator="exact")  # torch.func does not support checkpoints
     if c.net == "waves":
@@ -246,6 +245,17 @@ def fitting(c: Config, rng: Random) -> Config:
         call = "module" if c.call == "tensor" else c.call
         c = replace(c, forward="eval", call=call)  # the others mix the samples: gpkit warns of it
     return comparing(c)
+
+
+def comparable(c: Config) -> Config:
+    """Return a configuration that the oracle can follow."""
+    if not KINDS[c.net].smooth and c.estimator == "finite_difference":
+        c = replace(c, cross=c.length is not None)  # it does not hold kinks over a given step
+    if c.of == "sampled_loss" and c.estimator == "taylor":
+        c = replace(c, estimator="exact")  # it draws its directions before the labels
+    if c.call == "with_loss":  # which takes the closure and the net
+        c = replace(c, metric=c.metric if c.metric == "axis" and c.order == 1 else "")
+    return c
 
 
 def comparing(c: Config) -> Config:
@@ -303,8 +313,8 @@ def without_idle(c: Config) -> Config:
         read["again"] = False
     if c.again and c.every > 1 and c.step is None:
         c = replace(c, step=0)
-    if c.call == "with_loss":  # which takes the closure and the net
-        c = replace(c, metric=c.metric if c.metric == "axis" else "")
+    if c.call == "with_loss":
+        c = comparable(c)
         read |= {"target": False, "weigh": False}
     defaults = {f.name: f.default for f in fields(Config)}
     return replace(c, **{name: defaults[name] for name, used in read.items() if not used})

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tests.property.config import Config
+from tests.property.config import Config, comparable
 
 UNTRAINED = "the penalty does not depend on any trained parameter"
 
@@ -157,7 +157,7 @@ def advised(c: Config, message: str) -> Config | None:
     found = refusal(message)
     if found is None or found.advice is None:
         return None
-    return replace(c, **(found.advice(c) if callable(found.advice) else found.advice))
+    return comparable(replace(c, **(found.advice(c) if callable(found.advice) else found.advice)))
 
 
 def kind_of(message: str) -> str:

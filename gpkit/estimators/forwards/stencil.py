@@ -15,10 +15,9 @@ from gpkit.autodiff.random import Source
 from gpkit.estimators.base import Begun, Estimator, Target, require_gradient, require_inputs
 
 # (offset, weight) for each evaluation: f' ≈ Σ weight f(x + offset h) / h.
-TAPS = {
-    2: ((-1, -1 / 2), (1, 1 / 2)),
-    4: ((-2, 1 / 12), (-1, -2 / 3), (1, 2 / 3), (2, -1 / 12)),
-}
+# By the number of points: offset k -> the weight of f(x + k h) - f(x - k h), which is 0 where f is
+# constant, whatever the rounding.
+TAPS = {2: {1: 1 / 2}, 4: {2: -1 / 12, 1: 2 / 3}}
 MOST = 1000  # evaluations
 
 
@@ -69,6 +68,11 @@ class stencil(Estimator):
         require_gradient(self, order)
         require_inputs(self, "l2", batched)
 
+    @property
+    def offsets(self) -> list[int]:
+        """The points k of f(x + k h), in the order in which they are evaluated."""
+        return [sign * k for k in TAPS[self.taps] for sign in (-1, 1)]
+
     def step_at(self, step: int) -> float:
         """Return h at an optimiser step, counted from 0."""
         return checks.number(
@@ -118,18 +122,18 @@ class stencil(Estimator):
         starts = [x.detach() if x.is_leaf else x for x in target.xs]
         rows = as_rows(widened(target.xs[i].detach()), True)
         for entry in range(rows.shape[1]):
-            total: Tensor | float = 0.0
-            for offset, weight in TAPS[self.taps]:
-                first = (i, entry, offset) == (0, 0, TAPS[self.taps][0][0])
+            ys = {}
+            for offset in self.offsets:
+                first = (i, entry, offset) == (0, 0, self.offsets[0])
                 if first and isinstance(target.series, FirstTap):
                     y = target.y
                 else:
                     moved = [*starts]
                     moved[i] = moved_along(starts[i], entry, offset * h)
                     y = evaluate(*moved)
-                total = total + widened(y) * weight
-            assert isinstance(total, Tensor)
-            yield total / h
+                ys[offset] = widened(y)
+            parts = [(ys[k] - ys[-k]) * weight for k, weight in TAPS[self.taps].items()]
+            yield torch.stack(parts).sum(0) / h
 
     def begun(
         self,
@@ -141,7 +145,7 @@ class stencil(Estimator):
         metrics: tuple[Tensor, ...] | None,
     ) -> Begun:
         """Run the function at the first tap; the value at the points themselves is not needed."""
-        at = moved_along(xs[0], 0, TAPS[self.taps][0][0] * self.step_at(step)), *xs[1:]
+        at = moved_along(xs[0], 0, self.offsets[0] * self.step_at(step)), *xs[1:]
         scores = function(*at)
         return Begun(scores, [FirstTap()] * len(scores), at)
 
