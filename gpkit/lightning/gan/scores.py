@@ -220,7 +220,8 @@ def targets_on(critic: nn.Module, scores: Scores, penalty: Any, needs: Needs) ->
             again = partial(rescored, critic, scores, penalty, kind)
             known = reach(critic).known.facts
             if SAME not in known:
-                require_same(penalty.wrt.columns(y, len(x)), again(x))
+                repeated = again(x)  # in the critic's own dtype; the scores are in a wide one
+                require_same(penalty.wrt.columns(y, len(x)).to(repeated.dtype), repeated)
                 known.add(SAME)
         found += penalty.wrt.targets_of(y, (x,), penalty, again)
     return found

@@ -8,7 +8,7 @@ import torch
 from gan_by_hand import slope
 from gans import B, D, Witness, critic, data, generator, module, trainer
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import gpkit
 
@@ -114,6 +114,26 @@ def test_the_moved_pass_has_the_dropout_and_the_buffers_of_the_first(penalty):
     norms = made.latest_step.terms["approximate_r1" if "approx" in penalty.name else "r1"].norms
     bound = 2 * made.critic.layers[3].weight.detach().norm() * 2
     assert 0 < float(norms.detach().max()) < float(bound)
+
+
+def test_in_bfloat16_the_difference_is_of_its_scores():
+    """Under autocast, as by hand."""
+    C = critic().float()
+    before = copy.deepcopy(C)
+    made = module(generator().float(), C, penalty=gpkit.approximate_r1(7.0, SIGMA), critic_steps=9)
+    made.make_optimizer["critic"] = SGD
+    x = TensorDataset(data()[:][0].float())
+    trainer(limit_train_batches=1, max_epochs=1, precision="bf16-mixed").fit(made, DataLoader(x, B))
+    real, fake, *others = made.critic.seen
+    moved = next(z for z in others if not torch.equal(z, real))
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = [before(z).float() for z in (real, fake, moved)]
+    total = scores[1].mean() - scores[0].mean() + 7 * (scores[2] - scores[0]).square().mean()
+    grads = torch.autograd.grad(total, list(before.parameters()), allow_unused=True)
+    for p, q, g in zip(before.parameters(), made.critic.parameters(), grads, strict=True):
+        wanted = p if g is None else p - 0.1 * g
+        torch.testing.assert_close(q, wanted, rtol=0.02, atol=2e-3)
+        assert g is None or not g.any() or not torch.equal(p, q)
 
 
 class Half(Witness):
