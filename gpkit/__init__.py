@@ -23,11 +23,12 @@ and Hydra are loaded only if that module needs them.
 - Environments: Statistic.
 - Derivatives: derivative, directional_derivative, elementary, features, in_penalty,
   unsharded.
+- A loss with penalties as one graph: compile.
 - Lightning: GradientPenaltyCallback, GradientNormMonitor, PenalizedModule, GANModule.
 - Before training: check_penalty, diagnose, prepare.
 - The application: train, load, bench.
 
-``from gpkit import *`` does not import `sum`, which would shadow the builtin.
+``from gpkit import *`` does not import `sum` and `compile`, which would shadow the builtins.
 """
 
 from typing import TYPE_CHECKING
@@ -162,6 +163,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` has the same names 
     from gpkit.axes.wrt import Variables as Variables
     from gpkit.axes.wrt import inputs as inputs
     from gpkit.bench.measure import bench as bench
+    from gpkit.compiling.entry import compile as compile
     from gpkit.doctor.diagnose import diagnose as diagnose
     from gpkit.doctor.gradcheck.check_penalty import check_penalty as check_penalty
     from gpkit.doctor.prepare import prepare as prepare
@@ -226,6 +228,7 @@ else:
         "gpkit.bench.measure": "bench",
         "gpkit.doctor.diagnose": "diagnose",
         "gpkit.doctor.prepare": "prepare",
+        "gpkit.compiling.entry": "compile",
         "gpkit.autodiff.activations": "features",
         "gpkit.autodiff.derivatives": "derivative",
         "gpkit.autodiff.isolation": "in_penalty",

@@ -23,6 +23,7 @@ from gpkit.autodiff.distributed import require_dynamic_graph
 from gpkit.autodiff.known_gradient import Difference, known_gradient, node_of
 from gpkit.autodiff.numerics import root
 from gpkit.autodiff.random import Source, has_ranks
+from gpkit.autodiff.tracing.calls import TRACES
 from gpkit.axes.form import Form
 from gpkit.axes.given.sample_weight import weighted_mean, weighted_sum
 from gpkit.estimators.base import Estimator, Target
@@ -90,6 +91,8 @@ class Terms:
             loss: the loss.
             overwrite: whether a known gradient of the loss may be overwritten.
         """
+        if TRACES:  # the weight is a tensor
+            return loss + self.penalty
         total = torch.add(loss, self.reduced, alpha=self.weight)
         own = self.squared_norms.grad_fn
         difference: Difference | None = getattr(own, "difference", None)
@@ -200,7 +203,7 @@ def reduced(values: Tensor, how: str = "mean", weights: Tensor | None = None) ->
 
 def recording(train: bool) -> AbstractContextManager[Any]:
     """Return a context in which autograd records graphs, also under no_grad or inference mode."""
-    if train and not torch.is_inference_mode_enabled():
+    if TRACES or (train and not torch.is_inference_mode_enabled()):
         return nullcontext()
     modes = ExitStack()
     modes.enter_context(torch.inference_mode(False))

@@ -12,7 +12,8 @@ from gpkit import checks, formula
 from gpkit.autodiff import graph
 from gpkit.autodiff.activations import names
 from gpkit.autodiff.isolation import FORWARDS
-from gpkit.autodiff.random import Source, device_of
+from gpkit.autodiff.random import Source, device_of, source
+from gpkit.autodiff.tracing.calls import RECORDS, TRACES
 from gpkit.axes import scope as scopes
 from gpkit.axes.activation import activation, as_wrt
 from gpkit.axes.at import At, as_at
@@ -226,7 +227,8 @@ class GradientPenalty(Penalty):
                 penalty depends on no trained parameter.
         """
         train = torch.is_grad_enabled()
-        if id(f) in self.shortcuts.found and acts and train and scale is given is None:
+        short = acts and train and scale is given is None and not (TRACES or RECORDS)
+        if short and id(f) in self.shortcuts.found:
             terms = self.shortcuts.terms(self, f, args, real, fake, weight, seed)
             if terms is not None:
                 return terms
@@ -236,16 +238,16 @@ class GradientPenalty(Penalty):
         if named and self.wrt.batched and not isinstance(f, (Target, Targets)):
             f, (args, real, fake), given = by_name(f, (args, real, fake), given, self.wrt.keys)
         with formula.recording(train):
-            rng = torch.Generator(device_of(real, args, fake, f)).manual_seed(seed)
+            rng = source(seed, device_of(real, args, fake, f))
             targets, weights = self.targets(f, args, real, fake, rng, seed, acts, given), None
             if given is not None:
                 targets = given.on(targets, self)
             if given is not None or targets[0].weights is not None:
                 weights = weights_of(given, targets, self)
-            for target in targets:
+            for target in () if TRACES else targets:
                 target.step = self.evaluated_at
-            known = targets[0] in self.seen
-            observe = acts and train
+            known = bool(TRACES) or targets[0] in self.seen  # the eager step before has looked
+            observe = acts and train and not TRACES
             if not (known or self.estimator.first_order):
                 try:
                     for target in targets if targets[0].batched else targets[:1]:

@@ -44,7 +44,7 @@ HINTS = {
         "compiled",
         "a compiled net has no double backward: leave the net uncompiled; in a loss of your own "
         "that is compiled call torch.compiler.disable(penalty); or compile loss and penalty "
-        "together, PenalizedModule(compile=True)",
+        "together, gpkit.compile(loss)",
     ),
     "leaky_relu": (
         "piecewise-linear",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from gpkit import checks
 from gpkit.autodiff.distributed import tied
 from gpkit.autodiff.random import derived_seed, device_of, has_ranks, rank
+from gpkit.autodiff.tracing.calls import RECORDS, TRACES
 from gpkit.axes.given.given import any_given, as_given
 from gpkit.axes.weight import Schedule, as_weight
 from gpkit.effect import SeenNets
@@ -148,15 +150,16 @@ class Penalty:
     ) -> Terms | None:
         """Return the terms of the penalty, and count a step. Takes the arguments of a call.
 
-        For trainers: the terms hold the values to log and the penalty to add to the loss.
-
         Returns:
-            The terms, or None if the weight is zero or ``every`` skips the step.
+            The terms, with values to log; None if the weight is zero or ``every`` skips the step.
         """
-        given = as_given(given, self) if any_given(given) else {}
+        given = (as_given(given, self) if any_given(given) else {}) | {"scale": scale, "acts": True}
+        if compiling := TRACES or RECORDS:
+            return compiling[-1].act(
+                self, partial(self.evaluate, f, args, real, fake, **given), step
+            )
         if (weight := self._counted(step)) == 0:
             return None
-        given |= {"scale": scale, "acts": True}
         return self._observed(self.evaluate(f, args, real, fake, weight, self.next_seed(), **given))
 
     def act_with(self, evaluate: Callable[[float], Terms], step: int | None = None) -> Terms | None:
@@ -285,8 +288,7 @@ class Penalty:
             parameters: the trained parameters.
         """
         if self._schedule is not None and torch.is_grad_enabled():
-            penalty = terms.penalty / self.every if self.every > 1 else terms.penalty
-            self._schedule.measure(loss, penalty, parameters, self.step - 1)
+            self._schedule.measure(loss, terms.penalty / self.every, parameters, self.step - 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain numbers.

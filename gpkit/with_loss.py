@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gpkit.autodiff.random import device_of
 from gpkit.autodiff.state import start_of
+from gpkit.autodiff.tracing.calls import TRACES
 from gpkit.axes.parameters import layers_for
 from gpkit.estimators.base import Recomputable
 from gpkit.estimators.window import summarised
@@ -59,7 +60,7 @@ def with_loss(
         for penalty in in_weights:
             total = total + penalty(closure, net, step=step)
         return total
-    state = start_of((closure, net), device_of(net))
+    state: Any = () if TRACES else start_of((closure, net), device_of(net))
     with layers_for(in_weights, net) as layers:
         given: Any = closure()
     y, selected = _loss(first, given), False

@@ -25,6 +25,7 @@ SHELL = [
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo
+@pytest.mark.usefixtures("graphs_alone")
 @pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.strip().splitlines()[-1][:30])
 def test_python_block_runs(block, capsys):
     exec(compile(block, "README.md", "exec"), {})

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from gpkit import checks
 from gpkit.autodiff.taylor.jets import is_jet
+from gpkit.autodiff.tracing.hooks import hooked
+from gpkit.autodiff.tracing.points import variable
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def captured(
         for name in wanted:
             assert module is not None
             hook = partial(_catch, name, caught, (moves or {}).get(name))
-            stack.callback(submodule(module, name).register_forward_hook(hook).remove)
+            stack.callback(hooked(submodule(module, name), hook).remove)
         yield caught
     for name in wanted:
         if name not in caught:
@@ -137,7 +139,7 @@ def _catch(
         caught[name] = output + move
         return caught[name]
     has_graph = output.requires_grad or is_jet(output)  # a jet has graphs in its coefficients
-    caught[name] = output if has_graph else output.detach().requires_grad_()
+    caught[name] = output if has_graph else variable(output)
     return caught[name].clone()
 
 

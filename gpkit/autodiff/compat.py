@@ -7,7 +7,6 @@ one, `tests/autodiff/test_torch_compat.py` fails with its name.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from operator import attrgetter
 from typing import Any
 
@@ -268,33 +267,6 @@ def uncompiled_name(name: str) -> str:
 def unscales_in_its_step(optimizer: Any) -> bool:
     """Whether an optimiser unscales gradients itself, as fused ones do. It has no public flag."""
     return getattr(optimizer, "_step_supports_amp_scaling", False)
-
-
-# Compiling.
-
-
-def traces_gradients() -> bool:
-    """Whether torch.compile can trace torch.autograd.grad, from torch 2.13 on.
-
-    There is no public way to ask, or to turn it on.
-
-    Returns:
-        Whether the option exists.
-    """
-    import torch._dynamo
-
-    return hasattr(torch._dynamo.config, "trace_autograd_ops")
-
-
-def tracing_gradients() -> AbstractContextManager[Any]:
-    """Return a context in which torch.compile traces gradients, and compiles up to 256 graphs.
-
-    The limit counts the graphs of all modules in the process, such as the runs of a sweep. It is
-    public in torch.compiler.config, but patching two configs at every step takes twice as long.
-    """
-    import torch._dynamo
-
-    return torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=256)
 
 
 # Operations on lists of tensors, by which torch's optimisers take one call instead of one a tensor.

@@ -178,10 +178,11 @@ class double_backward:
 
     Args:
         order: k, the order of the penalty.
+        recurrent: whether there may be a recurrent net.
     """
 
-    def __init__(self, order: int = 1) -> None:
-        self.order = order
+    def __init__(self, order: int = 1, *, recurrent: bool = True) -> None:
+        self.order, self.recurrent = order, recurrent
         self.others: ExitStack | None = None
 
     def __enter__(self) -> None:
@@ -194,7 +195,7 @@ class double_backward:
         self.math = MATH_ENABLED()
         if not self.math:
             ENABLE_MATH(True)
-        cudnn = torch.backends.cudnn.is_available()
+        cudnn = self.recurrent and torch.backends.cudnn.is_available()
         if self.order >= 2 or cudnn:
             self.others = ExitStack()
             if cudnn:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gpkit.autodiff.compat import children_of, parameters_of
+from gpkit.autodiff.tracing.calls import RECORDS, TRACES, Given
 
 
 def derived_seed(*parts: object) -> int:
@@ -66,6 +67,8 @@ META = (
 
 def first_parameter(module: nn.Module) -> Tensor | None:
     """Return a parameter of a module, or of the first of its children that has one, or None."""
+    if TRACES:
+        return next(module.parameters(), None)
     own = parameters_of(module)
     found = next((p for p in own.values() if p is not None), None) if own else None
     if found is not None:
@@ -74,61 +77,39 @@ def first_parameter(module: nn.Module) -> Tensor | None:
     return next((p for p in map(first_parameter, children) if p is not None), None)
 
 
-class SeededDraws:
-    """Random numbers from a seed in a tensor, so that a compiled graph works for every seed.
-
-    Args:
-        seed: a tensor with one integer.
-    """
-
-    def __init__(self, seed: Tensor) -> None:
-        self.seed = seed
-        self.count = 0
+Source = torch.Generator | Given
 
 
-Source = torch.Generator | SeededDraws
+def source(seed: int, device: torch.device) -> Source:
+    """Return the source of a penalty's random numbers; in a graph, those that were drawn for it."""
+    if TRACES:
+        return TRACES[-1].rng
+    return torch.Generator(device).manual_seed(seed)
 
 
 def normal(rng: Source, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return numbers from N(0, 1)."""
-    if isinstance(rng, torch.Generator):
-        return torch.randn(shape, generator=rng, device=device, dtype=dtype)
-    rng.count += 1
-    return _draw(rng.seed, rng.count, True, shape, device, dtype)
+    return _drawn(torch.randn, rng, shape, device, dtype)
 
 
 def uniform(rng: Source, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return numbers from U[0, 1)."""
-    if isinstance(rng, torch.Generator):
-        return torch.rand(shape, generator=rng, device=device, dtype=dtype)
-    rng.count += 1
-    return _draw(rng.seed, rng.count, False, shape, device, dtype)
+    return _drawn(torch.rand, rng, shape, device, dtype)
 
 
-@torch.library.custom_op("gpkit::draw", mutates_args=())
-def _draw(
-    seed: Tensor,
-    count: int,
-    is_normal: bool,
+def _drawn(
+    draw: Callable[..., Tensor],
+    rng: Source,
     shape: Sequence[int],
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return the ``count``-th draw. A custom op, because torch.compile cannot trace generators."""
-    rng = torch.Generator(device).manual_seed((int(seed) + count) % 2**63)
-    return (normal if is_normal else uniform)(rng, tuple(shape), device, dtype)
-
-
-@_draw.register_fake
-def _(
-    seed: Tensor,
-    count: int,
-    is_normal: bool,
-    shape: Sequence[int],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Tensor:
-    return torch.empty(tuple(shape), device=device, dtype=dtype)
+    if not isinstance(rng, torch.Generator):
+        return rng.next(shape)
+    numbers = draw(shape, generator=rng, device=device, dtype=dtype)
+    if RECORDS:
+        RECORDS[-1].drew(draw, numbers)
+    return numbers
 
 
 RandomState = tuple[Tensor, ...]  # of the CPU, then of the device if it has its own

@@ -108,7 +108,7 @@ def own_streams(found: Reach, seed: int | Start) -> Iterator[None]:
 
 @contextmanager
 def own_state(
-    found: Reach, start: Start | None = None, *, evaluating: bool = False
+    found: Reach, start: Start | None = None, *, evaluating: bool = False, meets: bool = True
 ) -> Iterator[None]:
     """Let modules write to copies of their buffers and attributes; put the originals back.
 
@@ -123,6 +123,7 @@ def own_state(
         found: the modules that the function refers to.
         start: what the copies are of; None is the present state.
         evaluating: whether the modules are put in eval mode meanwhile.
+        meets: whether it looks for other modules.
 
     Yields:
         Nothing.
@@ -157,7 +158,7 @@ def own_state(
             swap(owners, [(owner, own) for owner in owners if (own := own_attributes(owner))])
 
     hook = None
-    looks = NO_OTHERS not in found.known.facts or found.looks
+    looks = meets and (NO_OTHERS not in found.known.facts or found.looks)
     if looks and not any(map(is_compiled, found.family)):
         seen.update(found.family)
         hook = register_module_forward_pre_hook(meet)

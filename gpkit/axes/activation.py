@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gpkit import checks
 from gpkit.autodiff.activations import Named
+from gpkit.autodiff.tracing.calls import TRACES
 from gpkit.axes.at import Points
 from gpkit.axes.call import Call
 from gpkit.axes.wrt import Variables, inputs
@@ -31,7 +32,7 @@ class Inside(inputs):
         points = call.axes.at.choose(*self.samples(call), call.rng)
         if call.axes.at.detach:
             points = tuple(x.detach() for x in points)
-        return tuple(x.clone() if x.is_inference() else x for x in points)
+        return tuple(x.clone() if not TRACES and x.is_inference() else x for x in points)
 
     def chosen(self, xs: Points, caught: Mapping[str, Any]) -> Points:
         """Return h of each, which must have one row per sample.

@@ -13,6 +13,8 @@ from gpkit import checks
 from gpkit.autodiff import random
 from gpkit.autodiff.distributed import batch_std
 from gpkit.autodiff.random import Source
+from gpkit.autodiff.tracing.calls import TRACES
+from gpkit.autodiff.tracing.points import variable
 
 Points = tuple[Tensor, ...]  # one tensor [B, *S] for each input of the function
 
@@ -59,8 +61,10 @@ class At:
         """Return a point as a tensor that requires grad, cut off its graph if ``detach``."""
         require_floating(x)
         # An inference tensor cannot enter a graph; a copy made outside that mode can.
-        x = x.clone() if x.is_inference() else x
-        return x.detach().requires_grad_() if self.detach or not x.requires_grad else x
+        x = x.clone() if not TRACES and x.is_inference() else x
+        if x.requires_grad and not self.detach:
+            return x
+        return variable(x) if TRACES else x.detach().requires_grad_()
 
     def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
         """Return the points, before ``detach``: ``[B, *S]`` for each input of the function."""

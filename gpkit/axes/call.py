@@ -18,6 +18,8 @@ from gpkit.autodiff.isolation import double_backward, isolated, running
 from gpkit.autodiff.random import META, RandomState, Source
 from gpkit.autodiff.reached import Reach, reach, reached
 from gpkit.autodiff.state import Start, start_of
+from gpkit.autodiff.tracing.calls import RECORDS, TRACES
+from gpkit.autodiff.tracing.compat import buffers_apart
 from gpkit.axes.at import Points
 from gpkit.axes.form import Form
 from gpkit.axes.given.given import Given
@@ -101,12 +103,16 @@ class Call:
         Returns:
             The output to differentiate, and the activations that ``of`` and ``wrt`` name.
         """
+        if RECORDS:
+            RECORDS[-1].ran(self.reach.family)
         if isinstance(self.f, Recomputable):
             with self.forward(self.f.state, device):
                 return self.selected(self.f.function(*xs)), {}
         wanted = self.axes.named
         if not wanted:
             with self.forward(self.seed, device):
+                if TRACES:
+                    return self.selected(called(self.f, xs, self.batch)), {}
                 before = nodes_made()
                 y = self.selected(called(self.f, xs, self.batch))
                 self.made = self.made or Made(self.reach, nodes_made() - before)
@@ -124,6 +130,8 @@ class Call:
     ) -> AbstractContextManager[None]:
         """A context for a run of the function: without side effects, or as ``forward=``."""
         twice, how = not self.axes.estimator.first_order, self.axes.forward
+        if TRACES:
+            return nullcontext() if how == "training" else buffers_apart(TRACES[-1].call.modules)
         order = max(self.axes.order, 2 if self.axes.elementary else 1)
         if how == "training" and isinstance(seed, int):
             seed = self.seed = start_of(self.reach, device)  # the runs at other points repeat it
@@ -140,7 +148,7 @@ class Call:
         Returns:
             Whether to `prove` it.
         """
-        if self.axes.estimator.reuses_graph and not reruns:
+        if TRACES or (self.axes.estimator.reuses_graph and not reruns):
             return False
         return SAME not in self.reach.known.facts
 

@@ -140,9 +140,10 @@ class mixture(At):
     def weights(self, real: Points | None, fake: Points | None) -> Tensor | None:
         if not self.balanced:
             return None
-        sizes = torch.tensor(self.sizes(real, fake))
-        if (sizes == sizes[0]).all():
+        given = self.sizes(real, fake)
+        if len(set(given)) == 1:
             return None
+        sizes = torch.tensor(given)
         return (sizes.sum() / (len(sizes) * sizes.double())).repeat_interleave(sizes)
 
     def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:

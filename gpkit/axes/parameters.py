@@ -19,6 +19,7 @@ from gpkit.autodiff.layers.norms import applies
 from gpkit.autodiff.layers.recording import Recording, recorded_layers
 from gpkit.autodiff.random import has_ranks
 from gpkit.autodiff.sharding.gathering import require_whole
+from gpkit.autodiff.tracing.calls import noted
 from gpkit.axes.call import Axes, Call
 from gpkit.axes.given.sample_weight import of_entries, sample_weights, weighted_mean
 from gpkit.axes.mixtures import rows_of
@@ -118,7 +119,7 @@ class weights(Variables):
             return False
         if axes.scope == "batch":
             return bool(layers.calls)
-        return y.numel() > 0 and y.ndim > 0 and applies(layers, y, params)
+        return y.numel() > 0 and y.ndim > 0 and noted(partial(applies, layers, y, params))
 
     def targets_of(
         self,
@@ -181,6 +182,12 @@ class weights(Variables):
 
     def chosen(self, given: Any) -> tuple[Tensor, ...]:
         """Return the parameters that match the pattern and require grad."""
+        if self.match == "*":
+            return self.named(given)
+        return noted(partial(self.named, given))  # a graph cannot match names
+
+    def named(self, given: Any) -> tuple[Tensor, ...]:
+        """Return the same, looked up."""
         if isinstance(given, nn.Module):
             named = dict(given.named_parameters())
         elif self.match != "*":

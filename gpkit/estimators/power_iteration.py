@@ -11,6 +11,7 @@ from gpkit import checks
 from gpkit.autodiff.derivatives import as_rows, gradients, products
 from gpkit.autodiff.numerics import length_of, normalized, shaped, wide, widened
 from gpkit.autodiff.random import Source, normal
+from gpkit.autodiff.tracing.points import variable
 from gpkit.estimators.base import Estimator, Target
 
 
@@ -78,7 +79,7 @@ class power_iteration(Estimator):
     def iterate(self, y: Tensor, xs: tuple[Tensor, ...], u: Tensor, batched: bool) -> Tensor:
         """Return the left singular vectors ``[G, m]``, starting from ``u``."""
         u = normalized([u])[0].to(y.dtype)
-        free = u.clone().requires_grad_()
+        free = variable(u.clone())
         pulled = gradients((y * free).sum(), xs)  # Jᵀu as a function of u, linear in it
         basis, images = [], []  # orthonormal u_k, and J Jᵀ u_k / s²
         scale = y.new_zeros(())  # s ``[G, 1]``, against underflow and overflow

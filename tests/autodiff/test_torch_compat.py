@@ -18,6 +18,7 @@ import gpkit
 from gpkit.autodiff import compat, graph, isolation
 from gpkit.autodiff.taylor.directional import directional_derivative
 from gpkit.autodiff.taylor.jets import RULES, Jet
+from gpkit.autodiff.tracing import compat as tracing
 from gpkit.hints import HINTS
 from gpkit.lightning.monitor.groups import by_layer
 
@@ -198,18 +199,18 @@ def test_trees():
 def test_tracing_gradients():
     version = tuple(map(int, torch.__version__.split(".")[:2]))
     if version < (2, 13):
-        assert not compat.traces_gradients()
+        assert not tracing.traces_gradients()
         pytest.skip("this torch traces no gradient")
-    require(compat.traces_gradients(), "traces_gradients", "compile=True is refused")
+    require(tracing.traces_gradients(), "traces_gradients", "compile=True is refused")
     config = torch._dynamo.config
     before = config.trace_autograd_ops, config.recompile_limit
-    with compat.tracing_gradients():
-        assert (config.trace_autograd_ops, config.recompile_limit) == (True, 256)
+    with tracing.tracing_gradients():
+        assert (config.trace_autograd_ops, config.recompile_limit) == (True, 16)
     assert (config.trace_autograd_ops, config.recompile_limit) == before
 
 
 def test_a_torch_that_traces_no_gradient_is_refused(monkeypatch):
-    monkeypatch.setattr("gpkit.lightning.module.compiled.traces_gradients", lambda: False)
+    monkeypatch.setattr("gpkit.compiling.entry.traces_gradients", lambda: False)
     with pytest.raises(
         RuntimeError, match=r"needs a version of torch that can trace gradients.*compile=False"
     ):

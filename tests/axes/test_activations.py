@@ -249,9 +249,6 @@ def test_refusals(net, x):
         gpkit.GradientPenalty()(net, x, net)
     with pytest.raises(RuntimeError, match="not depend on the activation: is the submodule's out"):
         gpkit.GradientPenalty(wrt=gpkit.activation("0"))(Sidestep(), torch.ones(B, 2))
-    penalty = gpkit.GradientPenalty(of=gpkit.activation("encoder.1"))
-    with pytest.raises(ValueError, match="'penalty', which names an activation"):
-        gpkit.PenalizedModule(net, nn.CrossEntropyLoss(), penalty, compile=True)
 
 
 class Sidestep(nn.Sequential):

@@ -323,7 +323,18 @@ def test_rescaled_refuses_a_state():
         gpkit.rescaled(gpkit.target_norm(1.0))
 
 
-def test_compile_refuses_to_measure_gradients():
-    penalty = gpkit.weight_grad_norm(weight=gpkit.gradient_share(0.1))
-    with pytest.raises(ValueError, match="'weight_grad_norm', which has a weight that measures"):
-        gpkit.PenalizedModule(nn.Linear(2, 2), nn.CrossEntropyLoss(), penalty, compile=True)
+@pytest.mark.compiler
+@pytest.mark.usefixtures("graphs_alone")
+def test_a_weight_measures_gradients_of_a_compiled_loss_as_of_an_eager_one():
+    x, y = torch.rand(8, 2), torch.randint(2, (8,))
+    weights = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2))
+        penalty = gpkit.weight_grad_norm(weight=gpkit.gradient_share(0.1))
+        module = gpkit.PenalizedModule(net, nn.CrossEntropyLoss(), penalty, compile=compile)
+        for _ in range(4):
+            module.penalized_loss((x, y)).backward()
+        weights.append(penalty.weight_at(4))
+    assert weights[1] == pytest.approx(weights[0], rel=1e-5)
+    assert weights[0] != 1.0

@@ -281,9 +281,3 @@ def test_refusals():
     twice = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
     twice.append(twice[0]).double()
     refuse(ValueError, "must run once; it ran 2 times", lambda: gpkit.features(twice, x))
-    module = gpkit.PenalizedModule
-    refuse(
-        ValueError,
-        "does not support 'irm', which compares environments",
-        lambda: module(net, nn.CrossEntropyLoss(), irm, compile=True),
-    )

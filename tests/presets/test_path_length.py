@@ -347,12 +347,6 @@ def test_is_a_value():
         (lambda: gpkit.running_average(use="new"), r"`running_average\(use=...\)` must be one of"),
         (lambda: gpkit.running_average(0.5, "a"), r"`running_average\(value=...\)` must be a numb"),
         (lambda: gpkit.path_length(order=2), r"the l2 norm of a first derivative; got order=2"),
-        (
-            lambda: gpkit.PenalizedModule(
-                nn.Linear(2, 2), nn.MSELoss(), gpkit.path_length(), compile=True
-            ),
-            "`compile=True` does not support 'path_length', which has a running average",
-        ),
     ],
 )
 def test_refusals(make, said):

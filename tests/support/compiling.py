@@ -3,6 +3,9 @@
 import shutil
 
 import pytest
+import torch
+
+import gpkit
 
 needs_compiler = pytest.mark.skipif(
     not shutil.which("g++"), reason="torch.compile needs a compiler"
@@ -33,3 +36,30 @@ class Graphs:
             return graph(*args)
 
         return run
+
+
+class Trained:
+    """What a few steps leave behind."""
+
+    def __init__(self, step, net, penalties, losses, grads):
+        self.step, self.losses, self.grads = step, losses, grads
+        self.state = list(net.state_dict().values())
+        self.rng = torch.get_rng_state()
+        self.penalties = [penalty.state_dict() for penalty in penalties]
+
+
+def trained(net, make_loss, batches, compile):
+    """Take steps of SGD, compiled or not, and return what they leave behind."""
+    loss, penalties = make_loss(net)
+    step = gpkit.compile(loss, measure=False) if compile else loss
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    losses, grads = [], []
+    torch.manual_seed(1)
+    for batch in batches:
+        optimizer.zero_grad()
+        value = step(*batch)
+        value.backward()
+        losses.append(value.detach())
+        grads += [p.grad.clone() for p in net.parameters() if p.grad is not None]
+        optimizer.step()
+    return Trained(step, net, penalties, losses, grads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from gpkit.autodiff.derivatives import gradients_at, squared_length
 from gpkit.autodiff.layers.gram import gram_is_cheaper, gram_product
 from gpkit.autodiff.layers.recording import LayerCall, Recording
 from gpkit.autodiff.layers.rules import positions
+from gpkit.autodiff.tracing.calls import noted
 
 
 def may_be_wide(layer: nn.Module) -> bool:
@@ -39,7 +41,8 @@ def batch_norm(loss: Tensor, parameters: Sequence[Tensor], recording: Recording)
     Returns:
         n² ``[1]``, differentiable, in float32 or better.
     """
-    calls = _wide_calls(loss, parameters, recording)
+    wide = noted(partial(_wide_calls, loss, parameters, recording))
+    calls = [recording.calls[i] for i in wide]
     covered = {id(call.layer.weight) for call in calls}
     others = [p for p in parameters if id(p) not in covered]
     grads = gradients_at(loss, [*(call.z for call in calls), *others])
@@ -53,10 +56,8 @@ def batch_norm(loss: Tensor, parameters: Sequence[Tensor], recording: Recording)
     return total
 
 
-def _wide_calls(
-    loss: Tensor, parameters: Sequence[Tensor], recording: Recording
-) -> list[LayerCall]:
-    """Return the calls of linear layers in which Gram matrices are right, and pay."""
+def _wide_calls(loss: Tensor, parameters: Sequence[Tensor], recording: Recording) -> list[int]:
+    """Return the places of the calls of linear layers in which Gram matrices are right, and pay."""
     if torch.is_autocast_enabled(loss.device.type):
         return []  # the products of the forward pass are in half precision, these would not be
     wanted = {id(p) for p in parameters}
@@ -67,7 +68,8 @@ def _wide_calls(
     recorded = Counter(id(c.layer.weight) for c in calls)
     used = graph.uses(loss)
     # A layer that runs twice has products between its calls as well: its gradient is cheaper.
-    return [c for c in calls if recorded[id(c.layer.weight)] == used[id(c.layer.weight)] == 1]
+    chosen = [c for c in calls if recorded[id(c.layer.weight)] == used[id(c.layer.weight)] == 1]
+    return [i for i, call in enumerate(recording.calls) if call in chosen]
 
 
 def _pays(call: LayerCall) -> bool:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from gpkit.autodiff.compat import write_count
+from gpkit.autodiff.tracing.calls import TRACES
+from gpkit.autodiff.tracing.hooks import hooked
 
 
 @dataclass(eq=False)
@@ -20,19 +22,20 @@ class LayerCall:
         layer: the module.
         a: its input.
         z: the edge of its output in the graph. An in-place operation on the output, such as
-            ``ReLU(inplace=True)``, does not change it.
+            ``ReLU(inplace=True)``, does not change it. In a compiled loss the output itself, and
+            the net goes on with a copy.
         version: the number of in-place writes to ``a`` before the call.
     """
 
     layer: Any
     a: Tensor
-    z: GradientEdge
+    z: GradientEdge | Tensor
     version: int
 
     @property
     def intact(self) -> bool:
         """Whether ``a`` still holds the values of the call."""
-        return write_count(self.a) == self.version
+        return bool(TRACES) or write_count(self.a) == self.version
 
 
 @dataclass(eq=False)
@@ -72,7 +75,7 @@ class recorded_layers:
     def __enter__(self) -> Recording:
         self.recording = Recording(self.net)
         self.hooks = [
-            module.register_forward_hook(self._record, with_kwargs=True)
+            hooked(module, self._record, with_kwargs=True)
             for module in self.net.modules()
             if any(p.requires_grad for p in module.parameters(recurse=False))
             and (self.only is None or self.only(module))
@@ -83,11 +86,15 @@ class recorded_layers:
         for hook in self.hooks:
             hook.remove()
 
-    def _record(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _record(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         given = [*args, *kwargs.values()]
         if len(given) != 1 or not all(isinstance(t, Tensor) for t in (*given, output)):
             self.recording.missing.append(type(layer).__name__)
         elif output.requires_grad:
             a = given[0]
+            if TRACES:  # the eager step has looked at what is written in place
+                self.recording.calls.append(LayerCall(layer, a, output, 0))
+                return output.clone()
             call = LayerCall(layer, a, get_gradient_edge(output), write_count(a))
             self.recording.calls.append(call)
+        return None

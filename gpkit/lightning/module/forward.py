@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gpkit.autodiff.activations import Named, features
 from gpkit.autodiff.layers.recording import Recording
 from gpkit.autodiff.state import Start
+from gpkit.autodiff.tracing.points import variable
 from gpkit.axes.given.sample_weight import has_steps, kept
 from gpkit.axes.parameters import layers_for
 from gpkit.estimators.base import Recomputable
@@ -42,7 +43,7 @@ class ForwardPass:
     x: Tensor
     output: Any
     loss: Tensor
-    losses: Tensor | None
+    losses: Tensor | None = None
     features: Tensor | None = None
     activations: Mapping[str, Tensor] = field(default_factory=dict)
     start: Start | None = None
@@ -126,11 +127,11 @@ class ForwardRunner:
         runner = self
         if self.names and self.batch is not None:
             found = self.batch.entries(self.names).items()
-            entries = {name: entry.detach().requires_grad_(graph_in_x) for name, entry in found}
+            entries = {name: variable(e) if graph_in_x else e.detach() for name, e in found}
             batch = self.batch.at(entries)
             runner, x = replace(self, batch=batch), batch.x
         if graph_in_x and x.is_floating_point() and not any(x is e for e in entries.values()):
-            x = x.detach().requires_grad_()
+            x = variable(x)
         return runner.passed(x, y, entries, per_sample=per_sample)
 
     def passed(

@@ -5,24 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpkit import checks
 from gpkit.autodiff.activations import captured
 from gpkit.autodiff.isolation import double_backward, isolated
-from gpkit.autodiff.norm_layers import elementary
 from gpkit.autodiff.state import start_of
+from gpkit.autodiff.tracing.compat import keeping_buffers
+from gpkit.compiling.entry import compiled
 from gpkit.estimators.window import summarised
 from gpkit.formula import Terms
 from gpkit.lightning.batches import Batch, Keys, entries, unpack
 from gpkit.lightning.compat import logs_now, scale_of, scaler_of, trainer_of
-from gpkit.lightning.module.compiled import CompiledLoss, terms_of
 from gpkit.lightning.module.forward import ForwardPass, ForwardRunner, require_fit
 from gpkit.lightning.module.metrics import as_metrics, prediction
 from gpkit.lightning.norms import input_norms, weight_norm
@@ -79,8 +77,8 @@ class PenalizedModule(pl.LightningModule):
         gradient_norms: whether to log gradient norms of the loss, which take backward passes.
         histogram_every_n_epochs: the epochs 0, n, 2n, ... have histograms; 0 means that none has.
         compile: whether to compile the loss and its penalties as one graph, from the second step
-            on; the first checks that each penalty acts. It takes tens of seconds, so it pays for
-            long runs. Penalties must be in the weights, or in the inputs at the data.
+            on, see `gpkit.compile`. It takes tens of seconds, so it pays for long runs. What cannot
+            be compiled, or is slower, runs as it is: a warning or a line of the log says why.
         inputs: the entries of a batch that are the net's inputs: names, passed by keyword, or
             positions. None is all but the target and what a penalty has in ``given=``. Penalties
             "in the input" are in the first that is a floating-point tensor, and those with
@@ -89,8 +87,8 @@ class PenalizedModule(pl.LightningModule):
 
     Raises:
         TypeError: if an argument has the wrong type.
-        ValueError: if two penalties have the same name, ``histogram_every_n_epochs`` is negative,
-            or with ``compile=True`` a penalty cannot be compiled.
+        ValueError: if two penalties have the same name, or ``histogram_every_n_epochs`` is
+            negative.
         RuntimeError: if this version of torch cannot compile gradients.
 
     >>> import gpkit, torch
@@ -136,11 +134,8 @@ class PenalizedModule(pl.LightningModule):
         self.histograms = Histograms(
             checks.integer("histogram_every_n_epochs=...", histogram_every_n_epochs, 0)
         )
-        self._compiled = (
-            CompiledLoss(self._differentiated, self.penalties, net) if compile else None
-        )
+        self.compiled_loss = compiled(self._computed, self.penalties) if compile else None
         self.inputs, self.target = inputs, target
-        self._first = True
         self.latest_step = LatestStep({}, {})
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -209,17 +204,23 @@ class PenalizedModule(pl.LightningModule):
 
     def _total(self, batch: Any, *, log_norms: bool) -> tuple[Tensor, ForwardPass, AllTerms]:
         """Return the total loss, the forward pass, and the terms of the penalties."""
-        read, needs = self._read(batch), self.needs
-        compiled = self._compiled is not None and not self._first and torch.is_grad_enabled()
-        self._first = False
-        if compiled:
-            forward, terms = self._act_compiled(read, needs, log_norms=log_norms)
+        read, needs, compiled = self._read(batch), self.needs, self.compiled_loss
+        given = {name: entries(own.given, batch) for name, own in needs.items() if own.given}
+        options: dict[str, Any] = {"scale": scale_of(scaler_of(trainer_of(self)), read.x.device)}
+        step = self._optimizer_step()
+        if compiled is None or compiled.obstacle or not torch.is_grad_enabled():
+            options["step"] = step
+            forward, terms = self._act(read, needs, given, options, log_norms=log_norms)
         else:
-            given = {name: entries(own.given, batch) for name, own in needs.items() if own.given}
-            forward, terms = self._act(read, needs, given, log_norms=log_norms)
-            if self._compiled is not None:
-                self._compiled.require_derivatives(forward.loss)
-        total = self.penalties.total(forward.loss, terms, self.net.parameters)
+            for penalty in self.penalties.values():
+                penalty.step = penalty.step if step is None else step
+            loss, reduced = compiled(read, given, options)
+            forward = self._with_norms(read, loss) if log_norms else ForwardPass(read.x, None, loss)
+            named = zip(self.penalties, compiled.terms, strict=True)
+            terms = {n: own and replace(own, reduced=reduced[n]) for n, own in named}
+        several = compiled is not None and any(own.measures for own in needs.values())
+        with keeping_buffers() if several else nullcontext():
+            total = self.penalties.total(forward.loss, terms, self.net.parameters)
         assert total is not None
         return total, forward, terms
 
@@ -228,7 +229,13 @@ class PenalizedModule(pl.LightningModule):
         return unpack(batch, self.net, self.inputs, self.target, keys)
 
     def _act(
-        self, batch: Batch, needs: dict[str, Needs], given: dict[str, Any], *, log_norms: bool
+        self,
+        batch: Batch,
+        needs: dict[str, Needs],
+        given: dict[str, Any],
+        options: dict[str, Any],
+        *,
+        log_norms: bool = False,
     ) -> tuple[ForwardPass, AllTerms]:
         """Run the training forward, and evaluate each penalty on it."""
         x, y, env = batch.x, batch.y, batch.environments()
@@ -237,7 +244,7 @@ class PenalizedModule(pl.LightningModule):
         alone = len(every) == 1 and every[0].loss_at_two_points and not every[0].pooled
         alone = alone and not (log_norms or every[0].measures) and torch.is_grad_enabled()
         start = start_of((self.net, self.loss), x.device) if alone else None
-        order = max((n.order for n in every), default=0)
+        order = max([0, *[n.order for n in every]])
         with double_backward(order) if order else nullcontext():
             with captured(self.net, dict.fromkeys(named)) as activations:
                 forward = runner(
@@ -247,50 +254,26 @@ class PenalizedModule(pl.LightningModule):
                     per_sample=log_norms or any(n.sample_losses for n in every),
                 )
             forward = replace(forward, activations=activations, start=start)
-            scale = scale_of(scaler_of(trainer_of(self)), x.device)
             if alone:  # one backward pass gives the gradient of the loss to both
-                forward = replace(forward, loss=summarised(forward.loss, scale))
-            options = {"step": self._optimizer_step(), "scale": scale}
+                forward = replace(forward, loss=summarised(forward.loss, options["scale"]))
             terms = {
                 name: runner.act(p, needs[name], forward, y, env, **options, **given.get(name, {}))
                 for name, p in self.penalties.items()
             }
         return forward, terms
 
-    def _act_compiled(
-        self, batch: Batch, needs: dict[str, Needs], *, log_norms: bool
-    ) -> tuple[ForwardPass, AllTerms]:
-        """Do the same as `_act` in one compiled graph."""
-        assert self._compiled is not None
-        if not batch.alone:
-            raise ValueError("`compile=True` takes a net with one input: leave compile=False")
-        x, y = batch.x, batch.y
-        step = self._optimizer_step()
-        acting = [n for n, p in self.penalties.items() if p.acts_at(step)]
-        seeds = {n: torch.tensor(self.penalties[n].next_seed()) for n in acting}
-        if any(needs[n].input_graph for n in acting):
-            x = x.detach().requires_grad_()
-        # Not double_backward(): it registers a new hook at every step, which compiles a new graph.
-        order = max((n.order for n in needs.values()), default=0)
-        with sdpa_kernel(SDPBackend.MATH), elementary() if order > 1 else nullcontext():
-            scale = scale_of(scaler_of(trainer_of(self)), x.device)
-            loss, parts = self._compiled(x, y, seeds, scale)
-        terms = {
-            name: p.act_with(partial(terms_of, parts.get(name)), step)
-            for name, p in self.penalties.items()
-        }
-        forward = ForwardPass(x, None, loss, None)
-        if log_norms:  # a compiled graph allows one backward, so the norms need their own forward
-            with isolated(self.net, 0, x.device):
-                again = self._runner(needs)(x, y, graph_in_x=True, per_sample=True)
-            forward = replace(again, loss=loss)
-        return forward, terms
+    def _computed(
+        self, batch: Batch, given: dict[str, Any], options: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """Return the loss, and the value of each penalty without its weight: what is compiled."""
+        forward, terms = self._act(batch, self.needs, given, options)
+        return forward.loss, {n: None if own is None else own.reduced for n, own in terms.items()}
 
-    def _differentiated(self, x: Tensor, y: Any) -> tuple[dict[str, Tensor], Tensor]:
-        """Return what each penalty differentiates, by name, and the loss: what is compiled."""
-        runner = replace(self._runner(self.needs), layers=())  # a graph holds no hooks
-        forward = runner(x, y, graph_in_x=False, per_sample=True)
-        return {name: forward.differentiated(own) for name, own in self.needs.items()}, forward.loss
+    def _with_norms(self, batch: Batch, loss: Tensor) -> ForwardPass:
+        """Return a forward pass for gradient norms: a compiled graph allows one backward pass."""
+        with isolated(self.net, 0, batch.x.device):
+            again = self._runner({}, batch)(batch.x, batch.y, graph_in_x=True, per_sample=True)
+        return replace(again, loss=loss)
 
     def _runner(self, needs: dict[str, Needs], batch: Batch | None = None) -> ForwardRunner:
         features = any(own.features for own in needs.values())

@@ -1,7 +1,5 @@
 """PenalizedModule under a gradient scaler: the gradient inside of a penalty is scaled too."""
 
-from functools import partial
-
 import by_hand
 import matrix
 import nets
@@ -48,10 +46,11 @@ def fit(penalty, loss, **options):
     return list(module.parameters())
 
 
+@pytest.mark.compiler
+@pytest.mark.usefixtures("graphs_alone")
 @pytest.mark.parametrize("build", [gpkit.weight_grad_norm, gpkit.input_grad_norm])
-def test_a_compiled_loss_is_scaled_as_the_eager_one(build, monkeypatch):
+def test_a_compiled_loss_is_scaled_as_the_eager_one(build):
     """On every step: at this size of the loss an unscaled gradient is zero in float16."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
     def loss(output, y):
         return 0.1 * TINY * F.cross_entropy(output, y, reduction="none")

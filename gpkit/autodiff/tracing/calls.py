@@ -1,0 +1,229 @@
+"""The calls of penalties in a loss: recorded in an eager step, and repeated in a compiled one.
+
+A graph holds no counters, no seeds and no schedules. They stay outside: a compiled step is given
+the weight and the random numbers of each call, and returns what the penalty observes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpkit.autodiff.compat import buffers_of
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Random numbers that a penalty has drawn.
+
+    Args:
+        draw: `torch.randn` or `torch.rand`.
+        shape: of the numbers.
+        device: of the numbers.
+        dtype: of the numbers.
+    """
+
+    draw: Callable[..., Tensor]
+    shape: tuple[int, ...]
+    device: torch.device
+    dtype: torch.dtype
+
+    def anew(self, rng: torch.Generator) -> Tensor:
+        """Draw as many numbers again."""
+        return self.draw(self.shape, generator=rng, device=self.device, dtype=self.dtype)
+
+
+@dataclass(eq=False)
+class PenaltyCall:
+    """One call of a penalty.
+
+    Args:
+        penalty: that is called.
+        weight: λ at this step; zero if the penalty does not act.
+        numbers: the random numbers that it drew.
+        drawn: how it drew them, with the device of the generator.
+        modules: those that its own forward pass reaches, with the names of their buffers.
+        facts: what it found out, and a graph cannot, see `noted`.
+        terms: of the call, without graphs; None if the penalty does not act.
+    """
+
+    penalty: Any
+    weight: float
+    numbers: list[Tensor] = field(default_factory=list)
+    drawn: list[Drawn] = field(default_factory=list)
+    modules: list[tuple[nn.Module, tuple[str, ...]]] = field(default_factory=list)
+    facts: list[Any] = field(default_factory=list)
+    terms: Any = None
+
+    @property
+    def acts(self) -> bool:
+        """Whether the penalty acts."""
+        return self.weight != 0
+
+
+class Record:
+    """The calls of penalties in one eager step.
+
+    Attributes:
+        calls: of the penalties.
+        hooks: the modules that were hooked.
+        obstacle: why the step cannot be compiled; None if nothing is known.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[PenaltyCall] = []
+        self.hooks: list[nn.Module] = []
+        self.obstacle: str | None = None
+
+    def __enter__(self) -> Record:
+        RECORDS.append(self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        RECORDS.pop()
+
+    def act(self, penalty: Any, evaluate: Callable[..., Any], step: int | None) -> Any:
+        """Return the terms of a call, and record it."""
+        weight = penalty.weight_at(penalty.step if step is None else step)
+        call = PenaltyCall(penalty, weight)
+        self.calls.append(call)
+        if step is not None:
+            self.stops(f"{penalty.name!r} is called with step=: leave it out, it counts its calls")
+        terms = penalty.act_with(lambda w: evaluate(w, penalty.next_seed()), step)
+        call.terms = terms and terms.detached()
+        return terms
+
+    def drew(self, draw: Callable[..., Tensor], numbers: Tensor) -> None:
+        """Record random numbers."""
+        if self.calls:
+            own = self.calls[-1]
+            own.numbers.append(numbers)
+            own.drawn.append(Drawn(draw, tuple(numbers.shape), numbers.device, numbers.dtype))
+
+    def ran(self, family: Iterable[nn.Module]) -> None:
+        """Record the modules that a penalty's own forward pass reaches."""
+        if self.calls:
+            with_buffers = [(m, tuple(b)) for m in family if (b := buffers_of(m))]
+            known = self.calls[-1].modules
+            known += [pair for pair in with_buffers if not any(pair[0] is m for m, _ in known)]
+
+    def hooked(self, module: nn.Module) -> None:
+        """Record a module that a penalty hooks, or what runs the forward pass for it."""
+        if not any(module is known for known in self.hooks):
+            self.hooks.append(module)
+
+    def stops(self, obstacle: str) -> None:
+        """Record why the step cannot be compiled; the first reason counts."""
+        self.obstacle = self.obstacle or obstacle
+
+
+class Repeat(Record):
+    """The calls of an eager step once more, without counting a step or observing anything.
+
+    Args:
+        known: the calls.
+    """
+
+    def __init__(self, known: Sequence[PenaltyCall]) -> None:
+        super().__init__()
+        self.known = known
+
+    def act(self, penalty: Any, evaluate: Callable[..., Any], step: int | None) -> Any:
+        """Return the terms of a call with the weight that it had; None if it did not act."""
+        weight = self.known[len(self.calls)].weight
+        self.calls.append(PenaltyCall(penalty, weight))
+        return evaluate(weight, 0) if weight else None
+
+
+class Given:
+    """Random numbers that were drawn before: in a graph the source of a penalty's numbers.
+
+    Args:
+        numbers: in the order in which they are drawn.
+    """
+
+    def __init__(self, numbers: Sequence[Tensor]) -> None:
+        self.numbers = numbers
+        self.count = 0
+
+    def next(self, shape: Sequence[int]) -> Tensor:
+        """Return the next numbers.
+
+        Raises:
+            RuntimeError: if they have another shape.
+        """
+        found = self.numbers[self.count]
+        self.count += 1
+        if tuple(found.shape) != tuple(shape):
+            raise RuntimeError("a penalty draws other random numbers than in the eager step")
+        return found
+
+
+class Trace:
+    """The calls of penalties in a step that is being compiled.
+
+    Args:
+        calls: those of the eager step, in their order.
+        weights: λ of each call that acts, in float64 on the CPU.
+        numbers: the random numbers of each call that acts.
+        anchor: any tensor that requires grad, see `gpkit.autodiff.tracing.points.variable`.
+    """
+
+    def __init__(
+        self,
+        calls: Sequence[PenaltyCall],
+        weights: Tensor,
+        numbers: Sequence[Sequence[Tensor]],
+        anchor: Tensor,
+    ) -> None:
+        self.calls, self.weights, self.numbers, self.anchor = calls, weights, numbers, anchor
+        self.count = self.acted = 0
+        self.rng = Given(())
+        self.call, self.facts = calls[0], 0
+        self.observed: list[tuple[Tensor, ...]] = []
+        self.hooks: list[Any] = []
+
+    def act(self, penalty: Any, evaluate: Callable[[float, int], Any], step: int | None) -> Any:
+        """Return the terms of a call, with λ as a tensor; None if the penalty does not act.
+
+        Raises:
+            RuntimeError: if it is not the call of the eager step.
+        """
+        if self.count >= len(self.calls) or self.calls[self.count].penalty is not penalty:
+            raise RuntimeError("other penalties are called than in the eager step")
+        self.call = call = self.calls[self.count]
+        self.count += 1
+        self.facts = 0
+        if not call.acts:
+            return None
+        weight, self.rng = self.weights[self.acted], Given(self.numbers[self.acted])
+        self.acted += 1
+        terms = evaluate(1.0, 0)
+        terms.weight = weight.to(terms.reduced.dtype)
+        parts = terms.squared_norms, terms.values, terms.reduced
+        self.observed.append(tuple([part.detach() for part in parts]))
+        return terms
+
+
+RECORDS: list[Record] = []  # of the eager step that runs now
+TRACES: list[Trace] = []  # of the step that is compiled now
+
+
+def noted(find: Callable[[], Any]) -> Any:
+    """Return what a function finds out, or in a graph what it found out in the eager step.
+
+    Args:
+        find: cannot be traced, and finds the same at every step.
+    """
+    if TRACES:
+        trace = TRACES[-1]
+        trace.facts += 1
+        return trace.call.facts[trace.facts - 1]
+    found = find()
+    if RECORDS and RECORDS[-1].calls:
+        RECORDS[-1].calls[-1].facts.append(found)
+    return found

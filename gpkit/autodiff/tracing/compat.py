@@ -1,0 +1,90 @@
+"""What compiling takes of torch beside its public API, as ``autodiff/compat.py`` for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from torch import nn
+
+
+def traces_gradients() -> bool:
+    """Whether torch.compile can trace torch.autograd.grad, from torch 2.13 on.
+
+    There is no public way to ask, or to turn it on.
+
+    Returns:
+        Whether the option exists.
+    """
+    import torch._dynamo
+
+    return hasattr(torch._dynamo.config, "trace_autograd_ops")
+
+
+def tracing_gradients() -> AbstractContextManager[Any]:
+    """Return a context in which torch.compile traces gradients, and compiles up to 16 graphs.
+
+    The limit is for one function. It is public in torch.compiler.config, but patching two configs
+    at every step takes twice as long.
+    """
+    import torch._dynamo
+
+    return torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=16)
+
+
+def keeping_buffers() -> AbstractContextManager[Any]:
+    """Return a context in which a graph is compiled, and run, with several backward passes."""
+    import torch._functorch.config
+
+    return torch._functorch.config.patch(donated_buffer=False)
+
+
+@contextmanager
+def hooked_by(hook: Callable[..., Any], modules: Iterable[nn.Module]) -> Iterator[None]:
+    """A context in which modules have a forward hook ``(module, args, kwargs, output)``.
+
+    Its key is always the same, which ``register_forward_hook`` does not promise: for a new one the
+    graph would be compiled anew.
+
+    Args:
+        hook: returns the output, or another one.
+        modules: that are hooked.
+
+    Yields:
+        Nothing.
+    """
+    modules = list(modules)
+    for module in modules:
+        module._forward_hooks[KEY] = hook
+        module._forward_hooks_with_kwargs[KEY] = True
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module._forward_hooks[KEY]
+            del module._forward_hooks_with_kwargs[KEY]
+
+
+KEY = -1  # torch's own are not negative
+
+
+class buffers_apart:
+    """A context, in a graph, in which modules write to copies of their buffers.
+
+    Args:
+        modules: with the names of their buffers.
+    """
+
+    def __init__(self, modules: Iterable[tuple[nn.Module, tuple[str, ...]]]) -> None:
+        self.modules = modules
+
+    def __enter__(self) -> None:
+        self.kept = [(m, name, m._buffers[name]) for m, names in self.modules for name in names]
+        for module, name, buffer in self.kept:
+            if buffer is not None:
+                module._buffers[name] = buffer.clone()
+
+    def __exit__(self, *exception: object) -> None:
+        for module, name, buffer in self.kept:
+            module._buffers[name] = buffer

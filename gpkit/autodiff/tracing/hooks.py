@@ -1,0 +1,55 @@
+"""Forward hooks, also inside of a compiled graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from gpkit.autodiff.tracing.calls import RECORDS, TRACES
+
+Hook = Callable[..., Any]
+
+
+def hooked(module: nn.Module, hook: Hook, *, with_kwargs: bool = False) -> Any:
+    """Add a forward hook, and return a handle with a method ``remove``.
+
+    Args:
+        module: that is called.
+        hook: ``(module, args, output) -> output`` or None.
+        with_kwargs: whether the hook takes keyword arguments after ``args``.
+
+    Returns:
+        The handle.
+    """
+    if TRACES:
+        return InGraph(module, hook, with_kwargs)
+    if RECORDS:
+        RECORDS[-1].hooked(module)
+    return module.register_forward_hook(hook, with_kwargs=with_kwargs)
+
+
+class InGraph:
+    """A forward hook in a graph, where ``register_forward_hook`` cannot be traced.
+
+    Its module has `dispatch` as a hook, which is added outside of the graph.
+    """
+
+    def __init__(self, module: nn.Module, hook: Hook, with_kwargs: bool) -> None:
+        self.module, self.hook, self.with_kwargs = module, hook, with_kwargs
+        TRACES[-1].hooks.append(self)
+
+    def remove(self) -> None:
+        """Remove the hook."""
+        TRACES[-1].hooks.remove(self)
+
+
+def dispatch(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    """Call the hooks of a module that are in the graph."""
+    for own in TRACES[-1].hooks if TRACES else ():
+        if own.module is module:
+            given = (args, kwargs) if own.with_kwargs else (args,)
+            changed = own.hook(module, *given, output)
+            output = output if changed is None else changed
+    return output

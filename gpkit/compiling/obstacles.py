@@ -1,0 +1,82 @@
+"""Why a loss cannot be compiled: what is known before, and what torch says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpkit.autodiff import graph
+from gpkit.autodiff.compat import class_of
+from gpkit.autodiff.derivatives import MENDED, WRONG_TWICE
+from gpkit.autodiff.tracing.calls import PenaltyCall
+from gpkit.axes.average import running_average
+from gpkit.estimators.curvature_difference import curvature_difference
+from gpkit.estimators.finite_difference import finite_difference
+from gpkit.needs import needs_of
+
+HERE = str(Path(__file__).parents[1])
+TORCH = str(Path(torch.__file__).parent)
+HINTS = {
+    "requires_grad_() called on it": "give the penalty the function, penalty(net, x), or call "
+    "x.requires_grad_() before the step",
+}
+
+
+def of_modules(family: Iterable[nn.Module]) -> str | None:
+    """Return the recurrent net among modules, if there is one: torch.compile traces none."""
+    found = next((m for m in family if isinstance(m, nn.RNNBase)), None)
+    if found is None:
+        return None
+    return f"torch.compile does not trace recurrent nets, as nn.{type(found).__name__}"
+
+
+def of_graph(total: Tensor, calls: Iterable[PenaltyCall]) -> str | None:
+    """Return an operation whose second derivative gpkit can only mend outside of a graph."""
+    wrong = set(MENDED)
+    if not any(call.acts and needs_of(call.penalty).in_weights for call in calls):
+        wrong.discard(WRONG_TWICE)  # it is wrong in the weights alone
+    found = next((n.name() for n in graph.nodes(total) if class_of(n) in wrong), None)
+    return found and (
+        f"torch's second derivative of {found} is wrong, and gpkit can only replace it outside of "
+        "a compiled graph"
+    )
+
+
+def of_penalty(penalty: Any) -> str | None:
+    """Return why a penalty cannot be in a graph, after its name; None if it can, as is known."""
+    needs, axes = needs_of(penalty), penalty.axes()
+    estimator, said = axes.get("estimator"), None
+    if needs.on_jets:
+        said = "runs the net on Taylor series"
+    elif isinstance(estimator, (finite_difference, curvature_difference)):
+        said = (
+            f"takes differences, by {type(estimator).__name__}, which need no double backward: "
+            "torch.compile the net alone"
+        )
+    elif needs.pooled:
+        said = f"averages gradients first, by scope={axes['scope']!r}"
+    elif axes.get("forward") == "eval":
+        said = "runs the net in another mode, by forward='eval'"
+    elif isinstance(getattr(axes.get("form"), "center", None), running_average):
+        said = "has a running average"
+    return said
+
+
+def of_error(error: BaseException) -> str:
+    """Return what torch.compile said, in one line, with the line of the user's code."""
+    said = str(error)
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    first = lines[0] if lines else type(error).__name__
+    detail = next((s for s in lines if s.startswith("Developer debug context: ")), "")
+    detail = detail.removeprefix("Developer debug context: ")
+    frames = re.findall(r'File "([^"]+)", line (\d+)', said.partition("from user code")[2])
+    frames = [(f, n) for f, n in frames if not f.startswith((TORCH, HERE))] or frames
+    where = f", {Path(frames[-1][0]).name}:{frames[-1][1]}" if frames else ""
+    hint = next((f": {hint}" for words, hint in HINTS.items() if words in said), "")
+    detail = f" [{detail[:200]}]" if detail else ""
+    return f"torch.compile says: {first[:300]}{detail}{where}{hint}"

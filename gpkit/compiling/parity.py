@@ -1,0 +1,118 @@
+"""Is a compiled loss equal to the eager one, and is it faster?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpkit.autodiff import graph
+from gpkit.autodiff.compat import tree_leaves
+
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a loss, and its gradients.
+
+    Args:
+        values: the tensors of the result.
+        grads: of their sum, in each leaf; None where it does not reach.
+        seconds: how long it took.
+    """
+
+    values: list[Tensor]
+    grads: dict[Tensor, Tensor | None]
+    seconds: float
+
+
+def total_of(result: Any) -> Tensor | None:
+    """Return the sum of all that requires grad in a result; None if nothing does."""
+    parts = [t.sum() for t in tree_leaves(result) if isinstance(t, Tensor) and t.requires_grad]
+    return sum(parts[1:], parts[0]) if parts else None
+
+
+def outcome(
+    run: Callable[[], Any], leaves: Sequence[Tensor] | None, *, retain: bool = False
+) -> Outcome:
+    """Run a loss, and take its gradients, without a change of any ``.grad``.
+
+    Args:
+        run: returns the result.
+        leaves: of the gradients; None are those in the graph.
+        retain: whether the graph is needed again.
+
+    Returns:
+        The outcome.
+    """
+    synchronize()
+    start = time.perf_counter()
+    result = run()
+    total = total_of(result)
+    leaves = leaves_of(result) if leaves is None else leaves
+    grads: Sequence[Tensor | None] = []
+    if total is not None and leaves:
+        grads = torch.autograd.grad(total, leaves, retain_graph=retain, allow_unused=True)
+    synchronize()
+    values = [t.detach() for t in tree_leaves(result) if isinstance(t, Tensor)]
+    return Outcome(values, dict(zip(leaves, grads, strict=True)), time.perf_counter() - start)
+
+
+def leaves_of(result: Any) -> list[Tensor]:
+    """Return the leaves of a result that require grad."""
+    total = total_of(result)
+    return [] if total is None else graph.leaves(total)
+
+
+def synchronize() -> None:
+    """Wait until the accelerator has done all, if there is one."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def difference(eager: Outcome, compiled: Outcome) -> tuple[float, float]:
+    """Return the relative differences of the values and of the gradients, each over all entries."""
+    if len(eager.values) != len(compiled.values):
+        return float("inf"), float("inf")
+    # Points that a penalty makes are leaves of the eager graph alone.
+    shared = [x for x in eager.grads if isinstance(x, nn.Parameter) or x in compiled.grads]
+    pairs = [[run.grads.get(x) for run in (eager, compiled)] for x in shared]
+    filled = [
+        [torch.zeros_like(x) if g is None else g for g in pair]
+        for x, pair in zip(shared, pairs, strict=True)
+    ]
+    return relative(zip(eager.values, compiled.values, strict=True)), relative(filled)
+
+
+def relative(pairs: Any) -> float:
+    """Return ‖a - b‖ / ‖a‖ over all entries of pairs of tensors; NaN and infinity are equal."""
+    own = apart = 0.0
+    for a, b in pairs:
+        if a.shape != b.shape:
+            return float("inf")
+        a, b = a.detach().double(), b.detach().double()
+        same = (a == b) | (~a.isfinite() & ~b.isfinite())
+        own += float(torch.where(same & ~a.isfinite(), 0.0, a).square().sum())
+        apart += float(torch.where(same, 0.0, a - b).square().sum())
+    return (apart / own) ** 0.5 if own else apart**0.5
+
+
+def tolerance(outcome: Outcome) -> float:
+    """Return the relative difference that rounding explains: the root of the precision."""
+    dtypes = {t.dtype for t in (*outcome.values, *outcome.grads)}
+    for kind in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(kind):
+            dtypes.add(torch.get_autocast_dtype(kind))
+    floating = [torch.finfo(d).eps for d in dtypes if d.is_floating_point]
+    return max(floating, default=0.0) ** 0.5
+
+
+def faster(eager: Callable[[], Any], compiled: Callable[[], Any], leaves: Sequence[Tensor]) -> Any:
+    """Return the least times of both in seconds, (eager, compiled), of steps that take turns."""
+    pairs = [[outcome(f, leaves).seconds for f in (eager, compiled)] for _ in range(ROUNDS)]
+    return tuple(map(min, zip(*pairs, strict=True)))
