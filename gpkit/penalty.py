@@ -153,14 +153,12 @@ class Penalty:
         Returns:
             The terms, with values to log; None if the weight is zero or ``every`` skips the step.
         """
-        given = (as_given(given, self) if any_given(given) else {}) | {"scale": scale, "acts": True}
+        given = as_given(given, self) if any_given(given) else {}
+        run = partial(self.evaluate, f, args, real, fake, scale=scale, acts=True, **given)
         if compiling := TRACES or RECORDS:
-            return compiling[-1].act(
-                self, partial(self.evaluate, f, args, real, fake, **given), step
-            )
-        if (weight := self._counted(step)) == 0:
-            return None
-        return self._observed(self.evaluate(f, args, real, fake, weight, self.next_seed(), **given))
+            return compiling[-1].act(self, run, step)
+        weight = self._counted(step)
+        return self._observed(run(weight, self.next_seed())) if weight else None
 
     def act_with(self, evaluate: Callable[[float], Terms], step: int | None = None) -> Terms | None:
         """Return the terms that ``evaluate`` returns for the weight of a step, and count the step.
