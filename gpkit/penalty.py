@@ -154,7 +154,7 @@ class Penalty:
             The terms, with values to log; None if the weight is zero or ``every`` skips the step.
         """
         given = as_given(given, self) if any_given(given) else {}
-        run = partial(self.evaluate, f, args, real, fake, scale=scale, acts=True, **given)
+        run: Any = partial(self.evaluate, f, args, real, fake, scale=scale, acts=True, **given)
         if compiling := TRACES or RECORDS:
             return compiling[-1].act(self, run, step)
         weight = self._counted(step)
