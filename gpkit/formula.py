@@ -99,10 +99,14 @@ class Terms:
         _, grads = getattr(node_of(loss), "known", ((), ()))
         if difference is None or not difference.starts_at(grads):
             return total
-        if not graph.passes(self.reduced, own):  # the form has a graph of its own
+        alone = self.sample_weight is None and self.values.numel() == 1
+        if alone and self.values is self.squared_norms:
+            share = torch.full_like(self.reduced, self.weight)
+        elif graph.passes(self.reduced, own):
+            share = torch.autograd.grad(self.penalty, self.squared_norms)[0].sum()
+        else:  # the form has a graph of its own
             return total
-        (share,) = torch.autograd.grad(self.penalty, self.squared_norms)
-        grads = difference.added_to(grads, share.sum(), overwrite=overwrite)
+        grads = difference.added_to(grads, share, overwrite=overwrite)
         return known_gradient(total, difference.leaves, grads)
 
     def detached(self) -> Terms:

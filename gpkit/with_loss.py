@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gpkit.autodiff.random import device_of
+from gpkit.autodiff.reached import reach
 from gpkit.autodiff.state import start_of
 from gpkit.autodiff.tracing.calls import TRACES
 from gpkit.axes.parameters import layers_for
@@ -60,7 +61,8 @@ def with_loss(
         for penalty in in_weights:
             total = total + penalty(closure, net, step=step)
         return total
-    state: Any = () if TRACES else start_of((closure, net), device_of(net))
+    found = None if TRACES else reach((closure, net))
+    state: Any = () if found is None else start_of(found, device_of(net))
     with layers_for(in_weights, net) as layers:
         given: Any = closure()
     y, selected = _loss(first, given), False
@@ -70,7 +72,7 @@ def with_loss(
     total = y.reshape(()) if y.numel() == 1 else y.mean()
     for penalty in in_weights:
         plain = penalty.estimator.reuses_graph and layers is None
-        again = partial(Recomputable, function=closure, state=state, layers=layers)
+        again = partial(Recomputable, function=closure, state=state, layers=layers, reach=found)
         f = given if plain else again(given, selected=selected)
         terms = penalty.act(f, net, step=step)
         total = total if terms is None else terms.added_to(total, overwrite=True)

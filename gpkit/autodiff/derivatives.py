@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from gpkit import checks
 from gpkit.autodiff import graph
 from gpkit.autodiff.compat import LEAF, class_of, packs_saved, saved, saved_input
-from gpkit.autodiff.numerics import as_real, dense, widened
+from gpkit.autodiff.numerics import as_real, dense, widened, without_autocast
 from gpkit.autodiff.random import has_ranks
 from gpkit.autodiff.sharding.gathering import regathered
 from gpkit.hints import ExplainedError
@@ -188,7 +188,7 @@ def gradients_at(y: Tensor, edges: Sequence[Any]) -> tuple[Tensor | None, ...]:
     Raises:
         ExplainedError: if an operation has no derivative; the message says what to do.
     """
-    with torch.autocast(y.device.type, enabled=False):
+    with without_autocast(y):
         try:
             return torch.autograd.grad(y, edges, create_graph=True, allow_unused=True)
         except RuntimeError as error:
@@ -213,7 +213,7 @@ def first_gradients(
     """
     if not y.requires_grad:
         return (None,) * len(xs)
-    with torch.autocast(y.device.type, enabled=False):
+    with without_autocast(y):
         try:
             grads = torch.autograd.grad(y.sum(), xs, retain_graph=retain, allow_unused=True)
         except RuntimeError as error:
@@ -229,7 +229,7 @@ def products(
     grads: Sequence[Tensor | None] = [None] * len(xs)
     if pairs:
         ys, vs = zip(*pairs, strict=True)
-        with torch.autocast(ys[0].device.type, enabled=False):
+        with without_autocast(ys[0]):
             try:
                 grads = torch.autograd.grad(ys, xs, vs, retain_graph=True, allow_unused=True)
             except RuntimeError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,13 +63,14 @@ class Gates:
 
 
 @contextmanager
-def recorded(y: Tensor) -> Iterator[Gates]:
+def recorded(y: Tensor, nodes: Iterable[Any] | None = None) -> Iterator[Gates]:
     """Record the gates of a graph, which is differentiated within the block.
 
     If the gradient of ``y`` is known already, the gates are those that it carries.
 
     Args:
         y: the output at the first point.
+        nodes: of its graph, if they are known.
 
     Yields:
         The gates, complete at the end of the block.
@@ -83,7 +84,7 @@ def recorded(y: Tensor) -> Iterator[Gates]:
     >>> torch.autograd.grad(moved, x)[0]
     tensor([0., 1.])
     """
-    found = kinks(graph.nodes(y))
+    found = kinks(nodes or graph.nodes(y))
     carried = [node.gates for node in found if node.name() == CARRIER]
     gates = carried[0] if carried else Gates([node.name() for node in found])
     handles = []
@@ -122,7 +123,7 @@ def carry(y: Tensor, gates: Gates, known: Any = None) -> Tensor:
     return y
 
 
-def kinks(nodes: Iterator[Any]) -> list[Any]:
+def kinks(nodes: Iterable[Any]) -> list[Any]:
     """Return the nodes with gates: piecewise operations, or a known gradient that carries them."""
     found = []
     for node in nodes:

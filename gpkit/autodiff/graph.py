@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -45,22 +45,29 @@ class NormLayerError(FoundError):
 
 def nodes(tensor: Tensor) -> Iterator[Any]:
     """Yield each node of the graph of ``tensor`` once."""
-    stack, seen = [tensor.grad_fn], set()
+    stack: list[Any] = [tensor.grad_fn]
+    seen = {None}
     while stack:
         node = stack.pop()
-        if node is None or node in seen:
+        if node in seen:
             continue
         seen.add(node)
         yield node
-        stack.extend(parent for parent, _ in node.next_functions)
+        for parent, _ in node.next_functions:
+            stack.append(parent)
 
 
-def leaves(tensor: Tensor) -> list[Tensor]:
-    """Return the leaf tensors in the graph of ``tensor``; all of them require grad."""
+def leaves(tensor: Tensor, found: Iterable[Any] | None = None) -> list[Tensor]:
+    """Return the leaf tensors in the graph of ``tensor``; all of them require grad.
+
+    Args:
+        tensor: the output.
+        found: its nodes, if they are known.
+    """
     if tensor.grad_fn is None:
         return [tensor] if tensor.requires_grad else []
-    found = (getattr(node, compat.LEAF, None) for node in nodes(tensor))
-    return [leaf for leaf in found if leaf is not None]
+    every = [getattr(node, compat.LEAF, None) for node in found or nodes(tensor)]
+    return [leaf for leaf in every if leaf is not None]
 
 
 def uses(tensor: Tensor) -> Counter[int]:
@@ -224,11 +231,12 @@ def fingerprint(y: Tensor, xs: tuple[Tensor, ...]) -> Fingerprint:
     """
     kinds: set[Any] = set()
     leaves: dict[int, Tensor] = {}
+    given = set(map(id, xs))
     for node in nodes(y):
         leaf = getattr(node, compat.LEAF, None)
         if leaf is None:
             kinds.add(type(node))
-        elif not any(leaf is x for x in xs) or not leaf.is_leaf:
+        elif id(leaf) not in given or not leaf.is_leaf:
             leaves[id(leaf)] = leaf
     computing = frozenset(kind for kind in kinds if kind.__name__ != "ViewBackward0")
     key = computing, frozenset(leaves)

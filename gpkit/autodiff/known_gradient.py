@@ -57,8 +57,9 @@ def owns_memory(tensor: Tensor) -> bool:
     # On other devices kernels may rely on where weights lie, such as cuDNN's recurrent nets.
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu":
         return False
-    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
-    return whole and tensor.is_contiguous() and not tensor.is_shared()
+    memory = tensor.untyped_storage()
+    whole = memory.nbytes() == tensor.numel() * tensor.itemsize
+    return whole and tensor.is_contiguous() and not memory.is_shared()
 
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,13 @@ def wide(x: Tensor) -> torch.dtype:
 
 
 HALF = (torch.float16, torch.bfloat16)
+WIDE = (torch.float32, torch.float64)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Return a context without autocast on the device of x: entering one takes microseconds."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def reduce_rows(
@@ -198,7 +206,7 @@ def normalized(rows: Sequence[Tensor]) -> list[Tensor]:
 
 def widened(x: Tensor) -> Tensor:
     """Return ``x`` in float32 or better."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype in WIDE else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def per_pixel(row: Tensor, x: Tensor) -> Tensor:

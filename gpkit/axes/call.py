@@ -82,7 +82,8 @@ class Call:
     @cached_property
     def reach(self) -> Reach:
         """What the function reaches."""
-        return reach(self.function)
+        known = self.f.reach if isinstance(self.f, Recomputable) else None
+        return reach(self.function) if known is None else known
 
     @property
     def has_graph(self) -> bool:

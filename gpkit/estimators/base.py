@@ -14,6 +14,7 @@ from gpkit.autodiff.graph import Made, fingerprint_of
 from gpkit.autodiff.layers.recording import Recording
 from gpkit.autodiff.numerics import per_pixel, wide
 from gpkit.autodiff.random import RandomState, Source
+from gpkit.autodiff.reached import Reach
 from gpkit.autodiff.state import Start
 from gpkit.estimators.compared import Compared
 from gpkit.estimators.window import Window
@@ -160,6 +161,7 @@ class Recomputable:
         window: the micro-batches whose gradients are averaged with this one's.
         layers: the calls of the net's layers in the forward pass of ``value``.
         selected: whether ``value`` is what ``of`` selects, and not the result of ``function``.
+        reach: what the function reaches, if that is known.
     """
 
     value: Any
@@ -169,6 +171,7 @@ class Recomputable:
     window: Window | None = None
     layers: Recording | None = None
     selected: bool = False
+    reach: Reach | None = None
 
     @property
     def device(self) -> torch.device | None:

@@ -11,7 +11,14 @@ from gpkit.autodiff import graph
 from gpkit.autodiff.derivatives import as_rows, first_gradients, gradients
 from gpkit.autodiff.gates import Gates, carry, recorded
 from gpkit.autodiff.known_gradient import known_gradient
-from gpkit.autodiff.numerics import reduce_rows, root, steepest, wide, zeros_for_none
+from gpkit.autodiff.numerics import (
+    reduce_rows,
+    root,
+    steepest,
+    wide,
+    without_autocast,
+    zeros_for_none,
+)
 from gpkit.estimators.compared import Compared
 
 POOLED = ("accumulated", "global")  # scopes that average gradients over a window
@@ -169,8 +176,9 @@ def summarised(
     Returns:
         The loss, with the same value; its backward pass computes nothing.
     """
-    leaves = graph.leaves(loss)
-    with torch.autocast(loss.device.type, enabled=False), recorded(loss) as gates:
+    nodes = list(graph.nodes(loss))
+    leaves = graph.leaves(loss, nodes)
+    with without_autocast(loss), recorded(loss, nodes) as gates:
         y = loss.sum() if scale is None else loss.sum() * scale
         grads = torch.autograd.grad(y, leaves, retain_graph=retain)
     if scale is not None:

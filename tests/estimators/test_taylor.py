@@ -15,6 +15,7 @@ import gpkit
 import gpkit.autodiff.taylor.rules  # noqa: F401  registers them
 from gpkit.autodiff.taylor.directional import directional_derivative
 from gpkit.autodiff.taylor.jets import RULES
+from gpkit.autodiff.taylor.rules import PRODUCTS
 
 B = 3
 
@@ -188,11 +189,16 @@ def test_cost_is_polynomial_in_the_order(monkeypatch):
     def counted(func, a, b):
         return ruled(lambda p, q: products.append(p) or func(p, q), a, b)
 
+    def counted_layer(a, b):
+        products.append(a)
+        return torch.mm(a, b)
+
     monkeypatch.setitem(RULES, "mm", counted)
+    monkeypatch.setitem(PRODUCTS, "addmm", counted_layer)
     x = torch.randn(B, 4)
     for order in range(1, 9):
         directional_derivative(mlp(nn.Tanh()), x, x, order)
-        assert len(products) == 3 * (order + 1)  # a layer's weight is a constant
+        assert len(products) == 3 * order  # a layer's weight is a constant; a_0 takes the bias
         products.clear()
         directional_derivative(lambda x: x.sin() @ x.cos().T, x, x, order)
         assert len(products) == (order + 1) * (order + 2) / 2

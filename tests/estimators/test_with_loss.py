@@ -133,10 +133,12 @@ def test_a_module_takes_two_forwards_and_two_backwards_a_step():
     penalty = gpkit.weight_grad_norm(weight=0.3, estimator=fd(1e-4))
     module = gpkit.PenalizedModule(net, nn.MSELoss(), copy.deepcopy(penalty))
     forwards, backwards = [], []
-    module.penalized_loss((x, y))  # a new net is run once more: does it repeat?
-    net.load_state_dict(by_hand.state_dict())
     net[0].register_forward_hook(lambda *_: forwards.append(1))
     net[-1].register_full_backward_hook(lambda *_: backwards.append(1))
+    module.penalized_loss((x, y))  # a new net is run once more: does it repeat?
+    net.load_state_dict(by_hand.state_dict())
+    forwards.clear()
+    backwards.clear()
 
     torch.manual_seed(1)
     total = module.penalized_loss((x, y))

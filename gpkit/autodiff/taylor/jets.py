@@ -34,7 +34,9 @@ class Jet(Tensor):
     def __new__(cls, coefficients: Sequence[Tensor]) -> Jet:  # noqa: D102  see the class
         value = coefficients[0]
         jet = wrapper_tensor(cls, value)
-        jet.coefficients = [a.to(value.dtype) for a in coefficients]
+        jet.coefficients = [
+            a if a.dtype == value.dtype else a.to(value.dtype) for a in coefficients
+        ]
         return jet
 
     __torch_function__ = no_torch_function()

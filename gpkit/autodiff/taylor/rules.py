@@ -71,6 +71,11 @@ def pair(a: Any, b: Any) -> tuple[Series, Series]:
 @rule("add", "sub", "rsub")
 def add(func: Any, a: Any, b: Any, alpha: float = 1) -> Jet:
     """A sum; a constant is added to a_0 only, but broadcasts all coefficients."""
+    if is_jet(a) and not is_jet(b) and func.overloadpacket.__name__ != "rsub":
+        first, *others = a.coefficients
+        total = func(first, b, alpha=alpha)
+        if total.shape == first.shape:
+            return Jet([total, *others])
     xs, ys = pair(a, b)
     return Jet([func(x, y, alpha=alpha) for x, y in zip(xs, ys, strict=True)])
 
@@ -78,6 +83,8 @@ def add(func: Any, a: Any, b: Any, alpha: float = 1) -> Jet:
 @rule("mul")
 def mul(func: Any, a: Any, b: Any) -> Jet:
     """A product of two series, or of a series and a constant."""
+    if is_jet(a) and is_jet(b):
+        return Jet(series.product(a.coefficients, b.coefficients))
     return bilinear(func, a, b)
 
 
@@ -91,9 +98,17 @@ def bilinear(func: Any, a: Any, b: Any) -> Jet:
     return Jet([func(a, y) for y in b.coefficients])
 
 
-@rule("addmm", "baddbmm", "addmv")
+PRODUCTS = {"addmm": torch.mm, "baddbmm": torch.bmm, "addmv": torch.mv}
+
+
+@rule(*PRODUCTS)
 def addmm(func: Any, bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Any:
     """β bias + α a b."""
+    if is_jet(a) and not (is_jet(b) or is_jet(bias)):
+        first, *others = a.coefficients
+        times = [PRODUCTS[func.overloadpacket.__name__](x, b) for x in others]
+        times = times if alpha == 1 else [alpha * x for x in times]
+        return Jet([func(bias, first, b, beta=beta, alpha=alpha), *times])
     product = a @ b if alpha == 1 else alpha * (a @ b)
     return product + (bias if beta == 1 else beta * bias)
 

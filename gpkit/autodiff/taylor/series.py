@@ -19,9 +19,24 @@ from torch import Tensor
 Series = list[Any]  # of tensors, or of numbers
 
 
-def product(a: Series, b: Series, times: Callable[[Any, Any], Any] = torch.mul) -> Series:
+def product(a: Series, b: Series, times: Callable[[Any, Any], Any] | None = None) -> Series:
     """Return the coefficients of a·b; ``times`` is any bilinear map, such as a matrix product."""
+    if times is None:
+        return [dot(a[: n + 1], b[n::-1]) for n in range(len(a))]
     return [total(times(a[i], b[n - i]) for i in range(n + 1)) for n in range(len(a))]
+
+
+def dot(a: Series, b: Series, start: Any = None, sign: float = 1) -> Any:
+    """Return start ± Σ a_i b_i, in one operation for each term."""
+    out = start
+    for x, y in zip(a, b, strict=True):
+        if out is None:
+            out = x * y
+        elif isinstance(x, Tensor) and isinstance(y, Tensor) and isinstance(out, Tensor):
+            out = torch.addcmul(out, x, y, value=sign)
+        else:
+            out = out + sign * (x * y)
+    return out
 
 
 def total(terms: Any) -> Any:
@@ -41,10 +56,17 @@ def scaled(a: Series, factor: Any, shift: float = 0.0) -> Series:
 def integral(start: Tensor, slope: Callable[[Series], Any], a: Series) -> Series:
     """Solve y' = s a' with y_0 = start; ``slope`` returns s_m for y_0, ..., y_m."""
     y, s = [start], []
+    times = multiplied(a)
     for n in range(1, len(a)):
         s.append(slope(y))
-        y.append(total(i * a[i] * s[n - i] for i in range(1, n + 1)) / n)
+        change = dot(times[:n], s[::-1])
+        y.append(change if n == 1 else change / n)
     return y
+
+
+def multiplied(a: Series) -> Series:
+    """Return i·a_i for i = 1, ..., k: the coefficients of t a'."""
+    return [*a[1:2], *(i * a[i] for i in range(2, len(a)))]
 
 
 def known_slope(s: Series) -> Callable[[Series], Any]:
@@ -56,8 +78,7 @@ def quotient(a: Series, b: Series) -> Series:
     """Return the coefficients of a / b."""
     c: Series = []
     for n in range(len(a)):
-        rest = total([a[n], *(-(b[i] * c[n - i]) for i in range(1, n + 1))])
-        c.append(rest / b[0])
+        c.append(dot(b[1 : n + 1], c[::-1], a[n], -1) / b[0])
     return c
 
 
@@ -89,7 +110,7 @@ def power(a: Series, p: float) -> Series:
 
 def tanh(a: Series) -> Series:
     """Solve y' = (1 - y²) a'."""
-    return integral(a[0].tanh(), lambda y: float(len(y) == 1) - square_at_end(y), a)
+    return integral(a[0].tanh(), lambda y: 1 - y[0] * y[0] if len(y) == 1 else -square_at_end(y), a)
 
 
 def sigmoid(a: Series) -> Series:
@@ -98,17 +119,21 @@ def sigmoid(a: Series) -> Series:
 
 
 def square_at_end(y: Series) -> Any:
-    """Return coefficient m of y², for y_0, ..., y_m."""
-    return total(y[i] * y[-1 - i] for i in range(len(y)))
+    """Return coefficient m of y², for y_0, ..., y_m: twice the products of unlike ones."""
+    half = len(y) // 2
+    twice = dot(y[:half], y[::-1][:half]) if half else None
+    if twice is None or len(y) % 2 == 0:
+        return y[0] * y[0] if twice is None else 2 * twice
+    return dot([y[half]], [y[half]], 2 * twice)
 
 
 def sine_and_cosine(a: Series) -> tuple[Series, Series]:
     """Solve s' = c a', c' = -s a'."""
     s, c = [a[0].sin()], [a[0].cos()]
+    times = multiplied(a)
     for n in range(1, len(a)):
-        pairs = range(1, n + 1)
-        s_n = total(i * a[i] * c[n - i] for i in pairs) / n
-        c.append(-total(i * a[i] * s[n - i] for i in pairs) / n)
+        s_n = dot(times[:n], c[::-1]) / n
+        c.append(dot(times[:n], s[::-1]) / -n)
         s.append(s_n)
     return s, c
 
