@@ -98,7 +98,7 @@ def bilinear(func: Any, a: Any, b: Any) -> Jet:
     return Jet([func(a, y) for y in b.coefficients])
 
 
-PRODUCTS = {"addmm": torch.mm, "baddbmm": torch.bmm, "addmv": torch.mv}
+PRODUCTS: dict[str, Any] = {"addmm": torch.mm, "baddbmm": torch.bmm, "addmv": torch.mv}
 
 
 @rule(*PRODUCTS)
