@@ -1,5 +1,7 @@
 """The gradient of the critic's loss by layer, against the chain rule written out."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -22,10 +24,10 @@ def test_it_is_the_chain_rule():
 
 def test_a_vanishing_gradient_is_not_zero():
     # catches a norm in float32, whose squares are zero below 1e-23
-    critic = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Linear(1, 1, bias=False))
+    critic = nn.Sequential(nn.Linear(2, 128, bias=False), nn.Linear(128, 1, bias=False))
     nn.init.constant_(critic[1].weight, 1e-25)
-    first, _ = by_layer(critic, torch.zeros(2, 2), torch.zeros(2, 2))
-    assert first.item() == pytest.approx(1e-25, rel=1e-5)
+    first, _ = by_layer(critic, torch.zeros(128, 2), torch.zeros(128, 2))
+    assert first.item() == pytest.approx(1e-25 * math.sqrt(2 * 128 * 128) / 128, rel=1e-5, abs=0)
 
 
 def test_no_samples_are_refused():
