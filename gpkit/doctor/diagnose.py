@@ -16,7 +16,7 @@ from gpkit.autodiff.random import device_of, random_state, set_random_state
 from gpkit.doctor.checks.cost import cost
 from gpkit.doctor.checks.derivatives import compiled, no_curvature, operations, wrong_gradient
 from gpkit.doctor.checks.forward import coupled, in_place, not_finite, random_forward
-from gpkit.doctor.checks.inputs import integer_input, mean_loss, refusal
+from gpkit.doctor.checks.inputs import integer_input, mean_loss, refusal, selected
 from gpkit.doctor.checks.precision import underflow
 from gpkit.doctor.checks.strength import convention, size
 from gpkit.doctor.checks.training import frozen, reached, tied
@@ -38,6 +38,7 @@ CHECKS: tuple[Check, ...] = (
     no_curvature,
     in_place,
     not_finite,
+    selected,
     refusal,
     random_forward,
     coupled,

@@ -22,6 +22,7 @@ from gpkit.estimators.base import Target
 from gpkit.formula import Terms
 from gpkit.gradient_penalty import GradientPenalty
 from gpkit.hints import ExplainedError
+from gpkit.losses import logits
 from gpkit.needs import Needs, needs_of
 from gpkit.penalty import Penalty
 
@@ -93,7 +94,8 @@ class Trial:
     def twice(self) -> int:
         """How many derivatives the training step takes through the net; 1 if it is first order."""
         needs = self.needs
-        return 1 if needs is None else (2 if needs.environments else needs.order + 1)
+        # Environments are compared by derivatives of the loss in the outputs.
+        return 1 if needs is None or needs.environments else needs.order + 1
 
     @cached_property
     def weight(self) -> float:
@@ -148,8 +150,8 @@ class Trial:
         if needs.in_weights:
             return self._closure(net, example, penalty), (net,), {}
         module = [net] if penalty.named else []
-        x, plain = example.x, isinstance(example.inputs, Tensor)
-        function: Callable[..., Any] = net if plain else lambda z: example.run(net, z)
+        x, plain = example.x, isinstance(example.inputs, Tensor) and not self.selects
+        function: Callable[..., Any] = net if plain else lambda z: self.output(net, example, z)
         if needs.of_loss and (example.y is not None or example.loss is not None):
 
             def function(z: Tensor) -> Tensor:
@@ -162,13 +164,27 @@ class Trial:
             return function, (example.fakes, *module), {}
         return function, (x, *module), {}
 
+    @cached_property
+    def selects(self) -> bool:
+        """Whether the net's output is no tensor and has logits, which are what is meant."""
+        if callable(getattr(self.penalty, "of", None)):
+            return False  # the penalty selects what it differentiates
+        try:
+            output, _ = self.forward
+        except FAILURES:
+            return False
+        return logits(output) is not output
+
+    def output(self, net: nn.Module, example: Example, z: Tensor | None = None) -> Any:
+        """Return what a penalty of the output is given: its logits, as `PenalizedModule` has it."""
+        output = example.run(net, z)
+        return logits(output) if self.selects else output
+
     def _closure(
         self, net: nn.Module, example: Example, penalty: GradientPenalty
     ) -> Callable[[], Any]:
-        if penalty.of == "sampled_loss":
-            return lambda: example.run(net)
-        if penalty.of != "loss":  # a function of the output, or an activation
-            return lambda: example.run(net)
+        if penalty.of != "loss":  # labels drawn, a function of the output, or an activation
+            return lambda: self.output(net, example)
         each = penalty.scope == "sample" or "sample_weight" in example.given
 
         def closure() -> Tensor:
@@ -183,8 +199,14 @@ class Trial:
         env = example.env
         if env is None:  # the two halves of the batch
             env = (torch.arange(len(example.x)) * 2 >= len(example.x)).long()
-        run = (lambda *a, **k: features(net, *a, **k)) if with_features else net
-        return (lambda: example.run(run)), (example.y, env.to(self.device)), {}
+
+        def given() -> Any:
+            if not with_features:
+                return self.output(net, example)
+            output, taken = example.run(lambda *a, **k: features(net, *a, **k))
+            return logits(output), taken
+
+        return given, (example.y, env.to(self.device)), {}
 
     def evaluate(
         self, net: nn.Module | None = None, example: Example | None = None, *, acts: bool = False

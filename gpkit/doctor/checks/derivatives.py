@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ import torch
 from gpkit.autodiff import graph
 from gpkit.autodiff.compat import is_reentrant_checkpoint, packs_saved
 from gpkit.doctor.compat import is_compiled_node, ones_for
-from gpkit.doctor.trial import FAILURES, SEED, Gradients, Trial, norm_of
+from gpkit.doctor.example import Example
+from gpkit.doctor.trial import FAILURES, SEED, Trial, norm_of
 from gpkit.doctor.watch import ROOT
 from gpkit.environment_penalty import EnvironmentPenalty
 from gpkit.estimators.exact import exact
@@ -104,7 +105,9 @@ def wrong_gradient(trial: Trial) -> Iterator[Finding]:
 
     .. math:: \langle \nabla P, d \rangle \approx (P(\theta + h d) - P(\theta - h d)) / 2h
 
-    It is wrong if two step sizes agree with each other and not with the gradient.
+    It is wrong if two step sizes agree with each other and not with the gradient. What a forward
+    pass moves with the weights, and no training step differentiates, such as the vectors of
+    spectral norm, stands still meanwhile.
 
     Yields:
         A finding if it is wrong.
@@ -118,10 +121,13 @@ def wrong_gradient(trial: Trial) -> Iterator[Finding]:
     net = copy.deepcopy(trial.net).double()
     example = trial.example.to(torch.float64)
     params: dict[str, torch.Tensor] = {n: p for n, p in net.named_parameters() if p.requires_grad}
+
+    def value() -> torch.Tensor:
+        return trial.evaluate(net, example).reduced
+
     try:
-        value = trial.evaluate(net, example).reduced
-        found = trial.gradients_of(value, params)
-        slope, differences = _compared(trial, net, example, params, found)
+        _stand_still(net, example)
+        slope, differences = _compared(trial, value, params)
     except FAILURES as failure:
         said = str(failure).strip().splitlines()[0]
         yield Finding("call", "note", f"no copy in float64 could be compared ({said})")
@@ -139,10 +145,27 @@ def wrong_gradient(trial: Trial) -> Iterator[Finding]:
         yield Finding("wrong-derivative", "error", why, fix)
 
 
+def _stand_still(net: torch.nn.Module, example: Example) -> None:
+    """Put modules whose buffers move in a forward pass in eval mode, except batch norm."""
+
+    def buffers() -> dict[torch.nn.Module, list[torch.Tensor]]:
+        own = {m: list(m.buffers(recurse=False)) for m in net.modules() if m.training}
+        return {m: [b.clone() for b in bs] for m, bs in own.items() if bs}
+
+    before = buffers()
+    with torch.no_grad():
+        example.run(net)
+    for module, now in buffers().items():
+        moved = not all(map(torch.equal, before[module], now))
+        if moved and not hasattr(module, "track_running_stats"):
+            module.eval()
+
+
 def _compared(
-    trial: Trial, net: Any, example: Any, params: dict[str, torch.Tensor], found: Gradients
+    trial: Trial, value: Callable[[], torch.Tensor], params: dict[str, torch.Tensor]
 ) -> tuple[float, list[float]]:
-    """Return the slope of the penalty along a direction, by its gradient and by differences."""
+    """Return the slope of a value along a direction, by its gradient and by differences."""
+    found = trial.gradients_of(value(), params)
     rng = torch.Generator().manual_seed(SEED)
     length = norm_of(found.values())
     directions = {}
@@ -163,7 +186,7 @@ def _compared(
             with torch.no_grad():
                 for name, p in params.items():
                     p.add_(directions[name], alpha=sign * h)
-            values.append(float(trial.evaluate(net, example).reduced.detach()))
+            values.append(float(value().detach()))
             with torch.no_grad():
                 for name, p in params.items():
                     p.sub_(directions[name], alpha=sign * h)

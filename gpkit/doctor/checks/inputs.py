@@ -41,6 +41,15 @@ def mean_loss(trial: Trial) -> Iterator[Finding]:
         yield Finding("mean-loss", "error", why, fix)
 
 
+def selected(trial: Trial) -> Iterator[Finding]:
+    """Note that the logits of the output are meant, where it is no tensor."""
+    needs = trial.needs
+    if trial.selects and (needs is None or not needs.of_loss):
+        why = f"the net returns a {type(trial.forward[0]).__name__}, of which its logits are taken"
+        fix = 'in a loop of your own, say so: penalty(lambda x: net(x)["logits"], x)'
+        yield Finding("call", "note", why, fix)
+
+
 def refusal(trial: Trial) -> Iterator[Finding]:
     """Say why the penalty, or its backward pass, raised an error, and what it warned of."""
     failed = trial.outcome.error
