@@ -19,7 +19,6 @@ from gpkit.axes.parameters import reads_layers
 from gpkit.axes.wrt import inputs
 from gpkit.environment_penalty import EnvironmentPenalty
 from gpkit.estimators.exact import exact
-from gpkit.estimators.taylor import taylor
 from gpkit.estimators.window import POOLED
 from gpkit.gradient_penalty import GradientPenalty
 from gpkit.penalty import Penalty
@@ -193,7 +192,7 @@ def _worked_out(penalty: GradientPenalty) -> Needs:
         order=0 if estimator.first_order else penalty.order,
         moves=penalty.at.moves and not in_weights,
         reuses_graph=reuses_graph,
-        on_jets=isinstance(estimator, taylor),
+        on_jets=estimator.on_jets,
         per_sample=penalty.scope in ("sample", "pixel") or weighs_losses,
         pooled=penalty.scope in POOLED,
         plain=type(penalty) is GradientPenalty

@@ -201,6 +201,8 @@ class Estimator:
     first_order = False
     # Whether it needs norm layers in elementary operations at order 1 as well.
     elementary = False
+    # Whether it runs the function on Taylor series.
+    on_jets = False
     # Whether it can average gradients in the weights over micro-batches before the norm.
     pools = False
     # Whether it takes the norm of A ∘ (D f - g), see `Target.compared`.

@@ -55,6 +55,7 @@ class taylor(Estimator):
     distribution: str = "rademacher"
 
     reuses_graph = False
+    on_jets = True
     elementary = True  # there are no rules for the fused ones
 
     def __post_init__(self) -> None:

@@ -166,10 +166,11 @@ def laplacian(
     .. math:: \lambda \, \text{mean}_i \, |\Delta f(x_i)|, \quad \text{or with bounds} \quad
               \lambda \, \text{mean}_i \, \min(\max((\Delta f(x_i))^2, \text{low}), \text{high})
 
-    Δf is the trace of the Hessian, exactly: d + 1 backward passes for points ``[B, d]``. It is not
-    the sum of all entries of the Hessian, which published code takes for it. Call
-    ``penalty(f, x)``, or ``penalty(y, x)`` with y ``[B]`` or ``[B, 1]`` of an ``x`` that requires
-    grad. For squares without bounds, by two draws instead of d passes, use ``form="squared"`` and
+    Δf is the trace of the Hessian, exactly: d + 1 backward passes for points ``[B, d]``, or with
+    ``estimator=gpkit.trace(jets=True)`` d forward passes on Taylor series. It is not the sum of all
+    entries of the Hessian, which published code takes for it. Call ``penalty(f, x)``, or
+    ``penalty(y, x)`` with y ``[B]`` or ``[B, 1]`` of an ``x`` that requires grad. For squares
+    without bounds, by two draws instead of d passes, use ``form="squared"`` and
     ``estimator=gpkit.trace(2)``.
 
     Args:

@@ -17,6 +17,7 @@ RUNS = {  # estimator, order, runs of a use; the first use has one more, see `re
     "stencil": (gpkit.stencil(), 1, 2 * D),
     "stencil of four": (gpkit.stencil(taps=4), 1, 4 * D),
     "trace": (gpkit.trace(), 2, 1),
+    "trace by jets": (gpkit.trace(jets=True), 2, D),
     "two traces": (gpkit.trace(2), 2, 1),
     "taylor": (gpkit.taylor(), 1, 1),
     "taylor of two": (gpkit.taylor(2), 2, 2),

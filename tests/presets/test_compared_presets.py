@@ -138,11 +138,12 @@ FIELDS = {
 }
 
 
+@pytest.mark.parametrize("jets", [False, True])
 @pytest.mark.parametrize(("f", "laplacian"), FIELDS.values(), ids=FIELDS)
-def test_laplacians(f, laplacian):
+def test_laplacians(f, laplacian, jets):
     x = draw(6, 3)
     wanted = laplacian(x)
-    found = gpkit.laplacian(weight=1.0).terms(f, x)
+    found = gpkit.laplacian(weight=1.0, estimator=gpkit.trace(jets=jets)).terms(f, x)
     torch.testing.assert_close(found.norms.detach(), wanted.abs(), atol=1e-12, rtol=1e-9)
     squares = gpkit.laplacian(weight=1.0, low=1.0, high=9.0).terms(f, x).values
     torch.testing.assert_close(
@@ -150,11 +151,12 @@ def test_laplacians(f, laplacian):
     )
 
 
-def test_the_laplacian_of_a_quadratic_form_and_its_gradient():
+@pytest.mark.parametrize("jets", [False, True])
+def test_the_laplacian_of_a_quadratic_form_and_its_gradient(jets):
     """x'Ax has 2 tr A, not the sum of all entries of the Hessian."""
     A, x = draw(3, 3).requires_grad_(), draw(4, 3)
     f = lambda x: torch.einsum("bi,ij,bj->b", x, A, x)  # noqa: E731
-    value = gpkit.laplacian(weight=0.5)(f, x)
+    value = gpkit.laplacian(weight=0.5, estimator=gpkit.trace(jets=jets))(f, x)
     wanted = 0.5 * (2 * A.trace()).abs()
     torch.testing.assert_close(value, wanted)
     torch.testing.assert_close(torch.autograd.grad(value, A)[0], torch.autograd.grad(wanted, A)[0])
@@ -176,8 +178,28 @@ def test_the_trace_by_two_independent_draws():
 def test_the_trace_of_several_inputs_and_outputs():
     x, c = draw(4, 2), draw(4, 3)
     f = lambda x, c: torch.stack([(x**2).sum(1) * c[:, 0], (c**3).sum(1)], 1)  # noqa: E731
-    found = gpkit.GradientPenalty(order=2, estimator="trace").terms(f, (x, c)).squared_norms
-    torch.testing.assert_close(found, (4 * c[:, 0]) ** 2 + (6 * c.sum(1)) ** 2)
+    for estimator in (gpkit.trace(), gpkit.trace(jets=True)):
+        found = gpkit.GradientPenalty(order=2, estimator=estimator).terms(f, (x, c)).squared_norms
+        torch.testing.assert_close(found, (4 * c[:, 0]) ** 2 + (6 * c.sum(1)) ** 2)
+
+
+def test_the_trace_by_jets_of_a_net():
+    """Value and parameter gradient, against torch.func."""
+    torch.manual_seed(0)
+    layers = nn.Linear(3, 6), nn.SiLU(), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1)
+    module = nn.Sequential(*layers).double()
+    x = draw(4, 3) * torch.tensor([0.1, 1.0, 3.0, 0.5]).unsqueeze(1)
+
+    def by_hand(params):
+        f = lambda z: functional_call(module, params, (z[None],)).sum()  # noqa: E731
+        return torch.stack([torch.func.jacrev(grad(f))(z).trace().abs() for z in x]).mean()
+
+    value = gpkit.laplacian(weight=1.0, estimator=gpkit.trace(jets=True))(module, x)
+    wanted, grads = by_hand(params_of(module)), grad(by_hand)(params_of(module))
+    torch.testing.assert_close(value.detach(), wanted)
+    found = torch.autograd.grad(value, list(module.parameters()), allow_unused=True)
+    for g, w in zip(found, grads.values(), strict=True):
+        torch.testing.assert_close(torch.zeros_like(w) if g is None else g, w)
 
 
 def test_what_a_trace_cannot_do():
@@ -187,6 +209,11 @@ def test_what_a_trace_cannot_do():
         gpkit.weight_grad_norm(order=2, estimator="trace")
     with pytest.raises(ValueError, match="an integer >= 2; got 1"):
         gpkit.trace(1)
+    with pytest.raises(ValueError, match="is exact and draws nothing; got n=2"):
+        gpkit.trace(2, jets=True)
+    x = draw(4, 2).requires_grad_()
+    with pytest.raises(ValueError, match=r"trace\(jets=True\)` needs a callable"):
+        gpkit.laplacian(estimator=gpkit.trace(jets=True))((x**3).sum(1), x)
     with pytest.raises(ValueError, match="needs both bounds, or none"):
         gpkit.laplacian(low=0.1)
     with pytest.raises(ValueError, match=r"takes no target= and no metric="):
