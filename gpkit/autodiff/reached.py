@@ -30,6 +30,7 @@ class Known:
         facts: such as that it draws from torch alone.
         runs: how often it has run.
         graphs: what tells its graphs from those of other nets, by what they were made of.
+        hooks: the numbers that torch gave the forward hooks of its modules.
     """
 
     own: tuple[int, ...]
@@ -37,6 +38,16 @@ class Known:
     facts: set[str] = field(default_factory=set)
     runs: int = 0
     graphs: dict[Any, Any] = field(default_factory=dict)
+    hooks: tuple[int, ...] = ()
+
+    def look_at(self, hooks: Iterable[tuple[int, Any]]) -> None:
+        """Find out whether forward hooks may draw, where there are others than before."""
+        now = dict(hooks)
+        if tuple(now) != self.hooks:
+            self.hooks = tuple(now)
+            if may_draw(now.values()):
+                self.may_draw = True
+                self.facts.discard(TORCH_ALONE)
 
 
 @dataclass(eq=False)
@@ -47,8 +58,7 @@ class Reach:
         family: the modules that it refers to, with their children.
         streams: the random generators that it refers to.
         known: what earlier runs have shown, of the same code with the same modules in the same
-            modes. A module that is added, removed, replaced or put in another mode makes it anew,
-            and so does a forward hook.
+            modes. A module that is added, removed, replaced or put in another mode makes it anew.
     """
 
     family: list[nn.Module]
@@ -102,13 +112,13 @@ def reach(function: Any) -> Reach:
         roots, streams, codes = reached(function)
         codes.append(code_of(function))
     family = family_of(roots)
-    hooks = [h for module in family for own in hooks_of(module) if own for h in own.values()]
-    key = (*map(id, [*codes, *family, *hooks]), *[module.training for module in family])
+    key = (*map(id, [*codes, *family]), *[module.training for module in family])
     found = _KNOWN.get(key)
     if found is None:
         refs = [weakref.ref(part, lambda _: _KNOWN.pop(key, None)) for part in (*codes, *family)]
         own = tuple(i for i, module in enumerate(family) if not is_torchs(module))
         found = _KNOWN[key] = Known(own, may_draw([function, *family])), refs
+    found[0].look_at(hook for module in family for own in hooks_of(module) for hook in own.items())
     return Reach(family, streams, found[0])
 
 

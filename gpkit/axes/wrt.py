@@ -178,10 +178,10 @@ class inputs(Variables):
         return [Target(columns, xs, True, evaluate, pixels=pixels, groups=groups)]
 
     def begun(self, call: Call, xs: Points) -> Begun | None:
-        """Let the estimator run the function first; None if it asks for the value at ``xs``."""
+        """Let the estimator run the function first; None if the value at ``xs`` is asked for."""
         begin, given = call.axes.estimator.begun, call.given
-        if begin is None or call.axes.named:
-            return None
+        if begin is None or call.axes.named or call.axes.of == "sampled_loss":
+            return None  # labels are drawn from the value at xs
         groups = None if given is None else given.groups
 
         def scores(*at: Tensor) -> list[Tensor]:

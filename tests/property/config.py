@@ -251,8 +251,6 @@ def comparable(c: Config) -> Config:
     """Return a configuration that the oracle can follow."""
     if not KINDS[c.net].smooth and c.estimator == "finite_difference":
         c = replace(c, cross=c.length is not None)  # it does not hold kinks over a given step
-    if c.of == "sampled_loss" and c.estimator == "taylor":
-        c = replace(c, estimator="exact")  # it draws its directions before the labels
     if c.call == "with_loss":  # which takes the closure and the net
         c = replace(c, metric=c.metric if c.metric == "axis" and c.order == 1 else "")
     return c
