@@ -63,6 +63,7 @@ def _wide_calls(loss: Tensor, parameters: Sequence[Tensor], recording: Recording
     wanted = {id(p) for p in parameters}
     calls = [c for c in recording.calls if may_be_wide(c.layer) and id(c.layer.weight) in wanted]
     calls = [c for c in calls if c.a.ndim > 1 and c.intact and _pays(c)]
+    calls = [c for c in calls if c.dtype == c.a.dtype == c.layer.weight.dtype]  # no autocast there
     if not calls:
         return []
     recorded = Counter(id(c.layer.weight) for c in calls)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
@@ -25,12 +26,14 @@ class LayerCall:
             ``ReLU(inplace=True)``, does not change it. In a compiled loss the output itself, and
             the net goes on with a copy.
         version: the number of in-place writes to ``a`` before the call.
+        dtype: of its output, which autocast may have changed.
     """
 
     layer: Any
     a: Tensor
     z: GradientEdge | Tensor
     version: int
+    dtype: torch.dtype
 
     @property
     def intact(self) -> bool:
@@ -95,6 +98,6 @@ class recorded_layers:
             if TRACES:  # the eager step has looked at what is written in place
                 self.recording.calls.append(LayerCall(layer, a, output, 0))
                 return output.clone()
-            call = LayerCall(layer, a, get_gradient_edge(output), write_count(a))
+            call = LayerCall(layer, a, get_gradient_edge(output), write_count(a), output.dtype)
             self.recording.calls.append(call)
         return None

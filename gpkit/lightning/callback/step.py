@@ -89,7 +89,8 @@ class PenalizedStep:
             if plan.runs_again:
                 call.start = start_of(self.module, self.module.device)
                 versions = call.tensor_versions()
-            with self._noting_calls(plan), plan.probe as capture:
+            recording = self.evaluator.recording(plan)
+            with self._noting_calls(plan), plan.probe as capture, recording as capture.layers:
                 output = training_step(*args, **kwargs)
         except RefusalError as error:  # from the wrapper of another callback, inside this one
             net = self._findings_of_net(capture, plan)

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gpkit.autodiff.compat import in_backward, is_compiled, is_compiled_function
 from gpkit.autodiff.isolation import double_backward
+from gpkit.autodiff.layers.recording import Recording
 from gpkit.lightning.batches import repeated
 
 
@@ -59,6 +60,7 @@ class Capture:
         problems: messages about inputs and activations that cannot be differentiated, by name.
         arguments: the arguments of the net, and the position or name of ``x`` in them.
         earlier: the number of calls before the last backward pass, under manual optimisation.
+        layers: the calls of wide layers, where a penalty in the weights can use them; or None.
     """
 
     x: Tensor | None = None
@@ -77,6 +79,7 @@ class Capture:
     activations: dict[str, Tensor] = field(default_factory=dict)
     calls: dict[str, list[list[int]]] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
+    layers: Recording | None = None
 
     def net_at(self, net: nn.Module) -> Callable[[Tensor], Any]:
         """Return the net as a function of ``x`` alone, with the other arguments of this step."""
