@@ -30,16 +30,16 @@ def mlp(*widths: int, act: type[nn.Module] = nn.SiLU) -> nn.Sequential:
 
 
 def times(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each step in each round; the steps of a round take turns."""
+    """Return the CPU seconds of each step in each round; the steps of a round take turns."""
     found: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         for _ in range(3):
             step()
     for _ in range(rounds):
         for name, step in steps.items():
-            start = time.perf_counter()
+            start = time.process_time()
             step()
-            found[name].append(time.perf_counter() - start)
+            found[name].append(time.process_time() - start)
     return found
 
 
