@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gpkit.autodiff.compat import add_to, lerp, lerp_to, scale_by, subtract_from
+from gpkit.autodiff.compat import add_to, lerp, lerp_to, scale_by, subtract_from, write_count
 
 
 @contextmanager
@@ -95,6 +95,10 @@ class Difference(NamedTuple):
     after: Sequence[Tensor]
     times: Tensor
 
+    def parts(self) -> list[Tensor]:
+        """Return the tensors that the gradients are computed from."""
+        return [*self.before, *self.after]
+
     def computed(self) -> list[Tensor]:
         """Return the gradients."""
         pairs = zip(self.before, self.after, strict=True)
@@ -160,13 +164,28 @@ def known_gradient(
     >>> w.grad
     tensor([6., 8.])
     """
-    times = None if difference is None else difference.times
-    if difference is not None:
-        grads = [*difference.before, *difference.after]
-    out: Tensor = _KnownGradient.apply(value.detach(), share, times, len(leaves), *leaves, *grads)
+    made = difference and Made(difference, [*map(write_count, difference.parts())])
+    out: Tensor = _KnownGradient.apply(value.detach(), share, made, len(leaves), *leaves, *grads)
     if out.grad_fn is not None:
         out.grad_fn.difference = difference  # type: ignore[attr-defined]
     return out
+
+
+class Made(NamedTuple):
+    """A difference, and how often its parts had been written to: autograd does not hold them."""
+
+    difference: Difference
+    versions: list[int]
+
+    def computed(self) -> list[Tensor]:
+        """Return the gradients.
+
+        Raises:
+            RuntimeError: if a part was written to since.
+        """
+        if self.versions != [*map(write_count, self.difference.parts())]:
+            raise RuntimeError("a gradient of the penalty was modified by an inplace operation")
+        return self.difference.computed()
 
 
 class _KnownGradient(torch.autograd.Function):
@@ -175,28 +194,24 @@ class _KnownGradient(torch.autograd.Function):
         ctx: Any,
         value: Tensor,
         share: Tensor | None,
-        times: Tensor | None,
+        made: Made | None,
         count: int,
         *tensors: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(share, times, *tensors[count:])
-        ctx.dtypes = [t.dtype for t in tensors[:count]]
+        ctx.save_for_backward(share, *tensors[count:])
+        ctx.made, ctx.dtypes = made, [t.dtype for t in tensors[:count]]
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        share, times, *known = ctx.saved_tensors
+        share, *known = ctx.saved_tensors
         if share is None:
             factor = grad.sum()
         else:
             size = share.square().sum()
             factor = (grad * share).sum() / torch.where(size == 0, 1, size)
-        grads = known
-        count = len(ctx.dtypes)
-        if times is not None:
-            grads = [a - b for b, a in zip(known[:count], known[count:], strict=True)]
-            factor = factor * times
+        grads = known if ctx.made is None else ctx.made.computed()
         if factor.device.type != "cpu" or factor != 1:  # reading it would wait for another device
             grads = [g * factor for g in grads]
         grads = [g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]

@@ -96,7 +96,7 @@ class recorded_layers:
         elif output.requires_grad:
             a = given[0]
             if TRACES:  # the eager step has looked at what is written in place
-                self.recording.calls.append(LayerCall(layer, a, output, 0))
+                self.recording.calls.append(LayerCall(layer, a, output, 0, output.dtype))
                 return output.clone()
             call = LayerCall(layer, a, get_gradient_edge(output), write_count(a), output.dtype)
             self.recording.calls.append(call)
