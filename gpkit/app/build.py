@@ -184,11 +184,12 @@ def make_net(name: str, made: Mapping[str, Any]) -> nn.Module:
     return net
 
 
-def build_loggers(cfg: DictConfig) -> list[Logger] | bool:
+def build_loggers(cfg: DictConfig, purge_step: int | None = None) -> list[Logger] | bool:
     """Return the loggers of the config, or False for none.
 
     Args:
         cfg: for each name a ``_target_`` with options.
+        purge_step: from which on TensorBoard forgets what an earlier run in the folder has logged.
 
     Raises:
         ValueError: if the package of a logger is not installed, or it is no logger.
@@ -197,7 +198,13 @@ def build_loggers(cfg: DictConfig) -> list[Logger] | bool:
         if each and not (isinstance(each, DictConfig) and "_target_" in each):
             raise ValueError(f"logger.{name} must be null or have a _target_; got {each!r}")
     try:
-        return [instantiate(each, _convert_="all") for each in cfg.values() if each] or False
+        made = []
+        for each in cfg.values():
+            if each:
+                board = each._target_.endswith(".TensorBoardLogger") and purge_step is not None
+                own = {"purge_step": purge_step} if board else {}
+                made.append(instantiate(each, _convert_="all", **own))
+        return made or False
     except Exception as error:
         if not isinstance(error.__cause__ or error, ImportError):
             raise

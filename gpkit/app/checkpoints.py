@@ -87,6 +87,25 @@ class RandomStates(Callback):
             random.setstate((version, tuple(numbers), last))
 
 
+class Metrics(Callback):
+    """Saves the metrics so far, for a run that was stopped between its last epoch and its test.
+
+    Attributes:
+        metrics: those of the checkpoint that the run went on from.
+    """
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Add the metrics as plain numbers."""
+        checkpoint[METRICS] = {k: float(v) for k, v in trainer.callback_metrics.items()}
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Keep the metrics."""
+        self.metrics = dict(checkpoint.get(METRICS, {}))
+
+
 class Recipes(Callback):
     """Saves the config, and how each net was made, as plain values.
 
@@ -104,10 +123,11 @@ class Recipes(Callback):
         checkpoint[CONFIG], checkpoint[NETS] = self.config, self.nets
 
 
-RANDOM, CONFIG, NETS = "gpkit_random", "gpkit_config", "gpkit_nets"
+RANDOM, METRICS = "gpkit_random", "gpkit_metrics"
+CONFIG, NETS = "gpkit_config", "gpkit_nets"
 
 
-def require_checkpoint(path: Path, module: pl.LightningModule, max_epochs: int | None) -> None:
+def require_checkpoint(path: Path, module: pl.LightningModule, max_epochs: int | None) -> int:
     """Refuse a checkpoint that a run cannot go on from.
 
     Args:
@@ -115,20 +135,25 @@ def require_checkpoint(path: Path, module: pl.LightningModule, max_epochs: int |
         module: that is trained.
         max_epochs: of the run; None if it does not train.
 
+    Returns:
+        The step from which on a run logs that goes on.
+
     Raises:
         ValueError: if the file is no checkpoint, or one of another net or optimiser, or of a run
             that has ended.
     """
     saved = read_checkpoint(path)
     _require_weights(path, saved["state_dict"], module.state_dict())
+    steps = int(saved["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"])
     if max_epochs is None:
-        return
+        return steps
     _require_optimizers(path, saved.get("optimizer_states", []), module)
     done = _epochs_done(saved["loops"]["fit_loop"])
     if done >= max_epochs:
         raise ValueError(
             f"ckpt_path={path} has {done} of {max_epochs} epochs: set trainer.max_epochs to more"
         )
+    return steps
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 import gpkit
 from gpkit.app.overrides import CONFIG_DIR, check_types, explain
 from gpkit.app.result import recorded
-from gpkit.app.sweep import NoteSweep, claim, describe, say_end
+from gpkit.app.sweep import NoteSweep, claim, describe, left_by, say_end
 
 # Without this variable Hydra prints an error and exits. It is set here, so that Hydra raises the
 # error and gpkit can report it in one line.
@@ -59,6 +59,7 @@ def _job(cfg: DictConfig) -> float | None:
     folder, sweep = Path(hydra_cfg.runtime.output_dir), hydra_cfg.mode == RunMode.MULTIRUN
     shared = hydra_cfg.job.config.override_dirname.exclude_keys
     result = describe(cfg, overrides, hydra_cfg.runtime.choices, shared)
+    left = left_by(folder, result) if sweep else None
     done = claim(folder, result) if sweep else None
     if done is not None:
         print(f"\n  done before: {done.same_as or folder.name}")
@@ -68,7 +69,9 @@ def _job(cfg: DictConfig) -> float | None:
     try:
         with recorded(result, folder, lambda error: explain(error, overrides)):
             check_types(cfg, overrides)
-            metrics = run(cfg, folder, overrides, sweep=sweep, result=result)
+            if left is not None:
+                print(f"\n  goes on from {left}: the job was stopped")
+            metrics = run(cfg, folder, overrides, sweep=sweep, result=result, resume=left)
         return metrics.get(cfg.optimized_metric)
     except Exception as error:
         if not sweep:

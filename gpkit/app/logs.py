@@ -7,9 +7,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pytorch_lightning.loggers import TensorBoardLogger
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch.utils.tensorboard.summary import hparams
 
 from gpkit.app.lines import results
 
+FIRST = ("penalty", "penalty/weight", "seed")
 LEFT_OUT = ("hydra", "ckpt_path", "trainer", "run_dir", "total_steps", "logger", "task")
 # Of TensorBoard's tab "custom scalars": a title, and the curves that share each of its plots.
 LAYOUT = {
@@ -59,12 +62,33 @@ def log_result(logger: Any, cfg: DictConfig, final: dict[str, float], last: int)
         last: the last step. A GAN logs some of the metrics as curves, and without a step they would
             get a point at 0.
     """
+    options = hyperparameters(cfg)
+    logger.log_hyperparams(options)
+    logger.log_metrics(results(final), step=last)
     if isinstance(logger, TensorBoardLogger):
-        logger.log_hyperparams(hyperparameters(cfg), results(final), step=last)
-    else:
-        logger.log_hyperparams(hyperparameters(cfg))
-        logger.log_metrics(results(final), step=last)
+        for summary in summaries(options, results(final)):
+            logger.experiment.file_writer.add_summary(summary)
     logger.finalize("success")
+
+
+def summaries(options: Mapping[str, Any], metrics: Mapping[str, float]) -> list[Any]:
+    """Return what TensorBoard's tab HPARAMS reads of a run.
+
+    It sorts its columns by name, those first that are said to differ between runs: these are the
+    penalty, its weight and the seed.
+
+    Args:
+        options: by name.
+        metrics: by name.
+    """
+    plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in options.items()}
+    of_experiment, *of_session = hparams(plain, dict(metrics))
+    (value,) = of_experiment.value
+    found = HParamsPluginData.FromString(value.metadata.plugin_data.content)
+    for info in found.experiment.hparam_infos:
+        info.differs = info.name in FIRST
+    value.metadata.plugin_data.content = found.SerializeToString()
+    return [of_experiment, *of_session]
 
 
 def hyperparameters(cfg: DictConfig) -> dict[str, Any]:
@@ -82,7 +106,7 @@ def hyperparameters(cfg: DictConfig) -> dict[str, Any]:
     rest = flat({str(k): v for k, v in plain.items() if k not in LEFT_OUT})
     target = str(rest.get("penalty/_target_"))
     first = {"penalty": target.removeprefix("gpkit.")}
-    first |= {k: rest[k] for k in ("penalty/weight", "seed") if k in rest}
+    first |= {k: rest[k] for k in FIRST if k in rest}
     return {**first, **rest}
 
 

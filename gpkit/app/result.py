@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-NAME, SWEEP = "result.json", "sweep.json"
+NAME, SWEEP, LAST = "result.json", "sweep.json", "checkpoints/last.ckpt"
 # Options that change what a run shows and where, not what it computes.
 SHOWN = ("run_dir", "total_steps", "logger", "optimized_metric")
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # set in each process of a distributed run

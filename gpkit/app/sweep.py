@@ -19,6 +19,7 @@ from rich.table import Table
 
 from gpkit.app.overrides import is_group, parse
 from gpkit.app.result import (
+    LAST,
     SWEEP,
     Result,
     best,
@@ -129,6 +130,20 @@ def claim(job: Path, result: Result) -> Result | None:
     return None
 
 
+def left_by(job: Path, result: Result) -> Path | None:
+    """Return the last checkpoint of a job that was killed or interrupted; None if it has none.
+
+    A job that failed starts again: what made it fail may be in the checkpoint.
+
+    Args:
+        job: the folder of the job.
+        result: of the job, before it runs.
+    """
+    found, last = Result.read(job), job / LAST
+    stopped = found is not None and found.state in ("killed", "interrupted") and result.same(found)
+    return last if stopped and last.is_file() else None
+
+
 @contextmanager
 def locked(place: Path) -> Iterator[None]:
     """A context that one process at a time is in; where a file system has no locks, all are."""
@@ -191,9 +206,10 @@ def say_end(place: Path, console: Console | None = None) -> int:
         print(f"error: {len(bad)} of {len(results)} jobs did not finish:", file=sys.stderr)
         for name, r in bad.items():
             print(f"  {place / name}: {r.error or r.state}", file=sys.stderr)
-        print(
-            f"The same command with hydra.sweep.dir={place} runs only these again", file=sys.stderr
-        )
+        again = f"The same command with hydra.sweep.dir={place} runs only these again"
+        if any(r.state in ("killed", "interrupted") for r in bad.values()):
+            again += ", from their last checkpoint if they were stopped"
+        print(again, file=sys.stderr)
     return len(bad)
 
 

@@ -15,6 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.loggers import Logger
 
 from gpkit.app.build import (
     build_callbacks,
@@ -30,6 +31,7 @@ from gpkit.app.callbacks.guard import FiniteGuard
 from gpkit.app.callbacks.interrupts import StopAtSignal
 from gpkit.app.checkpoints import (
     Checkpoints,
+    Metrics,
     RandomStates,
     Recipes,
     WholeFiles,
@@ -40,7 +42,7 @@ from gpkit.app.examine import require_fit
 from gpkit.app.lines import count_parameters, nets_of, say_results, say_what_runs
 from gpkit.app.logs import log_result, log_start
 from gpkit.app.overrides import CONFIG_DIR, check_types, explain, set_keys
-from gpkit.app.result import Result, finite, recorded
+from gpkit.app.result import LAST, Result, finite, recorded
 from gpkit.app.settings import RequireMetric, check_values, quiet
 from gpkit.app.sweep import describe
 
@@ -91,6 +93,7 @@ def run(
     *,
     sweep: bool = False,
     result: Result | None = None,
+    resume: Path | None = None,
 ) -> dict[str, float]:
     """Train and test, or do one task with a checkpoint, and write the results.
 
@@ -101,6 +104,7 @@ def run(
             not take the others.
         sweep: whether more jobs follow in this process.
         result: gets the metrics, and what was measured.
+        resume: a checkpoint of this very run, which was stopped, maybe after its last epoch.
 
     Returns:
         The final metrics by name.
@@ -120,21 +124,27 @@ def run(
     module = build_module(cfg, data, set_keys(overrides))
     require_fit(module, data)
     has_best = loader_of(data, "val") is not None and not trains_pair(cfg)  # a pair has no val/loss
-    if cfg.ckpt_path is not None:
-        epochs = cfg.trainer.max_epochs if cfg.task == "train" else None
-        require_checkpoint(Path(cfg.ckpt_path), module, epochs)
+    start = resume or (None if cfg.ckpt_path is None else Path(cfg.ckpt_path))
+    steps = 0  # that are done
+    if start is not None:
+        trains = cfg.task == "train" and resume is None
+        steps = require_checkpoint(start, module, cfg.trainer.max_epochs if trains else None)
+    restored = Metrics()
     callbacks += [
         FiniteGuard(),
         RandomStates(),
+        restored,
         Recipes(cfg, recipes(cfg, data, set_keys(overrides))),
     ]
-    callbacks += [StopAtSignal(folder / "checkpoints/last.ckpt", overrides)]
+    callbacks += [StopAtSignal(folder / LAST, overrides)]
     cost = StepCost()
     if not cfg.module.get("compile"):  # a compiled loss would be compiled again
         callbacks.append(cost)
     if has_best:
         callbacks.append(RequireMetric(cfg.optimized_metric))
-    trainer = build_trainer(cfg, folder, callbacks, has_best=has_best, sweep=sweep)
+    logged = cfg.task == "train" and any(folder.glob("events.*"))  # by a run that was stopped
+    loggers = build_loggers(cfg.logger, steps if logged else None)
+    trainer = build_trainer(cfg, folder, callbacks, loggers, has_best=has_best, sweep=sweep)
     say_what_runs(cfg, module, trainer, data)
     for logger in trainer.loggers if trainer.is_global_zero else ():
         log_start(logger, cfg, pair=trains_pair(cfg))
@@ -143,8 +153,8 @@ def run(
     metrics: dict[str, Any] = {}
     tested = cfg.ckpt_path if cfg.task == "test" else None
     if cfg.task == "train":
-        trainer.fit(module, datamodule=data, ckpt_path=cfg.ckpt_path)
-        metrics |= trainer.callback_metrics
+        trainer.fit(module, datamodule=data, ckpt_path=start)
+        metrics |= restored.metrics | trainer.callback_metrics
         checkpoint = trainer.checkpoint_callback
         best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
         tested = best if cfg.test_checkpoint == "best" and best else None
@@ -191,7 +201,13 @@ def count_steps(cfg: DictConfig, batches: int) -> int:
 
 
 def build_trainer(
-    cfg: DictConfig, folder: Path, callbacks: list[Callback], *, has_best: bool, sweep: bool
+    cfg: DictConfig,
+    folder: Path,
+    callbacks: list[Callback],
+    loggers: list[Logger] | bool,
+    *,
+    has_best: bool,
+    sweep: bool,
 ) -> pl.Trainer:
     """Return the trainer, which writes into the run's folder.
 
@@ -199,6 +215,7 @@ def build_trainer(
         cfg: the composed config.
         folder: the run's folder.
         callbacks: those of the config and of the run.
+        loggers: of the run; False for none.
         has_best: whether there is a val/loss, which defines the best checkpoint.
         sweep: whether more jobs follow. Then ddp becomes ddp_spawn, since ddp runs the command
             again in each process.
@@ -219,7 +236,7 @@ def build_trainer(
         cfg.trainer,
         _convert_="all",
         **device,
-        logger=build_loggers(cfg.logger),
+        logger=loggers,
         callbacks=callbacks,
         plugins=[WholeFiles()],
         default_root_dir=str(folder),

@@ -12,15 +12,18 @@ Curve = tuple[NDArray[np.int64], NDArray[np.float64]]
 
 
 def curves_of(folder: Path) -> dict[str, Curve]:
-    """Return the scalars of a run by name, as steps and values; none if it has no events."""
+    """Return the scalars of a run by name, as steps and values; none if it has no events.
+
+    A run that went on from a checkpoint may have done some steps twice: the last one counts.
+    """
     if not any(folder.glob("events.*")):
         return {}
     events = EventAccumulator(str(folder), {"scalars": 0}).Reload()
     found = {}
     for name in events.Tags()["scalars"]:
-        points = events.Scalars(name)
-        steps = np.array([point.step for point in points])
-        found[name] = steps, np.array([point.value for point in points], float)
+        last = {point.step: point.value for point in events.Scalars(name)}
+        steps = np.array(sorted(last))
+        found[name] = steps, np.array([last[step] for step in steps], float)
     return found
 
 

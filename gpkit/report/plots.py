@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -93,9 +93,10 @@ def against_norm(table: Table) -> Figure | None:
         return None
     figure, panels = _figure(len(norms))
     lines = {**{g.name: [g] for g in table.groups if g.is_baseline}, **series(table)}
+    colors = _group_colors([groups[0] for groups in lines.values()])
     for axes, norm in zip(panels, norms, strict=True):
         seen: list[float] = []
-        for (name, groups), color in zip(lines.items(), _colors(GREY), strict=False):
+        for (name, groups), color in zip(lines.items(), colors, strict=True):
             points = [
                 (x, y)
                 for group in groups
@@ -107,11 +108,7 @@ def against_norm(table: Table) -> Figure | None:
                 axes.scatter(own, values, s=28, alpha=0.75, color=color, label=name)
                 seen += own
         axes.set(xlabel=norm, ylabel=table.metric)
-        if seen and 0 < 10 * min(seen) < max(seen):
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(_plain)
-            axes.xaxis.set_minor_formatter(_plain)
-            axes.tick_params(which="minor", labelsize=7)
+        _scale(axes, "x", seen)
     _legend(panels[0])
     return figure
 
@@ -137,11 +134,7 @@ def learning_curves(table: Table) -> Figure | None:
                 axes.fill_between(steps, mean - std, mean + std, color=color, alpha=0.15, lw=0)
                 seen += mean.tolist()
         axes.set(xlabel="step", ylabel=tag)
-        if seen and 0 < 10 * min(seen) < max(seen):
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(_plain)
-            axes.yaxis.set_minor_formatter(_plain)
-            axes.tick_params(which="minor", labelsize=7)
+        _scale(axes, "y", seen)
     _legend(panels[0])
     return figure
 
@@ -201,12 +194,21 @@ def _figure(panels: int) -> tuple[Figure, Sequence[Axes]]:
     return figure, list(made)
 
 
+def _scale(axes: Axes, name: Literal["x", "y"], seen: Sequence[float]) -> None:
+    """Make an axis logarithmic if its values are positive and span more than a factor of ten."""
+    if seen and 0 < 10 * min(seen) < max(seen):
+        axis = {"x": axes.xaxis, "y": axes.yaxis}[name]
+        axes.set(**{f"{name}scale": "log"})
+        axis.set_major_formatter(_plain)
+        axis.set_minor_formatter(_plain)
+        axes.tick_params(which="minor", labelsize=7)
+
+
 def _plain(value: float, _: float) -> str:
     return f"{value:g}"
 
 
-def _colors(*first: str) -> Iterator[str]:
-    yield from first
+def _colors() -> Iterator[str]:
     while True:
         yield from COLORS
 

@@ -92,12 +92,12 @@ WORDS = {
 
 
 def main_metrics(table: Table) -> list[str]:
-    """Return the metrics of the table of the report: the main one first, the cost last."""
+    """Return the metrics of the table of the report: the main one first, then the cost."""
     order = [table.metric, "test/acc", "test/loss", "test/grad_norm/weight", "test/grad_norm/input"]
     order += [m for m in table.metrics if m.startswith(("test/", "modes/", "wasserstein/"))]
     shown = [m for m in dict.fromkeys(order) if m in table.metrics][:SHOWN]
     costs = [m for m in (COST, "seconds") if any(g.spread(m) for g in table.groups)]
-    return [*shown, *costs]
+    return [shown[0], *costs, *shown[1:]]
 
 
 def in_words(spread: Spread | None) -> str:

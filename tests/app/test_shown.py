@@ -134,7 +134,17 @@ def test_the_penalty_its_weight_and_the_seed_are_the_first_columns(events):
     assert found["model/width"].number_value == 16
     assert not any(key.startswith("hydra") for key in found)
     columns = HParamsPluginData.FromString(contents["_hparams_/experiment"]).experiment.hparam_infos
-    assert [c.name for c in columns][:3] == ["penalty", "penalty/weight", "seed"]
+    shown = sorted(columns, key=lambda c: (not c.differs, c.name))  # as TensorBoard sorts them
+    assert [c.name for c in shown][:3] == ["penalty", "penalty/weight", "seed"]
+
+
+def test_a_second_run_in_a_folder_replaces_the_curves_of_the_first(tmp_path):
+    gpkit.train([*OPTIONS, "optimizer.lr=0.1"], tmp_path)
+    first = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
+    gpkit.train(OPTIONS, tmp_path)
+    second = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
+    assert [p.step for p in second] == [p.step for p in first] == list(range(8))
+    assert second[-1].value != first[-1].value
 
 
 def test_scalars_and_images_of_a_pair_share_one_step_count(pair):

@@ -1,12 +1,15 @@
 """Sweeps: each job leaves its result, a failed one loses no other, a second run does the rest."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.types import RunMode
@@ -16,6 +19,7 @@ import gpkit
 from gpkit.app.overrides import CONFIG_DIR, short
 from gpkit.app.result import Result, best
 from gpkit.app.sweep import claim
+from gpkit.report.curves import curves_of
 
 pytestmark = pytest.mark.app
 
@@ -154,6 +158,73 @@ def test_a_larger_grid_runs_only_what_is_new(command):
     new = [Result.read(path) for path in Path("sweep").iterdir() if path.is_dir()]
     jacobian = [r for r in new if r.varied.get("penalty") == "jacobian"]
     assert [r.status for r in jacobian] == ["finished", "finished"]
+
+
+# A job that was stopped goes on where it was.
+
+
+class StopAt(pl.Callback):
+    """Sends Ctrl-C to this process during a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+SHORT = ["device=cpu", "trainer.enable_progress_bar=false", "data.train_size=128", "model.width=8"]
+SHORT += [
+    "trainer.log_every_n_steps=1",
+    "model.dropout=0.3",
+    "trainer.max_epochs=3",
+    "penalty=jacobian",
+]  # two steps an epoch
+
+
+def weights(folder):
+    return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+
+
+def pretend_killed(folder, dead):
+    """Make the result that of a process that is gone."""
+    result = Result.read(folder)
+    result.status, result.pid, result.metrics = "running", dead, {}
+    result.write(folder)
+
+
+@pytest.mark.parametrize("end", ["interrupted", "killed"])
+def test_a_job_that_was_stopped_goes_on_bit_for_bit(end, command, dead):
+    whole = gpkit.train([*SHORT, "seed=1"], "whole")
+    stop = [f"+callbacks.stop._target_={__name__}.StopAt", "+callbacks.stop.step=2"]
+    words = ["-m", *SHORT, *stop, SWEEP, "seed=1,2"]
+    code, _, errors = command(*words)
+    assert code == 130
+    assert errors.endswith("from their last checkpoint if they were stopped\n")
+    first = Path("sweep/0-seed=1")
+    assert torch.load(first / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
+    if end == "killed":
+        pretend_killed(first, dead)
+    code, out, _ = command(*words)  # the second job is stopped too
+    assert code == 130
+    assert out.count(f"goes on from {first.absolute()}/checkpoints/last.ckpt: the job was sto") == 1
+    assert Result.read(first).metrics == whole
+    torch.testing.assert_close(weights(first), weights(Path("whole")), rtol=0, atol=0)
+
+
+def test_a_job_that_was_killed_after_its_last_epoch_is_only_tested(command, dead):
+    words = ["-m", *SHORT, SWEEP, "seed=1,2"]
+    assert command(*words)[0] == 0
+    first = Path("sweep/0-seed=1")
+    before, steps = Result.read(first), len(curves_of(first)["train/loss"][0])
+    pretend_killed(first, dead)
+    code, out, errors = command(*words)
+    assert (code, errors) == (0, "")
+    assert f"goes on from {first.absolute()}" in out
+    after = Result.read(first)
+    assert (after.metrics, after.tested) == (before.metrics, before.tested)
+    assert len(curves_of(first)["train/loss"][0]) == steps
 
 
 # Results of runs that are dead, alive, or of another sort.
