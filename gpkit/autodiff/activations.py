@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -47,6 +47,30 @@ def names(*axes: Any) -> list[str]:
     return list(dict.fromkeys(name for axis in axes for name in getattr(axis, "names", ())))
 
 
+Change = Callable[[Tensor], Tensor]  # of the output of a submodule
+
+
+def moved(
+    names: Sequence[str], xs: Sequence[Tensor], before: Sequence[Tensor]
+) -> dict[str, Change]:
+    """Return how outputs of submodules become other ones.
+
+    Args:
+        names: of the submodules.
+        xs: the outputs now.
+        before: the outputs before. One output is replaced; the moves of several are added, because
+            one may be computed from another that is moved.
+    """
+    if len(names) == 1:
+        return {names[0]: lambda output: xs[0]}
+    triples = zip(names, xs, before, strict=True)
+    return {name: partial(_add, x, h) for name, x, h in triples}
+
+
+def _add(x: Tensor, before: Tensor, output: Tensor) -> Tensor:
+    return output + (x - before)
+
+
 def module_of(name: str, f: Any, args: Iterable[Any]) -> nn.Module:
     """Return the module with the activation: one in ``args``, or ``f``, or one that ``f`` wraps.
 
@@ -65,7 +89,7 @@ def module_of(name: str, f: Any, args: Iterable[Any]) -> nn.Module:
 
 @contextmanager
 def captured(
-    module: nn.Module | None, wanted: Iterable[str], moves: Mapping[str, Tensor] | None = None
+    module: nn.Module | None, wanted: Iterable[str], changes: Mapping[str, Change] | None = None
 ) -> Iterator[dict[str, Tensor]]:
     """Capture the outputs of submodules during one forward pass; the hooks are removed after it.
 
@@ -75,7 +99,7 @@ def captured(
     Args:
         module: the net; None if ``wanted`` is empty.
         wanted: names, as in ``module.named_modules()``.
-        moves: what is added to outputs, by name.
+        changes: of outputs, by name, see `moved`.
 
     Yields:
         The outputs by name: complete when the block ends.
@@ -88,7 +112,7 @@ def captured(
     with ExitStack() as stack:
         for name in wanted:
             assert module is not None
-            hook = partial(_catch, name, caught, (moves or {}).get(name))
+            hook = partial(_catch, name, caught, (changes or {}).get(name))
             stack.callback(hooked(submodule(module, name), hook).remove)
         yield caught
     for name in wanted:
@@ -119,7 +143,7 @@ def submodule(module: nn.Module, name: str) -> nn.Module:
 def _catch(
     name: str,
     caught: dict[str, Tensor],
-    move: Tensor | None,
+    change: Change | None,
     module: nn.Module,
     _: Any,
     output: Any,
@@ -135,9 +159,9 @@ def _catch(
             f"`activation({name!r})` must be a floating-point tensor; the {type(module).__name__} "
             f"returns {given}: name a submodule inside it"
         )
-    if move is not None:
-        caught[name] = output + move
-        return caught[name]
+    if change is not None:
+        caught[name] = change(output)
+        return caught[name].clone()
     has_graph = output.requires_grad or is_jet(output)  # a jet has graphs in its coefficients
     caught[name] = output if has_graph else variable(output)
     return caught[name].clone()

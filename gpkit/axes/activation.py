@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from gpkit import checks
-from gpkit.autodiff.activations import Named
+from gpkit.autodiff.activations import Named, moved
 from gpkit.autodiff.tracing.calls import TRACES
 from gpkit.axes.at import Points
 from gpkit.axes.call import Call
@@ -50,12 +50,11 @@ class Inside(inputs):
         return tuple(caught[name] for name in self.names)
 
     def moved_to(self, call: Call, given: Points, before: Points, xs: Points) -> Any:
-        """Run the net at the same points, with moves added to the outputs of the submodules."""
-        # Added, because the outputs of some may depend on those of others that are moved.
-        moves = {name: x - h for name, x, h in zip(self.names, xs, before, strict=True)}
+        """Run the net at the same points, with other outputs of the submodules."""
         if isinstance(call.f, Recomputable):  # a trainer moves them itself
             return call.run(xs, xs[0].device)[0]
-        return call.run(self.placed(given), given[0].device, moves)[0]
+        changes = moved(self.names, xs, before)
+        return call.run(self.placed(given), given[0].device, changes)[0]
 
 
 @dataclass(frozen=True)

@@ -92,14 +92,17 @@ class Call:
         return tensors or (callable(self.axes.of) and not callable(self.f))
 
     def run(
-        self, xs: Points, device: torch.device, moves: Mapping[str, Tensor] | None = None
+        self,
+        xs: Points,
+        device: torch.device,
+        changes: Mapping[str, activations.Change] | None = None,
     ) -> tuple[Any, dict[str, Tensor]]:
         """Run a forward pass without side effects.
 
         Args:
             xs: the arguments of the function.
             device: the device of the forward pass.
-            moves: what is added to activations, by name.
+            changes: of activations, by name.
 
         Returns:
             The output to differentiate, and the activations that ``of`` and ``wrt`` name.
@@ -120,7 +123,7 @@ class Call:
                 return y, {}
         net = activations.module_of(wanted[0], self.f, self.args)
         with self.forward(self.seed, device):
-            with activations.captured(net, wanted, moves) as caught:
+            with activations.captured(net, wanted, changes) as caught:
                 y = called(self.f, xs, self.batch)
             if isinstance(self.axes.of, activations.Named):
                 y = caught[self.axes.of.name]

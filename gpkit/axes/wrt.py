@@ -89,7 +89,7 @@ class inputs(Variables):
     [6.0, 24.0]
     """
 
-    keys: tuple[str, ...] = field(default=(), init=False)
+    keys: tuple[str, ...] = field(default=(), init=False, repr=False)
     batch_dim: int = field(default=0, kw_only=True, repr=False)
 
     scopes = ("sample", "pixel")

@@ -1,7 +1,9 @@
 """Estimators that move an activation, against torch.func and double backprop by hand."""
 
 import pytest
+import pytorch_lightning as pl
 import torch
+from modules import QUIET
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
@@ -146,3 +148,37 @@ def test_a_tensor_is_no_function_of_its_activation():
     torch.testing.assert_close(penalty(f, h), exact, rtol=1e-5, atol=0)
     functional_call(net, {}, (X,))  # as before: no hook was left
     assert not net.first._forward_hooks
+
+
+class Fitted(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = Net()
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch[0]).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+@pytest.mark.parametrize("name", ["exact", "difference", "stencil"])
+def test_in_activations_that_follow_each_other_in_a_fit(name):
+    """The callback moves the second too where the first moves it."""
+    estimator, rtol = EXACTLY[name]
+    wrt = [gpkit.activation("first"), gpkit.activation("second")]
+    penalty = gpkit.GradientPenalty(wrt=wrt, estimator=estimator, weight=3.0)
+    module, before = Fitted(), Net()
+    callback = gpkit.GradientPenaltyCallback(penalty, module="net")
+    options = {"max_steps": 1, "accelerator": "cpu", "logger": False, **QUIET}
+    data = torch.utils.data.TensorDataset(X)
+    pl.Trainer(callbacks=[callback], **options).fit(module, torch.utils.data.DataLoader(data, B))
+    params = {name: p.detach() for name, p in before.named_parameters()}
+
+    def total(params):
+        loss = functional_call(before, params, (X,)).mean()
+        return loss + 3 * n2(before, params, ("first", "second")).mean()
+
+    for name, g in grad(total)(params).items():
+        found = module.net.get_parameter(name).detach()
+        torch.testing.assert_close(found, params[name] - 0.05 * g, rtol=max(rtol, 1e-9), atol=1e-7)

@@ -211,6 +211,7 @@ class Evaluator:
         rerun = partial(rerun, indices=self.watched.indices(needs, capture))
         if needs.at_data and not needs.calls_net:
             x: Any = tuple(capture.activations[name] for name in needs.in_activation) or capture.x
+            rerun = partial(rerun, before=x) if needs.in_activation else rerun
             return [Recomputable(value, rerun, state, mean=needs.of_loss), x]
         assert capture.x is not None
         module = [self.watched.net] if needs.activations else []

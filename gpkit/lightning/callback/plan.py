@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from gpkit.autodiff.activations import Change, moved
 from gpkit.autodiff.isolation import isolated
 from gpkit.lightning.watch.probe import Capture, Probe, ProbeSpec
 from gpkit.lightning.watch.replay import Silencer, StepCall, loss_of
@@ -58,13 +59,13 @@ class PenalizedNet:
     call: int | None = None
 
     def probe(
-        self, needs: Iterable[Needs], replacements: Mapping[str, tuple[Tensor, int]] | None = None
+        self, needs: Iterable[Needs], replacements: Mapping[str, tuple[Change, int]] | None = None
     ) -> Probe:
         """Return a probe that captures what penalties need.
 
         Args:
             needs: of the penalties.
-            replacements: tensors to compute with instead, see `Probe`.
+            replacements: what to compute with instead, see `Probe`.
 
         Returns:
             The probe; its hooks are not registered yet.
@@ -80,6 +81,7 @@ class PenalizedNet:
         needs: Needs,
         *xs: Tensor,
         indices: Iterable[int] = (0,),
+        before: Sequence[Tensor] = (),
     ) -> Any:
         """Rerun the training step, and return what a penalty differentiates.
 
@@ -89,12 +91,14 @@ class PenalizedNet:
             needs: of the penalty.
             *xs: the input or activations to compute with; if missing, those of the batch.
             indices: the call of the submodule that gets each of them.
+            before: the activations of the batch, where several are moved.
 
         Returns:
             The loss, or the output or activation of the net.
         """
-        at = zip(xs, indices, strict=True) if xs else ()
-        replacements = dict(zip(_moved(needs), at, strict=True)) if xs else None
+        changes = moved(_moved(needs), xs, before).items() if xs else ()
+        pairs = zip(changes, indices, strict=False)
+        replacements = {name: (change, index) for (name, change), index in pairs}
         with self.silencer.silenced(), self.probe([needs], replacements) as capture:
             output = call.training_step(*call.args, **call.kwargs)
         return differentiated(needs, capture, loss_of(output))

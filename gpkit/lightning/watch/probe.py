@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.compiler import set_stance
 from torch.utils.hooks import RemovableHandle
 
+from gpkit.autodiff.activations import Change
 from gpkit.autodiff.compat import in_backward, is_compiled, is_compiled_function
 from gpkit.autodiff.isolation import double_backward
 from gpkit.autodiff.layers.recording import Recording
@@ -113,7 +114,7 @@ class Probe:
         net: the module to capture from.
         title: how error messages call it, such as "the submodule 'net'".
         spec: what to capture.
-        replacements: tensors to compute with instead, each with the index of the call: of the input
+        replacements: what to compute with instead, each with the index of the call: of the input
             under the name "", of activations under their names.
         call: which call is captured of a submodule that is called several times, from 0. With None
             it is the last.
@@ -125,7 +126,7 @@ class Probe:
         net: nn.Module,
         title: str,
         spec: ProbeSpec,
-        replacements: Mapping[str, tuple[Tensor, int]] | None = None,
+        replacements: Mapping[str, tuple[Change, int]] | None = None,
         *,
         call: int | None = None,
         eager: bool = False,
@@ -284,9 +285,9 @@ class Probe:
         checkpointing reruns a call it cannot be known which one it was.
         """
         if name in self.replacements:
-            replacement, at = self.replacements[name]
+            change, at = self.replacements[name]
             if at == index:
-                return replacement
+                return change(x)
         return x if x.requires_grad else x.detach().requires_grad_()
 
 
