@@ -17,8 +17,8 @@ from gpkit.doctor.gradcheck.trial import Trial, tensors_of
 from gpkit.gradient_penalty import GradientPenalty
 
 NAMES = (
-    "float64", "repeatable", "gradient", "samples", "order", "entries", "points", "noise",
-    "formula", "zero", "side_effects", "autocast",
+    "float64", "repeatable", "backward", "gradient", "samples", "order", "entries", "points",
+    "noise", "formula", "zero", "side_effects", "autocast",
 )  # fmt: skip
 
 
@@ -45,6 +45,7 @@ def check_penalty(
     ============ ===================================================================================
     float64      it runs in float64
     repeatable   from the same random state it returns the same number
+    backward     the backward pass of its value runs, with the net as it is
     gradient     its gradient in the parameters is that of its value, by central differences
     samples      the penalty of a batch is the mean of those of its parts, also of a single sample
     order        the order of the samples does not matter
@@ -159,6 +160,7 @@ def _checks(
     weights = unchecked("it differentiates in no input of the net")
     compares = unchecked("the net compares samples, as batch norm in training mode does")
     made: dict[str, Callable[[], Check]] = {
+        "backward": lambda: edges.backward(trial),
         "gradient": lambda: autograd.gradient(trained),
         "samples": lambda: (
             (symmetry.samples(alone, reduce) if alone else compares) if inputs else weights

@@ -8,9 +8,21 @@ from torch import Tensor
 from gpkit.doctor.gradcheck.compared import Known
 from gpkit.doctor.gradcheck.report import Check, failed, unchecked
 from gpkit.doctor.gradcheck.trial import Run, Trial, tensors_of
+from gpkit.hints import hint_for
 
 UNDERFLOW = 2.0**-23  # the root mean square of the inner gradient; float16 ends at 2⁻²⁴
 OUTER = [2.0 ** (6 * k) for k in range(8)]  # scales of the loss, of which one must do
+
+
+def backward(given: Trial) -> Check:
+    """The backward pass runs, on the kernels that the net takes as it is."""
+    try:
+        given.like(dtype=None).run(gradient=True, fused=True)
+    except RuntimeError as error:
+        hint = hint_for(str(error))
+        cause = hint.fix if hint is not None else "an operation has no second derivative"
+        return failed(str(hint.why if hint is not None else error).splitlines()[0], cause)
+    return Check("it runs")
 
 
 def zero(known: Known) -> Check:

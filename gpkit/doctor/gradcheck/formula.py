@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gpkit.autodiff.compat import tree_map_only
 from gpkit.axes.at import data
 from gpkit.doctor.gradcheck.compared import DEVIATIONS, Known, known
 from gpkit.doctor.gradcheck.report import Check, failed, unchecked
@@ -62,23 +63,57 @@ def _of_penalty(
         if isinstance(penalty.estimator, kind):
             penalty.estimator = instead
     given = {name: value for name, value in named.items() if name in GIVEN}
-    call = next((call for call in found.run.calls if call.variables), None)
+    call = _together(found.run.calls)
     if call is not None and penalty.at.moves:
         penalty.at = data()
-        return penalty.terms(
-            _with_others(net, call), call.tensors[call.variables[0]], **given
-        ).penalty
+        z = call.tensors[call.variables[0]]
+        return penalty.terms(_with_others(net, call), z, **given).penalty
+    of = net if call is None else _with_others(net, call)
     kinds = dict(zip(("real", "fake"), samples, strict=False))
     kinds = {kind: kinds.get(kind, samples[0]) for kind in like.at.reads}
     if isinstance(like.at, data):
-        return penalty.terms(net, samples[0], **given).penalty
-    return penalty.terms(net, **kinds, **given).penalty
+        return penalty.terms(of, samples[0], **given).penalty
+    return penalty.terms(of, **kinds, **given).penalty
 
 
-def _with_others(net: nn.Module, call: Call) -> Callable[[Tensor], Any]:
-    """Return the net as a function of its first differentiated input."""
-    place = next(i for i, a in enumerate(call.args) if a is call.tensors[call.variables[0]])
-    return lambda x: net(*call.args[:place], x, *call.args[place + 1 :], **call.kwargs)
+def _together(calls: list[Call]) -> Call | None:
+    """Return one call of the net for all points that it was differentiated at, each once."""
+    distinct: list[Call] = []
+    for call in calls:
+        points = [call.tensors[i] for i in call.variables]
+        if points and not any(
+            len(c.variables) == len(points)
+            and all(torch.equal(c.tensors[i], p) for i, p in zip(c.variables, points, strict=True))
+            for c in distinct
+        ):
+            distinct.append(call)
+    if len(distinct) < 2:
+        return distinct[0] if distinct else None
+    first, sizes = distinct[0], [len(c.tensors[c.variables[0]]) for c in distinct]
+    each = [iter(c.tensors) for c in distinct]
+
+    def joined(x: Tensor) -> Tensor:
+        parts = [next(tensors) for tensors in each]
+        rows = [len(p) if p.ndim else 0 for p in parts]
+        return torch.cat(parts) if rows == sizes else x
+
+    args, kwargs = tree_map_only(Tensor, joined, (first.args, first.kwargs))
+    return Call(args, kwargs, first.variables)
+
+
+def _with_others(net: nn.Module, call: Call) -> Callable[..., Any]:
+    """Return the net as a function of its differentiated input, with the others of a call."""
+    point = call.tensors[call.variables[0]]
+    if len(call.tensors) == 1 and len(call.args) == 1 and not call.kwargs:
+        return net
+
+    def of(x: Tensor) -> Any:
+        args, kwargs = tree_map_only(
+            Tensor, lambda t: x if t is point else t, (call.args, call.kwargs)
+        )
+        return net(*args, **kwargs)
+
+    return of
 
 
 def _for(theirs: Known, points: list[Call] | None) -> list[Call] | None:

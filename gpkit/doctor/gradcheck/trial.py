@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gpkit.autodiff.compat import tree_leaves, tree_map_only
+from gpkit.autodiff.isolation import double_backward
 from gpkit.autodiff.random import bookmark, device_of, random_state, reseed, seeded, shared
 from gpkit.autodiff.reached import values_of
 from gpkit.doctor.gradcheck.turn import Turn
@@ -120,6 +121,7 @@ class Trial:
         scale: float = 1.0,
         outer: float = 1.0,
         within: Any = None,
+        fused: bool = False,
     ) -> Run:
         """Run the penalty.
 
@@ -133,6 +135,8 @@ class Trial:
             scale: a factor of the net's output.
             outer: a factor of the value, before its gradient is taken, which is divided by it.
             within: a context in which the penalty runs, such as autocast.
+            fused: whether attention and recurrent nets may run on kernels that cannot be
+                differentiated twice.
 
         Returns:
             What came out.
@@ -163,6 +167,7 @@ class Trial:
         with ExitStack() as stack:
             stack.enter_context(self._from_the_start(seed))
             stack.enter_context(torch.enable_grad())
+            stack.enter_context(nullcontext() if fused else double_backward())
             handles = (
                 self.net.register_forward_pre_hook(before, with_kwargs=True),
                 self.net.register_forward_hook(after, with_kwargs=True),
