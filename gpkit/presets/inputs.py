@@ -26,8 +26,9 @@ def input_grad_norm(
     .. math:: \lambda \, \text{mean}_i \, \|\nabla_{x_i} \ell_i\|^2
 
     Call ``penalty(losses, x)`` with one loss for each sample, ``[B]`` or ``[B, 1]``, and an ``x``
-    ``[B, *S]`` that requires grad; or ``penalty(f, x)``. A scalar loss is an error: its mean hides
-    a factor 1/B in every gradient.
+    ``[B, *S]`` that requires grad; or ``penalty(f, x)``. Of losses of steps ``[B, T]`` the loss of
+    a sample is the sum, Σ_t w_it ℓ_it with weights or a mask of the steps, ``sample_weight=w``. A
+    scalar loss is an error: its mean hides a factor 1/B in every gradient.
 
     Args:
         weight: λ, a factor of the whole square: there is no ½ inside.

@@ -134,3 +134,22 @@ def test_the_defaults_of_a_pair_are_those_of_its_classes(model, shape):
         options = {k: v for k, v in given[part].items() if k != "_target_"}
         assert {**options, "num_classes": 0} == type(net).__init__.__kwdefaults__
     assert critic(generator(torch.zeros(5, 3))).shape == (5, 1)
+
+
+@pytest.mark.parametrize(
+    ("override", "keys", "names"),
+    [
+        ("penalty.wrt={_target_: gpkit.inputs, _args_: [a, b]}", ("a", "b"), ()),
+        (
+            "penalty.wrt=[{_target_: gpkit.activation, name: a}, "
+            "{_target_: gpkit.activation, name: b}]",
+            (),
+            ("a", "b"),
+        ),
+    ],
+)
+def test_several_variables_in_a_config(override, keys, names):
+    config = compose("train", ["penalty=custom", override])
+    penalty = instantiate(config.penalty, _convert_="all")
+    assert penalty.wrt.keys == keys
+    assert getattr(penalty.wrt, "names", ()) == names

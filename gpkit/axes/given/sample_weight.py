@@ -59,6 +59,11 @@ def of_samples(losses: Tensor, weights: Any = None) -> tuple[Tensor, tuple[int, 
 
     Returns:
         The losses of the samples, and the shape of the losses of steps; () if there are none.
+
+    >>> import gpkit
+    >>> x, mask = torch.ones(2, 3), torch.tensor([[1, 1, 0], [0, 0, 0]])  # two steps, and none
+    >>> gpkit.input_grad_norm()(lambda x: 5 * x, x, sample_weight=mask).item()  # 5² + 5²
+    50.0
     """
     steps = tuple(losses.shape)
     if losses.ndim < 2 or losses.numel() == len(losses):
