@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gpkit.effect import Unchecked
 from gpkit.formula import Terms
 from gpkit.penalty import Penalty
 from gpkit.with_loss import with_loss
@@ -260,6 +261,27 @@ def as_sum(penalty: Penalties | None) -> PenaltySum:
             f"or name=...; got {', '.join(name for name, _ in named)}"
         )
     return PenaltySum(parts)
+
+
+def examined(penalties: Mapping[str, Penalty], doctor: bool) -> bool:
+    """Take every net for one that has been looked at, for penalties without a doctor.
+
+    Args:
+        penalties: by name.
+        doctor: whether they are checked at their first step.
+
+    Returns:
+        ``doctor``.
+
+    Raises:
+        TypeError: if it is neither True nor False.
+    """
+    if not isinstance(doctor, bool):
+        raise TypeError(f"`doctor=...` must be True or False; got {doctor!r}")
+    if not doctor:
+        for penalty in penalties.values():
+            penalty.seen = Unchecked()
+    return doctor
 
 
 def uncalled(given: Any) -> str:

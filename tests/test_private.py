@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "gpkit"
 COMPAT = {
     "autodiff/compat.py",
     "autodiff/sharding/compat.py",
+    "autodiff/locating/compat.py",
     "autodiff/tracing/compat.py",
-    "doctor/compat.py",
     "lightning/compat.py",
 }
 

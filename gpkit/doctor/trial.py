@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from gpkit.autodiff.activations import features
 from gpkit.autodiff.isolation import isolated
+from gpkit.autodiff.locating.watch import Watch
 from gpkit.autodiff.random import device_of
 from gpkit.doctor.example import Example
-from gpkit.doctor.watch import Watch
 from gpkit.environment_penalty import EnvironmentPenalty
 from gpkit.estimators.base import Target
 from gpkit.formula import Terms

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import replace
 
 import torch
 
 from gpkit.autodiff import graph
-from gpkit.autodiff.compat import is_reentrant_checkpoint, packs_saved
-from gpkit.doctor.compat import is_compiled_node, ones_for
+from gpkit.autodiff.locating.located import named, piecewise_linear
+from gpkit.autodiff.locating.watch import ROOT
 from gpkit.doctor.example import Example
 from gpkit.doctor.trial import FAILURES, SEED, Trial, norm_of
-from gpkit.doctor.watch import ROOT
 from gpkit.environment_penalty import EnvironmentPenalty
 from gpkit.estimators.exact import exact
 from gpkit.estimators.projection import projection
 from gpkit.finding import Finding, error
-from gpkit.hints import HINTS, hint_for
+from gpkit.hints import HINTS
 
 
 def compiled(trial: Trial) -> Iterator[Finding]:
@@ -38,40 +37,10 @@ def operations(trial: Trial) -> Iterator[Finding]:
         targets, watch = trial.graphs
     except FAILURES:
         return  # `refusal` says why
-    seen = set()
     for target in targets if targets[0].batched else targets[:1]:
         known = dict(graph.derivative_findings(target.y, target.xs, trial.twice))
-        for node in graph.between(target.y, target.xs):
-            found = known.get(node) or _of_node(node)
-            if found is not None:
-                seen.add((watch.name_of(node), found))
-    for module, found in sorted(seen, key=str):
-        yield Finding(found.code, "error", found.why, found.fix, module)
-
-
-def _of_node(node: Any) -> Finding | None:
-    """Return what is wrong with the second derivative of one operation, by trying it."""
-    if is_reentrant_checkpoint(node):
-        return error(*HINTS["use_reentrant=True"])
-    if is_compiled_node(node):
-        return error(*HINTS["torch.compile with aot_autograd"])
-    if hasattr(node, "variable") or packs_saved(node):
-        return None  # a leaf; or a checkpoint, which can be read once
-    given = ones_for(node)
-    if not all(g.is_floating_point() for g in given):
-        return None
-    try:
-        made = node(*given)
-        found = made if isinstance(made, tuple) else (made,)
-        parts = [p for p in found if isinstance(p, torch.Tensor) and p.requires_grad]
-        if parts:
-            ones = [torch.ones_like(p) for p in parts]
-            torch.autograd.grad(parts, given, ones, allow_unused=True)
-    except RuntimeError as failure:
-        if "not implemented" not in str(failure) and hint_for(str(failure)) is None:
-            return None  # it does not take ones, which says nothing of its derivative
-        return hint_for(str(failure)) or error(*HINTS["is not implemented"])
-    return None
+        for module, found in named(graph.between(target.y, target.xs), known, watch):
+            yield replace(found, module=module)
 
 
 def no_curvature(trial: Trial) -> Iterator[Finding]:
@@ -82,16 +51,10 @@ def no_curvature(trial: Trial) -> Iterator[Finding]:
     if getattr(getattr(trial.outcome.error, "finding", None), "code", "") != "piecewise-linear":
         return
     targets, watch = trial.graphs
-    names = set(graph.PIECEWISE_LINEAR)
-    nodes = [n for t in targets for n in graph.between(t.y, t.xs) if _kind(n) in names]
-    modules = dict.fromkeys(watch.name_of(node) for node in nodes)
-    for module in modules:
+    nodes = [n for t in targets for n in graph.between(t.y, t.xs)]
+    for module in piecewise_linear(nodes, watch):
         why = f"order {order} of a piecewise-linear operation is zero everywhere"
         yield Finding("piecewise-linear", "error", why, "use GELU, SiLU, softplus or tanh", module)
-
-
-def _kind(node: Any) -> str:
-    return node.name().partition("Backward")[0]
 
 
 # Of these the gradient is that of the value, not of an estimate.

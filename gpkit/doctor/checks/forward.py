@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gpkit.autodiff.compat import tree_leaves
+from gpkit.autodiff.locating.watch import ROOT, Visit
 from gpkit.doctor.trial import SEED, Trial
-from gpkit.doctor.watch import ROOT, Visit
 from gpkit.effect import coupled_samples
 from gpkit.finding import Finding
 

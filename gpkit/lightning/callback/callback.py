@@ -12,7 +12,7 @@ from gpkit.lightning.callback.step import PenalizedStep
 from gpkit.lightning.compat import Callback, state_key
 from gpkit.lightning.refusals import CALLBACK_REFUSAL, refuse
 from gpkit.lightning.watch.wrapping import wrap
-from gpkit.sums import Penalties, as_sum
+from gpkit.sums import Penalties, as_sum, examined
 
 
 class GradientPenaltyCallback(Callback):
@@ -67,6 +67,9 @@ class GradientPenaltyCallback(Callback):
             on fakes, the index from 0 of the call whose input, output or activation is meant. The
             calls of a submodule that an activation names are counted likewise.
 
+        doctor: whether each penalty is checked at its first step: it must train the net, by a right
+            gradient. An error names the modules that are at fault.
+
     Raises:
         TypeError: if ``penalty`` or ``module`` has another type.
         ValueError: if two penalties have the same name, or ``manual_backward`` or ``call`` is
@@ -95,8 +98,10 @@ class GradientPenaltyCallback(Callback):
         *,
         manual_backward: int | None = None,
         call: int | None = None,
+        doctor: bool = True,
     ) -> None:
         self.penalties = as_sum(penalty)
+        self.doctor = examined(self.penalties, doctor)
         if module is not None and not isinstance(module, str):
             raise TypeError(
                 f"`module=...` must be the name of a submodule, such as 'backbone'; got {module!r}"
@@ -130,7 +135,8 @@ class GradientPenaltyCallback(Callback):
             # No training step first: sharded weights may fail in it, and manual optimisation
             # would step the optimisers. In other cases the first step adds its own findings.
             refuse(CALLBACK_REFUSAL, found)
-        step = PenalizedStep(trainer, pl_module, self.penalties, self.module, found, self.call)
+        options: dict[str, Any] = {"call": self.call, "doctor": self.doctor}
+        step = PenalizedStep(trainer, pl_module, self.penalties, self.module, found, **options)
         if pl_module.automatic_optimization:
             self._unwrap = [step.remove, wrap(pl_module, "training_step", step)]
             return

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from gpkit.autodiff.layers.recording import Recording
+from gpkit.autodiff.locating.located import located
+from gpkit.autodiff.locating.watch import Watch
 from gpkit.autodiff.numerics import wide
 from gpkit.autodiff.random import RandomState, has_ranks
 from gpkit.autodiff.sharding.gathering import is_sharded
@@ -74,6 +76,7 @@ class Evaluator:
         self.watched = watched
         self.penalties = penalties
         self.needs = needs
+        self.watch: Watch | None = None  # of the first step of a penalty
         self.windows: dict[str, Window] = {}  # by penalty, of this optimiser step
         self._scaler = scaler_of(trainer)
         self._sharded_weights: Any = None
@@ -162,7 +165,10 @@ class Evaluator:
                     type(error) is RuntimeError or isinstance(error, FoundError)
                 ):
                     raise
-                found, cause = [*found, f"penalty {name!r}: {error}"], error
+                told: Exception = error
+                if isinstance(error, FoundError) and self.watch is not None:
+                    told = located(error, self.watch)
+                found, cause = [*found, f"penalty {name!r}: {told}"], error
         if found:
             refuse(CALLBACK_REFUSAL, found, cause)
         return (base if total is loss else total), sharded | terms

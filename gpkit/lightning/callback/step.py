@@ -9,6 +9,7 @@ from typing import Any
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
+from gpkit.autodiff.locating.located import first_watch
 from gpkit.autodiff.state import start_of
 from gpkit.lightning.callback.evaluation import Evaluator
 from gpkit.lightning.callback.findings import (
@@ -40,6 +41,7 @@ class PenalizedStep:
         findings: what was found against the penalties before the first step. It is raised at the
             first step, together with what that step shows.
         call: which call of the submodule is meant in a step that calls it several times, from 0.
+        doctor: whether an error of a penalty at its first step names modules.
     """
 
     def __init__(
@@ -50,6 +52,8 @@ class PenalizedStep:
         submodule: str | None,
         findings: list[str],
         call: int | None = None,
+        *,
+        doctor: bool = True,
     ) -> None:
         self.trainer = trainer
         self.module = module
@@ -73,6 +77,7 @@ class PenalizedStep:
         self._optimizer_step: int | None = 0
         self._not_acted_yet = set(penalties)
         self._seen: SeenCalls | None = None  # in the first step of a penalty
+        self.doctor = doctor
         self._draws_before: tuple[int, list[int]] = (-1, [])  # a batch index, and penalty.draws
         self._plans: dict[tuple[str, ...], Plan] = {}  # by the names of the penalties that act
         self._manual: tuple[StepCall, Capture, Plan] | None = None
@@ -151,9 +156,14 @@ class PenalizedStep:
     @contextmanager
     def _noting_calls(self, plan: Plan) -> Iterator[None]:
         """Note the submodules that a step calls, for messages, if a penalty is new in it."""
-        new = plan.probe.spec.names and not self._not_acted_yet.isdisjoint(plan.needs)
-        self._seen = SeenCalls(self.module) if new else None
-        with self._seen or nullcontext():
+        new = not self._not_acted_yet.isdisjoint(plan.needs)
+        self._seen = SeenCalls(self.module) if new and plan.probe.spec.names else None
+        watch = (
+            first_watch(self.module)
+            if new and self.doctor and not self.watched.compiled
+            else nullcontext()
+        )
+        with self._seen or nullcontext(), watch as self.evaluator.watch:
             yield
 
     def _findings_of_net(self, capture: Capture, plan: Plan) -> list[str]:

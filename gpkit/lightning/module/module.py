@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gpkit import checks
 from gpkit.autodiff.activations import captured
 from gpkit.autodiff.isolation import double_backward, isolated
+from gpkit.autodiff.locating.located import locating
 from gpkit.autodiff.state import start_of
 from gpkit.autodiff.tracing.compat import keeping_buffers
 from gpkit.compiling.entry import compiled
@@ -28,7 +29,7 @@ from gpkit.lightning.recording import EVALUATION, Histograms, LatestStep, penalt
 from gpkit.lightning.refusals import require_functions
 from gpkit.losses import LossFunction, as_loss, logits, per_sample
 from gpkit.needs import Needs, needs_of
-from gpkit.sums import Penalties, as_sum
+from gpkit.sums import Penalties, as_sum, examined
 
 AllTerms = dict[str, Terms | None]
 
@@ -84,6 +85,8 @@ class PenalizedModule(pl.LightningModule):
             "in the input" are in the first that is a floating-point tensor, and those with
             ``wrt=gpkit.inputs("a", "b")`` in these entries.
         target: the entry that is y. None is "labels", "label", "targets", "target" or "y".
+        doctor: whether each penalty is checked at its first step: it must train the net, by a right
+            gradient. An error names the modules that are at fault.
 
     Raises:
         TypeError: if an argument has the wrong type.
@@ -116,6 +119,7 @@ class PenalizedModule(pl.LightningModule):
         compile: bool = False,
         inputs: Keys = None,
         target: Keys = None,
+        doctor: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(net, nn.Module):
@@ -124,6 +128,8 @@ class PenalizedModule(pl.LightningModule):
         self.loss = as_loss(loss)
         self.per_sample_loss = per_sample(loss)
         self.penalties = as_sum(penalty)
+        # The penalties that have not acted yet: an error of one names modules.
+        self._unseen = set(self.penalties) if examined(self.penalties, doctor) else set()
         self.needs = {name: needs_of(part) for name, part in self.penalties.items()}
         require_fit(self.needs)
         require_functions(optimizer=optimizer, scheduler=scheduler)
@@ -210,7 +216,10 @@ class PenalizedModule(pl.LightningModule):
         step = self._optimizer_step()
         if compiled is None or compiled.obstacle or not torch.is_grad_enabled():
             options["step"] = step
-            forward, terms = self._act(read, needs, given, options, log_norms=log_norms)
+            new = {n for n in self._unseen if self.penalties[n].acts_at(step)}
+            self._unseen -= new
+            with locating(self.net) if new else nullcontext():
+                forward, terms = self._act(read, needs, given, options, log_norms=log_norms)
         else:
             for penalty in self.penalties.values():
                 penalty.step = penalty.step if step is None else step

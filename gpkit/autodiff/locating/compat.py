@@ -1,6 +1,6 @@
-"""Private API of torch that the doctor uses, about nodes of an autograd graph.
+"""Private API of torch that tells where a node of an autograd graph comes from.
 
-`tests/doctor/test_doctor_compat.py` fails with the name of what a release takes away.
+`tests/autodiff/test_locating.py` fails with the name of what a release takes away.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gpkit.autodiff.compat import is_compiled, nodes_made, tree_leaves, write_count
-from gpkit.doctor.compat import made_at
+from gpkit.autodiff.locating.compat import made_at
 
 ROOT = "(the net itself)"
 OUTSIDE = "(outside of the net, such as the loss)"
@@ -59,6 +59,7 @@ class Watch:
         self.visits: list[Visit] = []
         self.names = dict(_watched(net, ""))
         self.values = values
+        self.outputs: list[Tensor] = []  # of the outermost calls, with their graphs
         self.running: list[tuple[nn.Module, int, list[tuple[Tensor, int]], Seen]] = []
         self.handles: list[Any] = []
 
@@ -81,6 +82,8 @@ class Watch:
         entered, first, given, got = self.running.pop()
         while entered is not module:  # of a call that raised an error that the net caught
             entered, first, given, got = self.running.pop()
+        if not self.running:
+            self.outputs += [t for t in _tensors(output) if t.requires_grad]
         wrote = any(write_count(t) != before for t, before in given)
         name, kind, returned = self.names[module], type(module).__name__, self._seen(output)
         self.visits.append(Visit(name, kind, first, nodes_made(), got, returned, wrote))
