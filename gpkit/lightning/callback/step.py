@@ -158,11 +158,8 @@ class PenalizedStep:
         """Note the submodules that a step calls, for messages, if a penalty is new in it."""
         new = not self._not_acted_yet.isdisjoint(plan.needs)
         self._seen = SeenCalls(self.module) if new and plan.probe.spec.names else None
-        watch = (
-            first_watch(self.module)
-            if new and self.doctor and not self.watched.compiled
-            else nullcontext()
-        )
+        watches = new and self.doctor and not self.watched.compiled
+        watch = first_watch(self.module) if watches else nullcontext()
         with self._seen or nullcontext(), watch as self.evaluator.watch:
             yield
 
