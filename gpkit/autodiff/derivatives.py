@@ -244,18 +244,6 @@ def gradient_norm(value: Tensor, parameters: list[Tensor]) -> Tensor:
     return torch.stack(squares).sum().sqrt() if squares else value.new_zeros(())
 
 
-def squared_length(parts: tuple[Tensor, ...]) -> Tensor:
-    """Return the sum of all squares ``[1]``, in float32 or better."""
-    parts = tuple(torch.view_as_real(p) if p.is_complex() else p for p in parts)
-    if sum(part.numel() for part in parts) < SMALL:
-        parts = (torch.cat([part.reshape(-1) for part in parts]),)
-    squares = [(p if p.dtype.itemsize > 2 else p.float()).square().sum() for p in parts]
-    return sum(squares[1:], squares[0]).reshape(1)
-
-
-SMALL = 2**18  # entries; below this, one copy is cheaper than a sum for each parameter
-
-
 @contextmanager
 def mended(*ys: Tensor) -> Iterator[None]:
     """A context in which some gradients in the graph of ``ys`` can be differentiated again.

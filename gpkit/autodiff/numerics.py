@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from gpkit.autodiff.compat import norms_of
+
 
 def wide(x: Tensor) -> torch.dtype:
     """Return the dtype to compute norms of ``x`` in: float32 for float16 and bfloat16."""
@@ -102,6 +104,46 @@ def note_positive(squared_norms: Tensor) -> None:
 
 
 POSITIVE = "gpkit_positive"  # an attribute of a tensor
+
+
+def squared_length(parts: tuple[Tensor, ...]) -> Tensor:
+    """Return the sum of all squares ``[1]``, in float32 or better."""
+    parts = tuple(torch.view_as_real(p) if p.is_complex() else p for p in parts)
+    if sum(part.numel() for part in parts) < SMALL:
+        parts = (torch.cat([part.reshape(-1) for part in parts]),)
+    elif not is_compiling() and all(p.dtype in WIDE for p in parts):
+        return large_squared_length(parts)
+    squares = [(p if p.dtype.itemsize > 2 else p.float()).square().sum() for p in parts]
+    return sum(squares[1:], squares[0]).reshape(1)
+
+
+SMALL = 2**18  # entries; below this, one copy is cheaper than a sum for each parameter
+
+
+class _SquaredLength(torch.autograd.Function):
+    """Σ p². It reads each tensor once and makes none of its size; autograd's own makes two."""
+
+    @staticmethod
+    def forward(ctx, *parts):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(*parts)
+        return torch.stack(norms_of(parts)).square().sum().reshape(1)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        twice = 2 * grad.reshape(())
+        return tuple([part * twice for part in ctx.saved_tensors])
+
+
+def large_squared_length(parts: Sequence[Tensor]) -> Tensor:
+    """Return the sum of all squares ``[1]`` of tensors in float32 or float64.
+
+    >>> p = torch.tensor([3.0, 4.0], requires_grad=True)
+    >>> n2 = large_squared_length([p])
+    >>> n2.item(), torch.autograd.grad(n2, p)[0].tolist()
+    (25.0, [6.0, 8.0])
+    """
+    n2: Tensor = _SquaredLength.apply(*parts)
+    return n2
 
 
 Rows = list[Tensor]  # one [G, n] for each variable

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gpkit.autodiff.derivatives import as_rows, derivative_rows, gradients, squared_length
+from gpkit.autodiff.derivatives import as_rows, derivative_rows, gradients
 from gpkit.autodiff.layers.batch import batch_norm
 from gpkit.autodiff.layers.norms import sample_norms
-from gpkit.autodiff.numerics import reduce_rows
+from gpkit.autodiff.numerics import reduce_rows, squared_length
 from gpkit.autodiff.random import Source
 from gpkit.estimators.base import Estimator, Target
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gpkit.autodiff.numerics import dual, over_all, over_rows, root
+from gpkit.autodiff.numerics import SMALL, dual, over_all, over_rows, root, squared_length
 
 ORDS = {"l2": 2, "l1": 1, "linf": torch.inf}
 NORMS = pytest.mark.parametrize("norm", ORDS)
@@ -60,3 +60,19 @@ def test_the_root_has_a_finite_gradient_at_zero_and_keeps_nan():
     (slope,) = torch.autograd.grad(root(n2)[:2].sum(), n2)
     assert slope.tolist()[:2] == [0.0, 0.25]
     assert root(n2)[2].isnan()
+
+
+def test_the_squared_length_of_large_tensors_and_its_derivatives_are_those_of_the_sum():
+    """Also one that is differentiated twice, has no dimensions, or is zero."""
+    whole = torch.randn(SMALL + 1, generator=torch.Generator().manual_seed(0)).double()
+    parts = [whole.requires_grad_(), torch.tensor(2.0).double().requires_grad_()]
+    parts.append(torch.zeros(3).double().requires_grad_())
+    for power in (1, 2):
+        n2 = squared_length(tuple(parts)) ** power
+        true = sum((p**2).sum() for p in parts) ** power
+        torch.testing.assert_close(n2, true.reshape(1))
+        grads = torch.autograd.grad(n2, parts, create_graph=True)
+        torch.testing.assert_close(grads, torch.autograd.grad(true, parts, create_graph=True))
+        twice = torch.autograd.grad((grads[0] ** 3).sum(), parts)
+        sums = torch.autograd.grad(true, parts, create_graph=True)[0]
+        torch.testing.assert_close(twice, torch.autograd.grad((sums**3).sum(), parts))

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from gpkit.autodiff import graph
-from gpkit.autodiff.derivatives import gradients_at, squared_length
+from gpkit.autodiff.derivatives import gradients_at
 from gpkit.autodiff.layers.gram import gram_is_cheaper, gram_product
 from gpkit.autodiff.layers.recording import LayerCall, Recording
 from gpkit.autodiff.layers.rules import positions
+from gpkit.autodiff.numerics import squared_length
 from gpkit.autodiff.tracing.calls import noted
 
 
