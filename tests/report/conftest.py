@@ -28,7 +28,8 @@ def put(place):
         varied = {"penalty": penalty, "penalty.weight": weight, "seed": seed}
         if penalty == "none":
             del varied["penalty.weight"]
-        options = {"status": "finished", "seconds": 2.0, "varied": varied, **options}
+        fixed = {"started": "2026-01-01T00:00:00"}  # or the order would depend on the clock
+        options = {"status": "finished", "seconds": 2.0, "varied": varied, **fixed, **options}
         typed = [f"penalty={penalty}", f"penalty.weight={weight}", f"seed={seed}"]
         folder = place / (folder or f"{penalty}-{weight}-{seed}")
         result = Result(config, typed, choices={"penalty": penalty, "model": "mlp"}, **options)
