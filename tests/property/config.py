@@ -192,9 +192,9 @@ def fitting(c: Config, rng: Random) -> Config:
         new["forward"] = "isolated"
     c = replace(c, **new)
     new = {}
-    if c.wrt.startswith("activation") and c.estimator in ("finite_difference", "taylor"):
+    if c.wrt.startswith("activation") and c.estimator == "taylor":
         new["estimator"] = "exact"
-    if c.wrt.startswith("activation") and c.estimator in ("curvature_difference", *FORWARDS):
+    if c.wrt.startswith("activation") and c.estimator.startswith(("curvature", "random")):
         new["estimator"] = "projection"
     if c.of == "activation" and c.wrt.startswith("activation"):
         new["of"] = "output"
