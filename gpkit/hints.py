@@ -32,7 +32,7 @@ HINTS = {
     ),
     "use_reentrant=True": (
         "reentrant-checkpoint",
-        "reentrant checkpointing does not support torch.autograd.grad: "
+        "a module uses reentrant checkpointing, which has no double backward: "
         "use checkpoint(..., use_reentrant=False)",
     ),
     "once_differentiable": (
@@ -70,7 +70,8 @@ HINTS = {
     ),
     "hardsigmoid": (
         NONE,
-        'hardsigmoid has no second derivative: use sigmoid, or estimator="finite_difference"',
+        "hardsigmoid has no second derivative: use sigmoid, gpkit.prepare(net), or "
+        'estimator="finite_difference"',
     ),
     "is not implemented": (
         NONE,

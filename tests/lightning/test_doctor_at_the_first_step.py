@@ -115,3 +115,28 @@ def test_the_callback():
     with pytest.warns(UserWarning, match="the outputs of a batch depend on each other"):
         fit(Coupled(), gpkit.r1())
     assert fit(Coupled(), gpkit.r1(), doctor=False).global_step == 2
+
+
+def test_a_pair():
+    """The critic's first step names the critic's module."""
+    critic = nn.Sequential(nn.Linear(4, 5), nn.Hardsigmoid(), nn.Linear(5, 1))
+
+    def fit(critic, **options):
+        made = gpkit.GANModule(
+            nn.Linear(2, 4), critic, latent_dim=2, penalty=gpkit.r1(), critic_steps=1, **options
+        )
+        trainer = pl.Trainer(
+            max_steps=2,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(made, DataLoader(TensorDataset(BATCH[0]), batch_size=6))
+
+    with pytest.raises(RuntimeError, match=r"hardsigmoid.*\(in the net: '1'\)$"):
+        fit(critic)
+    with pytest.warns(UserWarning, match="the outputs of a batch depend on each other"):
+        fit(Coupled())
+    fit(Coupled(), doctor=False)

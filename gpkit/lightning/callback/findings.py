@@ -16,7 +16,9 @@ from gpkit.autodiff import graph
 from gpkit.autodiff.compat import is_reentrant_checkpoint, tree_leaves
 from gpkit.autodiff.sharding.gathering import is_sharded
 from gpkit.axes.parameters import weights
+from gpkit.finding import error
 from gpkit.gradient_penalty import GradientPenalty
+from gpkit.hints import HINTS
 from gpkit.lightning.callback.plan import PenalizedNet
 from gpkit.lightning.compat import is_a
 from gpkit.lightning.watch.calls import SeenCalls, findings_of_calls
@@ -245,8 +247,5 @@ def findings_of_loss(loss: Tensor) -> list[str]:
     if not loss.requires_grad:
         found.append("the loss of the training step has no graph: was it detached?")
     if any(map(is_reentrant_checkpoint, graph.nodes(loss))):
-        found.append(
-            "the training step uses reentrant checkpointing, which has no double backward: use "
-            "checkpoint(..., use_reentrant=False)"
-        )
+        found.append(str(error(*HINTS["use_reentrant=True"])))
     return found

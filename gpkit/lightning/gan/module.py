@@ -29,7 +29,7 @@ from gpkit.lightning.gan.stepping import MakeOptimizer, MakeScheduler, configure
 from gpkit.lightning.gan.training import GANStep
 from gpkit.lightning.recording import EVALUATION, Histograms, LatestScalars, LatestStep
 from gpkit.lightning.refusals import require_functions
-from gpkit.sums import Penalties, PenaltySum, as_sum
+from gpkit.sums import Penalties, PenaltySum, as_sum, examined
 
 
 class GANModule(pl.LightningModule):
@@ -118,6 +118,7 @@ class GANModule(pl.LightningModule):
         seed: for the latents and all else that the nets draw; None is torch's initial seed. Each
             rank draws its own numbers.
         histogram_every_n_epochs: the epochs 0, n, 2n, ... have histograms; 0 means that none has.
+        doctor: whether each penalty is checked at its first step. An error names modules at fault.
 
     Raises:
         TypeError: if an argument has the wrong type.
@@ -162,6 +163,7 @@ class GANModule(pl.LightningModule):
         pac: int = 1,
         seed: int | None = None,
         histogram_every_n_epochs: int = 5,
+        doctor: bool = True,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -174,14 +176,11 @@ class GANModule(pl.LightningModule):
         require_penalties(
             self.penalties, self.generator_penalties, trains_generator=self.trains_generator
         )
-        require_functions(
-            critic_optimizer=critic_optimizer,
-            generator_optimizer=generator_optimizer,
-            critic_scheduler=critic_scheduler,
-            generator_scheduler=generator_scheduler,
-        )
+        self.doctor = examined({**self.penalties, **self.generator_penalties}, doctor)
         self.make_optimizer = {"critic": critic_optimizer, "generator": generator_optimizer}
         self.make_scheduler = {"critic": critic_scheduler, "generator": generator_scheduler}
+        require_functions(**{f"{net}_optimizer": f for net, f in self.make_optimizer.items()})
+        require_functions(**{f"{net}_scheduler": f for net, f in self.make_scheduler.items()})
         self.critic_steps = checks.integer("critic_steps=...", critic_steps, 1)
         self.conditional = conditional
         self.ema = optional_number("ema=...", ema, 0, below=1)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import Tensor
 
+from gpkit.autodiff.locating.located import locating
 from gpkit.autodiff.random import seeded
 from gpkit.lightning.compat import logs_now
 from gpkit.lightning.gan.ema import update_average
@@ -69,7 +71,7 @@ class GANStep:
 
     def _critic_loss(self, micro: MicroBatch) -> Tensor | None:
         module = self.module
-        found = module.objectives.critic_objective(micro, module.counts["critic"])
+        found = self._located("critic", module.objectives.critic_objective, micro)
         penalties = {} if module.penalty_steps else module.penalties
         total = self._record(found, penalties, "train/critic_loss")
         self._record_critic(found)
@@ -77,19 +79,25 @@ class GANStep:
 
     def _critic_penalties(self, micro: MicroBatch) -> Tensor | None:
         module = self.module
-        found = module.objectives.critic_penalties_alone(micro, module.counts["critic"])
+        found = self._located("critic", module.objectives.critic_penalties_alone, micro)
         return self._record(found, module.penalties)
 
     def _generator_loss(self, micro: MicroBatch) -> Tensor | None:
         module = self.module
-        found = module.objectives.generator_objective(micro, module.counts["generator"])
+        found = self._located("generator", module.objectives.generator_objective, micro)
         penalties = {} if module.penalty_steps else module.generator_penalties
         return self._record(found, penalties, "train/generator_loss")
 
     def _generator_penalties(self, micro: MicroBatch) -> Tensor | None:
         module = self.module
-        found = module.objectives.generator_penalties_alone(micro, module.counts["generator"])
+        found = self._located("generator", module.objectives.generator_penalties_alone, micro)
         return self._record(found, module.generator_penalties)
+
+    def _located(self, net: str, objective: Callable[..., Objective], micro: MicroBatch) -> Any:
+        """Return an objective. At the first step an error of a penalty names the net's modules."""
+        first = self.module.doctor and self.module.counts[net] == 0
+        with locating(getattr(self.module, net)) if first else nullcontext():
+            return objective(micro, self.module.counts[net])
 
     def _record(self, found: Objective, penalties: Iterable[str], name: str = "") -> Tensor | None:
         """Keep what is logged about an objective, and return its total."""
