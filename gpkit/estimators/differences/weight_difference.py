@@ -102,7 +102,9 @@ def in_few_passes(
     gradient: Gradient,
 ) -> tuple[Tensor, Difference]:
     """Return what `slopes_of` does, for plain tensors and "l2": without v, the quotient undone."""
-    n, size = (torch.stack(norms_of(ts)).norm() for ts in (grads, [x.detach() for x in xs]))
+    n = size = torch.stack(norms_of(grads)).norm()
+    if fd.step is None:  # a given step does not depend on the weights
+        size = torch.stack(norms_of([x.detach() for x in xs])).norm()
     unit = length_for(size / sum(x.numel() for x in xs) ** 0.5, epsilon, fd.step, fd.side)
     unit = unit / torch.where(n > 0, n, 1)  # the move is along ∇L = n v
     a, b = SIGNS[fd.side]
