@@ -129,7 +129,7 @@ ROWS: tuple[Row, ...] = (
     label_noise("0.3", 86.1, "penalty.weight=0.3", finding=OTHER_LABELS),
     label_noise("1", 93.8, tolerance=1.5),
     label_noise("2", 95.4, "penalty.weight=2.0", tolerance=1.5),
-    label_noise("fisher", 93.2, "penalty=fisher", "penalty.scope=sample"),
+    label_noise("fisher", 93.2, "penalty=fisher"),
     label_noise("sam", 92.0, "penalty=sam", "penalty.weight=null", "penalty.rho=0.5"),
     robustness("none", (97.6, 78.7, 34.5, 0.4, 2520), "penalty=none"),
     robustness("noise", (97.7, 90.1, 71.0, 8.8, 335), "penalty=none", "model.noise=0.3"),
