@@ -14,7 +14,8 @@ from gpkit.app.lines import results
 
 FIRST = ("penalty", "penalty/weight", "seed")
 LEFT_OUT = ("hydra", "ckpt_path", "trainer", "run_dir", "total_steps", "logger", "task")
-# Of TensorBoard's tab "custom scalars": a title, and the curves that share each of its plots.
+# Of TensorBoard's tab "custom scalars": a title, and the curves that share each of its plots. Their
+# names are patterns there, so they get an end: train/loss would draw train/loss_total too.
 LAYOUT = {
     "gradient norms, in training and at validation": {
         "in the weights": ["grad_norm/weight", "val/grad_norm/weight"],
@@ -46,7 +47,7 @@ def log_start(logger: Any, cfg: DictConfig, *, pair: bool) -> None:
     if isinstance(logger, TensorBoardLogger):
         logger.experiment.add_text("config", f"```yaml\n{OmegaConf.to_yaml(cfg)}```")
         layout = {
-            title: {name: ["Multiline", tags] for name, tags in plots.items()}
+            title: {name: ["Multiline", [f"{t}$" for t in tags]] for name, tags in plots.items()}
             for title, plots in (OF_PAIR if pair else LAYOUT).items()
         }
         logger.experiment.add_custom_scalars(layout)
