@@ -27,7 +27,15 @@ from gpkit.needs import Needs, needs_of
 from gpkit.penalty import Penalty
 
 SEED = 0
-FAILURES = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, KeyError)
+FAILURES = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    NotImplementedError,
+    IndexError,
+    KeyError,
+    AttributeError,
+)
 
 Gradients = dict[str, Tensor | None]
 
@@ -167,13 +175,21 @@ class Trial:
     @cached_property
     def selects(self) -> bool:
         """Whether the net's output is no tensor and has logits, which are what is meant."""
-        if callable(getattr(self.penalty, "of", None)):
-            return False  # the penalty selects what it differentiates
+        of = getattr(self.penalty, "of", None)
         try:
             output, _ = self.forward
         except FAILURES:
             return False
-        return logits(output) is not output
+        named = isinstance(self.penalty, GradientPenalty) and self.penalty.named
+        if logits(output) is output or named:
+            return False
+        if callable(of):  # the penalty selects what it differentiates, of the output or of logits
+            try:
+                of(output)
+                return False
+            except FAILURES:
+                return True
+        return True
 
     def output(self, net: nn.Module, example: Example, z: Tensor | None = None) -> Any:
         """Return what a penalty of the output is given: its logits, as `PenalizedModule` has it."""

@@ -50,7 +50,7 @@ def test_environments_need_one_derivative_of_the_net():
     assert told(net, gpkit.jacobian(), labels)[1] == ["no-double-backward"]
 
 
-@pytest.mark.parametrize("preset", [gpkit.jacobian, gpkit.fisher, gpkit.irm])
+@pytest.mark.parametrize("preset", [gpkit.jacobian, gpkit.fisher, gpkit.irm, gpkit.duq])
 def test_the_logits_of_an_output_are_taken(preset):
     net, labels = Logits(), torch.arange(B) % 3
     report, errors = told(net, preset(), labels)
