@@ -265,7 +265,7 @@ def test_what_needs_whole_weights_is_refused_in_one_line():
             "through the hooks of FSDP2: use estimator='projection' or 'exact'"
         )
         assert said["derivative"].startswith(
-            "RuntimeError: FSDP2 has freed weights that this derivative needs: run the forward "
+            "ExplainedError: FSDP2 has freed weights that this derivative needs: run the forward "
             "pass, the penalty and the backward pass within gpkit.unsharded(net)"
         )
         assert grads["blocks.1.qkv.weight"].norm() > 1e-3  # in that context it is taken
