@@ -1,14 +1,17 @@
 """gpkit.compile: a loss with penalties inside, as one graph, equals the eager loss."""
 
 import copy
+import logging
 
 import pytest
 import torch
-from compiling import trained
+from compiling import Graphs, needs_compiler, trained
 from torch import nn
 
 import gpkit
+from gpkit.compiling import parity
 
+FASTER = parity.faster
 pytestmark = [pytest.mark.compiler, pytest.mark.usefixtures("graphs_alone")]
 
 
@@ -16,17 +19,17 @@ def critic(*layers):
     return nn.Sequential(nn.Linear(4, 6), *layers, nn.SiLU(), nn.Linear(6, 1))
 
 
-def same(build, make_loss, batches, **tolerance):
+def same(build, make_loss, batches, **options):
     """Train eagerly and compiled from the same start; return the compiled loss."""
     torch.manual_seed(0)
     net = build()
-    eager, compiled = (trained(copy.deepcopy(net), make_loss, batches, c) for c in (False, True))
+    eager, compiled = (
+        trained(copy.deepcopy(net), make_loss, batches, c, **options) for c in (False, True)
+    )
     assert compiled.step.obstacle is None
     for name in ("losses", "grads", "state"):
         for expected, found in zip(getattr(eager, name), getattr(compiled, name), strict=True):
-            torch.testing.assert_close(
-                found, expected, **({"rtol": 1e-5, "atol": 1e-6} | tolerance)
-            )
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(compiled.rng, eager.rng)
     assert compiled.penalties == eager.penalties
     return compiled.step
@@ -51,3 +54,225 @@ def test_a_critic_step_by_step():
     step = same(lambda: critic(nn.BatchNorm1d(6)), make_loss, batches)
     assert step.terms[0].weight == 10.0  # of the schedule at its end
     assert step.terms[1] is None  # it did not act
+
+
+def wgan_gp(net):
+    penalty = gpkit.wgan_gp(gpkit.warmup(10.0, steps=3), seed=1)
+
+    def loss(real, fake):
+        return net(fake).mean() - net(real).mean() + penalty(net, real=real, fake=fake)
+
+    return loss, (penalty,)
+
+
+def samples(n=8):
+    return torch.randn(n, 4), torch.randn(n, 4)
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore::Warning")  # of the compiler's own
+def test_a_norm_layer_and_a_two_sided_form_by_the_compiler():
+    """Forward and inner gradient traced apart gave wrong derivatives here (pytorch#175477)."""
+    same(lambda: critic(nn.LayerNorm(6)), wgan_gp, [samples(), samples()], backend="inductor")
+
+
+def test_one_graph_for_all_weights_steps_seeds_and_values():
+    graphs = Graphs()
+    step = same(critic, wgan_gp, [samples() for _ in range(5)], backend=graphs)
+    assert (graphs.compiled, graphs.run) == (1, 5)  # one of them the comparison in the first step
+    assert step.terms[0].weight == 10.0
+
+
+def test_what_differs_is_not_used():
+    """A backend with a wrong derivative, and the right value."""
+
+    def wrong(graph, inputs):
+        return lambda *args: [out + 0.01 * (out - out.detach()) for out in graph(*args)]
+
+    net = critic()
+    loss, (penalty,) = wgan_gp(net)
+    step = gpkit.compile(loss, backend=wrong)
+    batch = samples()
+    with pytest.warns(
+        UserWarning,
+        match=r"wgan_gp.*loss is not compiled: .* differs: its value by 0.0e\+00 and "
+        r"its gradient by 1.0e-02, relative to the eager one, with 3e-04 allowed",
+    ):
+        step(*batch)
+    again = copy.deepcopy(penalty)
+    expected = net(batch[1]).mean() - net(batch[0]).mean()
+    expected = expected + again(net, real=batch[0], fake=batch[1])
+    assert step(*batch) == expected  # and no second warning
+
+
+def test_the_slower_is_not_used(monkeypatch, caplog):
+    monkeypatch.setattr("gpkit.compiling.parity.faster", lambda *_: (0.001, 0.002))
+    graphs = Graphs()
+    step = gpkit.compile(wgan_gp(critic())[0], backend=graphs)
+    with caplog.at_level(logging.INFO, logger="gpkit"):
+        for _ in range(3):
+            step(*samples())
+    assert graphs.run == 1  # the comparison
+    assert "s to compile" in caplog.text
+    assert "runs eager, which is faster: 1 ms eager, 2 ms compiled" in caplog.text
+    assert step.obstacle is None
+
+
+def test_both_are_timed_without_a_trace(monkeypatch):
+    """Three rounds of each, with backward passes; the state is that of one step."""
+    times = []
+    monkeypatch.setattr(parity, "faster", lambda *given: times.append(FASTER(*given)) or times[-1])
+    net = critic(nn.BatchNorm1d(6), nn.Dropout(0.5)).eval()
+    seen = []
+    penalty = gpkit.r1(seed=3, weight=gpkit.target_norm(1.0))
+    net.register_forward_hook(lambda *_: seen.append(gpkit.in_penalty()))
+    step = gpkit.compile(lambda x: net(x).mean() + penalty(net, real=x), backend=Graphs())
+    x, state = samples()[0], copy.deepcopy(net.state_dict())
+    before = torch.get_rng_state()
+    step(x)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(times) == 1
+    assert min(times[0]) > 0
+    assert seen.count(False) == 1  # all other passes say that they are no step
+    assert penalty.step == penalty.draws == 1
+    assert all(
+        torch.equal(a, b) for a, b in zip(net.state_dict().values(), state.values(), strict=True)
+    )
+    assert all(p.grad is None for p in net.parameters())
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.out = nn.LSTM(4, 3, batch_first=True), nn.Linear(3, 1)
+
+    def forward(self, x):
+        return self.out(self.rnn(x.unsqueeze(1))[0][:, -1])
+
+
+def variable_inside(net, penalty):
+    def loss(x, _):
+        x = x.detach().requires_grad_()
+        return net(x).mean() + penalty(net(x), x)
+
+    return loss
+
+
+OBSTACLES = {
+    "recurrent": (Recurrent, gpkit.r1, None, "does not trace recurrent nets, as nn.LSTM"),
+    "dropout": (
+        lambda: critic(nn.Dropout(0.5)),
+        gpkit.r1,
+        None,
+        "forward pass of a penalty draws random numbers, as dropout does",
+    ),
+    "variable": (
+        critic,
+        gpkit.input_grad_norm,
+        variable_inside,
+        r"requires_grad_\(\).*: give the penalty the function, penal",
+    ),
+    "differences": (
+        critic,
+        lambda: gpkit.r1(estimator="finite_difference"),
+        None,
+        "'r1' takes differences, by finite_difference.*torch.compile the net alone",
+    ),
+    "step": (
+        critic,
+        gpkit.r1,
+        lambda net, penalty: lambda x, _: net(x).mean() + penalty(net, real=x, step=3),
+        "'r1' is called with step=: leave it out",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:gpkit.effect")
+@pytest.mark.parametrize("name", OBSTACLES)
+def test_what_cannot_be_compiled_runs_as_it_is(name):
+    build, make, make_loss, said = OBSTACLES[name]
+    net, penalty = build(), make()
+    other = copy.deepcopy(penalty)
+    losses = [
+        make_loss(net, p) if make_loss else lambda x, _, p=p: net(x).mean() + p(net, real=x)
+        for p in (penalty, other)
+    ]
+    step = gpkit.compile(losses[0], backend=Graphs())
+    x = samples()[0]
+    torch.manual_seed(4)
+    with pytest.warns(UserWarning, match=said):
+        found = [step(x, None)]
+    found.append(step(x, None))
+    torch.manual_seed(4)
+    assert found == [losses[1](x, None) for _ in range(2)]
+
+
+def test_refusals():
+    with pytest.raises(TypeError, match=r"takes the function that returns the loss; got a Tensor"):
+        gpkit.compile(torch.ones(1))
+    assert repr(gpkit.compile(len)) == "gpkit.compile(<built-in function len>)"
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+        self.out = nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.out(self.block(x.unsqueeze(1).expand(-1, 3, -1))).mean(1)
+
+
+class Convolutions(nn.Sequential):
+    def __init__(self):
+        layers = [nn.Conv2d(1, 4, 2), nn.GroupNorm(2, 4), nn.SiLU(), nn.Flatten(), nn.Linear(4, 1)]
+        super().__init__(nn.Unflatten(1, (1, 2, 2)), *layers)
+
+
+NETS = {
+    "linear": critic,
+    "layer norm": lambda: critic(nn.LayerNorm(6)),
+    "batch norm": lambda: critic(nn.BatchNorm1d(6)),
+    "convolutions": Convolutions,
+    "attention": Attention,
+    "spectral norm": lambda: critic(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))),
+}
+PENALTIES = {
+    **{
+        f"order {k}": lambda k=k: gpkit.GradientPenalty(order=k, estimator="projection", seed=1)
+        for k in (1, 2, 3, 4)
+    },
+    "exact 2": lambda: gpkit.GradientPenalty(order=2, seed=1),
+    "two-sided": lambda: gpkit.GradientPenalty(form=gpkit.two_sided(1.0), at="interpolate", seed=1),
+    "part": lambda: gpkit.r1(subsample=0.5, seed=1),
+    "both": lambda: gpkit.r1_r2(seed=1),
+    "forwards": lambda: gpkit.approximate_r1(seed=1),
+    "singular value": lambda: gpkit.spectral_jacobian(seed=1),
+    "laplacian": lambda: gpkit.laplacian(seed=1),
+    "weights": lambda: gpkit.weight_grad_norm(seed=1),
+    "each sample": lambda: gpkit.per_sample_grad_norm(seed=1),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning:gpkit.effect")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("net", NETS)
+def test_any_net_and_penalty(net, penalty, backend):
+    torch.compiler.reset()
+
+    def make_loss(net):
+        own = PENALTIES[penalty]()
+
+        def loss(real, fake):
+            losses = net(fake).squeeze(1).tanh() - net(real).squeeze(1)
+            if own.wrt.batched:
+                return losses.mean() + own(net, real=real, fake=fake)
+            return losses.mean() + own(
+                lambda: net(fake).squeeze(1).tanh() - net(real).squeeze(1), net
+            )
+
+        return loss, (own,)
+
+    same(NETS[net], make_loss, [samples(), samples()], backend=backend)

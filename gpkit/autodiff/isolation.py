@@ -15,8 +15,10 @@ from gpkit.autodiff.norm_layers import elementary
 from gpkit.autodiff.random import RandomState, random_state, set_random_state, set_seed
 from gpkit.autodiff.reached import CHECKPOINTS, Reach, reach
 from gpkit.autodiff.state import Start, own_state, own_streams, start_of
+from gpkit.autodiff.tracing.calls import RECORDS
 
 RUNNING: list[bool] = []  # one entry for each forward pass of a penalty that is running now
+DRAWS = "the own forward pass of a penalty draws random numbers, as dropout does"
 FORWARDS = ("isolated", "training", "eval")  # the ways to run a forward pass of a penalty
 
 
@@ -58,6 +60,7 @@ class isolated:
         self.evaluating = evaluating
         self.recomputing = recomputing_by(self.recomputed)
         self.others: ExitStack | None = None
+        self.recorded: RandomState | None = None
 
     def __enter__(self) -> None:
         found, seed = self.found, self.seed
@@ -69,6 +72,7 @@ class isolated:
             self.kernels.__enter__()
         try:
             set_seed(seed.torch if isinstance(seed, Start) else seed, self.device)
+            self.recorded = random_state(self.device) if RECORDS else None
             if self.evaluating or not found.is_plain:
                 start = seed if isinstance(seed, Start) else None
                 with ExitStack() as others:
@@ -80,6 +84,10 @@ class isolated:
             raise
 
     def __exit__(self, *exception: Any) -> None:
+        if RECORDS and self.recorded:
+            now = random_state(self.device)
+            if not all(map(torch.equal, now, self.recorded)):
+                RECORDS[-1].stops(DRAWS)
         try:
             if self.others is not None:
                 self.others.__exit__(*exception)

@@ -138,7 +138,7 @@ class CompiledLoss:
 
     def _eager(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the function itself, see what the penalties do in it, and compile it."""
-        found = reach(self.function)
+        found = reach(partial(self.function, *args, **kwargs) if args or kwargs else self.function)
         device = device_of(args, tuple(kwargs.values()), *found.family)
         start = start_of(found, device)
         result, record = self._recorded(args, kwargs)

@@ -177,7 +177,7 @@ WRONG = {  # command line: what the one line of the error says, in this order
     "module=gna": ["no module 'gna'", "did you mean 'gan'?", "there are gan, penalized"],
     "module=gan": ["trains a generator and a critic", "gpkit.models.MLP", "model=gan_points"],
     "model=gan_points": ["gpkit.PenalizedModule trains one net", "generator and critic", "=gan"],
-    "module=gan module.compile=true": ["no option 'compile' of module", "critic_steps"],
+    "module=gan module.compiled=true": ["no option 'compiled' of module", "'compile'"],
     f"{GAN} data=diabetes model=gan_images": ["must be an image (C, H, W)", "`PointGenerator`"],
     f"{GAN} penalty=irm": ["'irm' compares environments", "use PenalizedModule"],
     f"{GAN} penalty=fisher": ["'fisher' draws labels from a classifier's", "weight_grad_norm"],

@@ -48,10 +48,10 @@ class Trained:
         self.penalties = [penalty.state_dict() for penalty in penalties]
 
 
-def trained(net, make_loss, batches, compile):
+def trained(net, make_loss, batches, compile, **options):
     """Take steps of SGD, compiled or not, and return what they leave behind."""
     loss, penalties = make_loss(net)
-    step = gpkit.compile(loss, measure=False) if compile else loss
+    step = gpkit.compile(loss, measure=False, **options) if compile else loss
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     losses, grads = [], []
     torch.manual_seed(1)

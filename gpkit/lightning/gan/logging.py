@@ -21,6 +21,7 @@ from gpkit.lightning.gan.slopes import (
     slopes,
     wasserstein,
 )
+from gpkit.lightning.recording import EVALUATION
 from gpkit.penalty import Penalty
 
 
@@ -107,3 +108,17 @@ def evaluation_scalars(module: Any, batch: Any, seed: int) -> dict[str, Tensor]:
             found = slopes(conditioned(critic, scores.labels), scores.real, scores.fake, seed)
             scalars |= wasserstein(*scores.both(), found)
     return scalars
+
+
+def log_evaluation(module: Any, batch: Any, seed: int, stage: str) -> None:
+    """Log the losses and Wasserstein estimates of a batch.
+
+    Args:
+        module: a `GANModule`.
+        batch: of samples.
+        seed: for the latents.
+        stage: "val" or "test".
+    """
+    size = len(unpack_samples(batch, conditional=module.conditional)[0])
+    for name, scalar in evaluation_scalars(module, batch, seed).items():
+        module.log(f"{stage}/{name}", scalar, batch_size=size, **EVALUATION)

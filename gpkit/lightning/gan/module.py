@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gpkit import checks
 from gpkit.autodiff.random import derived_seed, rank, seeded
+from gpkit.compiling.entry import compiled
 from gpkit.lightning.compat import logs_now, scaler_of
 from gpkit.lightning.gan.checks import (
     optional_number,
@@ -21,13 +22,13 @@ from gpkit.lightning.gan.checks import (
 )
 from gpkit.lightning.gan.ema import averaged_copy, evaluating
 from gpkit.lightning.gan.latents import Path, parts_of
-from gpkit.lightning.gan.logging import evaluation_scalars
+from gpkit.lightning.gan.logging import log_evaluation
 from gpkit.lightning.gan.losses import GANLoss, gan_loss
-from gpkit.lightning.gan.objectives import MicroBatch, Objectives
+from gpkit.lightning.gan.objectives import MicroBatch, Objectives, critic_loss
 from gpkit.lightning.gan.scores import conditioned
 from gpkit.lightning.gan.stepping import MakeOptimizer, MakeScheduler, configured, require_support
 from gpkit.lightning.gan.training import GANStep
-from gpkit.lightning.recording import EVALUATION, Histograms, LatestScalars, LatestStep
+from gpkit.lightning.recording import Histograms, LatestScalars, LatestStep
 from gpkit.lightning.refusals import require_functions
 from gpkit.sums import Penalties, PenaltySum, as_sum, examined
 
@@ -115,6 +116,8 @@ class GANModule(pl.LightningModule):
             a batch of B; StyleGAN2's path length has 2.
         pac: samples in a pack that the critic scores as one, as in PacGAN and CTGAN: it is given
             ``[B / pac, pac * C, *S]``, and labels ``[B / pac, pac]``. A pack has one norm.
+        compile: whether to compile the critic's loss and its penalties as one graph, see
+            `gpkit.compile`. The generator's step, and a step on penalties alone, run as they are.
         seed: for the latents and all else that the nets draw; None is torch's initial seed. Each
             rank draws its own numbers.
         histogram_every_n_epochs: the epochs 0, n, 2n, ... have histograms; 0 means that none has.
@@ -161,6 +164,7 @@ class GANModule(pl.LightningModule):
         mapping: str | Sequence[str] | None = "auto",
         generator_penalty_shrink: int = 1,
         pac: int = 1,
+        compile: bool = False,
         seed: int | None = None,
         histogram_every_n_epochs: int = 5,
         doctor: bool = True,
@@ -194,6 +198,7 @@ class GANModule(pl.LightningModule):
         self.path = Path(generator, parts_of(generator, mapping))
         self.pac = checks.integer("pac=...", pac, 1)
         self.shrink = checks.integer("generator_penalty_shrink=...", generator_penalty_shrink, 1)
+        self.compiled_loss = compiled(critic_loss, self.penalties) if compile else None
         self.seed = seed if seed is None else checks.integer("seed=...", seed, 0)
         self.scalars = LatestScalars()
         self.latest_step = LatestStep({}, {})
@@ -239,11 +244,11 @@ class GANModule(pl.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the losses and Wasserstein estimates of a batch."""
-        self._evaluate(batch, batch_idx, "val")
+        log_evaluation(self, batch, self.seed_for("val", batch_idx), "val")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Log the losses and Wasserstein estimates of a batch."""
-        self._evaluate(batch, batch_idx, "test")
+        log_evaluation(self, batch, self.seed_for("test", batch_idx), "test")
 
     def on_fit_start(self) -> None:
         """Check the trainer."""
@@ -302,6 +307,7 @@ class GANModule(pl.LightningModule):
             shrink=self.shrink,
             penalty_steps=self.penalty_steps,
             full_precision=scaler_of(self.trainer) is not None,
+            compiled=self.compiled_loss,
         )
 
     def latents(self, n: int) -> Tensor:
@@ -321,9 +327,3 @@ class GANModule(pl.LightningModule):
             "gpkit_penalties": self.penalties,
             "gpkit_generator_penalties": self.generator_penalties,
         }
-
-    def _evaluate(self, batch: Any, batch_idx: int, stage: str) -> None:
-        size = len(unpack_samples(batch, conditional=self.conditional)[0])
-        scalars = evaluation_scalars(self, batch, self.seed_for(stage, batch_idx))
-        for name, scalar in scalars.items():
-            self.log(f"{stage}/{name}", scalar, batch_size=size, **EVALUATION)

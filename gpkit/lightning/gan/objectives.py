@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gpkit.autodiff.compat import tree_map_only
+from gpkit.autodiff.tracing.compat import keeping_buffers
+from gpkit.compiling.loss import CompiledLoss
 from gpkit.formula import Terms
 from gpkit.lightning.gan.ema import frozen
 from gpkit.lightning.gan.latents import Path
-from gpkit.lightning.gan.losses import GANLoss, over_scales
+from gpkit.lightning.gan.losses import GANLoss, Scored, over_scales
 from gpkit.lightning.gan.scores import (
     Scores,
     conditioned,
@@ -65,6 +67,7 @@ class Objectives:
         penalty_steps: whether penalties have steps of their own.
         full_precision: whether penalties are evaluated without autocast, in forward passes of their
             own. Under float16 their inner gradient would vanish, since no scaler scales it.
+        compiled: the critic's loss with its penalties as one graph, see `critic_loss`, or None.
     """
 
     generator: nn.Module
@@ -78,6 +81,7 @@ class Objectives:
     shrink: int = 1
     penalty_steps: bool = False
     full_precision: bool = False
+    compiled: CompiledLoss | None = None
 
     def critic_objective(self, micro: MicroBatch, step: int) -> Objective:
         """Return the critic's loss, plus its penalties unless they have steps of their own.
@@ -89,22 +93,53 @@ class Objectives:
         Returns:
             The objective.
         """
-        samples = self.samples(micro)
-        penalties = PenaltySum({}) if self.penalty_steps else self.penalties
-        reusing = [p for p in penalties.values() if needs_of(p).samples and p.acts_at(step)]
-        apart = self.full_precision
-        scores = scores_of(self.critic, samples, [] if apart else reusing)
-        loss = over_scales(self.loss.critic, *scores.both())
-        on = samples if apart else scores
-        terms = self._act(penalties, on, step)
-        total = penalties.total(loss, terms, self.critic.parameters)
+        samples, penalties, run = self.samples(micro), self.critic_penalties, self.compiled
+        several = any(p.measures for p in penalties.values())
+        if run is None or run.obstacle or not torch.is_grad_enabled():
+            loss, terms, scores = self.critic_terms(samples, self.reusing(step), step)
+        else:
+            for penalty in penalties.values():
+                penalty.step = step
+            loss, reduced, of_real, of_fake = run(self, samples, self.reusing(step, graphs=True))
+            scores = replace(samples, of_real=of_real, of_fake=of_fake)
+            named = zip(penalties, run.terms, strict=True)
+            terms = {n: own and replace(own, reduced=reduced[n]) for n, own in named}
+        with keeping_buffers() if run is not None and several else nullcontext():
+            total = penalties.total(loss, terms, self.critic.parameters)
         return Objective(total, terms, loss, scores)
+
+    @property
+    def critic_penalties(self) -> PenaltySum:
+        """The penalties in the step on the critic's loss."""
+        return PenaltySum({}) if self.penalty_steps else self.penalties
+
+    def reusing(self, step: int, *, graphs: bool = False) -> tuple[str, ...]:
+        """Return the names of the penalties that reuse the scores of the loss.
+
+        Args:
+            step: the number of the critic's step.
+            graphs: whether only those do whose whole need is the graph of the scores.
+        """
+        needs = {n: needs_of(p) for n, p in self.critic_penalties.items() if p.acts_at(step)}
+        if self.full_precision:
+            return ()
+        return tuple(n for n, own in needs.items() if own.samples and not own.continues * graphs)
+
+    def critic_terms(
+        self, samples: Scores, reusing: tuple[str, ...], step: int | None = None
+    ) -> tuple[Tensor, dict[str, Terms | None], Scores]:
+        """Return the critic's loss, the terms of its penalties, and the scores."""
+        penalties = self.critic_penalties
+        scores = scores_of(self.critic, samples, [penalties[name] for name in reusing])
+        loss = over_scales(self.loss.critic, *scores.both())
+        on = samples if self.full_precision else scores
+        return loss, self._act(penalties, on, step, reusing), scores
 
     def critic_penalties_alone(self, micro: MicroBatch, step: int) -> Objective:
         """Return the critic's penalties alone; the arguments are those of `critic_objective`."""
         acting = [p for p in self.penalties.values() if p.acts_at(step)]
         samples = self.samples(micro, fakes=any("fake" in needs_of(p).reads for p in acting))
-        terms = self._act(self.penalties, samples, step)
+        terms = self._act(self.penalties, samples, step, ())
         return Objective(self.penalties.total(None, terms, self.critic.parameters), terms)
 
     def generator_objective(self, micro: MicroBatch, step: int) -> Objective:
@@ -155,11 +190,16 @@ class Objectives:
         pac = self.pac
         return Scores(packed(real, pac), packed(fake, pac), packed(labels, pac))
 
-    def _act(self, penalties: PenaltySum, scores: Scores, step: int) -> dict[str, Terms | None]:
+    def _act(
+        self, penalties: PenaltySum, scores: Scores, step: int | None, reusing: tuple[str, ...]
+    ) -> dict[str, Terms | None]:
         with self._precision(scores.real.device):
-            return {name: self._act_on(p, scores, step) for name, p in penalties.items()}
+            named = penalties.items()
+            return {n: self._act_on(p, scores, step, reuses=n in reusing) for n, p in named}
 
-    def _act_on(self, penalty: Penalty, scores: Scores, step: int) -> Terms | None:
+    def _act_on(
+        self, penalty: Penalty, scores: Scores, step: int | None, *, reuses: bool
+    ) -> Terms | None:
         """Evaluate one penalty of the critic, on the graph of the scores if it can reuse that."""
         real, fake, labels, critic = scores.real, scores.fake, scores.labels, self.critic
         needs, loss = needs_of(penalty), self.loss.critic
@@ -173,7 +213,7 @@ class Objectives:
             if scores.of_real is None or not needs.reuses_graph:
                 return penalty.act(closure, critic, step=step)
             return penalty.act(over_scales(loss, *scores.both()), critic, step=step)
-        if needs.samples and scores.of_real is not None and penalty.acts_at(step):
+        if reuses and scores.of_real is not None:
             return penalty.act(targets_on(critic, scores, penalty, needs), step=step)
         net = [critic] if needs.activations else []
         f = differentiated(critic, labels, penalty)
@@ -198,6 +238,24 @@ class Objectives:
 
     def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
         return torch.autocast(device.type, enabled=False) if self.full_precision else nullcontext()
+
+
+def critic_loss(
+    of: Objectives, samples: Scores, reusing: tuple[str, ...]
+) -> tuple[Tensor, dict[str, Tensor | None], Scored, Scored]:
+    """Return what a graph computes of the critic's step.
+
+    Args:
+        of: the nets with their loss and penalties.
+        samples: real and fake ones.
+        reusing: the names of the penalties that reuse the scores of the loss.
+
+    Returns:
+        The loss, the value of each penalty without its weight, and the scores.
+    """
+    loss, terms, scores = of.critic_terms(samples, reusing)
+    values = {name: None if own is None else own.reduced for name, own in terms.items()}
+    return loss, values, *scores.both()
 
 
 def generate(generator: nn.Module, z: Tensor, real: Tensor, labels: Any) -> Tensor:

@@ -15,7 +15,9 @@ from gpkit.autodiff.isolation import double_backward, isolated
 from gpkit.autodiff.numerics import wide
 from gpkit.autodiff.reached import reach
 from gpkit.autodiff.state import Start, start_of
-from gpkit.estimators.base import Targets
+from gpkit.autodiff.tracing.calls import TRACES
+from gpkit.autodiff.tracing.points import variable
+from gpkit.estimators.base import Target, Targets
 from gpkit.estimators.repeats import SAME, require_same
 from gpkit.lightning.batches import repeated
 from gpkit.lightning.gan.losses import Scored
@@ -176,17 +178,19 @@ def scores_of(critic: nn.Module, samples: Scores, reusing: Iterable[Penalty]) ->
     reusing = list(reusing)
     needs = [needs_of(penalty) for penalty in reusing]
     # The first time a look at the gradient says whether samples are independent of each other.
-    seen = [own.values and p.effect_confirmed for own, p in zip(needs, reusing, strict=True)]
+    seen = [
+        n.values and (TRACES or p.effect_confirmed) for n, p in zip(needs, reusing, strict=True)
+    ]
     differentiated = [own for own, known in zip(needs, seen, strict=True) if not known]
     labels = samples.labels
     assert samples.fake is not None
     points = {"real": samples.real, "fake": samples.fake}
     starts = {}
-    order = max((own.order for own in needs), default=0)
+    order = max([0, *[own.order for own in needs]])
     scored = {}
     for kind, x in points.items():
         if any(kind in own.samples for own in differentiated):
-            points[kind] = x = x.detach().requires_grad_()  # not the batch's own tensor
+            points[kind] = x = variable(x)  # not the batch's own tensor
         if any(kind in own.samples and own.continues for own in needs):
             starts[kind] = start_of(critic, x.device)
         with double_backward(order) if order else nullcontext():
@@ -210,7 +214,7 @@ def targets_on(critic: nn.Module, scores: Scores, penalty: Any, needs: Needs) ->
     Raises:
         RuntimeError: if the critic does not repeat its scores.
     """
-    found = Targets()
+    found: list[Target] = []
     for kind in needs.samples:
         x: Any = scores.real if kind == "real" else scores.fake
         y = scores.of_real if kind == "real" else scores.of_fake
@@ -224,7 +228,7 @@ def targets_on(critic: nn.Module, scores: Scores, penalty: Any, needs: Needs) ->
                 require_same(penalty.wrt.columns(y, len(x)).to(repeated.dtype), repeated)
                 known.add(SAME)
         found += penalty.wrt.targets_of(y, (x,), penalty, again)
-    return found
+    return Targets(found)
 
 
 def rescored(critic: nn.Module, scores: Scores, penalty: Any, kind: str, x: Tensor) -> Tensor:
