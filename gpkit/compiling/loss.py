@@ -199,7 +199,8 @@ class CompiledLoss:
                 return
             if self.measure and new:
                 leaves = [x for x in first.grads if x is not self._anchor]
-                times = parity.faster(eager, compiled, leaves)
+                with warnings.catch_warnings(action="ignore"):  # a hook of the net may compile anew
+                    times = parity.faster(eager, compiled, leaves)
                 plan.slower = times[1] > times[0]
                 word = "eager, which is faster" if plan.slower else "compiled"
                 ms = [1e3 * t for t in times]
