@@ -19,7 +19,7 @@ from gpkit.lightning.monitor.findings import (
 )
 from gpkit.lightning.monitor.step_norms import StepNorms
 from gpkit.lightning.monitor.tensors import WatchedTensor, WatchedTensors
-from gpkit.lightning.monitor.validation import gradients_on, validation_loss
+from gpkit.lightning.monitor.validation import gradients_on, logged_losses, validation_loss
 from gpkit.lightning.recording import Histograms
 from gpkit.lightning.refusals import MONITOR_REFUSAL, refuse
 from gpkit.lightning.watch.replay import loss_of
@@ -56,7 +56,7 @@ class GradientNormMonitor(Callback):
       accumulation they are those of the last micro-batch.
 
     With ``validation=True`` the same norms of the loss that ``validation_step`` returns (as a
-    tensor, or as the "loss" of a dict) are logged as ``val/grad_norm/...``; for the weights it is
+    tensor, or as the "loss" of a dict; or the one loss that it logs) are logged as ``val/grad_norm/...``; for the weights it is
     the norm of each batch's gradient, averaged over batches. It is off by default, because the step
     then runs with gradients on: it needs memory for a graph, must ``detach()`` what it keeps, and
     cannot call ``numpy()`` on tensors that require grad.
@@ -232,9 +232,10 @@ class GradientNormMonitor(Callback):
         self, tensors: WatchedTensors, trainer: Any, module: Any, call: Any, *args: Any, **kw: Any
     ) -> Any:
         with gradients_on(module, (args, kw)) as (args, kw):
-            with tensors as watched:
+            with tensors as watched, logged_losses(module) as logged:
                 output = call(*args, **kw)
-            self._log_loss(trainer, module, validation_loss(output), watched, "val/grad_norm")
+            loss = validation_loss(output, logged)
+            self._log_loss(trainer, module, loss, watched, "val/grad_norm")
         return tree_map_only(Tensor, Tensor.detach, output)
 
     # The norms.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,11 +44,42 @@ def _usable(tensor: Any) -> Any:
     return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
 
 
-def validation_loss(output: Any) -> Tensor:
-    """Return the loss in the output of a validation step.
+@contextmanager
+def logged_losses(module: Any) -> Iterator[list[Tensor]]:
+    """Collect the losses that a module logs within the block: one number each, with a graph.
+
+    Args:
+        module: the module.
+
+    Yields:
+        The list, which is filled in the block.
+    """
+    found: list[Tensor] = []
+    log = module.log
+
+    def note(name: str, value: Any, *args: Any, **kw: Any) -> None:
+        one = isinstance(value, Tensor) and value.requires_grad and value.numel() == 1
+        if one and "loss" in name:
+            found.append(value)
+        log(name, value, *args, **kw)
+
+    before = vars(module).get("log")
+    module.log = note
+    try:
+        yield found
+    finally:
+        if before is None:
+            del module.log
+        else:
+            module.log = before
+
+
+def validation_loss(output: Any, logged: Sequence[Tensor] = ()) -> Tensor:
+    """Return the loss in the output of a validation step, or the one that it logged.
 
     Args:
         output: what ``validation_step`` returned.
+        logged: the losses that it logged, which count if it returned none and they are one.
 
     Returns:
         The loss, one number with a graph.
@@ -57,8 +88,12 @@ def validation_loss(output: Any) -> Tensor:
         RefusalError: if there is no loss, or it has no graph.
     """
     loss = loss_of(output)
+    if loss is None and len(logged) == 1:
+        loss = logged[0].reshape(())
     if not isinstance(loss, Tensor) or not loss.requires_grad:
         found = "has no graph" if isinstance(loss, Tensor) else f"is {loss!r}"
+        if loss is None and len(logged) > 1:
+            found += f", and it logs {len(logged)}"
         line = (
             f"the loss that validation_step returns {found}: return it, as a tensor or as the "
             "'loss' of a dict, or leave out validation=True"

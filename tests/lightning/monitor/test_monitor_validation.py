@@ -118,6 +118,33 @@ def test_no_validation_unless_asked_for(net):
     assert not [name for name in logged.names() if name.startswith("val/grad")]
 
 
+@pytest.mark.parametrize("how", ["log", "log_dict"])
+def test_a_loss_that_is_only_logged_is_taken(net, how):
+    class Logs(Validated):
+        def validation_step(self, batch, batch_idx):
+            loss = self.loss(batch)
+            if how == "log":
+                self.log("val/loss", loss)
+            else:
+                self.log_dict({"val/loss": loss, "val/acc": loss.detach()})
+
+    module = Logs(copy.deepcopy(net))
+    module.optimizer = partial(torch.optim.SGD, lr=0.0)
+    logged = fit(module, gpkit.GradientNormMonitor("layer", **ALL), max_epochs=1)
+    assert logged.columns(*NAMES) == [[approx(v)] for v in validation(net)]
+    assert "log" not in module.__dict__
+
+
+def test_of_two_losses_that_are_logged_none_is_chosen(net):
+    class Logs(Validated):
+        def validation_step(self, batch, batch_idx):
+            self.log("val/loss", self.loss(batch))
+            self.log("val/loss_scaled", 2 * self.loss(batch))
+
+    with pytest.raises(ValueError, match="returns is None, and it logs 2: return it"):
+        fit(Logs(copy.deepcopy(net)), gpkit.GradientNormMonitor(validation=True))
+
+
 @pytest.mark.parametrize(
     ("given", "said"), [(None, "is None"), (torch.zeros(()), "has no graph")], ids=str
 )
