@@ -59,7 +59,8 @@ class GradientNormMonitor(Callback):
     tensor, or as the "loss" of a dict; or the one loss that it logs) are logged as
     ``val/grad_norm/...``; for the weights it is the norm of each batch's gradient, averaged over
     batches. It is off by default, because the step then runs with gradients on: it needs memory for
-    a graph, must ``detach()`` what it keeps, and cannot call ``numpy()`` on tensors that require grad.
+    a graph, must ``detach()`` what it keeps, and cannot call ``numpy()`` on tensors that
+    require grad.
 
     TensorBoard gets histograms in every n-th epoch. ``grad_norm/input/histogram`` (and likewise
     ``val/...``) holds the norms of the samples on the logged steps. With ``weights="layer"``,
