@@ -141,7 +141,7 @@ def _require_readers(cfg: DictConfig) -> None:
             raise ValueError(
                 f"nothing reads {group}.{unread[0]}, since {group}._target_ is null: set it"
             )
-    for key in cfg.debug or ():
+    for key in cfg.get("debug") or ():
         raise ValueError(f"nothing reads debug.{key}: use debug={', '.join(_names('debug'))}")
 
 
