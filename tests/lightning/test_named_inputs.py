@@ -223,11 +223,6 @@ NAMED = gpkit.GradientPenalty(wrt=gpkit.inputs("colums", "image"))
             TypeError,
             "names entries of a dict of samples, and those of a GAN are tensors",
         ),
-        (
-            lambda: gpkit.PenalizedModule(Net(), nn.MSELoss(), NAMED, compile=True),
-            ValueError,
-            "names entries of the batch",
-        ),
     ],
 )
 def test_what_makes_no_sense(act, error, words):
