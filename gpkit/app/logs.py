@@ -63,11 +63,11 @@ def log_result(logger: Any, cfg: DictConfig, final: dict[str, float], last: int)
         last: the last step. A GAN logs some of the metrics as curves, and without a step they would
             get a point at 0.
     """
-    options = hyperparameters(cfg)
+    options, shown = hyperparameters(cfg), results(final)
     logger.log_hyperparams(options)
-    logger.log_metrics(results(final), step=last)
-    if isinstance(logger, TensorBoardLogger):
-        for summary in summaries(options, results(final)):
+    logger.log_metrics(shown, step=last)
+    if isinstance(logger, TensorBoardLogger) and shown:  # else its file is closed
+        for summary in summaries(options, shown):
             logger.experiment.file_writer.add_summary(summary)
     logger.finalize("success")
 

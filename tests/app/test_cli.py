@@ -128,7 +128,7 @@ GAN = "module=gan model=gan_points"
 WRONG = {  # command line: what the one line of the error says, in this order
     "penalti=none": ["no group 'penalti'", "did you mean 'penalty=none'?"],
     "penalty=jacobain": ["no penalty 'jacobain'", "did you mean 'jacobian'?", "curvature, custom"],
-    "model=mpl": ["no model 'mpl'", "mean 'mlp'?", "convnet, dirac, gan_images, gan_points, mlp"],
+    "model=mpl": ["no model 'mpl'", "mean 'mlp'?", "convnet, dirac, distance_net, gan_images"],
     "experiment=label_nose": ["experiment=label_nose", "did you mean 'label_noise'?"],
     "penalty=null": ["penalty must be one of", "wgan_gp", "got null"],
     "penalty=[jacobian,r1]": ["got [jacobian,r1]", "penalty=sum 'penalty.parts=[jacobian,r1]'"],

@@ -81,7 +81,7 @@ def test_a_net_of_your_own(net, options, count, own, tmp_path):
 
 def test_a_net_of_your_own_that_takes_any_option(own, capsys):
     own("model._target_=own_nets.Anything")
-    assert "options: activation depth dropout width" in capsys.readouterr().out
+    assert "options: activation depth dropout noise width" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

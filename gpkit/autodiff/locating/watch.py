@@ -57,14 +57,16 @@ class Watch:
 
     def __init__(self, net: nn.Module, *, values: bool = True) -> None:
         self.visits: list[Visit] = []
-        self.names = dict(_watched(net, ""))
+        self.watched = _watched(net, "")
+        # By identity: the hash of a metric changes with its state.
+        self.names = {id(module): name for module, name in self.watched}
         self.values = values
         self.outputs: list[Tensor] = []  # of the outermost calls, with their graphs
         self.running: list[tuple[nn.Module, int, list[tuple[Tensor, int]], Seen]] = []
         self.handles: list[Any] = []
 
     def __enter__(self) -> Watch:
-        for module in self.names:
+        for module, _ in self.watched:
             self.handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             self.handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
         return self
@@ -85,7 +87,7 @@ class Watch:
         if not self.running:
             self.outputs += [t for t in _tensors(output) if t.requires_grad]
         wrote = any(write_count(t) != before for t, before in given)
-        name, kind, returned = self.names[module], type(module).__name__, self._seen(output)
+        name, kind, returned = self.names[id(module)], type(module).__name__, self._seen(output)
         self.visits.append(Visit(name, kind, first, nodes_made(), got, returned, wrote))
 
     def _seen(self, values: Any) -> Seen:
@@ -105,12 +107,12 @@ class Watch:
 
 def _watched(module: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
     """Return a module and what is in it, each once, with names; not what is compiled."""
-    found = {module: name}
+    found = {id(module): (module, name)}
     if not is_compiled(module) and not isinstance(module, torch.jit.ScriptModule):
         for own, child in module.named_children():
             for part, inner in _watched(child, f"{name}.{own}" if name else own):
-                found.setdefault(part, inner)
-    return list(found.items())
+                found.setdefault(id(part), (part, inner))
+    return list(found.values())
 
 
 def _tensors(values: Any) -> list[Tensor]:

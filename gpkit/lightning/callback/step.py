@@ -222,6 +222,7 @@ class PenalizedStep:
         loss, terms = self.evaluator.act(
             call, capture, plan, loss, first, optimizer_step=self._optimizer_step, last=last
         )
+        self.evaluator.watch = None  # it holds graphs
         total = self.penalties.total(loss, terms, self.module.parameters)
         assert total is not None
         if last:
