@@ -205,7 +205,8 @@ class Trace:
         terms = evaluate(1.0, 0)
         terms.weight = weight.to(terms.reduced.dtype)
         parts = terms.squared_norms, terms.values, terms.reduced
-        self.observed.append(tuple([part.detach() for part in parts]))
+        # Cloned: a graph returns the base of a view as well, as if it were differentiated.
+        self.observed.append(tuple([part.detach().clone() for part in parts]))
         return terms
 
 
