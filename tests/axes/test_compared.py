@@ -514,3 +514,12 @@ def test_a_weight_that_adapts_sees_the_weighted_mean_norm():
     assert abs(mean / float(n.mean()) - 1) > 0.1
     correction = 0.5 * min(1.0, max(-1.0, torch.tensor(mean).log().item()))
     assert weight(1) == pytest.approx(2.0 * torch.tensor(correction).exp().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("estimator", [gpkit.jvp(2), gpkit.random_difference(0.1)])
+def test_a_metric_of_each_output_is_refused_where_all_move_alike(estimator):
+    penalty = gpkit.GradientPenalty(estimator=estimator)
+    with pytest.raises(ValueError, match=r"same for all of them.*use estimator='exact'"):
+        penalty(conv(2), X, metric=draw(B, 2, 2, 3, 3))
+    exact = gpkit.GradientPenalty(estimator="exact")
+    assert exact(conv(2), X, metric=draw(B, 2, 2, 3, 3)).isfinite()
