@@ -131,7 +131,6 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` has the same names 
     from gpkit.app.load import load as load
     from gpkit.app.train import train as train
     from gpkit.autodiff.activations import features as features
-    from gpkit.autodiff.derivatives import derivative as derivative
     from gpkit.autodiff.isolation import in_penalty as in_penalty
     from gpkit.autodiff.norm_layers import elementary as elementary
     from gpkit.autodiff.sharding.gathering import unsharded as unsharded
@@ -178,6 +177,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` has the same names 
     from gpkit.estimators.projection import projection as projection
     from gpkit.estimators.taylor import taylor as taylor
     from gpkit.estimators.trace import trace as trace
+    from gpkit.exact_derivative import derivative as derivative
     from gpkit.gradient_penalty import GradientPenalty as GradientPenalty
     from gpkit.lightning.callback import GradientPenaltyCallback as GradientPenaltyCallback
     from gpkit.lightning.gan import GANModule as GANModule
@@ -229,8 +229,8 @@ else:
         "gpkit.doctor.diagnose": "diagnose",
         "gpkit.doctor.prepare": "prepare",
         "gpkit.compiling.entry": "compile",
+        "gpkit.exact_derivative": "derivative",
         "gpkit.autodiff.activations": "features",
-        "gpkit.autodiff.derivatives": "derivative",
         "gpkit.autodiff.isolation": "in_penalty",
         "gpkit.autodiff.norm_layers": "elementary",
         "gpkit.autodiff.sharding.gathering": "unsharded",

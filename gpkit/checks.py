@@ -127,3 +127,9 @@ MEANT = {
 def optional_integer(where: str, value: Any, low: int) -> int | None:
     """Return ``value`` if it is None, or an integer >= ``low``."""
     return None if value is None else integer(where, value, low)
+
+
+def is_a(thing: Any, *names: str) -> bool:
+    """Whether ``thing`` is an instance of a class with one of these names, from either package."""
+    # isinstance would need the classes of both, and import both.
+    return any(c.__name__ in names for c in type(thing).__mro__)

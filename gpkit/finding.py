@@ -33,6 +33,7 @@ CODES = {
     "float16-underflow": "the inner gradient is too small for float16",
     "cost": "the time and memory of a training step, in steps without the penalty",
     "memory-freed": "a tensor or a graph that a derivative needs was freed",
+    "trainer": "the trainer, its strategy or the module does not take the penalty, or the monitor",
     "call": "the penalty cannot be called with the example",
 }
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from gpkit import checks, formula
-from gpkit.autodiff import graph
 from gpkit.autodiff.activations import names
 from gpkit.autodiff.isolation import FORWARDS
 from gpkit.autodiff.random import Source, device_of, source
@@ -27,12 +26,14 @@ from gpkit.axes.of import Of
 from gpkit.axes.parameters import weights
 from gpkit.axes.weight import Schedule
 from gpkit.axes.wrt import Variables, inputs
-from gpkit.effect import trains, warn_of_bias
 from gpkit.estimators import ESTIMATORS
 from gpkit.estimators.base import Estimator, Target, Targets
 from gpkit.estimators.exact import exact
 from gpkit.estimators.projection import projection
 from gpkit.finding import FoundError
+from gpkit.findings.derivatives import NormLayerError, require_derivatives
+from gpkit.findings.estimate import warn_of_bias
+from gpkit.findings.trained import trains
 from gpkit.formula import Terms
 from gpkit.penalty import Penalty
 from gpkit.shortcut.calls import Shortcuts
@@ -251,8 +252,8 @@ class GradientPenalty(Penalty):
             if not (known or self.estimator.first_order):
                 try:
                     for target in targets if targets[0].batched else targets[:1]:
-                        graph.require_derivatives(target.y, target.xs, self.order + observe)
-                except graph.NormLayerError as error:  # f holds derivatives itself
+                        require_derivatives(target.y, target.xs, self.order + observe)
+                except NormLayerError as error:  # f holds derivatives itself
                     if self.elementary or not callable(f) or self.forward == "training":
                         raise FoundError(error.finding, str(error)) from None
                     self.elementary = True
@@ -262,10 +263,9 @@ class GradientPenalty(Penalty):
             n2 = formula.squared_norms(self, targets, rng, scale, **options)
             terms = formula.terms(self, n2, weight, targets=targets, **options)
         if observe and n2.numel() and not (known and terms.reduced.requires_grad):
-            unused = f"{type(self.wrt).__name__}: {self.wrt.missing}"
             twice = not self.estimator.first_order and scale is None
             warn_of_bias(self.form, self.estimator, targets[0], self.order)
-            known = trains(f, terms, targets, self.order, unused, twice=twice)
+            known = trains(f, terms, targets, self.order, self.wrt, twice=twice)
             if known:
                 self.seen.add(targets[0])
         if known and observe and isinstance(f, nn.Module):

@@ -15,7 +15,7 @@ from gpkit.autodiff.random import derived_seed, device_of, has_ranks, rank
 from gpkit.autodiff.tracing.calls import RECORDS, TRACES
 from gpkit.axes.given.given import any_given, as_given
 from gpkit.axes.weight import Schedule, as_weight
-from gpkit.effect import SeenNets
+from gpkit.findings.seen import SeenNets
 from gpkit.formula import Terms
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gpkit.effect import Unchecked
+from gpkit.findings.seen import Unchecked
 from gpkit.formula import Terms
 from gpkit.penalty import Penalty
 from gpkit.with_loss import with_loss

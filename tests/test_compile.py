@@ -188,7 +188,7 @@ OBSTACLES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:gpkit.effect")
+@pytest.mark.filterwarnings("ignore::UserWarning:gpkit.findings.trained")
 @pytest.mark.parametrize("name", OBSTACLES)
 def test_what_cannot_be_compiled_runs_as_it_is(name):
     build, make, make_loss, said = OBSTACLES[name]
@@ -256,7 +256,7 @@ PENALTIES = {
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::UserWarning:gpkit.effect")
+@pytest.mark.filterwarnings("ignore::UserWarning:gpkit.findings.trained")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize("net", NETS)

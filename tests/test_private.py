@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "gpkit"
 COMPAT = {
     "autodiff/compat.py",
     "autodiff/sharding/compat.py",
-    "autodiff/locating/compat.py",
+    "findings/compat.py",
     "autodiff/tracing/compat.py",
     "lightning/compat.py",
 }

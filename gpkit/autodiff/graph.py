@@ -1,4 +1,4 @@
-"""Read autograd graphs: leaves, operations, and why a graph cannot be differentiated again."""
+"""Read autograd graphs: their leaves, their operations, and what tells one from another."""
 
 from __future__ import annotations
 
@@ -13,34 +13,6 @@ from torch import Tensor
 from gpkit.autodiff import compat
 from gpkit.autodiff.reached import SEEN_ONCE, Reach
 from gpkit.autodiff.tracing.calls import TRACES
-from gpkit.finding import Finding, FoundError, error
-from gpkit.hints import HINTS
-
-# Operations with a zero second derivative: if a net has no others, an order >= 2 penalty is zero.
-PIECEWISE_LINEAR = (
-    "Relu",
-    "LeakyRelu",
-    "Hardtanh",
-    "Threshold",
-    "PreluKernel",
-    "RreluWithNoise",
-    "Abs",
-    "Clamp",
-    "ClampMin",
-    "ClampMax",
-    "Softshrink",
-    "Hardshrink",
-    "MaxPool2DWithIndices",
-    "MaxPool3DWithIndices",
-    "AdaptiveMaxPool2D",
-    "Max",
-    "Amax",
-    "Maximum",
-)
-
-
-class NormLayerError(FoundError):
-    """A derivative through a fused norm layer is wrong; elementary operations have a right one."""
 
 
 def nodes(tensor: Tensor) -> Iterator[Any]:
@@ -144,68 +116,6 @@ def between(y: Tensor, xs: tuple[Tensor, ...]) -> list[Any]:
                 found[user] = None
                 stack.append(user)
     return list(found)
-
-
-def derivative_findings(
-    y: Tensor, xs: tuple[Tensor, ...], order: int
-) -> Iterator[tuple[Any, Finding]]:
-    """Yield the operations of which torch has no derivative of that order, or a wrong one.
-
-    torch does not always raise an error itself: it treats a backward marked @once_differentiable
-    as a constant if its arguments are constants, and its layer norm and batch norm in training
-    mode have a wrong third derivative (pytorch#175754).
-
-    Args:
-        y: the differentiated output.
-        xs: the variables.
-        order: the number of derivatives.
-
-    Yields:
-        The node between ``xs`` and ``y``, and what is known of it.
-    """
-    for node in between(y, xs) if order >= 2 else ():
-        name, key = node.name(), ""
-        if compat.is_once_differentiable(node):
-            key = "once_differentiable"
-        elif compat.is_fused_attention(name):
-            key = "scaled_dot_product"
-        elif order >= (2 if compat.is_second_derivative(name) else 3) and (
-            compat.is_layer_norm(name) or compat.uses_batch_statistics(node, name)
-        ):
-            key = "NativeLayerNorm"
-        if key:
-            yield node, error(*HINTS[key])
-
-
-def require_derivatives(y: Tensor, xs: tuple[Tensor, ...], order: int) -> None:
-    """Refuse a graph if torch has no derivative of that order through it, or a wrong one.
-
-    Args:
-        y: the differentiated output.
-        xs: the variables.
-        order: the number of derivatives.
-
-    Raises:
-        FoundError: if an operation between ``xs`` and ``y`` is known to have no correct
-            derivative of that order; the message says what to do.
-    """
-    for node, found in derivative_findings(y, xs, order):
-        kind = NormLayerError if found.code == "wrong-derivative" else FoundError
-        raise kind(found, f"there is no derivative of order {order} through {node.name()}: {found}")
-
-
-def has_no_curvature(y: Tensor, order: int) -> str | None:
-    """Return the name of a piecewise-linear operation whose second derivative is taken, or None.
-
-    Args:
-        y: the output to differentiate; its graph may hold derivatives already.
-        order: of the derivative of y.
-    """
-    found = list(nodes(y))
-    if order == 1 and not any(node.name().count("Backward") > 1 for node in found):
-        return None
-    names = set(map(compat.operation_of, found))
-    return next((name for name in PIECEWISE_LINEAR if name in names), None)
 
 
 class Fingerprint(NamedTuple):

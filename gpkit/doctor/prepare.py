@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from gpkit import checks
 from gpkit.autodiff.compat import is_compiled, uncompiled_name
 from gpkit.autodiff.isolation import double_backward
-from gpkit.autodiff.locating.compat import compiled_from
+from gpkit.findings.compat import compiled_from
 
 LOG = logging.getLogger(__name__)
 

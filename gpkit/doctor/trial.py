@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from gpkit.autodiff.activations import features
 from gpkit.autodiff.isolation import isolated
-from gpkit.autodiff.locating.watch import Watch
 from gpkit.autodiff.random import device_of
 from gpkit.doctor.example import Example
 from gpkit.environment_penalty import EnvironmentPenalty
 from gpkit.estimators.base import Target
+from gpkit.findings.watch import Watch
 from gpkit.formula import Terms
 from gpkit.gradient_penalty import GradientPenalty
 from gpkit.hints import ExplainedError

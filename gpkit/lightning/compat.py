@@ -25,12 +25,6 @@ else:
     Callback = type("Callback", tuple(import_module(name).Callback for name in _names), {})
 
 
-def is_a(thing: Any, *names: str) -> bool:
-    """Whether ``thing`` is an instance of a class with one of these names, from either package."""
-    # isinstance would need the classes of both, and import both.
-    return any(c.__name__ in names for c in type(thing).__mro__)
-
-
 def trainer_of(module: Any) -> Any:
     """Return the trainer of a LightningModule, or None; ``module.trainer`` raises without one."""
     return module._trainer

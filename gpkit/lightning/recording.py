@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpkit.checks import is_a
 from gpkit.formula import Terms
-from gpkit.lightning.compat import is_a, steps_of
+from gpkit.lightning.compat import steps_of
 
 # Arguments of `LightningModule.log` at validation and test.
 EVALUATION: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True}

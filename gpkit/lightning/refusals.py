@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from gpkit.finding import Finding
+
 # Titles of the errors of the two callbacks.
 CALLBACK_REFUSAL = "GradientPenaltyCallback cannot add its penalties"
 MONITOR_REFUSAL = "GradientNormMonitor cannot log its norms"
@@ -16,31 +18,39 @@ class RefusalError(ValueError):
     Args:
         title: what cannot be done.
         found: one line for each finding.
+        findings: those of them that a check has found, as `gpkit.diagnose` reports them.
     """
 
-    def __init__(self, title: str, found: list[str]) -> None:
-        super().__init__(title, found)
+    def __init__(self, title: str, found: list[str], findings: tuple[Finding, ...] = ()) -> None:
+        super().__init__(title, found, findings)
         self.title = title
         self.found = found
+        self.findings = findings
 
     def __str__(self) -> str:
         return f"{self.title}: {'; '.join(self.found)}"
 
 
-def refuse(title: str, found: Iterable[str], cause: Exception | None = None) -> None:
+def refuse(title: str, found: Iterable[Finding | str], cause: Exception | None = None) -> None:
     """Raise one error for all findings; do nothing if there are none.
 
     Args:
         title: what cannot be done.
-        found: one line for each finding. Repeated lines are dropped.
+        found: findings, or a line for each. Repeated ones are dropped.
         cause: an error that led to the findings, if any.
 
     Raises:
         RefusalError: if there is a finding. Its message is a single line.
     """
-    lines = list(dict.fromkeys(found))
-    if lines:
-        raise RefusalError(title, lines) from cause
+    each = list(dict.fromkeys(found))
+    if each:
+        findings = tuple(f for f in each if isinstance(f, Finding))
+        lines = [_line(f) if isinstance(f, Finding) else f for f in each]
+        raise RefusalError(title, lines, findings) from cause
+
+
+def _line(found: Finding) -> str:
+    return f"penalty {found.penalty!r}: {found}" if found.penalty else str(found)
 
 
 def require_functions(**functions: Any) -> None:

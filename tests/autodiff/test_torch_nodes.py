@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gpkit
 from gpkit.autodiff import compat, graph
+from gpkit.findings.derivatives import PIECEWISE_LINEAR, has_no_curvature
 
 
 class Once(torch.autograd.Function):
@@ -79,14 +80,14 @@ PIECEWISE = {
 def test_operation_of(operation):
     y = PIECEWISE[operation](point())
     require(
-        graph.has_no_curvature(y, 2) == operation,
+        has_no_curvature(y, 2) == operation,
         f"operation_of, for {operation!r}",
         "a penalty of order >= 2 of a piecewise-linear net is 0 without a word",
     )
 
 
 def test_the_operations_that_are_looked_for_are_tested():
-    assert set(graph.PIECEWISE_LINEAR) == set(PIECEWISE)
+    assert set(PIECEWISE_LINEAR) == set(PIECEWISE)
 
 
 @pytest.mark.parametrize("layer", [nn.ReLU(), nn.PReLU(), nn.LeakyReLU(), nn.Hardtanh()])

@@ -9,14 +9,15 @@ from dataclasses import replace
 import torch
 
 from gpkit.autodiff import graph
-from gpkit.autodiff.locating.located import named, piecewise_linear
-from gpkit.autodiff.locating.watch import ROOT
 from gpkit.doctor.example import Example
 from gpkit.doctor.trial import FAILURES, SEED, Trial, norm_of
 from gpkit.environment_penalty import EnvironmentPenalty
 from gpkit.estimators.exact import exact
 from gpkit.estimators.projection import projection
 from gpkit.finding import Finding, error
+from gpkit.findings.derivatives import derivative_findings
+from gpkit.findings.located import named, piecewise_linear
+from gpkit.findings.watch import ROOT
 from gpkit.hints import HINTS
 
 
@@ -38,7 +39,7 @@ def operations(trial: Trial) -> Iterator[Finding]:
     except FAILURES:
         return  # `refusal` says why
     for target in targets if targets[0].batched else targets[:1]:
-        known = dict(graph.derivative_findings(target.y, target.xs, trial.twice))
+        known = dict(derivative_findings(target.y, target.xs, trial.twice))
         for module, found in named(graph.between(target.y, target.xs), known, watch):
             yield replace(found, module=module)
 

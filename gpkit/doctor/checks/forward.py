@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from gpkit.autodiff.compat import tree_leaves
-from gpkit.autodiff.locating.watch import ROOT, Visit
 from gpkit.doctor.trial import SEED, Trial
-from gpkit.effect import coupled_samples
 from gpkit.finding import Finding
+from gpkit.findings.samples import coupled_samples
+from gpkit.findings.watch import ROOT, Visit
 
 
 def random_forward(trial: Trial) -> Iterator[Finding]:

@@ -7,11 +7,12 @@ from functools import partial
 from typing import Any
 
 from gpkit import checks
-from gpkit.lightning.callback.findings import findings_before_fit, may_shard
+from gpkit.findings.trainer import findings_before_fit, may_shard
 from gpkit.lightning.callback.step import PenalizedStep
 from gpkit.lightning.compat import Callback, state_key
 from gpkit.lightning.refusals import CALLBACK_REFUSAL, refuse
 from gpkit.lightning.watch.wrapping import wrap
+from gpkit.needs import Needs, needs_of
 from gpkit.sums import Penalties, as_sum, examined
 
 
@@ -123,6 +124,11 @@ class GradientPenaltyCallback(Callback):
         """
         return self._key if self._is_set_up else f"{self._key}#{id(self)}"
 
+    @property
+    def needs(self) -> dict[str, Needs]:
+        """What each penalty needs of a training step, by name."""
+        return {name: needs_of(penalty) for name, penalty in self.penalties.items()}
+
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Take the final state key."""
         self._is_set_up = True
@@ -130,7 +136,7 @@ class GradientPenaltyCallback(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Wrap the module's ``training_step`` so that it adds the penalties."""
         self._restore()
-        found = findings_before_fit(trainer, pl_module)
+        found = list(findings_before_fit(trainer, pl_module))
         if may_shard(trainer.strategy) or not pl_module.automatic_optimization:
             # No training step first: sharded weights may fail in it, and manual optimisation
             # would step the optimisers. In other cases the first step adds its own findings.

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from gpkit.autodiff.layers.recording import Recording
-from gpkit.autodiff.locating.located import located
-from gpkit.autodiff.locating.watch import Watch
 from gpkit.autodiff.numerics import wide
 from gpkit.autodiff.random import RandomState, has_ranks
 from gpkit.autodiff.sharding.gathering import is_sharded
@@ -22,6 +20,8 @@ from gpkit.axes.parameters import layers_for
 from gpkit.estimators.base import Recomputable, Target
 from gpkit.estimators.window import Window, summarised
 from gpkit.finding import FoundError
+from gpkit.findings.located import located
+from gpkit.findings.watch import Watch
 from gpkit.formula import Terms
 from gpkit.lightning.batches import entries
 from gpkit.lightning.callback.plan import PenalizedNet, Plan, differentiated

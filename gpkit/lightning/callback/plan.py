@@ -6,9 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from gpkit.autodiff.activations import Change, moved
+from gpkit.autodiff.compat import tree_leaves
 from gpkit.autodiff.isolation import isolated
 from gpkit.lightning.watch.probe import Capture, Probe, ProbeSpec
 from gpkit.lightning.watch.replay import Silencer, StepCall, loss_of
@@ -140,3 +142,29 @@ def differentiated(needs: Needs, capture: Capture, loss: Tensor | None) -> Any:
     if needs.differentiates == "activation":
         return capture.activations.get(needs.activations[0])
     return loss if needs.of_loss else capture.output
+
+
+def warn_of_rows(watched: PenalizedNet, capture: Capture, batch: Any) -> None:
+    """Warn if the input of a submodule has not one row for each sample of the batch.
+
+    Args:
+        watched: the net that the input was captured from.
+        capture: what the probe captured.
+        batch: of the training step.
+    """
+    x = capture.x
+    if x is None or not x.ndim:
+        return
+    tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor) and t.ndim]
+    samples = getattr(batch, "num_graphs", None)  # of a batch of graphs
+    if samples is None:
+        alike = sum(len(t) for t in tensors if t.shape[1:] == x.shape[1:])  # may be concatenated
+        samples = max(alike, len(tensors[0]) if tensors else len(x))
+    rows = len(x)
+    if rows > samples:  # fewer are a part of the batch, or fakes
+        rank_zero_warn(
+            f"{watched.title} gets an input of {rows} rows, and the batch has {samples} samples: "
+            "each row counts as a sample, with a norm of its own, and the mean loss is taken to be "
+            "over the rows. If several rows belong to a sample, call the penalty in your own "
+            "training step with groups=..., or choose a submodule with a row for each sample"
+        )

@@ -21,71 +21,13 @@ from gpkit.autodiff.sharding.gathering import reshard
 from gpkit.axes.given.given import Given, completed
 from gpkit.estimators.base import Recomputable
 from gpkit.estimators.differences.weight_difference import slopes_of
-from gpkit.estimators.finite_difference import finite_difference
 from gpkit.formula import Terms
 from gpkit.gradient_penalty import NO_GRAPH
 from gpkit.lightning.callback.sharded_given import in_shards
-from gpkit.needs import needs_of
 from gpkit.penalty import Penalty
 
 Entry = Callable[[Tensor], Tensor]  # a function of each entry of a tensor
 Gradient = Mapping[Tensor, Tensor | None]  # by trained weight; None if backward did not reach it
-
-
-def findings_of_sharding(net: nn.Module, penalties: Mapping[str, Any]) -> list[str]:
-    """Return the reasons why penalties do not work on a sharded net.
-
-    FSDP2 computes with gathered copies of the weights, so the trained shards are not in the graph.
-    The only gradient in the weights that a penalty can get is the one that FSDP's backward leaves
-    at the shards, averaged over the processes. Penalties in the inputs need none.
-
-    Args:
-        net: a module to which ``fully_shard`` was applied, or a submodule of which.
-        penalties: by name.
-
-    Returns:
-        One line for each finding; an empty list if there is none.
-    """
-    found = []
-    for name, penalty in penalties.items():
-        here = f"penalty {name!r} under FSDP:"
-        needs = needs_of(penalty)
-        if needs.environments:
-            continue  # it differentiates in the logits, and not through the net
-        if needs.own_forward:
-            found.append(f"{here} got forward={penalty.forward!r}: leave it out, or use DDP")
-        if needs.on_jets:
-            found.append(
-                f"{here} Taylor series do not pass through its hooks: use estimator='projection' "
-                "or 'exact'"
-            )
-        if needs.measures:
-            kind = type(penalty.weight).__name__
-            found.append(f"{here} the weight {kind}() measures gradients, which needs DDP")
-        if not needs.in_weights:
-            continue
-        if not isinstance(penalty.estimator, finite_difference):
-            kind = type(penalty.estimator).__name__
-            found.append(
-                f"{here} the trained shards are not in the graph that double backprop goes through;"
-                f" got {kind}(): use estimator='finite_difference', or DDP"
-            )
-        if penalty.of not in ("loss", "output"):
-            found.append(f"{here} of='loss' is needed; got of={penalty.of!r}: use DDP")
-        if penalty.scope != "global":
-            found.append(
-                f"{here} gradients arrive averaged over the processes; got scope={penalty.scope!r}:"
-                " use scope='global', or DDP"
-            )
-    trained = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
-    whole = [n for n, p in trained if not isinstance(p, DTensor)]
-    if whole:
-        found.append(
-            "under FSDP every trained parameter must be sharded, or its gradient is not averaged "
-            f"over the processes; not sharded are {', '.join(whole)}: apply fully_shard to their "
-            "modules"
-        )
-    return found
 
 
 class ShardedWeights:

@@ -9,24 +9,25 @@ from typing import Any
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
-from gpkit.autodiff.locating.located import first_watch
 from gpkit.autodiff.state import start_of
+from gpkit.finding import Finding
+from gpkit.findings.located import first_watch
+from gpkit.findings.trainer import findings_of_loss
 from gpkit.lightning.callback.evaluation import Evaluator
-from gpkit.lightning.callback.findings import (
-    BATCH_WRITTEN_IN_PLACE,
-    findings_of_loss,
-    findings_of_net,
-    warn_of_rows,
-)
-from gpkit.lightning.callback.plan import PenalizedNet, Plan, probe_spec
+from gpkit.lightning.callback.plan import PenalizedNet, Plan, probe_spec, warn_of_rows
 from gpkit.lightning.compat import last_of_step, logs_now
 from gpkit.lightning.recording import penalty_scalars
 from gpkit.lightning.refusals import CALLBACK_REFUSAL, RefusalError, refuse
-from gpkit.lightning.watch.calls import SeenCalls
+from gpkit.lightning.watch.calls import SeenCalls, findings_of_calls
 from gpkit.lightning.watch.probe import Capture, runs_compiled
 from gpkit.lightning.watch.replay import Silencer, StepCall, TrainingStep, loss_of, replace_loss
 from gpkit.needs import needs_of
 from gpkit.sums import PenaltySum
+
+BATCH_WRITTEN_IN_PLACE = (
+    "the training step writes to its batch in place, and a penalty reruns it on that batch: "
+    "write to a copy, or use scope='batch' with estimator='exact'"
+)
 
 
 class PenalizedStep:
@@ -50,7 +51,7 @@ class PenalizedStep:
         module: Any,
         penalties: PenaltySum,
         submodule: str | None,
-        findings: list[str],
+        findings: list[Finding],
         call: int | None = None,
         *,
         doctor: bool = True,
@@ -164,8 +165,14 @@ class PenalizedStep:
             yield
 
     def _findings_of_net(self, capture: Capture, plan: Plan) -> list[str]:
-        spec = plan.probe.spec
-        return findings_of_net(self.module, self.watched, capture, spec, self._seen)
+        """Return what the training step has shown of the net, one line for each finding."""
+        watched, parts = self.watched, self.module.named_modules()
+        names = [(n, f"activation({n!r})" if n else watched.title) for n in plan.probe.spec.names]
+        inside = next((n for n, part in parts if part is watched.net), "")
+        calls = findings_of_calls(
+            capture, names, watched.call, self._seen, step="the training step", inside=inside
+        )
+        return [*capture.problems.values(), *calls]
 
     # Which penalties act.
 
@@ -212,7 +219,7 @@ class PenalizedStep:
         clear = capture.is_clear(plan.probe.spec, self.watched.call) and not capture.problems
         if first or self.findings or not clear:
             net = self._findings_of_net(capture, plan)
-            found = [*self.findings, *net, *findings_of_loss(loss)]
+            found: list[Finding | str] = [*self.findings, *net, *findings_of_loss(loss)]
             if found:
                 refuse(CALLBACK_REFUSAL, found)
             self._not_acted_yet -= first

@@ -10,8 +10,8 @@ from typing import Any
 from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import Tensor
 
-from gpkit.autodiff.locating.located import locating
 from gpkit.autodiff.random import seeded
+from gpkit.findings.located import locating
 from gpkit.lightning.compat import logs_now
 from gpkit.lightning.gan.ema import update_average
 from gpkit.lightning.gan.logging import optimality_scalars, slope_scalars

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from gpkit import checks
 from gpkit.autodiff.activations import captured
 from gpkit.autodiff.isolation import double_backward, isolated
-from gpkit.autodiff.locating.located import locating
 from gpkit.autodiff.state import start_of
 from gpkit.autodiff.tracing.compat import keeping_buffers
 from gpkit.compiling.entry import compiled
 from gpkit.estimators.window import summarised
+from gpkit.findings.located import locating
 from gpkit.formula import Terms
 from gpkit.lightning.batches import Batch, Keys, entries, unpack
 from gpkit.lightning.compat import logs_now, scale_of, scaler_of, trainer_of

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -10,13 +10,9 @@ from torch import Tensor
 
 from gpkit import checks
 from gpkit.autodiff.compat import tree_map_only
+from gpkit.findings.monitor import findings_of_monitor
+from gpkit.findings.trainer import findings_of_manual_backward
 from gpkit.lightning.compat import Callback, last_of_step, logs_now
-from gpkit.lightning.monitor.findings import (
-    findings_of_manual_backward,
-    findings_of_module,
-    findings_of_names,
-    findings_of_strategy,
-)
 from gpkit.lightning.monitor.step_norms import StepNorms
 from gpkit.lightning.monitor.tensors import WatchedTensor, WatchedTensors
 from gpkit.lightning.monitor.validation import gradients_on, logged_losses, validation_loss
@@ -143,10 +139,9 @@ class GradientNormMonitor(Callback):
         """Wrap the training step if inputs or activations are watched."""
         self._restore()
         self._reset()
-        found = list(self._findings(trainer, pl_module, self._watches))
-        found += findings_of_manual_backward(
-            pl_module, self.manual_backward, differentiates=self._watches
-        )
+        which, watches = self.manual_backward, self._watches
+        found = list(findings_of_monitor(trainer, pl_module, self, own=watches))
+        found += findings_of_manual_backward(pl_module, which, needed=watches, what="has the loss")
         refuse(MONITOR_REFUSAL, found)
         if not self._watches:
             return
@@ -185,7 +180,7 @@ class GradientNormMonitor(Callback):
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Wrap the validation step if ``validation=True``."""
         if self.validation and (self._watches or self.weights):
-            refuse(MONITOR_REFUSAL, self._findings(trainer, pl_module, differentiates=True))
+            refuse(MONITOR_REFUSAL, findings_of_monitor(trainer, pl_module, self, own=True))
             self._wrap_step(trainer, pl_module, "validation_step", self._validation_step, False)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
@@ -263,15 +258,6 @@ class GradientNormMonitor(Callback):
         log = validating or _logs_batch(trainer)
         self._norms.log_loss(trainer, module, loss, watched, prefix, validating=validating, log=log)
         self._unchecked = self._unchecked and validating
-
-    def _findings(self, trainer: Any, module: Any, differentiates: bool) -> Iterator[str]:
-        """Yield the findings that need no step."""
-        reads = self.weights is not None
-        yield from findings_of_module(module)
-        yield from findings_of_strategy(
-            trainer.strategy, reads=reads, differentiates=differentiates
-        )
-        yield from findings_of_names(module, [*self.inputs, *self.activations])
 
     def _wrap_step(
         self, trainer: Any, module: Any, name: str, wrapper: Any, innermost: bool

@@ -13,7 +13,9 @@ import gpkit
 from gpkit.autodiff.random import random_state
 from gpkit.autodiff.sharding.gathering import is_sharded
 from gpkit.estimators.base import Recomputable
-from gpkit.lightning.callback.sharded import ShardedWeights, findings_of_sharding
+from gpkit.findings.sharding import findings_of_sharding
+from gpkit.lightning.callback.sharded import ShardedWeights
+from gpkit.needs import needs_of
 
 pytestmark = pytest.mark.ddp
 
@@ -87,15 +89,20 @@ TAKEN = {
 }
 
 
+def said_of(net, penalties):
+    needs = {name: needs_of(penalty) for name, penalty in penalties.items()}
+    return [(f.penalty, str(f)) for f in findings_of_sharding(net, penalties, needs)]
+
+
 def refused():
     """What is said of penalties, and of a net that is not sharded as a whole."""
     half_sharded = smooth()
     fully_shard(half_sharded[0])
     return {
-        "refused": findings_of_sharding(sharded(smooth()), REFUSED),
-        "taken": findings_of_sharding(sharded(smooth()), TAKEN),
-        "frozen": findings_of_sharding(sharded(frozen()), TAKEN),
-        "half": findings_of_sharding(half_sharded, TAKEN),
+        "refused": said_of(sharded(smooth()), REFUSED),
+        "taken": said_of(sharded(smooth()), TAKEN),
+        "frozen": said_of(sharded(frozen()), TAKEN),
+        "half": said_of(half_sharded, TAKEN),
         "is_sharded": [is_sharded(smooth()), is_sharded(half_sharded)],
     }
 
@@ -152,7 +159,7 @@ def test_goes_with_a_finite_difference_in_the_inputs(called):
 def test_says_what_cannot_be_and_what_to_use(called):
     said = called[0]["said"]
     ends = [
-        "'exact' under FSDP: the trained shards are not in the graph that double backprop goes "
+        "under FSDP, the trained shards are not in the graph that double backprop goes "
         "through; got exact(): use estimator='finite_difference', or DDP",
         "Taylor series do not pass through its hooks: use estimator='projection' or 'exact'",
         "of='loss' is needed; got of='sampled_loss': use DDP",
@@ -160,9 +167,10 @@ def test_says_what_cannot_be_and_what_to_use(called):
         "the weight gradient_share() measures gradients, which needs DDP",
     ]
     assert len(said["refused"]) == len(ends)
-    for line, end in zip(said["refused"], ends, strict=True):
+    for (_, line), end in zip(said["refused"], ends, strict=True):
         assert line.endswith(end)
+    assert said["refused"][0][0] == "exact"
     assert said["taken"] == said["frozen"] == []
-    (line,) = said["half"]
+    ((_, line),) = said["half"]
     assert "2.weight, 2.bias, 4.weight, 4.bias: apply fully_shard" in line
     assert said["is_sharded"] == [False, True]

@@ -10,7 +10,7 @@ from monitored import Manual, approx, fit, seen_by_hand, size
 from torch import nn
 
 import gpkit
-from gpkit.lightning.monitor.findings import findings_of_strategy
+from gpkit.findings.monitor import findings_of_strategy
 
 REFUSED = {
     "there is no submodule 'net.bakbone' \\(did you mean 'net.backbone'\\?\\); there are 'net'": {
@@ -59,9 +59,9 @@ def test_refusals_before_the_first_step(said):
 @pytest.mark.parametrize("kind", ["DeepSpeedStrategy", "FSDPStrategy"])
 def test_strategies_whose_gradients_are_not_the_parameters(kind):
     strategy = type(kind, (), {})()
-    (said,) = findings_of_strategy(strategy, reads=True, differentiates=False)
-    assert f"{kind} keeps pieces of gradients" in said
-    assert not list(findings_of_strategy(strategy, reads=False, differentiates=False))
+    (said,) = findings_of_strategy(strategy, reads=True, own=False)
+    assert f"{kind} keeps pieces of gradients" in str(said)
+    assert not list(findings_of_strategy(strategy, reads=False, own=False))
 
 
 def test_manual_optimisation_must_say_which_backward(net):

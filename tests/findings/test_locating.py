@@ -5,9 +5,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from gpkit.autodiff import graph
-from gpkit.autodiff.locating import compat
-from gpkit.autodiff.locating.located import undifferentiable
-from gpkit.autodiff.locating.watch import OUTSIDE, ROOT, Watch
+from gpkit.findings import compat
+from gpkit.findings.derivatives import undifferentiable
+from gpkit.findings.watch import OUTSIDE, ROOT, Watch
 
 
 class Net(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gpkit.autodiff.compat import is_compiled, nodes_made, tree_leaves, write_count
-from gpkit.autodiff.locating.compat import made_at
+from gpkit.findings.compat import made_at
 
 ROOT = "(the net itself)"
 OUTSIDE = "(outside of the net, such as the loss)"

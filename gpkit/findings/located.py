@@ -7,47 +7,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gpkit.autodiff import graph
-from gpkit.autodiff.compat import is_compiled, is_reentrant_checkpoint, operation_of, packs_saved
-from gpkit.autodiff.locating.compat import is_compiled_node, made_at, ones_for
-from gpkit.autodiff.locating.watch import Watch
-from gpkit.finding import Finding, FoundError, error
-from gpkit.hints import HINTS, hint_for
-
-
-def undifferentiable(node: Any) -> Finding | None:
-    """Return what is wrong with the second derivative of one operation, by trying it.
-
-    Args:
-        node: of an autograd graph.
-
-    Returns:
-        None if nothing is.
-    """
-    if is_reentrant_checkpoint(node):
-        return error(*HINTS["use_reentrant=True"])
-    if is_compiled_node(node):
-        return error(*HINTS["torch.compile with aot_autograd"])
-    if hasattr(node, "variable") or packs_saved(node):
-        return None  # a leaf; or a checkpoint, which can be read once
-    given = ones_for(node)
-    if not all(g.is_floating_point() for g in given):
-        return None
-    try:
-        made = node(*given)
-        found = made if isinstance(made, tuple) else (made,)
-        parts = [p for p in found if isinstance(p, Tensor) and p.requires_grad]
-        if parts:
-            ones = [torch.ones_like(p) for p in parts]
-            torch.autograd.grad(parts, given, ones, allow_unused=True)
-    except RuntimeError as failure:
-        if "not implemented" not in str(failure) and hint_for(str(failure)) is None:
-            return None  # it does not take ones, which says nothing of its derivative
-        return hint_for(str(failure)) or error(*HINTS["is not implemented"])
-    return None
+from gpkit.autodiff.compat import is_compiled, operation_of
+from gpkit.finding import Finding, FoundError
+from gpkit.findings.compat import made_at
+from gpkit.findings.derivatives import PIECEWISE_LINEAR, derivative_findings, undifferentiable
+from gpkit.findings.watch import Watch
 
 
 def named(
@@ -73,7 +40,7 @@ def named(
 
 def piecewise_linear(nodes: Iterable[Any], watch: Watch) -> list[str]:
     """Return the modules that made operations without a second derivative but zero."""
-    kinds = set(graph.PIECEWISE_LINEAR)
+    kinds = set(PIECEWISE_LINEAR)
     found = sorted((n for n in nodes if operation_of(n) in kinds), key=made_at)
     return list(dict.fromkeys(map(watch.name_of, found)))
 
@@ -96,7 +63,7 @@ def located(failure: FoundError, watch: Watch) -> FoundError:
         pairs = [
             pair
             for y in watch.outputs
-            for pair in graph.derivative_findings(y, tuple(graph.leaves(y)), 2)
+            for pair in derivative_findings(y, tuple(graph.leaves(y)), 2)
         ]
         found = named(nodes, dict(pairs), watch)
         names = list(dict.fromkeys(name for name, own in found if own.code == code))
