@@ -19,6 +19,7 @@ CODES = {
     "untrained": "the penalty depends on no trained parameter",
     "frozen": "parameters that do not require grad",
     "partial-gradient": "a layer on the way has a gradient of the loss and none of the penalty",
+    "untracked": "a module with trained parameters runs without gradients, and nothing trains it",
     "reached": "which parameters the penalty trains, and which get no gradient of it",
     "tied": "a parameter that two modules share",
     "coupled-samples": "the output of one sample depends on the others",

@@ -13,15 +13,22 @@ from torch import Tensor, nn
 
 from gpkit import checks
 from gpkit.autodiff.random import device_of, random_state, set_random_state
+from gpkit.doctor.checks.conventions import convention
 from gpkit.doctor.checks.cost import cost
-from gpkit.doctor.checks.derivatives import compiled, no_curvature, operations, wrong_gradient
+from gpkit.doctor.checks.derivatives import (
+    compiled,
+    no_curvature,
+    not_finite_derivative,
+    operations,
+)
 from gpkit.doctor.checks.forward import coupled, in_place, not_finite, random_forward
+from gpkit.doctor.checks.gradient import wrong_gradient
 from gpkit.doctor.checks.inputs import integer_input, mean_loss, refusal, selected
 from gpkit.doctor.checks.precision import underflow
-from gpkit.doctor.checks.strength import convention, size
-from gpkit.doctor.checks.training import frozen, reached, tied
+from gpkit.doctor.checks.strength import size
+from gpkit.doctor.checks.training import frozen, reached, tied, untracked
 from gpkit.doctor.example import as_example
-from gpkit.doctor.prepare import uncompiled
+from gpkit.doctor.prepare import fused, uncompiled
 from gpkit.doctor.report import Report, joined
 from gpkit.doctor.trial import FAILURES, Trial
 from gpkit.finding import Finding
@@ -38,6 +45,7 @@ CHECKS: tuple[Check, ...] = (
     no_curvature,
     in_place,
     not_finite,
+    not_finite_derivative,
     selected,
     refusal,
     random_forward,
@@ -45,6 +53,7 @@ CHECKS: tuple[Check, ...] = (
     wrong_gradient,
     frozen,
     tied,
+    untracked,
     reached,
     size,
     underflow,
@@ -115,9 +124,8 @@ def diagnose(
     before, reports = random_state(device), []
     try:
         for name, part in penalties.items():
-            changes: dict[str, str] = {}
-            own = uncompiled(net, changes)
-            trial = Trial(own, name, copy.deepcopy(part), batch, tuple(changes), share, costs)
+            own = uncompiled(net, {})
+            trial = Trial(own, name, copy.deepcopy(part), batch, fused(net), share, costs)
             with warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad():
                 warnings.simplefilter("ignore")  # what the penalty warns of is a finding
                 found = [replace(f, penalty=name) for f in findings_of(trial)]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from gpkit import checks
 from gpkit.autodiff.compat import is_compiled, uncompiled_name
 from gpkit.autodiff.isolation import double_backward
-from gpkit.findings.compat import compiled_from
+from gpkit.findings.compat import compiled_from, runs_eagerly
 
 LOG = logging.getLogger(__name__)
 
@@ -65,6 +65,15 @@ def prepare(net: nn.Module, order: int = 1) -> nn.Module:
         LOG.info("%s: %s", name or "the net", change)
     made.prepared = changes  # type: ignore[assignment]
     return made
+
+
+def fused(net: nn.Module) -> tuple[str, ...]:
+    """Return the names of the compiled modules that have no double backward.
+
+    The backends for debugging that run torch's own operations, such as "eager", have one.
+    """
+    found = {uncompiled_name(n): m for n, m in net.named_modules() if is_compiled(m)}
+    return tuple(name for name, module in found.items() if not runs_eagerly(module))
 
 
 def uncompiled(net: nn.Module, changes: dict[str, str]) -> nn.Module:

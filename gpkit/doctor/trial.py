@@ -91,6 +91,11 @@ class Trial:
         return needs_of(self.penalty) if known else None
 
     @property
+    def preset(self) -> str:
+        """The name of the penalty, which is that of its preset unless another one was given."""
+        return self.penalty.name
+
+    @property
     def in_input(self) -> bool:
         """Whether the penalty differentiates in the input."""
         needs = self.needs

@@ -39,6 +39,30 @@ def is_compiled_node(node: Any) -> bool:
     return node.name().startswith("CompiledFunction")
 
 
+# The backends of torch.compile that run the operations that they were given.
+EAGER = ("eager", "eager_noexcept", "eager_debug", "pre_dispatch_eager")
+
+
+def runs_eagerly(module: Any) -> bool:
+    """Whether a compiled module runs torch's own operations, by the name of its backend.
+
+    The public ``get_compiler_config()`` tells inductor from all others, and not more.
+
+    Returns:
+        False if the backend is another one, or not known.
+    """
+    compiled = module._compiled_call_impl or module.forward
+    found = [cell.cell_contents for cell in compiled.__closure__ or ()]
+    found += [getattr(module, "dynamo_ctx", None), getattr(compiled, "__self__", None)]
+    for start in found:
+        function = getattr(start, "callback", start)
+        while hasattr(function, "_torchdynamo_orig_backend"):
+            function = function._torchdynamo_orig_backend
+        if getattr(function, "compiler_name", None) in EAGER:
+            return True
+    return False
+
+
 def compiled_from(module: Any) -> Any:
     """Return what ``torch.compile(module)`` was given; any other module as it is."""
     return getattr(module, "_orig_mod", module)

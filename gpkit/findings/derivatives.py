@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from gpkit.autodiff import compat, graph
 from gpkit.finding import Finding, FoundError, error
@@ -132,3 +133,49 @@ def undifferentiable(node: Any) -> Finding | None:
             return None  # it does not take ones, which says nothing of its derivative
         return hint_for(str(failure)) or error(*HINTS["is not implemented"])
     return None
+
+
+def not_finite_derivative(node: Any, order: int) -> Finding | None:
+    """Return which derivative of one operation is NaN or infinite, by trying it where it was made.
+
+    Args:
+        node: of an autograd graph.
+        order: the number of derivatives that are taken.
+
+    Returns:
+        None if all are finite.
+    """
+    if hasattr(node, "variable") or compat.packs_saved(node):
+        return None
+    given = ones_for(node)
+    if not all(g.is_floating_point() for g in given):
+        return None
+    edges = [GradientEdge(n, number) for n, number in node.next_functions if n is not None]
+    parts: Any = ()
+    for k in range(1, order + 1):
+        try:
+            parts = node(*given) if k == 1 else _derived(parts, [*given, *edges])
+        except RuntimeError:  # it does not take ones, or cannot be differentiated: other findings
+            return None
+        found = parts if isinstance(parts, tuple) else (parts,)
+        parts = tuple(p for p in found if isinstance(p, Tensor) and p.is_floating_point())
+        if not all(p.isfinite().all() for p in parts):
+            which = ("first", "second", "third")[k - 1] if k < 4 else f"{k}-th"
+            operation = compat.operation_of(node)
+            why = f"the {which} derivative of {operation} is not finite where it is taken"
+            fix = (
+                "keep its input away from there: add an epsilon inside of a root or a norm of what "
+                "may be zero, and scale what is large"
+            )
+            return Finding("not-finite", "error", why, fix)
+    return None
+
+
+def _derived(parts: tuple[Tensor, ...], variables: list[Any]) -> tuple[Any, ...]:
+    """Return the gradient of the sum of all parts, with a graph."""
+    live = [p for p in parts if p.requires_grad]
+    if not live:
+        return ()
+    ones = [torch.ones_like(p) for p in live]
+    options: dict[str, Any] = {"create_graph": True, "allow_unused": True}
+    return torch.autograd.grad(live, variables, ones, **options)

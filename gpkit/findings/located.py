@@ -13,7 +13,12 @@ from gpkit.autodiff import graph
 from gpkit.autodiff.compat import is_compiled, operation_of
 from gpkit.finding import Finding, FoundError
 from gpkit.findings.compat import made_at
-from gpkit.findings.derivatives import PIECEWISE_LINEAR, derivative_findings, undifferentiable
+from gpkit.findings.derivatives import (
+    PIECEWISE_LINEAR,
+    derivative_findings,
+    not_finite_derivative,
+    undifferentiable,
+)
 from gpkit.findings.watch import Watch
 
 
@@ -45,6 +50,15 @@ def piecewise_linear(nodes: Iterable[Any], watch: Watch) -> list[str]:
     return list(dict.fromkeys(map(watch.name_of, found)))
 
 
+def not_finite(nodes: Iterable[Any], watch: Watch, order: int) -> Iterator[tuple[str, Finding]]:
+    """Yield the first operation with a derivative that is not finite: its module, and why."""
+    for node in sorted(nodes, key=made_at):
+        found = not_finite_derivative(node, order)
+        if found is not None:
+            yield watch.name_of(node), found
+            return  # what comes after it may get it from here
+
+
 def located(failure: FoundError, watch: Watch) -> FoundError:
     """Return the error of a penalty with the names of the modules that it comes from.
 
@@ -59,6 +73,8 @@ def located(failure: FoundError, watch: Watch) -> FoundError:
     nodes = list(dict.fromkeys(node for y in watch.outputs for node in graph.nodes(y)))
     if code == "piecewise-linear":
         names = piecewise_linear(nodes, watch)
+    elif code == "not-finite":
+        names = [name for name, _ in not_finite(nodes, watch, 3)]
     else:
         pairs = [
             pair

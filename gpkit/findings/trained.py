@@ -15,7 +15,8 @@ from gpkit.autodiff.reached import reached
 from gpkit.axes.wrt import Variables
 from gpkit.estimators.base import Target
 from gpkit.finding import Finding, FoundError, error
-from gpkit.findings.derivatives import has_no_curvature
+from gpkit.findings.compat import made_at
+from gpkit.findings.derivatives import has_no_curvature, not_finite_derivative
 from gpkit.findings.samples import UNTRAINED, require_independent_samples
 from gpkit.formula import Terms
 
@@ -53,7 +54,7 @@ def trains(
         for target in targets:
             require_independent_samples(target, terms)
         if twice:
-            require_gradient(terms.reduced, trained(terms.reduced))
+            require_gradient(terms.reduced, trained(terms.reduced), targets, order + 1)
         return True
     if not any(trained(t.y) for t in targets):
         if is_frozen(f, targets):
@@ -116,8 +117,16 @@ def _saves_parameters(node: Any) -> bool:
     return any(isinstance(t, nn.Parameter) for x in found for t in (x, base_of(x)))
 
 
-def require_gradient(penalty: Tensor, leaves: Sequence[Tensor]) -> None:
+def require_gradient(
+    penalty: Tensor, leaves: Sequence[Tensor], targets: Sequence[Target], order: int
+) -> None:
     """Take the gradient of a penalty once, to find what has none before the user's backward pass.
+
+    Args:
+        penalty: the number.
+        leaves: the trained parameters.
+        targets: what it differentiates.
+        order: the number of derivatives with that gradient.
 
     Raises:
         FoundError: if an operation has no second derivative, or the gradient is not finite.
@@ -128,4 +137,8 @@ def require_gradient(penalty: Tensor, leaves: Sequence[Tensor]) -> None:
     if penalty.isfinite() and not all(g.isfinite().all() for g in grads if g is not None):
         why = "the gradient of the penalty is not finite, though its value is"
         fix = "is there a root or a norm of something that is zero?"
+        nodes = sorted({n for t in targets for n in graph.nodes(t.y)}, key=made_at)
+        found = next(filter(None, (not_finite_derivative(n, order) for n in nodes)), None)
+        if found is not None:
+            why, fix = f"{why}; {found.why}", found.fix
         raise FoundError(Finding("not-finite", "error", why, fix))

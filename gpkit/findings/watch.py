@@ -34,6 +34,7 @@ class Visit:
         given: what it got.
         returned: what it returned.
         wrote: whether it wrote to what it got.
+        tracked: whether it ran with gradients on.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Visit:
     given: Seen
     returned: Seen
     wrote: bool
+    tracked: bool
 
 
 class Watch:
@@ -88,7 +90,8 @@ class Watch:
             self.outputs += [t for t in _tensors(output) if t.requires_grad]
         wrote = any(write_count(t) != before for t, before in given)
         name, kind, returned = self.names[id(module)], type(module).__name__, self._seen(output)
-        self.visits.append(Visit(name, kind, first, nodes_made(), got, returned, wrote))
+        on = torch.is_grad_enabled()
+        self.visits.append(Visit(name, kind, first, nodes_made(), got, returned, wrote, on))
 
     def _seen(self, values: Any) -> Seen:
         if not self.values:

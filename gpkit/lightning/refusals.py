@@ -42,15 +42,17 @@ def refuse(title: str, found: Iterable[Finding | str], cause: Exception | None =
     Raises:
         RefusalError: if there is a finding. Its message is a single line.
     """
-    each = list(dict.fromkeys(found))
+    each: dict[str, Finding | str] = {}
+    for one in found:
+        each.setdefault(_line(one), one)
     if each:
-        findings = tuple(f for f in each if isinstance(f, Finding))
-        lines = [_line(f) if isinstance(f, Finding) else f for f in each]
-        raise RefusalError(title, lines, findings) from cause
+        findings = tuple(f for f in each.values() if isinstance(f, Finding))
+        raise RefusalError(title, list(each), findings) from cause
 
 
-def _line(found: Finding) -> str:
-    return f"penalty {found.penalty!r}: {found}" if found.penalty else str(found)
+def _line(found: Finding | str) -> str:
+    named = isinstance(found, Finding) and found.penalty
+    return f"penalty {named!r}: {found}" if named else str(found)
 
 
 def require_functions(**functions: Any) -> None:

@@ -98,17 +98,44 @@ class Tied(nn.Module):
         return self.last(self.b(self.a(x).tanh()).tanh())
 
 
-class Cut(nn.Module):
-    """A second branch, whose inner gradient is cut off by a detached input, or not."""
+class Parts(nn.Module):
+    """Two branches, one of which is run in a way of its own."""
 
-    def __init__(self, cut: bool) -> None:
+    def __init__(self, run: Any) -> None:
         super().__init__()
-        self.a, self.b, self.cut = nn.Linear(N, N), nn.Linear(N, 1), cut
+        self.part = nn.Sequential(nn.Linear(N, 5), nn.Tanh())
+        self.other, self.last, self.run = nn.Linear(N, 5), nn.Linear(5, 3), run
 
     def forward(self, x):
-        h = self.a(x).tanh()
-        gate = (x.detach() if self.cut else x).sum(1, keepdim=True).sigmoid()
-        return self.b(h) * gate
+        return self.last((self.run(self.part, x) + self.other(x)).tanh())
+
+
+def reentrant(part, x):
+    return checkpoint(part, x, use_reentrant=True)
+
+
+def under(context):
+    def run(part, x):
+        with context():
+            return part(x)
+
+    return run
+
+
+def constant(context):
+    """A factor that was made in a context."""
+
+    def function(h):
+        with context():
+            factor = torch.ones(5) * 2
+        return h.tanh() * factor
+
+    return function
+
+
+def of_nothing(function):
+    """A function of zeros beside the layer."""
+    return lambda: Each(Layer(lambda h: function(h * 0) + h.tanh()))
 
 
 def smooth() -> nn.Module:
@@ -157,6 +184,7 @@ class Case:
     loss: Any = None
     other_loss: Any = None
     options: dict = field(default_factory=dict)
+    other_options: dict = field(default_factory=dict)
 
 
 def x():
@@ -208,6 +236,13 @@ CASES = {
         "wrong-derivative",
         lambda: Each(Layer(Wrong.apply)),
         lambda: Each(Layer(torch.sin)),
+    ),
+    "stopped gradient": Case(
+        "wrong-derivative",
+        lambda: Each(Layer(lambda h: h.tanh() * h.detach().sin())),
+        lambda: Each(Layer(lambda h: h.tanh() * h.sin())),
+        example=lambda: (torch.randn(B, N), torch.randn(B, 1)),
+        severity="warning",
     ),
     "reentrant": Case(
         "reentrant-checkpoint",
@@ -290,7 +325,44 @@ CASES = {
         "not-finite",
         lambda: Each(Layer(lambda h: (h * 0).square().sum(1, keepdim=True).sqrt() + h)),
         lambda: Each(Layer(lambda h: (h * 0).square().sum(1, keepdim=True) + h.tanh())),
+        module="function",
     ),
+    "norm of zero": Case(
+        "not-finite",
+        of_nothing(lambda h: h.norm(dim=1, keepdim=True)),
+        of_nothing(lambda h: (h.square().sum(1, keepdim=True) + 1e-6).sqrt()),
+        module="function",
+    ),
+    "third derivative": Case(
+        "not-finite",
+        of_nothing(lambda h: h.abs() ** 2.5),
+        of_nothing(lambda h: h.abs() ** 2.5),
+        lambda: gpkit.curvature(),
+        gpkit.r1,
+        module="function",
+    ),
+    "checkpoint of no gradient": Case(
+        "untracked",
+        lambda: Parts(reentrant),
+        lambda: Parts(lambda part, x: checkpoint(part, x, use_reentrant=False)),
+        lambda: gpkit.weight_grad_norm(estimator="finite_difference"),
+        example=classes,
+        severity="warning",
+    ),
+    "no_grad": Case(
+        "untracked",
+        lambda: Parts(under(torch.no_grad)),
+        lambda: Parts(under(torch.enable_grad)),
+        gpkit.jacobian,
+        example=classes,
+        severity="warning",
+    ),
+    "inference mode": Case(
+        "memory-freed",
+        lambda: Each(Layer(constant(torch.inference_mode))),
+        lambda: Each(Layer(constant(torch.no_grad))),
+    ),
+    "cost": Case("cost", smooth, smooth, severity="note", options={"costs": True}),
     "infinite output": Case(
         "not-finite",
         lambda: Each(Layer(lambda h: h.tanh() / 0)),
@@ -340,7 +412,8 @@ CASES = {
 
 def diagnosed(net, penalty, example, loss, **options):
     torch.manual_seed(0)
-    return gpkit.diagnose(net(), penalty(), (example or x)(), loss=loss, costs=False, **options)
+    options = {"loss": loss, "costs": False, **options}
+    return gpkit.diagnose(net(), penalty(), (example or x)(), **options)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -356,14 +429,19 @@ def test_it_is_found_where_it_is_and_nowhere_else(name):
         case.other_penalty or case.penalty,
         case.other_example or case.example,
         case.other_loss or case.loss,
-        **case.options,
+        **case.other_options,
     )
     assert not [f for f in clean.findings if f.code == case.code and f.severity == case.severity]
     assert clean.ok, str(clean)
 
 
 def test_every_code_has_a_case():
-    elsewhere = {"reached", "cost", "partial-gradient", "memory-freed", "compiled", "trainer"}
+    elsewhere = {
+        "reached",  # test_numbers.py
+        "partial-gradient",
+        "compiled",  # test_prepare.py
+        "trainer",  # tests/findings/test_trainer.py
+    }
     assert {case.code for case in CASES.values()} | elsewhere == set(CODES)
 
 

@@ -10,11 +10,8 @@ import torch
 from torch.func import functional_call
 
 from gpkit.autodiff.isolation import isolated
-from gpkit.axes.at import data
 from gpkit.doctor.trial import FAILURES, SEED, Trial, norm_of
-from gpkit.environment_penalty import EnvironmentPenalty
 from gpkit.finding import Finding
-from gpkit.gradient_penalty import GradientPenalty
 
 STRONG = 100  # times the loss, or its gradient
 STEP = 0.01  # of the curve over weights, as a part of the parameters' norm
@@ -103,26 +100,3 @@ def _loss_after(trial: Trial, gradients: dict[str, Any], length: float) -> float
 
     with isolated(trial.net, SEED, trial.device, twice=False), torch.no_grad():
         return float(trial.example.training_loss(net))  # type: ignore[arg-type]
-
-
-def convention(trial: Trial) -> Iterator[Finding]:
-    """Note where published code has another factor than the formula here."""
-    penalty, code = trial.penalty, "convention"
-    if isinstance(penalty, EnvironmentPenalty) and penalty.reduce == "mean":
-        why = "the penalty is the mean over the environments, and the papers' formulas their sum"
-        yield Finding(code, "note", why, "multiply the weight by their number, or reduce='sum'")
-    terms = trial.outcome.terms
-    if not isinstance(penalty, GradientPenalty) or terms is None or not trial.in_input:
-        return
-    targets, _ = trial.graphs
-    scores = targets[0].y.shape[1]
-    if not isinstance(penalty.at, data) and penalty.of == "output" and scores > 1:
-        why = (
-            f"the critic has {scores} scores a sample, and n² is the sum over them of their "
-            "squared gradients; published code takes the gradient of their sum"
-        )
-        fix = "of=lambda scores: scores.flatten(1).sum(1) is the papers' code"
-        yield Finding(code, "note", why, fix)
-    if penalty.every > 1:
-        why = f"every={penalty.every} multiplies the weight by {penalty.every} where it acts"
-        yield Finding(code, "note", why, "leave the weight as it is without every=")

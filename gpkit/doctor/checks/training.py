@@ -66,6 +66,25 @@ def reached(trial: Trial) -> Iterator[Finding]:
     yield Finding("reached", "note", told)
 
 
+def untracked(trial: Trial) -> Iterator[Finding]:
+    """Find parameters of modules that run without gradients, and that nothing trains."""
+    if trial.outcome.terms is None:
+        return
+    (_, watch), of_loss = trial.graphs, _of_loss(trial)
+    gradients = trial.outcome.gradients
+    tracked = {v.name for v in watch.visits if v.tracked}
+    ran = {v.name for v in watch.visits} - tracked
+    names = [n for n in trial.parameters if n.rpartition(".")[0] in ran]
+    names = [n for n in names if gradients.get(n) is None and of_loss.get(n) is None]
+    if names:
+        why = f"{grouped(names)} take part without gradients, and nothing trains them"
+        fix = (
+            "does their module run under no_grad(), or in a checkpoint(..., use_reentrant=True) "
+            "whose input needs no gradient? Freeze them, if that is meant"
+        )
+        yield Finding("untracked", "warning", why, fix)
+
+
 def _of_loss(trial: Trial) -> Gradients:
     try:
         return trial.loss[1]

@@ -100,7 +100,7 @@ class PenalizedStep:
                 output = training_step(*args, **kwargs)
         except RefusalError as error:  # from the wrapper of another callback, inside this one
             net = self._findings_of_net(capture, plan)
-            refuse(CALLBACK_REFUSAL, [*self.findings, *net, *error.found], error)
+            refuse(CALLBACK_REFUSAL, [*self.findings, *net, *error.findings, *error.found], error)
         except Exception as error:
             refuse(CALLBACK_REFUSAL, self.findings, error)  # they may be the cause of the error
             raise
