@@ -165,7 +165,6 @@ def test_compiled_modules():
         report = gpkit.diagnose(net, penalty, torch.randn(5, 3), costs=False)
         return net, {f.module for f in report.errors if f.code == "compiled"}, report.ok
 
-    assert compiled("inductor")[1:] == ({"0", "1"}, False)
     assert compiled("aot_eager")[1:] == ({"0", "1"}, False)
     net, *found = compiled("eager")  # torch's own operations, which have a double backward
     assert found == [set(), True]
