@@ -2,77 +2,28 @@
 
 import pytest
 import torch
-from torch import nn
-from torch.func import functional_call, grad, jacrev, vmap
+from compared import (
+    ESTIMATORS,
+    MASK,
+    NET,
+    NORMS,
+    RNG,
+    SCALE,
+    B,
+    G,
+    W,
+    X,
+    assert_same,
+    by_hand,
+    conv,
+    draw,
+    measured,
+    params_of,
+    slopes,
+)
+from torch.func import jacrev, vmap
 
 import gpkit
-
-B = 5
-RNG = torch.Generator().manual_seed(0)
-
-
-def draw(*shape):
-    return torch.randn(*shape, generator=RNG, dtype=torch.float64)
-
-
-def conv(outputs=1):
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(27, outputs)
-    )
-    return net.double()
-
-
-NET = conv()
-X = draw(B, 2, 3, 3) * torch.tensor([0.1, 2.0, 0.5, 3.0, 1.0]).reshape(B, 1, 1, 1)
-G = draw(B, 2, 3, 3)
-MASK = (draw(2, 3, 3) > 0).double()
-SCALE = draw(B, 1, 3, 3).exp()
-W = torch.tensor([1.0, 0.0, 2.5, 0.3, 1.0], dtype=torch.float64)
-
-NORMS = {
-    "l2": lambda e: e.flatten(1).square().sum(1).sqrt(),
-    "l1": lambda e: e.flatten(1).abs().sum(1),
-    "linf": lambda e: e.flatten(1).abs().amax(1),
-}
-
-
-def params_of(net):
-    return {name: p.detach() for name, p in net.named_parameters()}
-
-
-def slopes(params, x=X, net=NET):
-    """Return the gradient of each sample's output, by torch.func."""
-
-    def f(z):
-        return functional_call(net, params, (z.unsqueeze(0),)).sum()
-
-    return vmap(grad(f))(x)
-
-
-def by_hand(target=0.0, metric=1.0, w=None, norm="l2", form=lambda n: n**2):
-    """Return the value and its gradient in the parameters."""
-
-    def value(params):
-        values = form(NORMS[norm](metric * (slopes(params) - target)))
-        return values.mean() if w is None else (w * values).sum() / w.sum()
-
-    grads = grad(value)(params_of(NET))
-    return value(params_of(NET)), torch.cat([g.flatten() for g in grads.values()])
-
-
-def measured(penalty, *args, net=NET, **given):
-    value = penalty(*args, **given)
-    grads = torch.autograd.grad(value, list(net.parameters()), allow_unused=True)
-    pairs = zip(grads, net.parameters(), strict=True)
-    flat = [torch.zeros_like(p) if g is None else g for g, p in pairs]
-    return value.detach(), torch.cat([g.flatten() for g in flat])
-
-
-def assert_same(found, wanted, rtol=1e-9):
-    for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * float(b.abs().max()))
-
 
 GIVEN = {
     "target": {"target": G},
@@ -80,12 +31,6 @@ GIVEN = {
     "both": {"target": G, "metric": SCALE},
     "weights": {"sample_weight": W},
     "all": {"target": G, "metric": SCALE, "sample_weight": W},
-}
-ESTIMATORS = {
-    "exact": (gpkit.exact(), 1e-9),
-    "projection": (gpkit.projection(), 1e-9),
-    "difference": (gpkit.finite_difference(side="central"), 1e-7),
-    "step": (gpkit.finite_difference(1e-4, "central"), 1e-6),
 }
 
 
@@ -140,23 +85,6 @@ def test_forces_of_a_molecule():
     penalty = gpkit.GradientPenalty(of=lambda energy: -energy)
     value = penalty(lambda x: k / 2 * x.flatten(1).square().sum(1), x, target=forces)
     torch.testing.assert_close(value, (-k * x - forces).flatten(1).square().sum(1).mean())
-
-
-def test_several_inputs():
-    x, c, gx, gc = draw(B, 3), draw(B, 2, 2), draw(B, 3), draw(B, 2, 2)
-    a = draw(3, 4).requires_grad_()
-
-    def f(x, c):
-        return (torch.tanh(x @ a) * c.flatten(1)).sum(1)
-
-    value = gpkit.GradientPenalty()(f, (x, c), target=(gx, gc), metric=(2.0, MASK[0, :2, :2]))
-    dx = ((1 - torch.tanh(x @ a) ** 2) * c.flatten(1)) @ a.T
-    dc = torch.tanh(x @ a).reshape(B, 2, 2)
-    parts = (
-        (2 * (dx - gx)).square().sum(1),
-        (MASK[0, :2, :2] * (dc - gc)).flatten(1).square().sum(1),
-    )
-    torch.testing.assert_close(value, sum(parts).mean())
 
 
 @pytest.mark.parametrize(
@@ -220,138 +148,6 @@ def test_zero_and_one_weights_are_the_subset(name):
     assert not zero[1].any()
 
 
-Y = draw(B, 1)
-
-
-def losses(params):
-    return (functional_call(NET, params, (X,)) - Y).square().sum(1)
-
-
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("name", ["exact", "difference", "step"])
-@pytest.mark.parametrize("scope", ["batch", "global"])
-def test_a_target_in_the_weights_with_a_graph_is_trained(scope, name, norm):
-    estimator, rtol = ESTIMATORS[name]
-    scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
-    g, a = ([f(draw(*p.shape)) for p in NET.parameters()] for f in (torch.sin, torch.exp))
-    form = gpkit.two_sided(0.7, norm=norm)
-    penalty = gpkit.GradientPenalty(wrt="weight", form=form, scope=scope, estimator=estimator)
-    value = penalty(lambda: losses_of_net().mean(), NET, target=[scale * t for t in g], metric=a)
-    (found,) = torch.autograd.grad(value, scale)
-
-    def by_hand(scale):
-        rows = grad(lambda p: losses(p).mean())(params_of(NET)).values()
-        entries = [s * (r - scale * t) for r, t, s in zip(rows, g, a, strict=True)]
-        return (NORMS[norm](torch.cat([e.reshape(1, -1) for e in entries], 1))[0] - 0.7) ** 2
-
-    wanted = grad(by_hand)(scale.detach())
-    torch.testing.assert_close(found, wanted, rtol=rtol, atol=0)
-
-
-class Scaled(nn.Module):
-    """A parameter without dimensions, and a bias of as many entries as there are outputs."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(1.3, dtype=torch.float64))
-        self.bias = nn.Parameter(torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64))
-
-    def forward(self, x):
-        return (x * self.scale + self.bias).tanh() ** 2
-
-
-@pytest.mark.parametrize("given", [{}, {"target": 1}, {"metric": 1}, {"target": 1, "metric": 1}])
-def test_several_outputs_in_the_weights(given):
-    net, x = Scaled(), X.flatten(1)[:, :3]
-    of_function = given and {"metric": torch.exp}
-    g = [draw(3), draw(3, 3)] if "target" in given else [0.0, 0.0]
-    a = [draw(3).exp(), draw(3, 3).exp()] if "metric" in given else [1.0, 1.0]
-    arguments = {"target": g, "metric": a}
-
-    def by_hand(params, a=a):
-        rows = jacrev(lambda p: functional_call(net, p, (x,)).mean(0))(params).values()
-        return sum(((r - t) * s).square().sum() for r, t, s in zip(rows, g, a, strict=True))
-
-    def compare(wanted, **arguments):
-        penalty = gpkit.GradientPenalty(wrt="weight")
-        value = penalty(lambda: net(x), net, **arguments)
-        found = torch.autograd.grad(value, list(net.parameters()))
-        torch.testing.assert_close(value.detach(), wanted(params_of(net)))
-        expected = grad(wanted)(params_of(net)).values()
-        torch.testing.assert_close(list(found), list(expected))
-
-    compare(by_hand, **{name: arguments[name] for name in given})
-    if of_function:
-        factors = [p.detach().exp() for p in net.parameters()]
-        kept = {"target": g} if "target" in given else {}
-        compare(lambda p: by_hand(p, factors), **kept, **of_function)
-
-
-def losses_of_net():
-    return (NET(X) - Y).square().sum(1)
-
-
-@pytest.mark.parametrize("name", ["exact", "difference", "step"])
-@pytest.mark.parametrize("scope", ["batch", "sample", "global"])
-def test_gradient_matching_in_the_weights(name, scope):
-    estimator, rtol = ESTIMATORS[name]
-    rtol = 10 * rtol
-    g = [draw(*p.shape) for p in NET.parameters()]
-    a = [draw(*p.shape).exp() for p in NET.parameters()]
-
-    def value(params):
-        if scope == "sample":
-            rows = [grad(lambda p, i=i: losses(p)[i])(params).values() for i in range(B)]
-        else:
-            rows = [grad(lambda p: losses(p).mean())(params).values()]
-        squares = [
-            sum((s * (r - t)).square().sum() for r, t, s in zip(row, g, a, strict=True))
-            for row in rows
-        ]
-        return torch.stack(squares).mean()
-
-    wanted = (
-        value(params_of(NET)),
-        torch.cat([v.flatten() for v in grad(value)(params_of(NET)).values()]),
-    )
-    penalty = gpkit.GradientPenalty(of="loss", wrt="weight", scope=scope, estimator=estimator)
-    given = {"target": g, "metric": a}
-
-    def closure():
-        values = (NET(X) - Y).square().sum(1)
-        return values if scope == "sample" else values.mean()
-
-    assert_same(measured(penalty, closure, NET, **given), wanted, rtol)
-    if name == "exact":
-        assert_same(measured(penalty, closure(), NET.parameters(), **given), wanted)
-
-
-@pytest.mark.parametrize("name", ["exact", "difference"])
-@pytest.mark.parametrize("tensor", [False, True])
-def test_weights_of_the_losses(name, tensor):
-    """scope="batch" has the gradient of the weighted mean loss; "sample" weighs the values."""
-    if tensor and name != "exact":
-        pytest.skip("it needs a callable")
-    estimator, rtol = ESTIMATORS[name]
-
-    def whole(params):
-        g = grad(lambda p: (W * losses(p)).sum() / W.sum())(params)
-        return sum(v.square().sum() for v in g.values())
-
-    def each(params):
-        rows = [grad(lambda p, i=i: losses(p)[i])(params).values() for i in range(B)]
-        values = torch.stack([sum(v.square().sum() for v in row) for row in rows])
-        return (W * values).sum() / W.sum()
-
-    for scope, value in (("batch", whole), ("sample", each)):
-        penalty = gpkit.GradientPenalty(of="loss", wrt="weight", scope=scope, estimator=estimator)
-        grads = grad(value)(params_of(NET)).values()
-        wanted = value(params_of(NET)), torch.cat([v.flatten() for v in grads])
-        closure = lambda: (NET(X) - Y).square().sum(1)  # noqa: E731
-        found = measured(penalty, closure() if tensor else closure, NET, sample_weight=W)
-        assert_same(found, wanted, 10 * rtol)
-
-
 def test_a_scaled_gradient_has_the_same_norm():
     given = {"target": G, "metric": SCALE, "sample_weight": W}
     for name in ("exact", "difference"):
@@ -402,20 +198,6 @@ def test_what_makes_no_sense_is_refused_in_one_line(axes, given, words):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("scope", "given", "words"),
-    [
-        ("batch", {"sample_weight": W}, r"needs losses \[B\]; got one number"),
-        ("global", {"sample_weight": W}, "weigh the samples in the loss"),
-        ("batch", {"target": [G]}, "each of 4 parameters that require grad; got 1"),
-    ],
-)
-def test_what_makes_no_sense_in_the_weights_is_refused(scope, given, words):
-    penalty = gpkit.weight_grad_norm(scope=scope)
-    with pytest.raises(ValueError, match=words):
-        penalty((NET(X) - Y).square().mean(), NET, **given)
-
-
 def test_other_kinds_of_penalties_refuse():
     logits = draw(4, 2).requires_grad_()
     with pytest.raises(TypeError, match="irm takes no target=: it compares no derivative"):
@@ -428,29 +210,6 @@ def test_other_kinds_of_penalties_refuse():
         gpkit.r1(metric=MASK)
 
 
-def test_one_norm_over_two_activations():
-    """With a target and a metric for each of them, for a callable and for tensors."""
-    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2), nn.Tanh(), nn.Linear(2, 1))
-    net.double()
-    x, goals = draw(B, 3), (draw(B, 4), draw(B, 2))
-    penalty = gpkit.GradientPenalty(wrt=[gpkit.activation("0"), gpkit.activation("2")])
-    u = net[0](x)
-    v = net[2](torch.tanh(u))
-    dv = (1 - torch.tanh(v) ** 2) * net[4].weight[0]
-    du = (1 - torch.tanh(u) ** 2) * (dv @ net[2].weight)
-    n2 = (du - goals[0]).square().sum(1) + (2 * (dv - goals[1])).square().sum(1)
-    given = {"target": goals, "metric": (1.0, 2.0)}
-    found = penalty(net, x, **given)
-    torch.testing.assert_close(found, n2.mean())
-    torch.testing.assert_close(penalty(net[3:](v), (u, v), **given), n2.mean())
-    for a, b in zip(
-        torch.autograd.grad(found, list(net.parameters())[:5]),
-        torch.autograd.grad(n2.mean(), list(net.parameters())[:5]),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b)
-
-
 @pytest.mark.parametrize("estimator", [gpkit.jvp(3), gpkit.random_difference(0.1, 3)])
 def test_a_metric_without_a_target_in_forward_estimators(estimator):
     """As with a target of zero."""
@@ -458,51 +217,6 @@ def test_a_metric_without_a_target_in_forward_estimators(estimator):
     alone = penalty.terms(NET, X, metric=SCALE).norms
     torch.testing.assert_close(alone, penalty.terms(NET, X, metric=SCALE, target=0 * G).norms)
     assert alone.unique().numel() == B
-
-
-class OfDict(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.norm, self.b = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(6, 4)
-        self.double().eval()
-
-    def forward(self, inputs):
-        h = torch.tanh(self.norm(self.a(inputs["positions"])))
-        return (h * torch.tanh(self.b(inputs["cell"].flatten(1)))).sum(1)
-
-
-@pytest.mark.parametrize("estimator", ["exact", gpkit.finite_difference(side="central")])
-def test_samples_by_name_have_one_norm(estimator):
-    net = OfDict()
-    x = {"positions": draw(B, 3), "cell": draw(B, 2, 3)}
-    g = {"cell": draw(B, 2, 3), "positions": draw(B, 3)}  # in any order
-    penalty = gpkit.GradientPenalty(estimator=estimator)
-    found = measured(penalty, net, x, net=net, target=g)
-
-    def pair(positions, cell):
-        return net({"positions": positions, "cell": cell})
-
-    wanted = measured(
-        gpkit.GradientPenalty(),
-        pair,
-        tuple(x.values()),
-        net=net,
-        target=(g["positions"], g["cell"]),
-    )
-    assert_same(found, wanted, 1e-7)
-    net.train()
-    before = net.norm.running_mean.clone()
-    gpkit.wgan_gp().terms(net, real=x, fake={name: -value for name, value in x.items()})
-    torch.testing.assert_close(net.norm.running_mean, before)
-
-
-def test_a_tensor_of_samples_by_name():
-    net = OfDict()
-    x = {"positions": draw(B, 3).requires_grad_(), "cell": draw(B, 2, 3).requires_grad_()}
-    torch.testing.assert_close(gpkit.r1()(net(x), real=x), gpkit.r1()(net, real=x))
-    with pytest.raises(ValueError, match=r"target= must have the same keys as the samples"):
-        gpkit.r1()(net, real=x, target={"positions": x["positions"]})
 
 
 def test_a_weight_that_adapts_sees_the_weighted_mean_norm():
