@@ -157,8 +157,8 @@ class Penalty:
         run: Any = partial(self.evaluate, f, args, real, fake, scale=scale, acts=True, **given)
         if compiling := TRACES or RECORDS:
             return compiling[-1].act(self, run, step)
-        weight = self._counted(step)
-        return self._observed(run(weight, self.next_seed())) if weight else None
+        weight = self.counted(step)
+        return self.observed(run(weight, self.next_seed())) if weight else None
 
     def act_with(self, evaluate: Callable[[float], Terms], step: int | None = None) -> Terms | None:
         """Return the terms that ``evaluate`` returns for the weight of a step, and count the step.
@@ -170,15 +170,17 @@ class Penalty:
         Returns:
             The terms, or None if the penalty does not act on this step.
         """
-        weight = self._counted(step)
-        return None if weight == 0 else self._observed(evaluate(weight))
+        weight = self.counted(step)
+        return None if weight == 0 else self.observed(evaluate(weight))
 
-    def _counted(self, step: int | None) -> float:
+    def counted(self, step: int | None) -> float:
+        """Count a step, and return its weight."""
         self.evaluated_at = self.step if step is None else step
         self.step = self.evaluated_at + 1
         return self.weight_at(self.evaluated_at)
 
-    def _observed(self, terms: Terms) -> Terms:
+    def observed(self, terms: Terms) -> Terms:
+        """Return the terms, after an adaptive weight has seen them."""
         if self._schedule is not None and torch.is_grad_enabled():
             norms = terms.norms if terms.sample_weight is None else terms.mean_norm.reshape(1)
             self._schedule.observe(norms, self.evaluated_at)
@@ -195,10 +197,9 @@ class Penalty:
     ) -> Terms:
         """Return the norms and values of the penalty. Takes the arguments of a call.
 
-        It evaluates on any step, also if ``every`` skips it, and counts no step. It does not
-        update a running average, and does not check that the penalty trains anything. It uses the
-        random numbers of the next call without consuming them, so it does not change training.
-        ``weight`` is the weight of the latest step, up to this one, that ``every`` does not skip.
+        It evaluates on any step, also if ``every`` skips it, counts none, updates no running
+        average, and does not check that the penalty trains anything. The random numbers are those
+        of the next call. ``weight`` is that of the latest step that ``every`` does not skip.
         """
         step = self.evaluated_at = self.step if step is None else step
         weight = self.weight_at(step - step % self.every)
@@ -228,8 +229,7 @@ class Penalty:
             weight: the factor of the reduced value.
             seed: the seed of this evaluation's random numbers.
             scale: the factor of a gradient scaler.
-            acts: whether the terms are trained on: then running averages are updated, and a
-                penalty that depends on no trained parameter is an error.
+            acts: whether it trains: running averages move, and one that trains nothing is refused.
 
         Returns:
             The terms.

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from gpkit.autodiff.random import device_of
-from gpkit.autodiff.reached import reach
-from gpkit.autodiff.state import start_of
+from gpkit.autodiff.reached import Reach, reach
+from gpkit.autodiff.state import Start, start_of
 from gpkit.autodiff.tracing.calls import TRACES
 from gpkit.axes.parameters import layers_for
 from gpkit.estimators.base import Recomputable
@@ -37,6 +37,73 @@ def with_loss(
         TypeError: if a penalty is not a weight penalty, or the closure is not callable.
         ValueError: if a penalty is not of the loss, or the closure returns outputs.
     """
+    first: Any = penalties[0] if len(penalties) == 1 else None
+    known = first.shortcuts.steps.of(first, closure, net, step) if _has_steps(first) else None
+    if known is None:
+        return _with_loss(penalties, closure, net, step)
+    found = known.reach()
+    state = known.start(found, device_of(net))
+    given = closure()
+    total = known.total(penalties[0], closure, found, state, given, step)
+    return (
+        _with_loss(penalties, closure, net, step, (found, state, given)) if total is None else total
+    )
+
+
+def _with_loss(
+    penalties: Sequence[Penalty],
+    closure: Callable[[], Any],
+    net: Any,
+    step: int | None,
+    begun: tuple[Reach, Start, Any] | None = None,
+) -> Tensor:
+    """Do the same, for a step that does not repeat an earlier one.
+
+    Args:
+        penalties: weight penalties.
+        closure: returns the loss.
+        net: the module, or its parameters.
+        step: the optimiser step.
+        begun: what the closure reaches, what it started from, and what it has returned.
+
+    Returns:
+        The scalar.
+    """
+    in_weights: list[Any] = _in_weights(penalties, closure)
+    net = list(net) if isinstance(net, Iterator) else net
+    first = in_weights[0]
+    if not torch.is_grad_enabled():
+        total = _loss(first, closure()).mean()
+        for penalty in in_weights:
+            total = total + penalty(closure, net, step=step)
+        return total
+    layers, given = None, None
+    if begun is None:
+        found = None if TRACES else reach((closure, net))
+        state: Any = () if found is None else start_of(found, device_of(net))
+        with layers_for(in_weights, net) as layers:
+            given = closure()
+    else:
+        found, state, given = begun
+    y, selected = _loss(first, given), False
+    loss = y
+    if len(in_weights) == 1 and not first.estimator.reuses_graph:
+        given = y = summarised(y) if y.numel() == 1 and y.requires_grad else y
+        selected = True
+    total = y.reshape(()) if y.numel() == 1 else y.mean()
+    for penalty in in_weights:
+        plain = penalty.estimator.reuses_graph and layers is None
+        again = partial(Recomputable, function=closure, state=state, layers=layers, reach=found)
+        f = given if plain else again(given, selected=selected)
+        terms = penalty.act(f, net, step=step)
+        total = total if terms is None else terms.added_to(total, overwrite=True)
+    if selected and found and terms is not None and _has_steps(first):
+        first.shortcuts.steps.note(first, closure, net, found, loss)
+    return total
+
+
+def _in_weights(penalties: Sequence[Penalty], closure: Any) -> list[Any]:
+    """Return the penalties, if they and the closure are such as `with_loss` takes."""
     in_weights: list[Any] = [p for p in penalties if not _in_inputs(p)]
     if len(in_weights) < len(penalties):
         raise TypeError(
@@ -54,29 +121,12 @@ def with_loss(
                 "`with_loss(closure, net)` is for a penalty of the loss that the closure returns; "
                 f"got of={penalty.of!r}: add the penalty to the loss, loss + penalty(closure, net)"
             )
-    net = list(net) if isinstance(net, Iterator) else net
-    first = in_weights[0]
-    if not torch.is_grad_enabled():
-        total = _loss(first, closure()).mean()
-        for penalty in in_weights:
-            total = total + penalty(closure, net, step=step)
-        return total
-    found = None if TRACES else reach((closure, net))
-    state: Any = () if found is None else start_of(found, device_of(net))
-    with layers_for(in_weights, net) as layers:
-        given: Any = closure()
-    y, selected = _loss(first, given), False
-    if len(in_weights) == 1 and not first.estimator.reuses_graph:
-        given = y = summarised(y) if y.numel() == 1 and y.requires_grad else y
-        selected = True
-    total = y.reshape(()) if y.numel() == 1 else y.mean()
-    for penalty in in_weights:
-        plain = penalty.estimator.reuses_graph and layers is None
-        again = partial(Recomputable, function=closure, state=state, layers=layers, reach=found)
-        f = given if plain else again(given, selected=selected)
-        terms = penalty.act(f, net, step=step)
-        total = total if terms is None else terms.added_to(total, overwrite=True)
-    return total
+    return in_weights
+
+
+def _has_steps(penalty: Any) -> bool:
+    """Whether a penalty remembers how steps went."""
+    return getattr(penalty, "shortcuts", None) is not None
 
 
 def _in_inputs(penalty: Any) -> bool:

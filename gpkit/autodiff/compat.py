@@ -270,8 +270,10 @@ def unscales_in_its_step(optimizer: Any) -> bool:
 
 
 # Operations on lists of tensors, by which torch's optimisers take one call instead of one a tensor.
-_NAMES = [f"_foreach_{name}" for name in ("norm", "mul", "lerp", "add_", "sub_", "mul_", "lerp_")]
-norms_of, times, lerp, add_to, subtract_from, scale_by, lerp_to = attrgetter(*_NAMES)(torch)
+_NAMES = [
+    f"_foreach_{name}" for name in ("norm", "mul", "add", "lerp", "add_", "sub_", "mul_", "lerp_")
+]
+norms_of, times, plus, lerp, add_to, subtract_from, scale_by, lerp_to = attrgetter(*_NAMES)(torch)
 
 # Tensor subclasses: "Extending PyTorch" documents these, though the names have an underscore.
 

@@ -145,6 +145,27 @@ def run_plain(run: Any, args: Any, found: Reach, seed: int, device: torch.device
         set_random_state(before, device)
 
 
+def run_again(function: Callable[[], Any], found: Reach, start: Start, device: torch.device) -> Any:
+    """Return ``function()`` as it was run from a start, where that needs random numbers alone.
+
+    Args:
+        function: is known to write to nothing, to draw from torch's streams alone, and to
+            checkpoint nothing.
+        found: what it reaches.
+        start: of the earlier run.
+        device: of the forward pass.
+    """
+    found.known.runs += 1
+    before = random_state(device)
+    RUNNING.append(True)
+    try:
+        set_random_state(start.torch, device)
+        return function()
+    finally:
+        RUNNING.pop()
+        set_random_state(before, device)
+
+
 def in_penalty() -> bool:
     """Whether a penalty is running a forward pass of its own now, for a hook or a forward.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -10,7 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gpkit.autodiff.compat import add_to, lerp, lerp_to, scale_by, subtract_from, write_count
+from gpkit.autodiff.compat import (
+    add_to,
+    lerp,
+    lerp_to,
+    plus,
+    scale_by,
+    subtract_from,
+    times,
+    write_count,
+)
+
+Number = Tensor | float  # a scalar
 
 
 @contextmanager
@@ -50,6 +62,43 @@ def perturbed(
     finally:
         for value, copy in zip(values, copies, strict=True):
             value.copy_(copy)
+
+
+class moved:
+    """A context in which leaf tensors are moved by ``factor · directions``, in one pass.
+
+    The tensors exchange their memory for that of the moved ones, and get it back. Where another
+    tensor may share it, they are moved in place instead, as in `perturbed`.
+
+    Args:
+        tensors: the tensors to move.
+        directions: one for each of them.
+        factor: a number.
+    """
+
+    def __init__(
+        self, tensors: Sequence[Tensor], directions: Sequence[Tensor], factor: Number
+    ) -> None:
+        self.tensors, self.directions, self.factor = tensors, directions, factor
+
+    def __enter__(self) -> None:
+        tensors, factor = self.tensors, self.factor
+        self.values = [t.data for t in tensors]
+        self.inside: Any = None
+        if isinstance(factor, float) and all(map(owns_memory, tensors)):
+            there = plus(self.values, self.directions, alpha=factor)
+            for tensor, value in zip(tensors, there, strict=True):
+                tensor.data = value
+        else:
+            self.inside = perturbed(tensors, times(self.directions, factor))
+            self.inside.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        if self.inside is not None:
+            self.inside.__exit__(*exception)
+            return
+        for tensor, value in zip(self.tensors, self.values, strict=True):
+            tensor.data = value
 
 
 def owns_memory(tensor: Tensor) -> bool:
@@ -93,7 +142,7 @@ class Difference(NamedTuple):
     leaves: Sequence[Tensor]
     before: Sequence[Tensor]
     after: Sequence[Tensor]
-    times: Tensor
+    times: Number
 
     def parts(self) -> list[Tensor]:
         """Return the tensors that the gradients are computed from."""
@@ -110,7 +159,7 @@ class Difference(NamedTuple):
         return len(grads) == len(self.before) and all(same)
 
     def added_to(
-        self, grads: Sequence[Tensor], share: Tensor, *, overwrite: bool
+        self, grads: Sequence[Tensor], share: Number, *, overwrite: bool
     ) -> Sequence[Tensor]:
         """Return ``grads + share · times · (after - before)``, where ``before`` are ``grads``.
 
@@ -119,16 +168,22 @@ class Difference(NamedTuple):
             share: a constant factor, a scalar.
             overwrite: whether the result may be written to ``grads``.
         """
-        share = share.to(self.times) * self.times
-        if share.device.type == "cpu":
+        factor = share * self.times
+        if isinstance(factor, float) or factor.device.type == "cpu":
+            factor = fitting(float(factor), self.after[0].dtype)
             if not overwrite:
-                return lerp(grads, self.after, float(share))
-            lerp_to(grads, self.after, float(share))
+                return lerp(grads, self.after, factor)
+            lerp_to(grads, self.after, factor)
             return grads
         subtract_from(self.after, grads)  # on other devices a number would wait for the device
-        scale_by(self.after, share)
+        scale_by(self.after, factor)
         add_to(self.after, grads)
         return self.after
+
+
+def fitting(x: float, dtype: torch.dtype) -> float:
+    """Return a number as a dtype has it: infinite if it is too large."""
+    return x if abs(x) <= torch.finfo(dtype).max else math.copysign(math.inf, x) if x == x else x
 
 
 def node_of(value: Tensor) -> Any:
@@ -145,6 +200,7 @@ def known_gradient(
     grads: Sequence[Tensor],
     share: Tensor | None = None,
     difference: Difference | None = None,
+    plus: Number | None = None,
 ) -> Tensor:
     """Return a value whose gradients in ``leaves`` are ``grads``: its backward computes nothing.
 
@@ -154,6 +210,7 @@ def known_gradient(
         grads: the gradient of the value in each leaf; with ``share``, of ⟨share, value⟩.
         share: c ``[G]``: the incoming gradient of the backward pass must be a multiple of c.
         difference: what ``grads`` are; then these are empty, and computed when they are needed.
+        plus: a number to add to the value.
 
     Returns:
         The value, differentiable once.
@@ -165,7 +222,9 @@ def known_gradient(
     tensor([6., 8.])
     """
     made = difference and Made(difference, [*map(write_count, difference.parts())])
-    out: Tensor = _KnownGradient.apply(value.detach(), share, made, len(leaves), *leaves, *grads)
+    out: Tensor = _KnownGradient.apply(
+        value.detach(), plus, share, made, len(leaves), *leaves, *grads
+    )
     if out.grad_fn is not None:
         out.grad_fn.difference = difference  # type: ignore[attr-defined]
     return out
@@ -193,6 +252,7 @@ class _KnownGradient(torch.autograd.Function):
     def forward(
         ctx: Any,
         value: Tensor,
+        plus: Number | None,
         share: Tensor | None,
         made: Made | None,
         count: int,
@@ -200,19 +260,20 @@ class _KnownGradient(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(share, *tensors[count:])
         ctx.made, ctx.dtypes = made, [t.dtype for t in tensors[:count]]
-        return value.clone()
+        return value.clone() if plus is None else value + plus
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         share, *known = ctx.saved_tensors
         if share is None:
-            factor = grad.sum()
+            factor = grad if grad.ndim == 0 else grad.sum()
         else:
             size = share.square().sum()
             factor = (grad * share).sum() / torch.where(size == 0, 1, size)
         grads = known if ctx.made is None else ctx.made.computed()
-        if factor.device.type != "cpu" or factor != 1:  # reading it would wait for another device
+        if factor.device.type != "cpu" or factor.item() != 1:  # another device would be waited for
             grads = [g * factor for g in grads]
-        grads = [g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
-        return None, None, None, None, *grads, *[None] * len(known)
+        pairs = zip(grads, ctx.dtypes, strict=True)
+        grads = [g if g.dtype == dtype else g.to(dtype) for g, dtype in pairs]
+        return None, None, None, None, None, *grads, *[None] * len(known)

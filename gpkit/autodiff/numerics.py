@@ -154,8 +154,8 @@ def zeros_for_none(grads: Any, xs: Any) -> list[Tensor]:
     return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, xs, strict=True)]
 
 
-def pairwise_sums(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
-    """Return the sum of each pair of tensors from two lists of the same length."""
+def pairwise_sums(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor]:
+    """Return the sum of each pair of tensors from two sequences of the same length."""
     return [a + b for a, b in zip(first, second, strict=True)]
 
 

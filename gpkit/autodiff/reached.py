@@ -202,14 +202,15 @@ def values_of(function: Any) -> tuple[list[nn.Module], list[Any], list[Any], lis
             if depth < DEPTH:
                 if inspect.isfunction(value):
                     codes.append(value.__code__)
-                for part in _parts(value):
+                for part in parts_of(value):
                     visit(part, depth + 1)
 
     visit(function, 0)
     return modules, generators, codes, others
 
 
-def _parts(value: Any) -> Iterable[Any]:
+def parts_of(value: Any) -> Iterable[Any]:
+    """Return what a function, a container or an object refers to."""
     if isinstance(value, (list, tuple, set, frozenset)):
         return list(value)[:100]
     if isinstance(value, dict):

@@ -57,6 +57,8 @@ def start_of(function: Any, device: torch.device) -> Start:
         device: the device of the forward pass.
     """
     found = reach(function)
+    if found.is_plain:
+        return Start(random_state(device), [], {})
     streams = streams_of(found)
     own = dict(found.attributes)
     kept = {

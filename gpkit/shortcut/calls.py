@@ -26,21 +26,19 @@ from gpkit.axes.wrt import inputs
 from gpkit.estimators.base import Target
 from gpkit.estimators.exact import exact
 from gpkit.formula import Terms
-from gpkit.shortcut.net import needs_more, state_of
+from gpkit.shortcut.differences import Steps
+from gpkit.shortcut.net import CHOICES, needs_more, state_of
 
-CHOICES = operator.attrgetter(
-    "of", "wrt", "scope", "order", "estimator", "elementary", "named", "forward", "metric",
-    "given", "reduce", "subsample",
-)  # fmt: skip
 MISSES = 3  # graphs that differ from the one before, after which a net has no shortcut
 
 
 class Shortcuts:
-    """The shortcuts of a penalty, by net."""
+    """The shortcuts of a penalty, by net; ``steps`` are those of `with_loss`."""
 
     def __init__(self) -> None:
         self.found: dict[int, Shortcut] = {}
         self.misses: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+        self.steps = Steps()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Shortcuts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from itertools import chain
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -18,9 +19,13 @@ from gpkit.autodiff.compat import (
     parameters_of,
 )
 from gpkit.autodiff.random import is_generator
-from gpkit.autodiff.reached import own_attributes
+from gpkit.autodiff.reached import own_attributes, parts_of
 from gpkit.autodiff.state import CONTAINERS
 
+CHOICES = operator.attrgetter(
+    "of", "wrt", "scope", "order", "estimator", "elementary", "named", "forward", "metric",
+    "given", "reduce", "subsample",
+)  # fmt: skip
 IN_TRAINING = operator.attrgetter("training")
 
 
@@ -46,6 +51,61 @@ def state_of(family: Sequence[nn.Module], own: Sequence[int]) -> tuple[Any, ...]
         [*map(id, chain.from_iterable(map(dict.values, hooks)))],
         [[*map(id, vars(family[i]).values())] for i in own],
     )
+
+
+SIMPLE = frozenset(
+    {Tensor, nn.Parameter, bool, int, float, complex, str, bytes, type, type(None), ModuleType}
+)
+ENOUGH = 100  # objects
+
+
+def references(function: Any) -> list[int] | None:
+    """Return the ids of the modules, functions and objects that a function refers to.
+
+    It looks where `gpkit.autodiff.reached.reached` does, and further down, at less cost. A closure
+    that is made anew at each step has the same; tensors, numbers and names in it do not count.
+
+    Args:
+        function: a function, a module, or a tuple of them.
+
+    Returns:
+        The ids, in the order in which they are found; None where there are too many, or where one
+        is a stream of random numbers.
+    """
+    found: list[int] = []
+    stack: list[Any] = [function]
+    seen: set[int] = set()
+    while stack:
+        value = stack.pop()
+        kind = type(value)
+        if kind in SIMPLE:
+            continue
+        if kind is tuple or kind is list:
+            stack += value
+        elif kind is dict:
+            stack += value.values()
+        elif kind is FunctionType:
+            if id(value) not in seen:
+                seen.add(id(value))
+                code = value.__code__
+                found.append(id(code))
+                if not (value.__module__ or "").startswith("torch."):
+                    try:
+                        stack += [cell.cell_contents for cell in value.__closure__ or ()]
+                    except ValueError:  # it is not bound yet
+                        return None
+                    stack += map(value.__globals__.get, code.co_names)
+        elif isinstance(value, nn.Module):
+            found.append(id(value))
+        elif is_generator(value):
+            return None
+        elif id(value) not in seen:
+            seen.add(id(value))
+            found.append(id(value))
+            stack += parts_of(value)
+        if len(found) > ENOUGH or len(stack) > ENOUGH:
+            return None
+    return found
 
 
 def needs_more(module: nn.Module) -> bool:

@@ -180,22 +180,22 @@ def ascent(
     return n, v, compared.times(v)
 
 
-def length_for(size: Tensor, epsilon: float, step: float | None, side: str) -> Tensor:
+def length_for(size: Any, epsilon: float, step: float | None, side: str) -> Any:
     """Return the length of the step of `finite_difference`.
 
     Args:
-        size: the root mean square of the entries that are moved.
+        size: the root mean square of the entries that are moved: a tensor or a float.
         epsilon: the machine epsilon.
         step: a given length, or None.
         side: of the difference.
 
     Returns:
-        The length, in the shape of ``size``.
+        The length, a tensor in the shape of ``size`` or a float.
     """
     if step is not None:
-        return torch.full_like(size, step)
+        return torch.full_like(size, step) if isinstance(size, Tensor) else step
     step = epsilon ** (1 / 3) / 2 if side == "central" else 2 * epsilon**0.5
-    return step * size.clamp(min=1)
+    return step * (size.clamp(min=1) if isinstance(size, Tensor) else max(size, 1.0))
 
 
 def gap(a: Sequence[Tensor], b: Sequence[Tensor], over: Over) -> float:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpkit.autodiff import graph
-from gpkit.autodiff.compat import norms_of, times
+from gpkit.autodiff.compat import norms_of
 from gpkit.autodiff.derivatives import as_rows, first_gradients
 from gpkit.autodiff.gates import Gates, recorded
 from gpkit.autodiff.known_gradient import (
     Difference,
+    Number,
     is_plain,
     known_gradient,
+    moved,
     node_of,
     perturbed,
     require_leaves,
@@ -69,28 +73,49 @@ def of_weights(fd: Stepping, target: Target, evaluate: Callable[..., Tensor], no
         if not fd.cross_kinks:
             gates.hold(y)
 
+    def there() -> list[Tensor]:
+        return gradient_there(evaluate, leaves, partial(hold, gates))
+
     def gradient(moves: list[Tensor] | None) -> list[Tensor]:
         if moves is None:
             here = [widened(g) for g in zeros_for_none(base, leaves)]
             return pairwise_sums(here, window.earlier_sum(leaves, scale)) if window else here
         with perturbed(target.xs, moves, swap=True):
-            y = evaluate()
-            hold(gates, y)
-            moved = first_gradients(y, tuple(leaves), retain=False)
-            there = [widened(g) for g in zeros_for_none(moved, leaves)]
-            if window is None:
-                return there
-            return pairwise_sums(there, window.rerun_sum(leaves, scale, hold))
+            grads = there()
+            return pairwise_sums(grads, window.rerun_sum(leaves, scale, hold)) if window else grads
+
+    def along(h: Number) -> Sequence[Tensor]:
+        if isinstance(h, float) and h == 0:
+            return gradient(None)
+        with moved(target.xs, grads, h):
+            return there()
 
     epsilon = spacing(target.y, *target.xs)
     plain = window is None and target.compared is None and norm == "l2"
     if plain and is_plain([*leaves, *grads]):
-        n, difference = in_few_passes(fd, target.xs, grads, leaves, epsilon, gradient)
-        return known_gradient(n.square().reshape(1), leaves, (), difference=difference)
+        n, difference = in_few_passes(fd, target.xs, grads, leaves, epsilon, along)
+        n2 = torch.as_tensor(n, dtype=grads[0].dtype).square().reshape(1)
+        return known_gradient(n2, leaves, (), difference=difference)
     known, compared = (target.xs, grads, norm, epsilon, gradient), target.compared
-    n, slopes = slopes_of(fd, *known, compared=compared)
-    n2 = known_gradient(n.square().reshape(1), leaves, slopes)
+    length, slopes = slopes_of(fd, *known, compared=compared)
+    n2 = known_gradient(length.square().reshape(1), leaves, slopes)
     return n2 if compared is None else compared.pulled(n2, ascent(compared, grads, norm))
+
+
+def gradient_there(
+    evaluate: Callable[[], Tensor], leaves: Sequence[Tensor], hold: Callable[[Tensor], None]
+) -> list[Tensor]:
+    """Return ∇L in all leaves, of L computed anew, in float32 or better.
+
+    Args:
+        evaluate: computes L.
+        leaves: the tensors.
+        hold: keeps L on the gates of another point.
+    """
+    y = evaluate()
+    hold(y)
+    moved = first_gradients(y, tuple(leaves), retain=False)
+    return [widened(g) for g in zeros_for_none(moved, leaves)]
 
 
 def in_few_passes(
@@ -99,25 +124,55 @@ def in_few_passes(
     grads: Sequence[Tensor],
     leaves: Sequence[Tensor],
     epsilon: float,
-    gradient: Gradient,
-) -> tuple[Tensor, Difference]:
-    """Return what `slopes_of` does, for plain tensors and "l2": without v, the quotient undone."""
-    n = size = torch.stack(norms_of(grads)).norm()
-    if fd.step is None:  # a given step does not depend on the weights
-        size = torch.stack(norms_of([x.detach() for x in xs])).norm()
-    unit = length_for(size / sum(x.numel() for x in xs) ** 0.5, epsilon, fd.step, fd.side)
-    unit = unit / torch.where(n > 0, n, 1)  # the move is along ∇L = n v
+    along: Callable[[Number], Sequence[Tensor]],
+) -> tuple[Number, Difference]:
+    """Return what `slopes_of` does, for plain tensors and "l2": without v, the quotient undone.
+
+    Args:
+        fd: the step.
+        xs: the weights θ.
+        grads: ∇L in ``xs``.
+        leaves: all leaves of L.
+        epsilon: of the dtype that the loss is computed in.
+        along: h -> ∇L in all leaves, at weights moved by h ∇L.
+
+    Returns:
+        n, and the gradient of n² in all leaves.
+    """
+    n = length_of(grads)
+    size: Number = 0.0  # a given step does not depend on the weights
+    if fd.step is None:
+        size = length_of([x.detach() for x in xs]) / sum(x.numel() for x in xs) ** 0.5
+    step: Any = length_for(size, epsilon, fd.step, fd.side)
     a, b = SIGNS[fd.side]
+    unit: Number
+    twice: Number
+    if isinstance(n, float):
+        unit, twice = step / n if n > 0 else step, 2.0 * (n > 0)  # the move is along ∇L = n v
+    else:
+        unit, twice = step / torch.where(n > 0, n, 1), (n > 0) * 2
+    top = torch.finfo(grads[0].dtype).max
 
     def ends(factor: float) -> Difference:
         h = unit * factor
-        before, after = (gradient(times(grads, h * s) if s else None) for s in (a, b))
-        return Difference(leaves, before, after, (n > 0) * 2 / ((b - a) * h))
+        h = min(h, top) if isinstance(h, float) else h
+        before, after = along(h * a if a else 0.0), along(h * b if b else 0.0)
+        times = math.inf if isinstance(h, float) and h == 0 else twice / ((b - a) * h)
+        return Difference(leaves, before, after, times)
 
     looking = look(fd, epsilon, xs)
     for factor in looking:
         looking.found = ends(factor).computed()
     return n, ends(looking.factor)
+
+
+def length_of(parts: Sequence[Tensor]) -> Number:
+    """Return the norm over all entries: a float on a CPU, which other devices would wait for."""
+    norms = norms_of(parts)
+    if norms[0].device.type == "cpu":
+        return math.hypot(*[n.item() for n in norms])
+    length: Tensor = torch.stack(norms).norm()
+    return length
 
 
 def slopes_of(
