@@ -109,19 +109,35 @@ def logits(output: Any) -> Any:
 
 def _losses(loss: LossFunction, output: Any, target: Any, weights: Tensor | None = None) -> Tensor:
     value = taken(loss, output, target)
-    if weights is not None:
-        if not weighs_steps(weights, tuple(value.shape)):
-            raise ValueError(
-                "sample_weight= of steps, [B, T], needs the loss of each step; got weights "
-                f"{list(weights.shape)} and losses {list(value.shape)}: use a loss with a "
-                "`reduction`, or weights [B]"
-            )
-        losses, _ = of_samples(value, weights)
-        total = of_entries(weights, value).to(losses).reshape(len(value), -1).sum(1)
-        return losses / torch.where(total == 0, torch.ones_like(total), total)
-    if value.ndim == 0:
+    if value.ndim == 0 and weights is None:
         return value.expand(_batch_size(output, target))
-    return value if value.ndim == 1 else value.flatten(1).mean(1)
+    return of_each_sample(value, weights, "use a loss with a `reduction`")
+
+
+def of_each_sample(losses: Tensor, weights: Tensor | None, advice: str) -> Tensor:
+    """Return the loss of each sample ``[B]``: the mean of its steps ``[B, *T]``.
+
+    Args:
+        losses: ``[B]`` or ``[B, *T]``.
+        weights: of the steps, ``[B, T]``: then it is Σ_t w_t ℓ_t / Σ_t w_t, or 0 without a step.
+        advice: what to do if there are no losses of steps.
+
+    Returns:
+        The losses.
+
+    Raises:
+        ValueError: if there are weights of steps, and no losses of them.
+    """
+    if weights is None:
+        return losses if losses.ndim == 1 else losses.flatten(1).mean(1)
+    if not weighs_steps(weights, tuple(losses.shape)):
+        raise ValueError(
+            "sample_weight= of steps, [B, T], needs the loss of each step; got weights "
+            f"{list(weights.shape)} and losses {list(losses.shape)}: {advice}, or weights [B]"
+        )
+    summed, _ = of_samples(losses, weights)
+    total = of_entries(weights, losses).to(summed).reshape(len(losses), -1).sum(1)
+    return summed / torch.where(total == 0, torch.ones_like(total), total)
 
 
 def _batch_size(*values: Any) -> int:

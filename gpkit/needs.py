@@ -7,7 +7,7 @@ penalty what it needs. Only this file reads the axes for that purpose.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -57,6 +57,7 @@ class Needs:
         part: what to say where a part of the samples would not fit the batch's targets; "" if it
             takes all samples, or runs the net on its own ones.
         takes_part: whether it takes a part of the samples.
+        given_losses: whether the loss of each sample is there after the forward pass.
     """
 
     differentiates: str
@@ -84,6 +85,7 @@ class Needs:
     own_forward: bool = False
     part: str = ""
     takes_part: bool = False
+    given_losses: bool = False
 
     @cached_property
     def of_loss(self) -> bool:
@@ -94,6 +96,10 @@ class Needs:
     def environments(self) -> bool:
         """Whether it compares the environments of a batch."""
         return self.differentiates == "environments"
+
+    def with_losses(self) -> Needs:
+        """Return the same where the loss of each sample is there after the forward pass."""
+        return replace(self, given_losses=True, plain=self.plain and not self.sample_losses)
 
     @cached_property
     def at_data(self) -> bool:
@@ -128,9 +134,14 @@ class Needs:
         return not (self.of_loss or self.in_weights or self.environments) and elsewhere
 
     @cached_property
+    def splits_batch(self) -> bool:
+        """Whether the loss is computed once for each sample, since there are no losses of them."""
+        return self.each_gradient and not self.given_losses
+
+    @cached_property
     def runs_again(self) -> bool:
         """Whether it reruns the loss computation: at other points or weights, or per sample."""
-        reruns = self.moves or self.pooled or self.each_gradient or not self.reuses_graph
+        reruns = self.moves or self.pooled or self.splits_batch or not self.reuses_graph
         return reruns and not self.calls_net
 
     @cached_property

@@ -126,7 +126,8 @@ class Target:
         if self.mean:
             raise ValueError(
                 f"`estimator={name}()` needs the loss of each sample, and a training step shows "
-                "their mean: use of='output', PenalizedModule, or estimator='exact'"
+                "their mean: give the callback losses=..., or use of='output', PenalizedModule, "
+                "or estimator='exact'"
             )
         if self.evaluate is None:
             raise ValueError(

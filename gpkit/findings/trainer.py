@@ -56,6 +56,12 @@ def _of_callback(trainer: Any, module: Any, callback: Any) -> Iterator[Finding]:
     """Yield the findings about one callback."""
     which, penalties = callback.manual_backward, callback.penalties
     yield from findings_of_manual_backward(module, which, needed=True, what="gets the penalties")
+    if isinstance(callback.losses, str) and not module.automatic_optimization:
+        yield error(
+            "call",
+            f"losses={callback.losses!r} is an entry of what the step returns, and under manual "
+            "optimisation penalties act before that: give a function of the output and the batch",
+        )
     names = dict(module.named_modules())
     net = names.get(callback.module or "")
     if net is None:
@@ -136,13 +142,6 @@ def _of_penalty(
         )
     if needs.part:
         yield error("call", needs.part)
-    if needs.names:
-        yield error(
-            "call",
-            f"it names entries of a batch, {list(needs.names)}, and a training step shows the "
-            "arguments of a submodule: use PenalizedModule, or call the penalty in the step, "
-            "penalty(f, batch)",
-        )
     if needs.fakes:
         yield error("call", needs.fakes)
     names = [name for name, _ in needs.given]

@@ -59,13 +59,13 @@ class Batches(torch.utils.data.IterableDataset):
         yield batch()
 
 
-def by_callback(penalty):
+def by_callback(penalty, losses=None):
     module = Regression()
     trainer = pl.Trainer(
         max_steps=1,
         accelerator="cpu",
         logger=False,
-        callbacks=[gpkit.GradientPenaltyCallback(penalty, module="net")],
+        callbacks=[gpkit.GradientPenaltyCallback(penalty, module="net", losses=losses)],
         **QUIET,
     )
     trainer.fit(module, torch.utils.data.DataLoader(Batches(), batch_size=None))
@@ -179,10 +179,15 @@ def test_differences_along_the_axes_train_as_the_gradient(train):
         torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
 
 
-def test_the_callback_refuses_differences_of_the_mean_loss():
+def test_the_callback_refuses_differences_of_the_mean_loss_and_takes_losses():
     penalty = gpkit.input_grad_norm(estimator="random_difference")
-    with pytest.raises(ValueError, match=r"needs the loss of each sample.*shows their mean"):
+    words = r"needs the loss of each sample.*give the callback losses"
+    with pytest.raises(ValueError, match=words):
         by_callback(penalty)
+    penalty = build(of="loss", given=WEIGHTS)(estimator=STENCIL)
+    found = by_callback(penalty, lambda output, batch: (output - batch["labels"]).square())
+    for p, q in zip(found, by_hand(weighted_losses), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
 
 
 def test_entries_by_position():
@@ -220,9 +225,6 @@ def test_what_makes_no_sense_is_refused_before_the_first_step():
     penalty = gpkit.weight_grad_norm(scope="accumulated", given=WEIGHTS)
     with pytest.raises(ValueError, match="takes no sample_weight: weigh the samples in the loss"):
         by_callback(penalty)
-    named = gpkit.input_grad_norm(wrt=gpkit.inputs("x"))
-    with pytest.raises(ValueError, match=r"names entries of a batch, \['x'\].*PenalizedModule"):
-        by_callback(named)
     with pytest.raises(TypeError, match="'r1' needs target=, which the batches of a GAN do not"):
         gpkit.GANModule(
             nn.Linear(2, 2),

@@ -61,14 +61,22 @@ class Sequences(pl.LightningModule):
         return SGD(self.parameters())
 
 
+class ShowsLosses(Sequences):
+    """Returns its losses; they are no mean over the samples in the loss."""
+
+    def training_step(self, batch, batch_idx):
+        losses = (self.net(batch["x"]) - batch["labels"]).square()
+        return {"loss": losses.mean(), "all": losses}
+
+
 class Batches(torch.utils.data.IterableDataset):
     def __iter__(self):
         yield BATCH
 
 
-def by_callback(penalty, masked):
-    module = Sequences(masked)
-    callback = gpkit.GradientPenaltyCallback(penalty, module="net")
+def by_callback(penalty, masked=False, losses=None, form=Sequences):
+    module = form(masked)
+    callback = gpkit.GradientPenaltyCallback(penalty, module="net", losses=losses)
     trainer = pl.Trainer(
         max_steps=1, accelerator="cpu", logger=False, callbacks=[callback], **QUIET
     )
@@ -154,10 +162,67 @@ def test_in_the_callback(key):
     assert_same(found, step(total))
 
 
-def test_weights_of_steps_are_no_mask():
-    penalty = gpkit.input_grad_norm(given={"sample_weight": "weights"})
-    with pytest.raises(ValueError, match="must be a mask of zeros and ones in a callback"):
+def of_output(output, batch):
+    return (output - batch["labels"]).square()
+
+
+def of_each(params, key):
+    """Mean over the sequences with a step of ‖∇_θ Σ_t w_t l_t / Σ_t w_t‖²."""
+    values = []
+    for i in (0, 1, 3):
+        w = BATCH[key][i]
+        g = grad(lambda p, i=i, w=w: (w * losses(p)[i]).sum() / w.sum())(params)
+        values.append(sum(part.square().sum() for part in g.values()))
+    return 0.7 * torch.stack(values).mean()
+
+
+def of_mean(params, key):
+    """‖∇_θ of the weighted mean over the sequences with a step‖²."""
+
+    def mean(params):
+        w = BATCH[key][[0, 1, 3]]
+        return ((w * losses(params)[[0, 1, 3]]).sum(1) / w.sum(1)).mean()
+
+    return 0.7 * sum(part.square().sum() for part in grad(mean)(params).values())
+
+
+GIVEN = {"sample_weight": "weights"}
+CENTRAL = gpkit.finite_difference(side="central")
+SHOWN = {
+    "inputs": (gpkit.input_grad_norm(0.7, given=GIVEN), of_inputs),
+    "differences": (gpkit.input_grad_norm(0.7, given=GIVEN, estimator=CENTRAL), of_inputs),
+    "each": (gpkit.per_sample_grad_norm(0.7, given=GIVEN), of_each),
+    "weights": (gpkit.weight_grad_norm(0.7, given=GIVEN), of_mean),
+    "by differences": (gpkit.weight_grad_norm(0.7, given=GIVEN, estimator=CENTRAL), of_mean),
+}
+
+
+@pytest.mark.parametrize(("shown", "form"), [("all", ShowsLosses), (of_output, Sequences)])
+def test_any_weights_where_the_step_shows_its_losses(shown, form):
+    penalties = {name: penalty for name, (penalty, _) in SHOWN.items()}
+    found = by_callback(penalties, losses=shown, form=form)
+
+    def total(params):
+        return losses(params).mean() + sum(own(params, "weights") for _, own in SHOWN.values())
+
+    assert_same(found, step(total))
+
+
+def test_weights_of_steps_need_losses_in_a_callback():
+    penalty = gpkit.input_grad_norm(given=GIVEN)
+    with pytest.raises(ValueError, match=r"no mask of zeros and ones needs.*losses=lambda"):
         by_callback(penalty, True)
+    for shown, words in (
+        ("al", r"which is a dict with \['loss', 'all'\] \(did you mean 'all'\?\): return"),
+        (lambda output, _: output.mean(), r"of each sample, \[B\], or step, \[B, T\]; got \[\]"),
+        (lambda output, _: output.detach(), "has no graph: return the losses before"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=words):
+            by_callback(penalty, losses=shown, form=ShowsLosses)
+
+
+def test_weights_of_steps_need_losses_in_the_module():
+    penalty = gpkit.input_grad_norm(given=GIVEN)
     loss = lambda out, y: (out - y).square().mean()  # noqa: E731
     module = gpkit.PenalizedModule(Recurrent(), loss, penalty, inputs="x")
     with pytest.raises(ValueError, match=r"needs the loss of each step; got weights \[4, 5\] and"):

@@ -8,6 +8,7 @@ from typing import Any
 
 from gpkit import checks
 from gpkit.findings.trainer import findings_before_fit, may_shard
+from gpkit.lightning.callback.plan import Losses
 from gpkit.lightning.callback.step import PenalizedStep
 from gpkit.lightning.compat import Callback, state_key
 from gpkit.lightning.refusals import CALLBACK_REFUSAL, refuse
@@ -32,6 +33,9 @@ class GradientPenaltyCallback(Callback):
       that it is called with, ``[B, *S]``. ``of="loss"`` takes L for the mean of the samples' losses
       and multiplies it by B, so the weight need not change with the batch size; ``of="output"``
       differentiates the output of the submodule;
+    - in inputs by name, ``wrt=gpkit.inputs("a", "b")``: what the submodule gets by keyword, under
+      these names in its ``forward``, or in a dict; else entries of the batch. With
+      ``module=None``, entries of the batch first;
     - of, or in, a named activation of it.
 
     A penalty costs as much as in a training loop written by hand. Penalties that evaluate the
@@ -67,7 +71,12 @@ class GradientPenaltyCallback(Callback):
         call: if a training step calls the submodule several times, as a critic on real samples and
             on fakes, the index from 0 of the call whose input, output or activation is meant. The
             calls of a submodule that an activation names are counted likewise.
-
+        losses: where a training step shows the loss of each sample ``[B]``, or of each step
+            ``[B, T]``, whose mean is then that of the sample: the key of an entry of the dict that
+            it returns, or a function ``(output, batch) -> losses`` of the output of the submodule.
+            Penalties of ``of="loss"`` that need them, such as those with ``sample_weight`` of
+            steps, differentiate them, and not B times the mean; ``scope="sample"`` in the weights
+            then needs no run for each sample.
         doctor: whether each penalty is checked at its first step: it must train the net, by a right
             gradient. An error names the modules that are at fault.
 
@@ -99,6 +108,7 @@ class GradientPenaltyCallback(Callback):
         *,
         manual_backward: int | None = None,
         call: int | None = None,
+        losses: Losses | None = None,
         doctor: bool = True,
     ) -> None:
         self.penalties = as_sum(penalty)
@@ -112,6 +122,12 @@ class GradientPenaltyCallback(Callback):
         self._is_set_up = False
         self.manual_backward = checks.optional_integer("manual_backward=...", manual_backward, 0)
         self.call = checks.optional_integer("call=...", call, 0)
+        if losses is not None and not isinstance(losses, str) and not callable(losses):
+            raise TypeError(
+                "`losses=...` must be the key of an entry of what training_step returns, or a "
+                f"function (output, batch) -> losses; got {losses!r}"
+            )
+        self.losses = losses
         self._unwrap: list[Callable[[], None]] = []  # functions that undo on_fit_start
 
     @property
@@ -127,7 +143,9 @@ class GradientPenaltyCallback(Callback):
     @property
     def needs(self) -> dict[str, Needs]:
         """What each penalty needs of a training step, by name."""
-        return {name: needs_of(penalty) for name, penalty in self.penalties.items()}
+        needs = {name: needs_of(penalty) for name, penalty in self.penalties.items()}
+        given = self.losses is not None
+        return {name: own.with_losses() if given else own for name, own in needs.items()}
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Take the final state key."""
@@ -141,8 +159,16 @@ class GradientPenaltyCallback(Callback):
             # No training step first: sharded weights may fail in it, and manual optimisation
             # would step the optimisers. In other cases the first step adds its own findings.
             refuse(CALLBACK_REFUSAL, found)
-        options: dict[str, Any] = {"call": self.call, "doctor": self.doctor}
-        step = PenalizedStep(trainer, pl_module, self.penalties, self.module, found, **options)
+        step = PenalizedStep(
+            trainer,
+            pl_module,
+            self.penalties,
+            self.module,
+            found,
+            self.call,
+            self.losses,
+            doctor=self.doctor,
+        )
         if pl_module.automatic_optimization:
             self._unwrap = [step.remove, wrap(pl_module, "training_step", step)]
             return

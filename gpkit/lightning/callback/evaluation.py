@@ -27,7 +27,8 @@ from gpkit.lightning.batches import entries
 from gpkit.lightning.callback.plan import PenalizedNet, Plan, differentiated
 from gpkit.lightning.compat import scale_of, scaler_of
 from gpkit.lightning.refusals import CALLBACK_REFUSAL, refuse
-from gpkit.lightning.watch.probe import Capture
+from gpkit.lightning.watch.capture import Capture
+from gpkit.lightning.watch.entries import net_of_entries
 from gpkit.lightning.watch.replay import StepCall, per_sample_losses
 from gpkit.needs import Needs
 from gpkit.sums import PenaltySum
@@ -37,16 +38,17 @@ def given_by(needs: Needs, batch: Any) -> dict[str, Any]:
     """Return what a penalty needs of a batch. Of weights of steps, which samples have a step.
 
     Raises:
-        ValueError: if steps weigh differently: the step shows one number, the mean loss.
+        ValueError: if steps weigh differently, and the step shows one number, the mean loss.
     """
     given = entries(needs.given, batch)
     weights: Any = given.get("sample_weight")
     if needs.weighs_steps and has_steps(weights):
-        if not bool(((weights == 0) | (weights == 1)).all()):
+        if not (needs.given_losses or bool(((weights == 0) | (weights == 1)).all())):
             raise ValueError(
-                "sample_weight= of steps must be a mask of zeros and ones in a callback: a "
-                "training step shows its mean loss alone, so weigh the steps there, and give the "
-                "penalty the mask, or weights [B]; PenalizedModule takes weights of steps"
+                "sample_weight= of steps that is no mask of zeros and ones needs the loss of each "
+                "step, and a training step shows their mean: say where they are, "
+                "GradientPenaltyCallback(..., losses=lambda output, batch: losses), or give "
+                "weights [B]"
             )
         given["sample_weight"] = kept(weights)
     return given
@@ -152,7 +154,7 @@ class Evaluator:
             if name in waiting:  # it acts on the last micro-batch
                 penalty.skip(optimizer_step)
                 continue
-            value = base if name in two_points else differentiated(needs, capture, loss)
+            value = base if name in two_points else differentiated(needs, capture, loss, call.batch)
             value = None if needs.own_forward else value
             f, *args = self._penalty_arguments(name, call, capture, value)
             given = given_by(needs, call.batch) if needs.given else {}
@@ -208,24 +210,44 @@ class Evaluator:
         state: RandomState | Start = call.start or ()
         if needs.own_forward:  # after the training forward pass: of its start, the draws alone
             state = call.start.torch if call.start else ()
-        if needs.each_gradient:
+        if needs.splits_batch:
             losses = partial(per_sample_losses, self.module, call, self.watched.silencer)
             return [Recomputable(None, losses, state), self.watched.net]
         if needs.in_weights:
             window = self._window(name) if needs.pooled else None
             return [Recomputable(value, rerun, state, window=window), self.watched.net]
         rerun = partial(rerun, indices=self.watched.indices(needs, capture))
+        mean = needs.of_loss and not needs.given_losses
+        if needs.names:
+            return self._named_arguments(needs, capture, value, rerun, state)
         if needs.at_data and not needs.calls_net:
             x: Any = tuple(capture.activations[name] for name in needs.in_activation) or capture.x
             rerun = partial(rerun, before=x) if needs.in_activation else rerun
-            return [Recomputable(value, rerun, state, mean=needs.of_loss), x]
+            return [Recomputable(value, rerun, state, mean=mean), x]
         assert capture.x is not None
         module = [self.watched.net] if needs.activations else []
         if needs.calls_net:
             return [capture.net_at(self.watched.net), capture.x.detach(), *module]
         if needs.in_activation:  # the mean loss for every sample: their sum is right
             return [lambda z: rerun(z).expand(len(z)), capture.x.detach(), *module]
-        return [Recomputable(None, rerun, call.start or (), mean=True), capture.x.detach()]
+        return [Recomputable(None, rerun, call.start or (), mean=mean), capture.x.detach()]
+
+    def _named_arguments(
+        self, needs: Needs, capture: Capture, value: Any, rerun: Any, state: Any
+    ) -> list[Any]:
+        """Return the positional arguments of a penalty in inputs by name."""
+        x = {name: capture.entries[name] for name in needs.names}
+        paths = [None if n in capture.of_call else capture.batch_paths[n] for n in needs.names]
+        rerun = partial(rerun, paths=paths)
+        if needs.at_data and not needs.calls_net:
+            mean = needs.of_loss and not needs.given_losses
+            return [Recomputable(value, rerun, state, mean=mean), x]
+        x = {name: entry.detach() for name, entry in x.items()}
+        if needs.calls_net and set(needs.names) <= capture.paths.keys():
+            places = [capture.paths[name] for name in needs.names]
+            return [net_of_entries(self.watched.net, capture.arguments[:2], places), x]
+        mean = needs.of_loss and not needs.given_losses
+        return [Recomputable(None, rerun, state, mean=mean), x]
 
     def _target(self, needs: Needs, capture: Capture, loss: Tensor) -> Target:
         """Return the target of a plain penalty: a shortcut, equal to what a call would build."""

@@ -14,12 +14,21 @@ from gpkit.finding import Finding
 from gpkit.findings.located import first_watch
 from gpkit.findings.trainer import findings_of_loss
 from gpkit.lightning.callback.evaluation import Evaluator
-from gpkit.lightning.callback.plan import PenalizedNet, Plan, probe_spec, warn_of_rows
+from gpkit.lightning.callback.plan import (
+    Losses,
+    PenalizedNet,
+    Plan,
+    losses_of,
+    probe_spec,
+    warn_of_rows,
+)
 from gpkit.lightning.compat import last_of_step, logs_now
 from gpkit.lightning.recording import penalty_scalars
 from gpkit.lightning.refusals import CALLBACK_REFUSAL, RefusalError, refuse
 from gpkit.lightning.watch.calls import SeenCalls, findings_of_calls
-from gpkit.lightning.watch.probe import Capture, runs_compiled
+from gpkit.lightning.watch.capture import Capture
+from gpkit.lightning.watch.entries import finding_of_entry
+from gpkit.lightning.watch.probe import runs_compiled
 from gpkit.lightning.watch.replay import Silencer, StepCall, TrainingStep, loss_of, replace_loss
 from gpkit.needs import needs_of
 from gpkit.sums import PenaltySum
@@ -42,6 +51,7 @@ class PenalizedStep:
         findings: what was found against the penalties before the first step. It is raised at the
             first step, together with what that step shows.
         call: which call of the submodule is meant in a step that calls it several times, from 0.
+        losses: where the step shows the loss of each sample, see `PenalizedNet`.
         doctor: whether an error of a penalty at its first step names modules.
     """
 
@@ -53,13 +63,16 @@ class PenalizedStep:
         submodule: str | None,
         findings: list[Finding],
         call: int | None = None,
+        losses: Losses | None = None,
         *,
         doctor: bool = True,
     ) -> None:
         self.trainer = trainer
         self.module = module
         self.penalties = penalties
-        self.needs = {name: needs_of(penalty) for name, penalty in penalties.items()}
+        needs = {name: needs_of(penalty) for name, penalty in penalties.items()}
+        given = losses is not None
+        self.needs = {n: own.with_losses() if given else own for n, own in needs.items()}
         net = dict(module.named_modules()).get(submodule or "", module)
         itself = f"the {type(module).__name__} itself"
         title = f"the submodule {submodule!r}" if submodule else itself
@@ -72,7 +85,8 @@ class PenalizedStep:
                 "it compiled"
             )
         # After the warning, which may be an error: the silencer wraps methods of the module.
-        self.watched = PenalizedNet(net, title, compiled, Silencer(module), call)
+        options: Any = {"losses": losses, "own_batch": not submodule}
+        self.watched = PenalizedNet(net, title, compiled, Silencer(module), call, **options)
         self.evaluator = Evaluator(trainer, module, self.watched, penalties, self.needs)
         self._automatic = module.automatic_optimization
         self._optimizer_step: int | None = 0
@@ -97,9 +111,13 @@ class PenalizedStep:
                 versions = call.tensor_versions()
             recording = self.evaluator.recording(plan)
             with self._noting_calls(plan), plan.probe as capture, recording as capture.layers:
+                if plan.probe.spec.entries:
+                    entered = self.watched.entered(call, capture, plan.probe.spec.entries)
+                    args, kwargs = entered.args, entered.kwargs
                 output = training_step(*args, **kwargs)
+            capture.losses = self._losses(plan, output, capture, call)
         except RefusalError as error:  # from the wrapper of another callback, inside this one
-            net = self._findings_of_net(capture, plan)
+            net = self._findings_of_net(capture, plan, call)
             refuse(CALLBACK_REFUSAL, [*self.findings, *net, *error.findings, *error.found], error)
         except Exception as error:
             refuse(CALLBACK_REFUSAL, self.findings, error)  # they may be the cause of the error
@@ -118,7 +136,11 @@ class PenalizedStep:
         self._backward_calls = 0
         plan = self._plan(self.penalties)
         with self._noting_calls(plan), plan.probe as capture:
-            self._manual = StepCall(training_step, args, kwargs), capture, plan
+            call = StepCall(training_step, args, kwargs)
+            self._manual = call, capture, plan
+            if plan.probe.spec.entries:
+                entered = self.watched.entered(call, capture, plan.probe.spec.entries)
+                args, kwargs = entered.args, entered.kwargs
             try:
                 return training_step(*args, **kwargs)
             finally:
@@ -140,6 +162,7 @@ class PenalizedStep:
             call, capture, plan = self._manual
             acting = set(self._acting())
             needs = {name: own for name, own in plan.needs.items() if name in acting}
+            capture.losses = self._losses(plan, None, capture, call)
             loss = self._add_penalties(call, capture, Plan(needs, plan.probe), loss)
         self._backward_calls += 1
         backward(loss, *args, **kwargs)
@@ -164,15 +187,26 @@ class PenalizedStep:
         with self._seen or nullcontext(), watch as self.evaluator.watch:
             yield
 
-    def _findings_of_net(self, capture: Capture, plan: Plan) -> list[str]:
+    def _findings_of_net(self, capture: Capture, plan: Plan, call: StepCall) -> list[str]:
         """Return what the training step has shown of the net, one line for each finding."""
-        watched, parts = self.watched, self.module.named_modules()
-        names = [(n, f"activation({n!r})" if n else watched.title) for n in plan.probe.spec.names]
+        watched, parts, spec = self.watched, self.module.named_modules(), plan.probe.spec
+        names = [(n, f"activation({n!r})" if n else watched.title) for n in capture.names(spec)]
         inside = next((n for n, part in parts if part is watched.net), "")
         calls = findings_of_calls(
             capture, names, watched.call, self._seen, step="the training step", inside=inside
         )
-        return [*capture.problems.values(), *calls]
+        missing = [n for n in spec.entries if n not in (*capture.entries, *capture.problems)]
+        arguments = capture.arguments[:2]
+        named = [finding_of_entry(n, watched.title, arguments, call.batch) for n in missing]
+        return [*capture.problems.values(), *calls, *named]
+
+    def _losses(self, plan: Plan, output: Any, capture: Capture, call: StepCall) -> Tensor | None:
+        """Return the loss of each sample, if a penalty needs it and the step shows it."""
+        if self.watched.losses is None or not any(n.sample_losses for n in plan.needs.values()):
+            return None
+        if not capture.is_clear(plan.probe.spec, self.watched.call):
+            return None  # the findings say why
+        return losses_of(self.watched.losses, output, capture, call.batch)
 
     # Which penalties act.
 
@@ -218,7 +252,7 @@ class PenalizedStep:
         first = self._not_acted_yet.intersection(plan.needs)
         clear = capture.is_clear(plan.probe.spec, self.watched.call) and not capture.problems
         if first or self.findings or not clear:
-            net = self._findings_of_net(capture, plan)
+            net = self._findings_of_net(capture, plan, call)
             found: list[Finding | str] = [*self.findings, *net, *findings_of_loss(loss)]
             if found:
                 refuse(CALLBACK_REFUSAL, found)

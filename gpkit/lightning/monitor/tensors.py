@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from gpkit.lightning.watch.calls import SeenCalls, findings_of_calls
-from gpkit.lightning.watch.probe import Capture, Probe, ProbeSpec, runs_compiled
+from gpkit.lightning.watch.capture import Capture, ProbeSpec
+from gpkit.lightning.watch.probe import Probe, runs_compiled
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gpkit.autodiff.compat import is_compiled
-from gpkit.lightning.watch.probe import Capture
+from gpkit.lightning.watch.capture import Capture
 
 LISTED = 8  # names in a message
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,86 +13,17 @@ from torch.utils.hooks import RemovableHandle
 from gpkit.autodiff.activations import Change
 from gpkit.autodiff.compat import in_backward, is_compiled, is_compiled_function
 from gpkit.autodiff.isolation import double_backward
-from gpkit.autodiff.layers.recording import Recording
-from gpkit.lightning.batches import repeated
+from gpkit.lightning.watch.capture import Capture, ProbeSpec, with_argument
+from gpkit.lightning.watch.entries import (
+    Arguments,
+    entry,
+    finding_of_kind,
+    path_in_call,
+    path_of,
+    replaced,
+)
 
-
-@dataclass(frozen=True)
-class ProbeSpec:
-    """What a `Probe` captures, and what the forward pass has to support.
-
-    Args:
-        order: highest order k of a derivative that a penalty takes by double backward: the forward
-            runs on kernels that can be differentiated so often. 0 if every graph is differentiated
-            once.
-        x: whether to capture the input of the net.
-        output: whether to capture its output.
-        activations: names of submodules whose outputs are captured.
-        moves: whether a penalty reruns the net at another input or activation.
-    """
-
-    order: int = 0
-    x: bool = False
-    output: bool = False
-    activations: tuple[str, ...] = ()
-    moves: bool = False
-
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        """The submodules whose calls are captured: "" is the net itself, then the activations."""
-        return (*[""] * (self.x or self.output), *self.activations)
-
-    @property
-    def eager(self) -> bool:
-        """Whether a compiled net must run uncompiled: it has no hooks and no double backward."""
-        return self.order > 0 or self.x or self.output or bool(self.activations)
-
-
-@dataclass
-class Capture:
-    """What a `Probe` captured in one training step.
-
-    Args:
-        x: the first tensor in the input of the net, ``[B, *S]``. It requires grad.
-        output: the output of the net.
-        activations: outputs of submodules by name, ``[B, *H]`` each. They require grad.
-        calls: the shape of the tensor in each call, by submodule name; the net itself is "".
-        problems: messages about inputs and activations that cannot be differentiated, by name.
-        arguments: the arguments of the net, and the position or name of ``x`` in them.
-        earlier: the number of calls before the last backward pass, under manual optimisation.
-        layers: the calls of wide layers, where a penalty in the weights can use them; or None.
-    """
-
-    x: Tensor | None = None
-    arguments: tuple[tuple[Any, ...], dict[str, Any], int | str] = ((), {}, 0)
-    earlier: dict[str, int] = field(default_factory=dict)
-
-    def count(self, name: str) -> int:
-        """Return the number of calls of a submodule since the last backward pass of the step."""
-        return len(self.calls.get(name, ())) - self.earlier.get(name, 0)
-
-    def end_backward(self) -> None:
-        """Note that a backward pass has ended: the calls so far belong to it."""
-        self.earlier = {name: len(calls) for name, calls in self.calls.items()}
-
-    output: Any = None
-    activations: dict[str, Tensor] = field(default_factory=dict)
-    calls: dict[str, list[list[int]]] = field(default_factory=dict)
-    problems: dict[str, str] = field(default_factory=dict)
-    layers: Recording | None = None
-
-    def net_at(self, net: nn.Module) -> Callable[[Tensor], Any]:
-        """Return the net as a function of ``x`` alone, with the other arguments of this step."""
-        args, kwargs, where = self.arguments
-        return net if len(args) + len(kwargs) == 1 else partial(_call, net, args, kwargs, where)
-
-    def is_clear(self, spec: ProbeSpec, call: int | None) -> bool:
-        """Whether each submodule was called once, or often enough for the chosen call."""
-        if call is None:
-            return all(self.count(name) == 1 for name in spec.names)
-        counts = [len(self.calls.get(name, ())) for name in spec.names]
-        # A module that is called once has no other call than that.
-        return all(n == 1 or n > call for n in counts) and max(counts, default=call + 1) > call
+Replacements = Mapping[Any, tuple[Change, int]]
 
 
 class Probe:
@@ -115,10 +45,12 @@ class Probe:
         title: how error messages call it, such as "the submodule 'net'".
         spec: what to capture.
         replacements: what to compute with instead, each with the index of the call: of the input
-            under the name "", of activations under their names.
+            under the name "", of inputs by name under ("", name), of activations under their names.
         call: which call is captured of a submodule that is called several times, from 0. With None
             it is the last.
         eager: whether compiled modules run uncompiled within the context.
+        own_batch: whether a name means an entry of the batch first, and then an argument of the
+            net; else the other way round.
     """
 
     def __init__(
@@ -126,12 +58,14 @@ class Probe:
         net: nn.Module,
         title: str,
         spec: ProbeSpec,
-        replacements: Mapping[str, tuple[Change, int]] | None = None,
+        replacements: Replacements | None = None,
         *,
         call: int | None = None,
         eager: bool = False,
+        own_batch: bool = False,
     ) -> None:
         self.net, self.title, self.spec, self.call = net, title, spec, call
+        self.own_batch = own_batch
         self.replacements = replacements or {}
         self.eager = eager
         self.kernels = double_backward(spec.order) if spec.order else None
@@ -187,7 +121,7 @@ class Probe:
     def _register(self) -> None:
         spec, net = self.spec, self.net
         named = [(name, net.get_submodule(name)) for name in spec.activations]
-        if spec.x or spec.output:
+        if spec.x or spec.output or spec.entries:
             self.hooks.append(net.register_forward_pre_hook(self._on_input, with_kwargs=True))
         if spec.output:
             self.hooks.append(net.register_forward_hook(self._on_output))
@@ -223,8 +157,11 @@ class Probe:
             places = [*enumerate(args), *kwargs.items()]
             where, x = next(((k, v) for k, v in places if isinstance(v, Tensor)), (None, None))
         chosen, index = self._count(capture, "", x)
+        if self.spec.entries:
+            args, kwargs = self._with_entries(capture, (args, kwargs), chosen, index)
+            x = args[where] if isinstance(where, int) else kwargs.get(where)
         if not self.spec.x:
-            return None
+            return args, kwargs
         if x is None or not x.is_floating_point():
             found = "holds no tensor" if x is None else f"is {x.dtype}, which has no gradient"
             if chosen:
@@ -237,7 +174,37 @@ class Probe:
         assert where is not None
         if chosen:
             capture.x, capture.arguments = used, (args, kwargs, where)
-        return _with(args, kwargs, where, used.clone())
+        return with_argument(args, kwargs, where, used.clone())
+
+    def _with_entries(
+        self, capture: Capture, call: Arguments, chosen: bool, index: int
+    ) -> Arguments:
+        """Return arguments in which inputs by name require grad, or are replaced."""
+        for name in self.spec.entries:
+            key, path, of_batch = ("", name), None, capture.of_batch.get(name)
+            if of_batch is None or not self.own_batch:
+                path = path_in_call(self.net, call, name)
+            if path is None:
+                path = path_of(call, of_batch)
+                if chosen and path is not None:
+                    capture.paths[name] = path
+                continue
+            if self.replacements and key not in self.replacements:
+                continue
+            x = entry(call, path)
+            if not x.is_floating_point():
+                if chosen and of_batch is None:
+                    capture.problems[name] = finding_of_kind(name, x)
+                continue
+            capture.problems.pop(name, None)  # of an entry of the batch
+            used = self._tensor_to_use(key, x, index)
+            call = replaced(call, path, used.clone())
+            if chosen:
+                capture.entries[name], capture.paths[name] = used, path
+                capture.of_call.add(name)
+        if chosen:
+            capture.arguments = (*call, 0)
+        return call
 
     def _on_output(self, _: nn.Module, args: Any, output: Any) -> None:
         capture = self.capture
@@ -278,7 +245,7 @@ class Probe:
         """Whether a call is captured. The first always is: it may be the only one."""
         return self.call is None or index in (0, self.call)
 
-    def _tensor_to_use(self, name: str, x: Tensor, index: int) -> Tensor:
+    def _tensor_to_use(self, name: Any, x: Tensor, index: int) -> Tensor:
         """Return the replacement for ``x`` if there is one, or ``x`` itself, requiring grad.
 
         Every call gets a tensor that requires grad, also one that is not captured: when
@@ -289,20 +256,6 @@ class Probe:
             if at == index:
                 return change(x)
         return x if x.requires_grad else x.detach().requires_grad_()
-
-
-def _with(args: Any, kwargs: Any, where: Any, x: Tensor) -> tuple[Any, Any]:
-    """Return arguments with another tensor at a position or under a name."""
-    if isinstance(where, int):
-        return (*args[:where], x, *args[where + 1 :]), kwargs
-    return args, {**kwargs, where: x}
-
-
-def _call(net: nn.Module, args: Any, kwargs: Any, where: Any, x: Tensor) -> Any:
-    here = args[where] if isinstance(where, int) else kwargs[where]
-    others = repeated((args, kwargs), len(here), len(x))
-    args, kwargs = _with(others[0], others[1], where, x)
-    return net(*args, **kwargs)
 
 
 def runs_compiled(module: nn.Module) -> bool:

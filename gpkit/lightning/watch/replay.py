@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,12 @@ class StepCall:
     def batch(self) -> Any:
         """The batch that the step was called with."""
         return self.args[0] if self.args else self.kwargs["batch"]
+
+    def with_batch(self, batch: Any) -> StepCall:
+        """Return the same call with another batch."""
+        if self.args:
+            return replace(self, args=(batch, *self.args[1:]))
+        return replace(self, kwargs={**self.kwargs, "batch": batch})
 
     def tensor_versions(self) -> list[int]:
         """Return the version counter of each tensor in the arguments.
