@@ -250,7 +250,10 @@ class PenalizedStep:
     def _add_penalties(self, call: StepCall, capture: Capture, plan: Plan, loss: Tensor) -> Tensor:
         """Return the loss with the penalties that act added, and log both."""
         first = self._not_acted_yet.intersection(plan.needs)
-        clear = capture.is_clear(plan.probe.spec, self.watched.call) and not capture.problems
+        spec = plan.probe.spec
+        clear = not capture.problems
+        if spec.names or spec.entries:
+            clear = clear and capture.is_clear(spec, self.watched.call)
         if first or self.findings or not clear:
             net = self._findings_of_net(capture, plan, call)
             found: list[Finding | str] = [*self.findings, *net, *findings_of_loss(loss)]
