@@ -80,8 +80,8 @@ def replaced(structure: Any, path: Path, value: Tensor) -> Any:
         changed = copy.copy(structure)
         changed[key] = part
         return changed
-    if isinstance(structure, tuple) and hasattr(structure, "_replace"):
-        return structure._replace(**{key: part})
+    if isinstance(structure, tuple) and hasattr(structure, "_fields"):
+        return type(structure)(*[part if k == key else v for k, v in _children(structure)])
     if isinstance(structure, (list, tuple)):
         return type(structure)([*structure[:key], part, *structure[key + 1 :]])
     changed = copy.copy(structure)
