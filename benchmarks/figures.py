@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from gpkit.app.result import Result, results_in
+from gpkit.app.jobs import results_in
+from gpkit.app.result import Result
 from gpkit.data import EightGaussians, TwentyFiveGaussians
 from gpkit.lightning.gan.figures.drawings import DATA, SAMPLES, Box, box_around, surface
 from gpkit.models import PointCritic, PointGenerator

@@ -1,20 +1,21 @@
-"""Checkpoints: written as a whole, with the random states, and checked before a run goes on."""
+"""Checkpoints: written as a whole, and checked before a run goes on from one."""
 
 from __future__ import annotations
 
 import os
-import random
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from gpkit.autodiff.random import random_state, set_random_state
+from gpkit.app.build import PAIR
+from gpkit.app.result import SHOWN, flattened
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -37,7 +38,8 @@ class WholeFiles(TorchCheckpointIO):
                 os.fsync(file.fileno())
             beside.replace(path)
         finally:
-            beside.unlink(missing_ok=True)
+            for left in path.parent.glob(f".{path.name}.*"):  # also by a run that was killed here
+                left.unlink(missing_ok=True)
 
 
 class Checkpoints(ModelCheckpoint):
@@ -50,110 +52,69 @@ class Checkpoints(ModelCheckpoint):
         super().load_state_dict(state_dict)
 
 
-class RandomStates(Callback):
-    """Saves the states of the random number generators, so that a resumed run is the run.
-
-    They are set at the first batch after a resume: what the start of a run draws does not count.
-    With several processes each has its own states, and they are not saved.
-    """
-
-    def __init__(self) -> None:
-        self._to_set: dict[str, Any] | None = None
-
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Save the states of torch, the device, NumPy and Python as tensors and plain numbers."""
-        if trainer.world_size == 1:
-            name, keys, *rest = cast(tuple[Any, ...], np.random.get_state(legacy=True))
-            checkpoint[RANDOM] = {
-                "torch": list(random_state(pl_module.device)),
-                "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
-                "python": random.getstate(),
-            }
-
-    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Keep the states until the first batch."""
-        self._to_set = checkpoint.get(RANDOM)
-
-    def on_train_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Set the states, once."""
-        state, self._to_set = self._to_set, None
-        if state is not None:
-            set_random_state(tuple(state["torch"]), pl_module.device)
-            name, keys, *rest = state["numpy"]
-            np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-            version, numbers, last = state["python"]
-            random.setstate((version, tuple(numbers), last))
+# What a run adds to its checkpoints: see callbacks/state.py.
+RANDOM, METRICS, SECONDS = "gpkit_random", "gpkit_metrics", "gpkit_seconds"
+CONFIG, NETS = "gpkit_config", "gpkit_nets"
+# Options whose effect is in the state that a checkpoint restores.
+STATEFUL = (
+    "optimizer",
+    "scheduler",
+    *(f"module.{net}_{what}" for net in PAIR for what in ("optimizer", "scheduler")),
+)
+# Options that a run that goes on may well have changed.
+OWN = (*SHOWN, "ckpt_path", "trainer", "device", "callbacks", "debug", "task", "test_checkpoint")
 
 
-class Metrics(Callback):
-    """Saves the metrics so far, for a run that was stopped between its last epoch and its test.
-
-    Attributes:
-        metrics: those of the checkpoint that the run went on from.
-    """
-
-    def __init__(self) -> None:
-        self.metrics: dict[str, float] = {}
-
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Add the metrics as plain numbers."""
-        checkpoint[METRICS] = {k: float(v) for k, v in trainer.callback_metrics.items()}
-
-    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Keep the metrics."""
-        self.metrics = dict(checkpoint.get(METRICS, {}))
-
-
-class Recipes(Callback):
-    """Saves the config, and how each net was made, as plain values.
+@dataclass(frozen=True)
+class Start:
+    """Where a run goes on.
 
     Args:
-        cfg: the composed config.
-        nets: by the name of the net in the module, its ``_target_`` and arguments.
+        steps: the step from which on it logs.
+        seconds: the wall time that it has taken so far.
+        changed: the options that differ from those of the checkpoint, in words.
     """
 
-    def __init__(self, cfg: DictConfig, nets: dict[str, dict[str, Any]]) -> None:
-        self.config = OmegaConf.to_container(cfg, resolve=True)
-        self.nets = nets
-
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Add both to a checkpoint."""
-        checkpoint[CONFIG], checkpoint[NETS] = self.config, self.nets
+    steps: int = 0
+    seconds: float = 0.0
+    changed: tuple[str, ...] = ()
 
 
-RANDOM, METRICS = "gpkit_random", "gpkit_metrics"
-CONFIG, NETS = "gpkit_config", "gpkit_nets"
-
-
-def require_checkpoint(path: Path, module: pl.LightningModule, max_epochs: int | None) -> int:
+def require_checkpoint(
+    path: Path, module: pl.LightningModule, cfg: DictConfig, *, trains: bool, ended: bool
+) -> Start:
     """Refuse a checkpoint that a run cannot go on from.
 
     Args:
         path: of the checkpoint.
         module: that is trained.
-        max_epochs: of the run; None if it does not train.
+        cfg: the composed config.
+        trains: whether the run trains.
+        ended: whether the training may have ended, so that only the test is left.
 
     Returns:
-        The step from which on a run logs that goes on.
+        Where the run goes on.
 
     Raises:
         ValueError: if the file is no checkpoint, or one of another net or optimiser, or of a run
-            that has ended.
+            that has ended, or if options have no effect since the checkpoint has a state.
     """
     saved = read_checkpoint(path)
     _require_weights(path, saved["state_dict"], module.state_dict())
-    steps = int(saved["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"])
-    if max_epochs is None:
-        return steps
+    if not trains:
+        return Start()
     _require_optimizers(path, saved.get("optimizer_states", []), module)
+    changed = _changed(saved.get(CONFIG), cfg)
+    _require_state(path, changed)
     done = _epochs_done(saved["loops"]["fit_loop"])
-    if done >= max_epochs:
+    if done >= cfg.trainer.max_epochs and not ended:
         raise ValueError(
-            f"ckpt_path={path} has {done} of {max_epochs} epochs: set trainer.max_epochs to more"
+            f"ckpt_path={path} has {done} of {cfg.trainer.max_epochs} epochs: set "
+            "trainer.max_epochs to more"
         )
-    return steps
+    steps = int(saved["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"])
+    words = tuple(f"{k} was {there} and is {here}" for k, (there, here) in changed.items())
+    return Start(steps, float(saved.get(SECONDS, 0.0)), words)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -202,6 +163,37 @@ def _require_optimizers(path: Path, saved: list[Any], module: pl.LightningModule
                 f"{type(optimizer).__name__}: the options differ in "
                 f"{', '.join(sorted((here ^ there) - {'initial_lr'}))}"
             )
+
+
+def _changed(saved: Mapping[str, Any] | None, cfg: DictConfig) -> dict[str, tuple[Any, Any]]:
+    """Return the options that differ from those of a checkpoint, as (there, here)."""
+    if saved is None:
+        return {}
+    own = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(own, dict)
+    there, here = (
+        flattened({str(k): v for k, v in each.items() if k not in OWN}) for each in (saved, own)
+    )
+    return {
+        key: (there.get(key, "unset"), here.get(key, "unset"))
+        for key in {**there, **here}
+        if there.get(key, "unset") != here.get(key, "unset")
+    }
+
+
+def _require_state(path: Path, changed: Mapping[str, tuple[Any, Any]]) -> None:
+    """Refuse options that the state of the checkpoint would silently undo."""
+    schedule = changed.get("scheduler._target_", ("", ""))
+    for key, (there, here) in changed.items():
+        if not key.startswith(STATEFUL) or (key.startswith("scheduler") and None in schedule):
+            continue
+        advice = "leave it as it was"
+        if key.startswith("scheduler"):
+            advice = "give the options of then, trainer.max_epochs too, or scheduler=none"
+        raise ValueError(
+            f"ckpt_path={path} holds the state of a run whose {key} was {there}: {here} would "
+            f"have no effect; {advice}"
+        )
 
 
 def _epochs_done(fit_loop: dict[str, Any]) -> int:

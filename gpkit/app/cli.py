@@ -17,7 +17,8 @@ from omegaconf import DictConfig
 
 import gpkit
 from gpkit.app.overrides import CONFIG_DIR, check_types, explain
-from gpkit.app.result import recorded
+from gpkit.app.result import LAST, recorded
+from gpkit.app.signals import stops_at_signals
 from gpkit.app.sweep import NoteSweep, claim, describe, left_by, say_end
 
 # Without this variable Hydra prints an error and exits. It is set here, so that Hydra raises the
@@ -64,10 +65,13 @@ def _job(cfg: DictConfig) -> float | None:
     if done is not None:
         print(f"\n  done before: {done.same_as or folder.name}")
         return done.metrics.get(cfg.optimized_metric)
-    from gpkit.app.train import run  # it loads torch, which takes seconds that are not the run's
-
     try:
-        with recorded(result, folder, lambda error: explain(error, overrides)):
+        with (
+            stops_at_signals(folder / LAST, overrides),
+            recorded(result, folder, lambda error: explain(error, overrides)),
+        ):
+            from gpkit.app.train import run  # it loads torch, which takes seconds
+
             check_types(cfg, overrides)
             if left is not None:
                 print(f"\n  goes on from {left}: the job was stopped")

@@ -80,12 +80,31 @@ def built(overrides: Sequence[str]) -> tuple[DictConfig, Any, Any]:
 
 
 def loader_of(data: pl.LightningDataModule, stage: str) -> Any:
-    """Return the loader of a stage, train, val or test; None if there is none, or an empty one."""
+    """Return the loader of train, val, test or predict; None without one, or if it is empty."""
     name = f"{stage}_dataloader"
     inherited = getattr(type(data), name) is getattr(pl.LightningDataModule, name)
     loader = None if inherited and name not in vars(data) else getattr(data, name)()
     empty = stage != "train" and isinstance(loader, Sized) and _has_length(loader)
     return None if empty and not len(cast(Sized, loader)) else loader
+
+
+def loader_of_task(cfg: DictConfig, data: pl.LightningDataModule) -> Any:
+    """Return the loader of the samples that a run tests, or predicts; None if there is none.
+
+    Of ``task=predict`` it is the data's ``predict_dataloader()``, or the test set.
+
+    Raises:
+        ValueError: if the task is to test or to predict, and there is none.
+    """
+    own = loader_of(data, "predict") if cfg.task == "predict" else None
+    loader = loader_of(data, "test") if own is None else own
+    if loader is None and cfg.task != "train":
+        also = " or predict_dataloader()" * (cfg.task == "predict")
+        raise ValueError(
+            f"task={cfg.task}: {type(data).__name__} has no test set: give it test_dataloader()"
+            f"{also}, or data.test_size > 0"
+        )
+    return loader
 
 
 def batches_of(cfg: DictConfig, data: pl.LightningDataModule) -> int:

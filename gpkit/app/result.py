@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-NAME, SWEEP, LAST = "result.json", "sweep.json", "checkpoints/last.ckpt"
+NAME, LAST = "result.json", "checkpoints/last.ckpt"
 # Options that change what a run shows and where, not what it computes.
 SHOWN = ("run_dir", "total_steps", "logger", "optimized_metric")
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # set in each process of a distributed run
@@ -36,7 +34,7 @@ class Result:
         error: the line of the error of a run that failed.
         same_as: the folder of the run that is the same.
         metrics: the final metrics by name; None for one that is not finite.
-        seconds: the wall time.
+        seconds: the wall time, with that before each stop of a run that went on.
         cost_in_plain_steps: the time of a training step, divided by that of a step without
             penalties; None if it was not measured.
         parameters: how many numbers were trained.
@@ -44,6 +42,7 @@ class Result:
         started: the local time at which the run began.
         host: the machine of the run.
         pid: the process of the run.
+        earlier_seconds: the part of the wall time up to the checkpoint that the run went on from.
     """
 
     config: dict[str, Any]
@@ -61,6 +60,7 @@ class Result:
     started: str = field(default_factory=lambda: datetime.now().isoformat(timespec="seconds"))
     host: str = field(default_factory=platform.node)
     pid: int = field(default_factory=os.getpid)
+    earlier_seconds: float = 0.0
 
     @property
     def state(self) -> str:
@@ -79,13 +79,11 @@ class Result:
         return what_it_computes(self.config) == what_it_computes(other.config)
 
     def write(self, folder: Path) -> None:
-        """Write ``result.json``: beside its place first, so that it is never half a file."""
+        """Write ``result.json``."""
         if any(os.environ.get(name, "0") != "0" for name in RANKS):
             return  # one process of a run writes it
         folder.mkdir(parents=True, exist_ok=True)
-        beside = folder / f".{NAME}.{os.getpid()}"
-        beside.write_text(json.dumps(plain(asdict(self)), indent=2, allow_nan=False) + "\n")
-        beside.replace(folder / NAME)
+        write_json(folder / NAME, plain(asdict(self)))
 
     @staticmethod
     def read(folder: Path) -> Result | None:
@@ -152,8 +150,32 @@ def recorded(
             result.status, result.error = "failed", tell(error)
         raise
     finally:
-        result.seconds = time.perf_counter() - start
+        result.seconds = result.earlier_seconds + time.perf_counter() - start
         result.write(folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON: beside its place first, so that the file is never half."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the options of a config by their dotted names.
+
+    >>> flattened({"model": {"width": 3}, "seed": 0})
+    {'model.width': 3, 'seed': 0}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if prefix or key not in SHOWN:
+            below = isinstance(value, Mapping)
+            flat |= flattened(value, f"{prefix}{key}.") if below else {f"{prefix}{key}": value}
+    return flat
 
 
 def plain(value: Any) -> Any:
@@ -169,52 +191,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
-
-
-def jobs_of(swept: Mapping[str, Sequence[str] | None]) -> list[dict[str, str]] | None:
-    """Return what each job of a sweep sets; None if a search chooses it.
-
-    >>> jobs_of({"penalty": ["none", "r1"], "seed": ["0"]})
-    [{'penalty': 'none', 'seed': '0'}, {'penalty': 'r1', 'seed': '0'}]
-    """
-    lists = list(swept.values())
-    if any(each is None for each in lists):
-        return None
-    product = itertools.product(*(each for each in lists if each is not None))
-    return [dict(zip(swept, each, strict=True)) for each in product]
-
-
-def read_sweep(place: Path) -> dict[str, Any] | None:
-    """Return what ``sweep.json`` says of a sweep: its options, and what it varies; None without it.
-
-    Raises:
-        ValueError: if the file is damaged.
-    """
-    try:
-        found = json.loads((place / SWEEP).read_text())
-        return {"overrides": list(found["overrides"]), "swept": dict(found["swept"])}
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{place / SWEEP} does not describe a sweep: {error}") from error
-
-
-def results_in(place: Path) -> dict[str, Result]:
-    """Return the results of the jobs of a sweep, by the name of their folder, in order.
-
-    A job that is the same as another one has the metrics of that one.
-    """
-
-    def order(path: Path) -> tuple[int, str]:
-        number = path.name.partition("-")[0]
-        return (int(number) if number.isdigit() else sys.maxsize, path.name)
-
-    folders = sorted((path.parent for path in place.glob(f"*/{NAME}")), key=order)
-    found = {path.name: r for path in folders if (r := Result.read(path)) is not None}
-    for r in found.values():
-        if r.same_as in found:
-            r.metrics = found[r.same_as].metrics
-    return found
 
 
 def larger_is_better(metric: str) -> bool:

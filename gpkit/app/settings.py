@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback
 
 from gpkit import checks
+from gpkit.app.result import LAST
 
 TASKS = ("train", "test", "predict")
 
@@ -32,8 +33,11 @@ def check_values(cfg: DictConfig) -> None:
             "device=gpu needs a CUDA device; found none: use device=cpu or device=auto"
         )
     if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
+        below = [p for p in ("last.ckpt", LAST) if (Path(cfg.ckpt_path) / p).is_file()]
         raise FileNotFoundError(
-            f"ckpt_path={cfg.ckpt_path}: no such file; it is RUN/checkpoints/last.ckpt of a run"
+            f"ckpt_path={cfg.ckpt_path} is a folder: give ckpt_path={cfg.ckpt_path}/{below[0]}"
+            if below
+            else f"ckpt_path={cfg.ckpt_path}: no such file; it is RUN/{LAST} of a run"
         )
     checks.choice("task", cfg.task, TASKS)
     if cfg.task != "train" and cfg.ckpt_path is None:
@@ -57,7 +61,7 @@ def _check_devices(device: DictConfig) -> None:
 
 
 class RequireMetric(Callback):
-    """Refuses, after the first epoch, a metric for the sweeper that is not logged.
+    """Refuses a metric for the sweeper that is not logged: when its stage has ended first.
 
     Args:
         name: of the metric, such as "val/loss".
@@ -65,11 +69,26 @@ class RequireMetric(Callback):
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.stage = name.partition("/")[0]
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Look for a metric of validation."""
+        if self.stage == "val" and not trainer.sanity_checking:
+            self._require(trainer)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Look for the metric; those of the test come at the end."""
-        found = [n for n in trainer.callback_metrics if not n.startswith("test/")]
-        if self.name not in found and not self.name.startswith("test/"):
+        """Look for a metric of training, or of a callback."""
+        if self.stage not in ("val", "test"):
+            self._require(trainer)
+
+    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+        """Look for a metric of the test."""
+        if self.stage == "test":
+            self._require(trainer)
+
+    def _require(self, trainer: Any) -> None:
+        found = trainer.callback_metrics
+        if self.name not in found:
             raise ValueError(
                 f"optimized_metric={self.name} is not logged{checks.nearest(self.name, found)}; "
                 f"there are {', '.join(sorted(found))}"

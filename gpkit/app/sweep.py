@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -17,18 +17,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from rich.console import Console
 from rich.table import Table
 
+from gpkit.app.jobs import SWEEP, jobs_of, missing, read_sweep, results_in
 from gpkit.app.overrides import is_group, parse
-from gpkit.app.result import (
-    LAST,
-    SWEEP,
-    Result,
-    best,
-    is_baseline,
-    jobs_of,
-    main_metric,
-    read_sweep,
-    results_in,
-)
+from gpkit.app.result import LAST, Result, best, is_baseline, main_metric, write_json
 
 
 class NoteSweep(Callback):
@@ -57,8 +48,9 @@ class NoteSweep(Callback):
             config.hydra.overrides.hydra.append(f"{key}=[{quoted}]")
         NoteSweep.folder = folder = Path(config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
-        note = {"overrides": overrides, "swept": swept}
-        (folder / SWEEP).write_text(json.dumps(note, indent=2) + "\n")
+        trials = config.hydra.sweeper.get("n_trials") if search else None
+        note = {"overrides": overrides, "swept": swept, "trials": trials}
+        write_json(folder / SWEEP, note)
 
 
 def values_of(override: Override) -> list[str] | None:
@@ -160,7 +152,7 @@ def locked(place: Path) -> Iterator[None]:
 
 
 def say_end(place: Path, console: Console | None = None) -> int:
-    """Print the table of a sweep, its best run, and what failed.
+    """Print the table of a sweep, its best run, and what failed or did not run.
 
     Args:
         place: the folder of the sweep.
@@ -169,7 +161,8 @@ def say_end(place: Path, console: Console | None = None) -> int:
     Returns:
         How many jobs did not finish.
     """
-    results, swept = results_in(place), (read_sweep(place) or {"swept": {}})["swept"]
+    results, note = results_in(place), read_sweep(place) or {"swept": {}, "trials": None}
+    swept = note["swept"]
     jobs = jobs_of(swept)
     if jobs is not None:  # not those of an earlier command in the same folder
         results = {name: r for name, r in results.items() if r.options(swept) in jobs}
@@ -202,15 +195,20 @@ def say_end(place: Path, console: Console | None = None) -> int:
         console.print(f"          {place / name}", soft_wrap=True)
     console.print(f"  report  python -m gpkit.report {place}", soft_wrap=True)
     bad = {n: r for n, r in results.items() if r.status not in ("finished", "same")}
-    if bad:
-        print(f"error: {len(bad)} of {len(results)} jobs did not finish:", file=sys.stderr)
-        for name, r in bad.items():
-            print(f"  {place / name}: {r.error or r.state}", file=sys.stderr)
-        again = f"The same command with hydra.sweep.dir={place} runs only these again"
-        if any(r.state in ("killed", "interrupted") for r in bad.values()):
-            again += ", from their last checkpoint if they were stopped"
-        print(again, file=sys.stderr)
-    return len(bad)
+    absent = missing(note, list(results.values())) if swept else []
+    if not bad and not absent:
+        return 0
+    total = len(results) + len(absent)
+    print(f"error: {len(bad) + len(absent)} of {total} jobs did not finish:", file=sys.stderr)
+    for name, r in bad.items():
+        print(f"  {place / name}: {r.error or r.state}", file=sys.stderr)
+    for words, count in Counter(absent).items():
+        print(f"  not run: {words}{f' ({count} times)' * (count > 1)}", file=sys.stderr)
+    again = f"The same command with hydra.sweep.dir={place} runs only these again"
+    if any(r.state in ("killed", "interrupted") for r in bad.values()):
+        again += ", from their last checkpoint if they were stopped"
+    print(again, file=sys.stderr)
+    return len(bad) + len(absent)
 
 
 def _word(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from datetime import datetime
@@ -27,23 +26,17 @@ from gpkit.app.build import (
 )
 from gpkit.app.callbacks.bar import Bar
 from gpkit.app.callbacks.cost import StepCost
-from gpkit.app.callbacks.guard import FiniteGuard
+from gpkit.app.callbacks.guard import FiniteGuard, require_finite_test
 from gpkit.app.callbacks.interrupts import StopAtSignal
-from gpkit.app.checkpoints import (
-    Checkpoints,
-    Metrics,
-    RandomStates,
-    Recipes,
-    WholeFiles,
-    require_checkpoint,
-)
-from gpkit.app.data import batches_of, build_data, loader_of
+from gpkit.app.callbacks.state import Progress, RandomStates, Recipes
+from gpkit.app.checkpoints import Checkpoints, Start, WholeFiles, require_checkpoint
+from gpkit.app.data import batches_of, build_data, loader_of, loader_of_task
 from gpkit.app.examine import require_fit
-from gpkit.app.lines import count_parameters, nets_of, say_results, say_what_runs
-from gpkit.app.logs import log_result, log_start
 from gpkit.app.overrides import CONFIG_DIR, check_types, explain, set_keys
-from gpkit.app.result import LAST, Result, finite, recorded
+from gpkit.app.result import LAST, Result, finite, recorded, write_json
 from gpkit.app.settings import RequireMetric, check_values, quiet
+from gpkit.app.shown.lines import count_parameters, nets_of, say_results, say_start, say_what_runs
+from gpkit.app.shown.logs import log_result, log_start
 from gpkit.app.sweep import describe
 
 
@@ -112,6 +105,7 @@ def run(
     Raises:
         ValueError: if a value is out of its range.
         FileNotFoundError: if ``ckpt_path`` does not exist.
+        ArithmeticError: if a loss, a penalty or a gradient is not finite.
     """
     check_values(cfg)
     quiet()
@@ -123,45 +117,49 @@ def run(
     callbacks = build_callbacks(cfg)
     module = build_module(cfg, data, set_keys(overrides))
     require_fit(module, data)
-    has_best = loader_of(data, "val") is not None and not trains_pair(cfg)  # a pair has no val/loss
-    start = resume or (None if cfg.ckpt_path is None else Path(cfg.ckpt_path))
-    steps = 0  # that are done
-    if start is not None:
-        trains = cfg.task == "train" and resume is None
-        steps = require_checkpoint(start, module, cfg.trainer.max_epochs if trains else None)
-    restored = Metrics()
+    loader = loader_of_task(cfg, data)
+    validates = loader_of(data, "val") is not None and cfg.trainer.get("limit_val_batches") != 0
+    has_best = validates and not trains_pair(cfg)  # a pair has no val/loss
+    path = resume or (None if cfg.ckpt_path is None else Path(cfg.ckpt_path))
+    trains, start = cfg.task == "train", Start()
+    if path is not None:
+        start = require_checkpoint(path, module, cfg, trains=trains, ended=resume is not None)
+    if result is not None:
+        result.earlier_seconds = start.seconds
+    progress = Progress(start.seconds)
     callbacks += [
         FiniteGuard(),
         RandomStates(),
-        restored,
+        progress,
         Recipes(cfg, recipes(cfg, data, set_keys(overrides))),
     ]
     callbacks += [StopAtSignal(folder / LAST, overrides)]
     cost = StepCost()
     if not cfg.module.get("compile"):  # a compiled loss would be compiled again
         callbacks.append(cost)
-    if has_best:
+    if has_best or cfg.optimized_metric != "val/loss":  # the default is for any data
         callbacks.append(RequireMetric(cfg.optimized_metric))
-    logged = cfg.task == "train" and any(folder.glob("events.*"))  # by a run that was stopped
-    loggers = build_loggers(cfg.logger, steps if logged else None)
+    logged = trains and any(folder.glob("events.*"))  # by a run that was stopped
+    loggers = build_loggers(cfg.logger, start.steps if logged else None)
     trainer = build_trainer(cfg, folder, callbacks, loggers, has_best=has_best, sweep=sweep)
     say_what_runs(cfg, module, trainer, data)
+    say_start(path, start)
     for logger in trainer.loggers if trainer.is_global_zero else ():
         log_start(logger, cfg, pair=trains_pair(cfg))
     if cfg.task == "predict":
-        return predict(trainer, module, data, cfg.ckpt_path, folder)
+        return predict(trainer, module, loader, cfg.ckpt_path, folder)
     metrics: dict[str, Any] = {}
-    tested = cfg.ckpt_path if cfg.task == "test" else None
-    if cfg.task == "train":
-        trainer.fit(module, datamodule=data, ckpt_path=start)
-        metrics |= restored.metrics | trainer.callback_metrics
+    tested = cfg.ckpt_path
+    if trains:
+        trainer.fit(module, datamodule=data, ckpt_path=path)
+        metrics |= progress.metrics | trainer.callback_metrics
         checkpoint = trainer.checkpoint_callback
         best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
         tested = best if cfg.test_checkpoint == "best" and best else None
-    if loader_of(data, "test") is not None:
+    if loader is not None:
         metrics |= trainer.test(module, datamodule=data, ckpt_path=tested, verbose=False)[0]
     final = {name: float(value) for name, value in sorted(metrics.items())}
-    tested = str(tested or "the weights of the last step")
+    tested = None if loader is None else str(tested or "the weights of the last step")
     if result is not None:
         result.metrics, result.tested = finite(final), tested
         result.cost_in_plain_steps = cost.plain_steps
@@ -170,17 +168,20 @@ def run(
         for logger in trainer.loggers:
             log_result(logger, cfg, final, trainer.fit_loop.total_batch_idx)
         write_metrics(folder, final)
-        say_results(folder, final, tested, overrides)
+        say_results(folder, final, tested or "", overrides)
+    require_finite_test(final)
     return final
 
 
-def predict(trainer: pl.Trainer, module: Any, data: Any, path: str, folder: Path) -> dict[str, Any]:
-    """Write the outputs of a checkpoint for the test set to ``predictions.pt``.
+def predict(
+    trainer: pl.Trainer, module: Any, loader: Any, path: str, folder: Path
+) -> dict[str, Any]:
+    """Write the outputs of a checkpoint for the samples of a loader to ``predictions.pt``.
 
     Returns:
         No metrics.
     """
-    outputs = trainer.predict(module, loader_of(data, "test"), ckpt_path=path)
+    outputs = trainer.predict(module, loader, ckpt_path=path)
     torch.save(torch.cat(cast(list[Any], outputs)), folder / "predictions.pt")
     print(f"\n  predictions  {folder / 'predictions.pt'}")
     return {}
@@ -197,7 +198,9 @@ def count_steps(cfg: DictConfig, batches: int) -> int:
     if limit is not None:
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     each = cfg.module.get("accumulate", 1) * cfg.trainer.accumulate_grad_batches
-    return max(1, math.ceil(batches / each) * cfg.trainer.max_epochs)
+    steps = max(1, math.ceil(batches / each) * cfg.trainer.max_epochs)
+    most = cfg.trainer.get("max_steps", -1)  # of a pair, Lightning counts those of both nets
+    return steps if most < 0 or trains_pair(cfg) else min(steps, most)
 
 
 def build_trainer(
@@ -245,5 +248,4 @@ def build_trainer(
 
 def write_metrics(folder: Path, metrics: dict[str, float]) -> None:
     """Write metrics.json. NaN and infinities, which JSON does not have, become null."""
-    text = json.dumps(finite(metrics), indent=2, allow_nan=False)
-    (folder / "metrics.json").write_text(text + "\n")
+    write_json(folder / "metrics.json", finite(metrics))

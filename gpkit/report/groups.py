@@ -11,7 +11,14 @@ from typing import Any
 from scipy import stats
 
 from gpkit import checks
-from gpkit.app.result import SHOWN, Result, is_baseline, larger_is_better, main_metric
+from gpkit.app.result import (
+    SHOWN,
+    Result,
+    flattened,
+    is_baseline,
+    larger_is_better,
+    main_metric,
+)
 from gpkit.report.read import Run
 
 COST = "cost_in_plain_steps"
@@ -173,20 +180,6 @@ def varied_keys(results: Sequence[Result]) -> list[str]:
     below = [k for k in leaves if not any(k.startswith(f"{t}.") for t in several)]
     order = [*several, *differing, *below] if len(results) > 1 else [*typed]
     return [k for k in dict.fromkeys(order) if k.partition(".")[0] not in LEFT_OUT]
-
-
-def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the options of a config by their dotted names.
-
-    >>> flattened({"model": {"width": 3}, "seed": 0})
-    {'model.width': 3, 'seed': 0}
-    """
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if prefix or key not in SHOWN:
-            below = isinstance(value, Mapping)
-            flat |= flattened(value, f"{prefix}{key}.") if below else {f"{prefix}{key}": value}
-    return flat
 
 
 def option(result: Result, key: str) -> Any:

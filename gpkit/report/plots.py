@@ -34,7 +34,7 @@ def draw(table: Table, folder: Path) -> dict[str, Path]:
         f"{table.metric} against the weight": ("metric_against_weight", against_weight),
         f"{table.metric} against gradient norms": ("metric_against_norm", against_norm),
         "Learning curves": ("learning_curves", learning_curves),
-        "Gain against cost": ("gain_against_cost", gain_against_cost),
+        "Difference to the baseline against cost": ("gain_against_cost", gain_against_cost),
     }
     written = {}
     for title, (name, plot) in plots.items():
@@ -159,13 +159,13 @@ def gain_against_cost(table: Table) -> Figure | None:
             wide = None if math.isnan(cost.std) else cost.std
             axes.errorbar(x, gain.mean, error, wide, fmt="o", color=color, label=label, capsize=3)
             if len(own) > 1 and group.values.get(WEIGHT) is not None:
-                text = word(group.values[WEIGHT])
+                text = f"λ {word(group.values[WEIGHT])}"
                 axes.annotate(text, (x, gain.mean), (5, 5), textcoords="offset points", size=8)
     axes.axhline(0, color=GREY, lw=1, ls="--")
     better = "more" if larger_is_better(table.metric) else "less"
     axes.set(
         xlabel="time of a step, in steps without a penalty",
-        ylabel=f"gain in {table.metric} ({better} is better)",
+        ylabel=f"difference in {table.metric} ({better} is better)",
     )
     _legend(axes)
     return figure

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gpkit.app.result import NAME, SWEEP, Result, jobs_of, read_sweep
+from gpkit.app.jobs import SWEEP, missing, read_sweep
+from gpkit.app.result import NAME, Result
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,11 @@ def _note_missing(place: Path, there: Sequence[Run], found: Found) -> None:
     except ValueError as error:
         found.problems.append(str(error))
         return
-    swept = note["swept"] if note else {}
-    done = [r.result.options(swept) for r in there]
-    for job in jobs_of(swept) or []:
-        if job not in done:
-            found.counts["missing"] += 1
-            words = " ".join(f"{k}={v}" for k, v in job.items())
-            found.problems.append(f"{place}: {words} has not run")
+    absent = missing(note, [r.result for r in there]) if note else []
+    found.counts.update(["missing"] * len(absent))
+    for words, count in Counter(absent).items():
+        of = f"{count} of {note['trials']} trials have" if words == "a trial" else f"{words} has"
+        found.problems.append(f"{place}: {of} not run")
 
 
 def _sort(runs: Sequence[Run], found: Found) -> None:

@@ -1,6 +1,7 @@
-"""A command line in this process, for every test of the application."""
+"""A command line in this process, and a process that is gone, for tests of the application."""
 
 import logging
+import subprocess
 import sys
 
 import pytest
@@ -34,3 +35,11 @@ def command(tmp_path, monkeypatch, capfd):
     for handler in set(root.handlers) - set(handlers):
         handler.close()
     root.handlers = handlers
+
+
+@pytest.fixture(scope="session")
+def dead():
+    """Return the id of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid

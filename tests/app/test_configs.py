@@ -56,6 +56,7 @@ def test_an_experiment_says_its_command_and_its_result(path):
 
 
 @pytest.mark.parametrize(("path", "line"), COMMANDS, ids=name_of)
+@pytest.mark.usefixtures("graphs_alone")  # where a command compiles
 def test_the_commands_in_the_files(path, line, tmp_path):
     overrides = shlex.split(line)
     config = compose("train", overrides)

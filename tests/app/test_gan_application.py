@@ -124,7 +124,7 @@ def test_the_last_weights_are_tested(run):
 
 
 def test_the_end_says_what_came_of_it(run, capsys):
-    from gpkit.app.lines import say_results
+    from gpkit.app.shown.lines import say_results
 
     metrics, folder = run
     say_results(folder, metrics, "last", [])

@@ -116,7 +116,8 @@ def test_the_norms_of_the_monitor_replace_those_of_the_module(tmp_path):
 
 @pytest.mark.parametrize("name", ["overfit", "profiler", "anomaly"])
 def test_debugging(name, tmp_path):
-    metrics = gpkit.train([*SMALL, f"debug={name}", "trainer.max_epochs=60"], tmp_path)
+    epochs = 60 if name == "overfit" else 1
+    metrics = gpkit.train([*SMALL, f"debug={name}", f"trainer.max_epochs={epochs}"], tmp_path)
     if name == "overfit":
         assert metrics["train/loss"] < 1.0  # from 2.3
 
@@ -135,14 +136,28 @@ def test_a_checkpoint_is_tested_without_training(trained, tmp_path):
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_checkpoint_predicts(trained, tmp_path):
+def test_a_checkpoint_predicts(trained, tmp_path, capsys):
     path = trained[1] / "checkpoints/best.ckpt"
     gpkit.train([*SMALL, "task=predict", f"ckpt_path={path}"], tmp_path)
+    assert f"run      predict of {path}, no training, seed 0\n" in capsys.readouterr().out
     found = torch.load(tmp_path / "predictions.pt")
     data = gpkit.data.Digits(train_size=256)
     data.setup("fit")
     x = torch.cat([x for x, _ in data.test_dataloader()])
     torch.testing.assert_close(found, gpkit.load(path)(x).detach())
+
+
+@pytest.mark.parametrize(
+    ("task", "words"), [("test", "test_dataloader"), ("predict", "or predict_dataloader")]
+)
+def test_a_task_without_its_data_is_refused(task, words, trained, tmp_path):
+    options = [
+        f"task={task}",
+        "data.test_size=0",
+        f"ckpt_path={trained[1] / 'checkpoints/last.ckpt'}",
+    ]
+    with pytest.raises(ValueError, match=rf"task={task}: Digits has no test set: .*{words}\(\)"):
+        gpkit.train([*SMALL, *options], tmp_path)
 
 
 def test_a_net_is_loaded_and_nothing_in_the_checkpoint_is_executed(trained, tmp_path):

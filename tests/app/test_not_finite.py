@@ -1,5 +1,6 @@
 """A loss, a penalty or a gradient that is not finite stops the run, which names it."""
 
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import nn
 
 import gpkit
 from gpkit.app.callbacks.guard import NonFiniteError
+from gpkit.app.result import Result
 from gpkit.data import TwoMoons
 
 pytestmark = pytest.mark.app
@@ -108,6 +110,14 @@ class BadValidation(TwoMoons):
         self.val_set.tensors[0][0] = torch.nan
 
 
+class BadTest(TwoMoons):
+    """Data with a test sample that is NaN."""
+
+    def setup(self, stage=None):
+        super().setup(stage)
+        self.test_set.tensors[0][0] = torch.nan
+
+
 def checkpoint(folder, name="last"):
     return torch.load(Path(folder) / f"checkpoints/{name}.ckpt", weights_only=True)
 
@@ -197,6 +207,17 @@ def test_a_validation_loss_that_is_not_finite_is_named(tmp_path):
     words = r"val/loss is nan, though the weights are finite.*look at the validation data"
     with pytest.raises(NonFiniteError, match=words):
         gpkit.train([*QUIET, *options, "penalty=none"], tmp_path)
+
+
+def test_a_test_loss_that_is_not_finite_is_named_and_the_run_is_kept(tmp_path):
+    options = [f"data._target_={__name__}.BadTest", "data=two_moons", "trainer.max_epochs=1"]
+    words = r"test/loss is nan, though the weights are finite: look at the test data"
+    with pytest.raises(NonFiniteError, match=words):
+        gpkit.train([*QUIET, *options, "penalty=none"], tmp_path)
+    result = Result.read(tmp_path)
+    assert (result.status, result.metrics["test/loss"]) == ("failed", None)
+    assert result.metrics["val/loss"] > 0
+    assert json.loads((tmp_path / "metrics.json").read_text()) == result.metrics
 
 
 def test_a_gan_stops_too(tmp_path):

@@ -3,60 +3,19 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.types import RunMode
-from torch import nn
+from swept import BRITTLE, FAST, SWEEP, results
 
 import gpkit
-from gpkit.app.overrides import CONFIG_DIR, short
-from gpkit.app.result import Result, best
-from gpkit.app.sweep import claim
+from gpkit.app.result import Result
+from gpkit.app.sweep import say_end
 from gpkit.report.curves import curves_of
 
 pytestmark = pytest.mark.app
-
-ROOT = Path(__file__).resolve().parents[2]
-FAST = ["device=cpu", "trainer=fast_dev_run", "trainer.enable_progress_bar=false"]
-SWEEP = "hydra.sweep.dir=sweep"
-
-
-class Brittle(nn.Sequential):
-    """A net of ten outputs that does not run at some widths, unless a file is there."""
-
-    def __init__(self, num_outputs, width=3):
-        super().__init__(nn.Flatten(), nn.Linear(64, width), nn.Linear(width, num_outputs))
-        self.width = width
-
-    def forward(self, x):
-        if self.width == 5 and not Path("repaired").exists():
-            raise RuntimeError("the power is gone")
-        return super().forward(x)
-
-
-BRITTLE = [*FAST, f"model._target_={__name__}.Brittle", SWEEP]
-
-
-def strictly(constant):
-    raise AssertionError(f"{constant} is not JSON")
-
-
-def results():
-    """Return the results of the sweep by job number, as plain JSON."""
-    paths = sorted(Path("sweep").glob("*/result.json"))
-    return {
-        int(path.parent.name.partition("-")[0]): json.loads(
-            path.read_text(), parse_constant=strictly
-        )
-        for path in paths
-    }
 
 
 def test_every_job_leaves_its_result(command):
@@ -160,6 +119,52 @@ def test_a_larger_grid_runs_only_what_is_new(command):
     assert [r.status for r in jacobian] == ["finished", "finished"]
 
 
+# A sweep that was stopped: which of its jobs are missing.
+
+
+def note(swept, trials=None):
+    place = Path("sweep")
+    place.mkdir()
+    found = {"overrides": [], "swept": swept, "trials": trials}
+    (place / "sweep.json").write_text(json.dumps(found))
+    return place
+
+
+def put(place, number, words, status="finished"):
+    metrics = {"val/loss": 1.0} if status == "finished" else {}
+    Result({}, words, status=status, metrics=metrics).write(place / f"{number}-{','.join(words)}")
+
+
+def test_the_jobs_that_a_stopped_sweep_has_not_run_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    place = note({"penalty": ["none", "r1"], "seed": ["0", "1"]})
+    put(place, 0, ["penalty=none", "seed=0"])
+    put(place, 1, ["penalty=none", "seed=1"], "interrupted")
+    assert say_end(place) == 3
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "error: 3 of 4 jobs did not finish:",
+        "  sweep/1-penalty=none,seed=1: interrupted",
+        "  not run: penalty=r1 seed=0",
+        "  not run: penalty=r1 seed=1",
+        "The same command with hydra.sweep.dir=sweep runs only these again, from their last "
+        "checkpoint if they were stopped",
+    ]
+
+
+def test_a_stopped_search_says_how_many_trials_are_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    place = note({"penalty.weight": None}, trials=5)
+    put(place, 0, ["penalty.weight=0.1"])
+    put(place, 1, ["penalty.weight=0.2"])
+    assert say_end(place) == 3
+    errors = capsys.readouterr().err
+    assert "error: 3 of 5 jobs did not finish:\n  not run: a trial (3 times)\n" in errors
+    for number in (2, 3, 4):
+        put(place, number, [f"penalty.weight={number}"])
+    assert say_end(place) == 0
+
+
 # A job that was stopped goes on where it was.
 
 
@@ -225,197 +230,3 @@ def test_a_job_that_was_killed_after_its_last_epoch_is_only_tested(command, dead
     after = Result.read(first)
     assert (after.metrics, after.tested) == (before.metrics, before.tested)
     assert len(curves_of(first)["train/loss"][0]) == steps
-
-
-# Results of runs that are dead, alive, or of another sort.
-
-
-def made(folder, **options):
-    result = Result({"seed": 0, "penalty": {"_target_": "gpkit.r1"}}, **options)
-    result.write(folder)
-    return result
-
-
-@pytest.fixture(scope="module")
-def dead():
-    """Return the id of a process that has ended."""
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
-
-
-def test_a_run_that_was_killed_is_told_from_one_that_runs(tmp_path, dead):
-    assert made(tmp_path).state == "running"
-    assert made(tmp_path, pid=dead).state == "killed"
-    assert made(tmp_path, pid=dead, host="elsewhere").state == "running"  # who knows
-    assert made(tmp_path, pid=dead, status="failed").state == "failed"
-
-
-def test_a_job_claims_what_no_other_has_done(tmp_path, dead):
-    new = Result({"seed": 0, "penalty": {"_target_": "gpkit.r1"}})
-    made(tmp_path / "0", pid=dead)  # killed
-    assert claim(tmp_path / "1", new) is None
-    assert Result.read(tmp_path / "1").status == "running"
-    made(tmp_path / "0", pid=1)  # at work, in another process
-    assert claim(tmp_path / "1", new).same_as == "0"
-    made(tmp_path / "0", status="failed")
-    new = Result({"seed": 0, "penalty": {"_target_": "gpkit.r1"}})
-    assert claim(tmp_path / "1", new) is None
-    other = Result({"seed": 1, "penalty": {"_target_": "gpkit.r1"}})
-    made(tmp_path / "0", status="finished")
-    assert claim(tmp_path / "2", other) is None
-    assert claim(tmp_path / "0", new).status == "finished"
-
-
-def test_a_damaged_result_is_named(tmp_path):
-    (tmp_path / "result.json").write_text("{")
-    with pytest.raises(ValueError, match=r"result\.json is no result of a run: Expecting"):
-        Result.read(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
-def test_one_process_of_a_run_writes_the_result(name, tmp_path, monkeypatch):
-    monkeypatch.setenv(name, "1")
-    made(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_error_and_a_signal_are_recorded(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    options = [*FAST, "penalty=none"]
-    with pytest.raises(RuntimeError, match="power"):
-        gpkit.train([*options, f"model._target_={__name__}.Brittle", "model.width=5"], tmp_path)
-    failed = Result.read(tmp_path)
-    assert (failed.status, failed.error) == ("failed", "the power is gone")
-    monkeypatch.setattr("gpkit.app.train.check_values", lambda cfg: sys.exit(130))
-    with pytest.raises(SystemExit):
-        gpkit.train(options, tmp_path)
-    assert Result.read(tmp_path).status == "interrupted"
-
-
-def test_the_best_run_has_the_largest_accuracy_or_the_smallest_loss():
-    runs = {
-        "a": Result({}, metrics={"test/acc": 0.5, "test/loss": 0.5}),
-        "b": Result({}, metrics={"test/acc": 0.9, "test/loss": 0.7}),
-        "c": Result({}, metrics={"test/acc": None}),
-    }
-    assert best(runs, "test/acc") == "b"
-    assert best(runs, "test/loss") == "a"
-
-
-def test_long_names_stay_different():
-    long = "penalty.match=head.*," * 10
-    assert short(long + "seed=0") != short(long + "seed=1")
-    assert len(short(long)) < 150
-
-
-# Launchers.
-
-TINY = [*FAST, SWEEP, "model.width=4", "penalty=none,weight_grad_norm", "seed=0"]
-
-
-def compose_launcher(name, *options):
-    pytest.importorskip(f"hydra_plugins.hydra_{name.partition('_')[0]}_launcher")
-    words = [f"hydra/launcher={name}", *options]
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return compose("train", words, return_hydra_config=True).hydra.launcher
-
-
-def test_slurm_takes_its_options():
-    options = ["hydra.launcher.partition=gpu", "hydra.launcher.timeout_min=30"]
-    launcher = compose_launcher("submitit_slurm", *options)
-    assert launcher._target_.endswith("SlurmLauncher")
-    assert (launcher.partition, launcher.timeout_min) == ("gpu", 30)
-
-
-def test_a_package_that_is_missing_is_named(command):
-    for option, package in (("hydra/sweeper=optuna", "hydra-optuna-sweeper"),):
-        if find_spec("hydra_plugins.hydra_optuna_sweeper") is None:
-            code, _, errors = command("-m", *FAST, option, "seed=0,1")
-            assert code == 1
-            assert f"{option} needs a package: pip install {package} (" in errors
-
-
-def searched(*options):
-    """Return the composed sweeper of ``search=optuna``."""
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="an extra package")
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return compose("train", ["search=optuna", *options], return_hydra_config=True).hydra
-
-
-@pytest.mark.parametrize(
-    ("metric", "way"), [("val/loss", "minimize"), ("val/acc", "maximize"), ("test/mae", "minimize")]
-)
-def test_a_search_goes_to_the_better_side(metric, way):
-    found = searched(f"optimized_metric={metric}")
-    assert found.mode == RunMode.MULTIRUN
-    assert found.sweeper._target_.endswith("OptunaSweeper")
-    assert found.sweeper.direction == way
-
-
-@pytest.mark.filterwarnings("ignore")  # of Optuna 2 and what it needs
-def test_a_search_goes_on_after_a_failure_and_where_it_stopped(command):
-    searched()
-    words = ["search=optuna", "hydra.sweeper.n_trials=4", *BRITTLE, "model.width=choice(4,5)"]
-    code, out, errors = command(*words)
-    assert code == 1
-    first = results()
-    states = [r["status"] for r in first.values()]
-    assert len(states) == 4
-    assert {"failed", "finished"} == {*states}
-    assert f"{states.count('failed')} of 4 jobs did not finish" in errors
-    assert json.loads(Path("sweep/sweep.json").read_text())["swept"] == {
-        "penalty.weight": None,
-        "model.width": None,
-    }
-    weights = [r["varied"]["penalty.weight"] for r in first.values()]
-    assert len({*weights}) == 4
-    assert all(0.01 <= w <= 10 for w in weights)
-    assert "best    val/loss" in out
-
-    Path("repaired").touch()
-    code, out, errors = command(*words)
-    assert code == 0, errors
-    assert out.count("done before") >= 1
-    done = [r for r in first.values() if r["status"] == "finished"]
-    assert all(r in results().values() for r in done)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "launcher", [["joblib", "hydra.launcher.n_jobs=2"], ["submitit_local"]], ids=lambda own: own[0]
-)
-def test_jobs_side_by_side(launcher, tmp_path, monkeypatch):
-    compose_launcher(launcher[0])
-    monkeypatch.chdir(tmp_path)
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from gpkit.app.cli import main; main()"
-    words = [*TINY, "data.batch_size=0,64", f"hydra/launcher={launcher[0]}", *launcher[1:]]
-    done = subprocess.run(
-        [sys.executable, "-c", code, "-m", *words], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1, done.stderr
-    found = results()
-    assert [r["status"] for r in found.values()] == ["failed", "finished"] * 2
-    assert len({r["pid"] for r in found.values()}) > 1
-    assert "best    val/loss" in done.stdout
-    assert "2 of 4 jobs did not finish" in done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.ddp
-def test_jobs_of_two_processes(tmp_path, monkeypatch):
-    """ddp would run the sweep again in each of its processes: in a sweep it is ddp_spawn."""
-    monkeypatch.chdir(tmp_path)
-    words = [w for w in TINY if w != "device=cpu"] + ["device=ddp", "device.accelerator=cpu"]
-    done = subprocess.run(
-        [sys.executable, ROOT / "train.py", "-m", *words],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found = results()
-    assert [r["status"] for r in found.values()] == ["finished"] * 2
-    assert all(r["metrics"]["test/acc"] >= 0 for r in found.values())
-    state = torch.load(next(Path("sweep").glob("1-*/checkpoints/last.ckpt")), weights_only=True)
-    assert state["gpkit_penalties"].keys() == {"weight_grad_norm"}

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import gpkit
 from gpkit.app.overrides import CONFIG_DIR
@@ -153,9 +154,15 @@ def test_the_checkpoint_that_is_tested(which, tmp_path):
 
 
 @pytest.mark.parametrize("size", ["data.test_size=0", "data.val_size=0"])
-def test_a_part_of_the_data_may_be_missing(size, tmp_path):
+def test_a_part_of_the_data_may_be_missing(size, tmp_path, capsys):
     metrics = gpkit.train([*SMALL, "trainer.max_epochs=1", size], tmp_path)
-    missing = "test/" if "test" in size else "val/"
+    missing, shown = ("test/", "val/") if "test" in size else ("val/", "test/")
+    ends = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert f"{shown}acc" in ends
+    assert ("tested" in ends) == (shown == "test/")
+    content = EventAccumulator(str(tmp_path)).Reload().PluginTagToContent("hparams")
+    found = HParamsPluginData.FromString(content["_hparams_/experiment"]).experiment
+    assert {m.name.tag for m in found.metric_infos} == {k for k in metrics if k.startswith(shown)}
     assert metrics.keys() == {name for name in PROMISED if not name.startswith(missing)}
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
     assert (tmp_path / "checkpoints/last.ckpt").is_file()

@@ -49,11 +49,15 @@ def test_what_is_the_same_counts_once(put, place):
     assert not found.problems
 
 
-def test_a_search_has_no_missing_jobs(put, place):
+@pytest.mark.parametrize(("trials", "missing"), [(None, 0), (1, 0), (4, 3)])
+def test_a_search_says_how_many_trials_are_missing(trials, missing, put, place):
     put("r1", 0.1, 0)
     note = {"overrides": [], "swept": {"penalty.weight": None}}
+    note |= {} if trials is None else {"trials": trials}  # an older one does not say
     (place / "sweep.json").write_text(json.dumps(note))
-    assert not find([place]).problems
+    found = find([place])
+    assert found.counts["missing"] == missing
+    assert found.problems == [f"study: {missing} of {trials} trials have not run"] * bool(missing)
 
 
 def test_a_damaged_result_loses_no_other(put, place):

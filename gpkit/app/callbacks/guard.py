@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -95,6 +97,20 @@ class FiniteGuard(Callback):
         else:
             line += ": the data are finite; try a smaller optimizer.lr or penalty.weight"
         return f"{line}. {_left(trainer)}"
+
+
+def require_finite_test(metrics: Mapping[str, float]) -> None:
+    """Refuse a loss of the test that is not finite: the training ended well, so it is the data's.
+
+    Raises:
+        NonFiniteError: for such a loss.
+    """
+    loss = metrics.get("test/loss", 0.0)
+    if not math.isfinite(loss):
+        raise NonFiniteError(
+            f"test/loss is {loss}, though the weights are finite: look at the test data. The "
+            "checkpoints are good"
+        )
 
 
 def tells(module: Any) -> bool:

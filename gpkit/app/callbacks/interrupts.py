@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +11,7 @@ from typing import Any
 
 from pytorch_lightning.callbacks import Callback
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class Interrupted(SystemExit):
-    """A signal stopped the run. The exit code is 128 + its number, as a shell expects."""
+from gpkit.app.signals import SIGNALS, Interrupted, say_stopped
 
 
 class StopAtSignal(Callback):
@@ -32,7 +27,7 @@ class StopAtSignal(Callback):
 
     def __init__(self, checkpoint: Path, overrides: Sequence[str]) -> None:
         self.checkpoint = checkpoint
-        self.overrides = [o for o in overrides if not o.startswith("ckpt_path=")]
+        self.overrides = overrides
         self._received = 0
         self._handlers: dict[Any, Any] = {}
 
@@ -46,12 +41,18 @@ class StopAtSignal(Callback):
         if self._received:
             if trainer.world_size == 1:
                 trainer.save_checkpoint(self.checkpoint, weights_only=False)
-            self._say(trainer)
+            ended = trainer.is_last_batch and trainer.current_epoch + 1 >= trainer.max_epochs
+            if trainer.is_global_zero:
+                say_stopped(self._received, self.checkpoint, self.overrides, ended=ended)
             raise Interrupted(128 + self._received)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Put the handlers back."""
+        """Put the handlers back; stop if a signal came after the last step."""
         self._restore()
+        if self._received:
+            if trainer.is_global_zero:
+                say_stopped(self._received, self.checkpoint, self.overrides, ended=True)
+            raise Interrupted(128 + self._received)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Put the handlers back."""
@@ -65,12 +66,3 @@ class StopAtSignal(Callback):
     def _restore(self) -> None:
         while self._handlers:
             signal.signal(*self._handlers.popitem())
-
-    def _say(self, trainer: Any) -> None:
-        if trainer.is_global_zero:
-            name = signal.Signals(self._received).name
-            left = "no checkpoint was written"
-            if self.checkpoint.is_file():
-                again = " ".join([*self.overrides, f"ckpt_path={self.checkpoint}"])
-                left = f"go on with: python train.py {again}"
-            print(f"stopped by {name} in epoch {trainer.current_epoch}; {left}", file=sys.stderr)

@@ -23,8 +23,8 @@ from gpkit.formula import Terms
 from gpkit.lightning.batches import Batch, Keys, entries, unpack
 from gpkit.lightning.compat import logs_now, scale_of, scaler_of, trainer_of
 from gpkit.lightning.module.forward import ForwardPass, ForwardRunner, require_fit
+from gpkit.lightning.module.logged import TOTAL, StepLog, log_norms_of
 from gpkit.lightning.module.metrics import as_metrics, prediction
-from gpkit.lightning.norms import input_norms, weight_norm
 from gpkit.lightning.recording import EVALUATION, Histograms, LatestStep, penalty_scalars
 from gpkit.lightning.refusals import require_functions
 from gpkit.losses import LossFunction, as_loss, logits, per_sample
@@ -57,7 +57,8 @@ class PenalizedModule(pl.LightningModule):
 
     It logs ``train/loss`` (L, without penalties), ``train/loss_total``, and for each penalty
     ``penalty/<name>`` (weighted, as it enters the loss), ``penalty/<name>/weight``, and where it
-    acts ``penalty/<name>/norm`` (the mean norm). On the steps that the trainer logs it also logs
+    acts ``penalty/<name>/norm`` (the mean norm): on the steps that the trainer logs, and on the
+    last of an epoch and of the fit. On the steps that the trainer logs it also logs
     ``grad_norm/weight``, the norm ‖∂L/∂θ‖ without penalties, and ``grad_norm/input``, the mean
     over samples of ‖∂ℓ_i/∂x_i‖. At validation and test it logs ``<stage>/loss`` (without
     penalties), the metrics as ``<stage>/<metric>``, ``<stage>/grad_norm/weight`` and
@@ -93,6 +94,9 @@ class PenalizedModule(pl.LightningModule):
         ValueError: if two penalties have the same name, or ``histogram_every_n_epochs`` is
             negative.
         RuntimeError: if this version of torch cannot compile gradients.
+
+    ``PenalizedModule.load_from_checkpoint(path, net=..., loss=...)`` needs both: a checkpoint has
+    the weights and the states of the penalties. `gpkit.load` makes the net of one of ``train.py``.
 
     >>> import gpkit, torch
     >>> net = torch.nn.Linear(2, 1)
@@ -142,7 +146,7 @@ class PenalizedModule(pl.LightningModule):
         )
         self.compiled_loss = compiled(self._computed, self.penalties) if compile else None
         self.inputs, self.target = inputs, target
-        self.latest_step = LatestStep({}, {})
+        self.latest_step, self.step_log = LatestStep({}, {}), StepLog()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output of the net."""
@@ -164,13 +168,21 @@ class PenalizedModule(pl.LightningModule):
         log_norms = self.gradient_norms and logs_now(self.trainer)
         total, forward, terms = self._total(batch, log_norms=log_norms)
         scalars = {"train/loss": forward.loss.detach(), **penalty_scalars(self.penalties, terms)}
-        self.latest_step = LatestStep(scalars, terms)
-        self.log("train/loss_total", total.detach(), prog_bar=True)
-        self.log_dict(scalars)
+        self.latest_step = LatestStep({**scalars, TOTAL: total.detach()}, terms)
+        self.step_log.add(self, self.latest_step.scalars)
         self.histograms.collect_norms(self.trainer, terms)
         if log_norms:
-            self._log_norms(forward, "grad_norm", collect=True)
+            log_norms_of(self, forward, "grad_norm", collect=True)
         return total
+
+    def on_train_epoch_start(self) -> None:
+        """Forget what was logged before."""
+        self.step_log.clear()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log a step after which the fit stops, such as one that a callback has ended."""
+        if self.trainer.should_stop:
+            self.step_log.write(self)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the loss, the metrics and the gradient norms of a batch."""
@@ -303,20 +315,9 @@ class PenalizedModule(pl.LightningModule):
             x, y, norms = read.x, read.y, self.gradient_norms
             forward = self._runner({}, read)(x, y, graph_in_x=norms, per_sample=norms)
             if norms:
-                self._log_norms(forward, f"{stage}/grad_norm", collect=False)
+                log_norms_of(self, forward, f"{stage}/grad_norm", collect=False)
             self.log(f"{stage}/loss", forward.loss.detach(), batch_size=len(x), **EVALUATION)
             metrics = self.val_metrics if stage == "val" else self.test_metrics
             metrics.update(prediction(logits(forward.output), y), y)
         for name, metric in metrics.items():
             self.log(f"{stage}/{name}", metric, batch_size=len(x), **EVALUATION)
-
-    def _log_norms(self, forward: ForwardPass, prefix: str, *, collect: bool) -> None:
-        options: dict[str, Any] = {} if collect else EVALUATION
-        size = len(forward.x)
-        norm = weight_norm(forward.loss, self.net.parameters())
-        self.log(f"{prefix}/weight", norm, batch_size=size, **options)
-        if forward.x.requires_grad and forward.losses is not None:
-            norms = input_norms(forward.losses, forward.x)
-            self.log(f"{prefix}/input", norms.mean(), batch_size=size, **options)
-            if collect:
-                self.histograms.collect(self.trainer, f"{prefix}/input", norms)

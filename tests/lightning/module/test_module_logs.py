@@ -195,3 +195,52 @@ def test_metrics_of_a_loss(loss, output, target, expected):
     (found,) = trainer().test(module, DataLoader(data, B), verbose=False)
     assert found.keys() == {"test/loss", *(f"test/{name}" for name in expected)}
     assert {name: found[f"test/{name}"] for name in expected} == pytest.approx(expected)
+
+
+class StopsIn(pl.Callback):
+    """Ends a fit after a step."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.global_step >= 6
+
+
+@pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"log_every_n_steps": 3},
+        {"log_every_n_steps": 3, "accumulate_grad_batches": 2},
+        {"log_every_n_steps": 100, "max_steps": 6},
+        {"log_every_n_steps": 100, "callbacks": StopsIn()},
+    ],
+    ids=["plain", "accumulation", "max_steps", "stopped by a callback"],
+)
+def test_steps_that_nobody_sees_are_not_logged_and_nothing_is_missing(options, monkeypatch):
+    # catches a lazy penalty's norm, a final metric or a row that is lost with the other steps
+    calls = []
+    log = pl.LightningModule.log
+
+    def counted(self, *args, **kwargs):
+        calls.append(args[0])
+        log(self, *args, **kwargs)
+
+    def fitted():
+        calls.clear()
+        record, data = Record(), DataLoader(classes(20), B)  # five batches an epoch
+        penalties = {"now": WEIGHT(), "lazy": INPUT(every=2)}
+        torch.manual_seed(3)
+        module = gpkit.PenalizedModule(mlp(), F.cross_entropy, penalties, optimizer=SGD)
+        run = trainer(**{"max_epochs": 3, "logger": record, **options})
+        run.fit(module, data)
+        return record.rows, dict(run.callback_metrics), calls.count("train/loss")
+
+    monkeypatch.setattr(pl.LightningModule, "log", counted)
+    rows, metrics, count = fitted()
+    monkeypatch.setattr("gpkit.lightning.module.logged.shows", lambda trainer: True)
+    all_rows, all_metrics, of_all = fitted()
+    assert rows == all_rows
+    assert rows or options["log_every_n_steps"] == 100
+    assert metrics.keys() == all_metrics.keys()
+    assert all(torch.equal(metrics[k], all_metrics[k]) for k in metrics)
+    assert "penalty/lazy/norm" in metrics
+    assert count < of_all

@@ -71,6 +71,20 @@ def test_a_penalty_that_a_checkpoint_lacks_begins_at_its_beginning(tmp_path):
     assert module.penalties["line"].draws == 4
 
 
+def test_a_module_is_loaded_from_a_checkpoint_with_its_net_and_loss(tmp_path):
+    made, runner, path = randomly_penalised(), trainer(max_epochs=1), tmp_path / "one.ckpt"
+    runner.fit(made, DataLoader(classes(), B))
+    runner.save_checkpoint(path)
+    penalty = {"line": gpkit.wgan_gp(1.0, of=class_sum)}
+    found = gpkit.PenalizedModule.load_from_checkpoint(
+        path, net=mlp(), loss=F.cross_entropy, penalty=penalty
+    )
+    torch.testing.assert_close(found.state_dict(), made.state_dict(), rtol=0, atol=0)
+    assert found.penalties["line"].state_dict() == made.penalties["line"].state_dict()
+    with pytest.raises(TypeError, match="missing 2 required positional arguments: 'net' and 'loss"):
+        gpkit.PenalizedModule.load_from_checkpoint(path)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.utilities import rank_zero_only
 from torch import nn
 
+from gpkit.app.checkpoints import Start
 from gpkit.app.data import sizes
 
 
@@ -21,13 +22,38 @@ def say_what_runs(cfg: DictConfig, module: Any, trainer: Any, data: Any) -> None
         "data": f"{type(data).__name__}, {sizes(data)}",
         "penalty": penalty_in_words(module),
         "device": f"{type(trainer.accelerator).__name__.removesuffix('Accelerator')}, "
-        f"{trainer.world_size} process{'es' * (trainer.world_size > 1)}, {trainer.precision}",
-        "run": f"{cfg.trainer.max_epochs} epochs, {cfg.total_steps:,} steps, seed {cfg.seed}",
+        f"{processes(trainer.world_size)}, {trainer.precision}",
+        "run": length(cfg),
     }
     print()
     for name, text in rows.items():
         print(f"  {name:<8} {text}")
     print()
+
+
+def processes(count: int) -> str:
+    """Return a number of processes, in words.
+
+    >>> processes(1), processes(2)
+    ('1 process', '2 processes, each with batches of its own')
+    """
+    return "1 process" if count == 1 else f"{count} processes, each with batches of its own"
+
+
+def length(cfg: DictConfig) -> str:
+    """Return how long a run trains, in words; or which checkpoint it looks at, without training."""
+    if cfg.task != "train":
+        return f"{cfg.task} of {cfg.ckpt_path}, no training, seed {cfg.seed}"
+    epochs, steps = int(cfg.trainer.max_epochs), int(cfg.total_steps)
+    plural = "s" * (epochs != 1), "s" * (steps != 1)
+    return f"{epochs} epoch{plural[0]}, {steps:,} step{plural[1]}, seed {cfg.seed}"
+
+
+@rank_zero_only
+def say_start(path: Path | None, start: Start) -> None:
+    """Print the options that differ from those of the checkpoint that a run goes on from."""
+    if start.changed:
+        print(f"  goes on from {path} with other options: {'; '.join(start.changed)}\n")
 
 
 def nets_of(module: Any) -> list[nn.Module]:
@@ -56,8 +82,13 @@ def penalty_in_words(module: Any) -> str:
 
 
 def results(metrics: dict[str, float]) -> dict[str, float]:
-    """Return the metrics that sum up a run: of the test, and of a GAN."""
-    shown = ("test/", "modes/", "wasserstein/", "critic_optimality", "dirac/distance")
+    """Return the metrics that sum up a run: of the test, or else of validation; and of a GAN.
+
+    >>> results({"train/loss": 0.1, "val/loss": 0.2}), results({"val/loss": 0.2, "test/acc": 1.0})
+    ({'val/loss': 0.2}, {'test/acc': 1.0})
+    """
+    stages = [s for s in ("test/", "val/", "train/") if any(k.startswith(s) for k in metrics)]
+    shown = (*stages[:1], "modes/", "wasserstein/", "critic_optimality", "dirac/distance")
     return {k: v for k, v in metrics.items() if k.startswith(shown) or k == "slope/interpolates"}
 
 

@@ -10,7 +10,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
-from gpkit.app.lines import results
+from gpkit.app.shown.lines import results
 
 FIRST = ("penalty", "penalty/weight", "seed")
 LEFT_OUT = ("hydra", "ckpt_path", "trainer", "run_dir", "total_steps", "logger", "task")
