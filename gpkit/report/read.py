@@ -81,7 +81,8 @@ def _note_missing(place: Path, there: Sequence[Run], found: Found) -> None:
     except ValueError as error:
         found.problems.append(str(error))
         return
-    absent = missing(note, [r.result for r in there]) if note else []
+    assert note is not None  # its file was found
+    absent = missing(note, [r.result for r in there])
     found.counts.update(["missing"] * len(absent))
     for words, count in Counter(absent).items():
         of = f"{count} of {note['trials']} trials have" if words == "a trial" else f"{words} has"
