@@ -44,10 +44,11 @@ def with_loss(
     found = known.reach()
     state = known.start(found, device_of(net))
     given = closure()
-    total = known.total(penalties[0], closure, found, state, given, step)
-    return (
-        _with_loss(penalties, closure, net, step, (found, state, given)) if total is None else total
-    )
+    total = known.total(first, closure, found, state, given, step)
+    if total is not None:
+        return total
+    first.shortcuts.steps.missed(closure, net)
+    return _with_loss(penalties, closure, net, step, (found, state, given))
 
 
 def _with_loss(
@@ -79,7 +80,8 @@ def _with_loss(
         return total
     layers, given = None, None
     if begun is None:
-        found = None if TRACES else reach((closure, net))
+        reruns = not (TRACES or all(p.estimator.reuses_graph for p in in_weights))
+        found = reach((closure, net)) if reruns else None
         state: Any = () if found is None else start_of(found, device_of(net))
         with layers_for(in_weights, net) as layers:
             given = closure()

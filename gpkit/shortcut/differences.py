@@ -38,7 +38,7 @@ class Steps:
 
     def __init__(self) -> None:
         self.found: dict[Any, Step] = {}
-        self.made: dict[Any, int] = {}  # how often a step was remembered
+        self.misses: dict[Any, int] = {}
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Steps)
@@ -71,19 +71,23 @@ class Steps:
             found: what both reach.
             loss: whose gradient was taken.
         """
-        refers = references((closure, net)) if has_shortcut(axes, net, found, loss) else None
-        if refers is None:
-            return
-        if len(self.made) >= MANY:
-            self.found.clear()
-            self.made.clear()
         key = id(code_of(closure)), id(net)
-        count = self.made[key] = self.made.get(key, 0) + 1
-        if count <= MISSES:
-            alive = weakref.ref(net, lambda _: self.found.pop(key, None) and self.made.pop(key))
+        if self.misses.get(key, 0) >= MISSES or not has_shortcut(axes, net, found, loss):
+            return
+        refers = references((closure, net))
+        if refers is not None:
+            if len(self.found) >= MANY:
+                self.found.clear()
+            alive = weakref.ref(net, lambda _: self.found.pop(key, None))
             self.found[key] = Step(axes, refers, alive, found, loss)
-        else:
-            self.found.pop(key, None)
+
+    def missed(self, closure: Any, net: Any) -> None:
+        """Forget a step whose loss was made in another way than the one before."""
+        key = id(code_of(closure)), id(net)
+        del self.found[key]
+        if len(self.misses) >= MANY:
+            self.misses.clear()
+        self.misses[key] = self.misses.get(key, 0) + 1
 
 
 def has_shortcut(axes: Any, net: Any, found: Reach, loss: Tensor) -> bool:

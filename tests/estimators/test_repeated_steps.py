@@ -192,6 +192,38 @@ def test_schedules_counts_and_modes_are_those_of_the_long_way():
         short.with_loss(loss(), net)
 
 
+def test_a_net_is_looked_at_again_and_keeps_its_shortcut(no_long_way):
+    net, x, penalty = mlp(nn.Tanh()), data(), gpkit.sam()
+    penalty.with_loss(closure_of(net, x), net)
+    (known,) = penalty.shortcuts.steps.found.values()
+    for _ in range(5):
+        known.known.runs = 98
+        penalty.with_loss(closure_of(net, x), net)  # the hundredth run goes the long way
+        assert penalty.shortcuts.steps.found
+        penalty.with_loss(closure_of(net, x), net)
+    no_long_way()
+    penalty.with_loss(closure_of(net, x), net)
+
+
+def test_a_closure_whose_graph_differs_each_time_is_given_up():
+    net, penalty = mlp(nn.Tanh()), gpkit.weight_grad_norm(0.3, estimator=fd(1e-6))
+    for times in (1, 2, 3, 4, 5, 6, 7):
+
+        def closure():
+            y = net(data())
+            for _ in range(times):  # noqa: B023
+                y = y.sin()
+            return y.square().mean()
+
+        torch.manual_seed(0)
+        found = penalty.with_loss(closure, net)
+        torch.manual_seed(0)
+        total, grads = by_hand(net, closure(), lambda n: n**2)
+        torch.testing.assert_close(found.detach(), total)
+        assert relative_error(gradients(found, net), grads) < 1e-5
+    assert not penalty.shortcuts.steps.found
+
+
 def test_a_backward_pass_hands_the_gradient_out_more_than_once():
     net, x, penalty = mlp(nn.Tanh()), data(), gpkit.sam()
     once = gradients(penalty.with_loss(closure_of(net, x), net), net)

@@ -13,7 +13,6 @@ from gpkit.autodiff import graph
 from gpkit.autodiff.derivatives import gradients_at
 from gpkit.autodiff.layers.gram import gram_is_cheaper, gram_product
 from gpkit.autodiff.layers.recording import LayerCall, Recording
-from gpkit.autodiff.layers.rules import positions
 from gpkit.autodiff.numerics import squared_length
 from gpkit.autodiff.tracing.calls import noted
 
@@ -52,7 +51,7 @@ def batch_norm(loss: Tensor, parameters: Sequence[Tensor], recording: Recording)
     total = squared_length(found) if found else loss.new_zeros(1)
     for call, delta in zip(calls, deltas, strict=True):
         if delta is not None:
-            left, right = (positions(t).flatten(0, 1)[None] for t in (delta, call.a))
+            left, right = (t if t.ndim == 2 else t.flatten(0, -2) for t in (delta, call.a))
             total = total + gram_product(left, right)
     return total
 

@@ -40,10 +40,6 @@ class Outer:
         groups, positions, width = self.right.shape
         return self.sparse or gram_is_cheaper(groups, positions, self.rows, width)
 
-    def pooled(self) -> Outer:
-        """Return the sum over the groups, as one group."""
-        return Outer(self.left.flatten(0, 1)[None], self.right.flatten(0, 1)[None], self.rows)
-
     def dense(self) -> Tensor:
         """Return the gradients, ``[G, p·q]``."""
         if not self.sparse:
@@ -60,31 +56,75 @@ class Direct:
 
     grad: Tensor
 
-    def pooled(self) -> Direct:
-        """Return the sum over the groups, as one group."""
-        return Direct(self.grad.sum(0, keepdim=True))
-
     def dense(self) -> Tensor:
         """Return the gradients, ``[G, n]``."""
         return self.grad
 
 
-Part = Outer | Direct
+@dataclass(frozen=True)
+class Product:
+    """A gradient of a matrix in each group, ``left ⊗ right``: an `Outer` of one position.
+
+    Args:
+        left: ``[G, p]``.
+        right: ``[G, q]``.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def outer(self) -> Outer:
+        """Return it with a dimension of positions."""
+        return Outer(self.left.unsqueeze(1), self.right.unsqueeze(1), self.left.shape[1])
 
 
-def squared_norm(parts: Sequence[Part]) -> Tensor:
+Part = Outer | Direct | Product
+
+
+class Squares:
+    """The sums ``[G]`` of the squares of rows ``[G, n]``, once for each tensor."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Return the sums of the squares."""
+        if id(rows) not in self.found:
+            self.found[id(rows)] = rows, _Squares.apply(rows)  # with the rows, so that ids stay
+        return self.found[id(rows)][1]
+
+
+class _Squares(torch.autograd.Function):
+    """Its backward takes one product; autograd's own of a power takes three operations."""
+
+    @staticmethod
+    def forward(ctx, rows):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(rows)
+        return rows.square().sum(1)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        (rows,) = ctx.saved_tensors
+        return rows * (2 * grad).unsqueeze(1)
+
+
+def squared_norm(parts: Sequence[Part], squares: Squares) -> Tensor:
     """Return the squared norm ``[G]`` of the sum of several parts of one parameter's gradient.
 
     Args:
         parts: from every call of the layers that share the parameter.
+        squares: of rows, which other parameters may have asked for.
 
     Returns:
         n² ``[G]``, differentiable.
     """
-    outers = [part for part in parts if isinstance(part, Outer)]
+    if len(parts) == 1 and isinstance(parts[0], Product):
+        return squares(parts[0].left) * squares(parts[0].right)
+    others = [part.outer() if isinstance(part, Product) else part for part in parts]
+    outers = [part for part in others if isinstance(part, Outer)]
     if len(outers) < len(parts) or not all(part.cheaper for part in outers):
-        grads = [part.dense() for part in parts]
-        return torch.stack(grads).sum(0).square().sum(1) if len(grads) > 1 else _squares(grads[0])
+        grads = [part.dense() for part in others]
+        return torch.stack(grads).sum(0).square().sum(1) if len(grads) > 1 else squares(grads[0])
     matrices = [part for part in outers if not part.sparse]
     tokens = [part for part in outers if part.sparse]
     joined = [_joined(group) for group in (matrices, tokens) if group]
@@ -151,16 +191,16 @@ class _GramProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, left, right):  # type: ignore[no-untyped-def]
-        of_left, of_right = left @ left.transpose(1, 2), right @ right.transpose(1, 2)
+        of_left, of_right = left @ left.mT, right @ right.mT
         ctx.save_for_backward(left, right, of_left, of_right)
-        return (of_left * of_right).sum((1, 2))
+        return (of_left * of_right).sum((-2, -1))
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         left, right, of_left, of_right = ctx.saved_tensors
         if torch.is_grad_enabled():  # a third derivative: the saved products have no graph
-            of_left, of_right = left @ left.transpose(1, 2), right @ right.transpose(1, 2)
-        factor = 2 * grad[:, None, None]
+            of_left, of_right = left @ left.mT, right @ right.mT
+        factor = 2 * grad[..., None, None]
         return (factor * of_right) @ left, (factor * of_left) @ right
 
 
@@ -168,8 +208,8 @@ def gram_product(left: Tensor, right: Tensor) -> Tensor:
     """Return Σ_{s,t} (l_s·l_t)(r_s·r_t) ``[G]``, the squared norm of Σ_t l_t ⊗ r_t.
 
     Args:
-        left: l, ``[G, T, p]``.
-        right: r, ``[G, T, q]``.
+        left: l, ``[G, T, p]``; or ``[T, p]``, for one number.
+        right: r, ``[G, T, q]`` or ``[T, q]``.
 
     >>> l, r = torch.tensor([[[1.0, 2.0], [0.0, 1.0]]]), torch.tensor([[[3.0], [1.0]]])
     >>> gram_product(l, r)  # ‖(1, 2)·3 + (0, 1)·1‖² = 3² + 7²

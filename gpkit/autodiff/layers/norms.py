@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from gpkit.autodiff import graph
+from gpkit.autodiff.compat import parameters_of
 from gpkit.autodiff.derivatives import first_gradients, gradients_at
-from gpkit.autodiff.layers.gram import Part, squared_norm
+from gpkit.autodiff.layers.gram import Part, Squares, squared_norm
 from gpkit.autodiff.layers.recording import Recording
 from gpkit.autodiff.layers.rules import has_rule, parts_of
 from gpkit.autodiff.numerics import as_real, wide, widened
@@ -41,8 +42,9 @@ def sample_norms(losses: Tensor, parameters: Sequence[Tensor], recording: Record
             if id(p) in wanted:
                 parts.setdefault(id(p), []).append(part)
     total = losses.new_zeros(len(losses), dtype=wide(losses))
+    squares = Squares()
     for group in parts.values():
-        total = total + squared_norm(group)
+        total = total + squared_norm(group, squares)
     return total
 
 
@@ -104,7 +106,7 @@ def _refusal(recording: Recording, losses: Tensor, parameters: Sequence[Tensor])
             return f"the input of {kind}, {list(call.a.shape)}, has no row for each sample"
         if not call.intact:
             return f"the input of {kind} was modified in place"
-        recorded.update(id(p) for p in call.layer.parameters(recurse=False))
+        recorded.update([id(p) for p in parameters_of(call.layer).values() if p is not None])
     used = graph.uses(losses)
     for p in parameters:
         if id(p) in used and used[id(p)] != recorded[id(p)]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from gpkit.autodiff.layers.gram import Direct, Outer, Part, gram_is_cheaper
+from gpkit.autodiff.layers.gram import Direct, Outer, Part, Product, gram_is_cheaper
 from gpkit.autodiff.layers.recording import LayerCall
 
 Parts = Iterator[tuple[str, Part]]  # of a parameter by its name in the layer
@@ -63,10 +63,14 @@ def positions(x: Tensor) -> Tensor:
 
 @rule(nn.Linear)
 def _linear(layer: nn.Linear, a: Tensor, delta: Tensor) -> Parts:
-    delta = positions(delta)
-    yield "weight", Outer(delta, positions(a), layer.out_features)
+    if delta.ndim == 2:
+        yield "weight", Product(delta, a)
+    else:
+        delta = positions(delta)
+        yield "weight", Outer(delta, positions(a), layer.out_features)
+        delta = delta.sum(1) if layer.bias is not None else delta
     if layer.bias is not None:
-        yield "bias", Direct(delta.sum(1))
+        yield "bias", Direct(delta)
 
 
 @rule(nn.Embedding)
