@@ -237,7 +237,7 @@ class GradientPenalty(Penalty):
             given = completed(given, self)
         named = self.wrt.keys or any(isinstance(x, Mapping) for x in (*args[:1], real, fake))
         if named and self.wrt.batched and not isinstance(f, (Target, Targets)):
-            f, (args, real, fake), given = by_name(f, (args, real, fake), given, self.wrt.keys)
+            f, (args, real, fake), given = by_name(f, (args, real, fake), given, self)
         with formula.recording(train):
             rng = source(seed, device_of(real, args, fake, f))
             targets, weights = self.targets(f, args, real, fake, rng, seed, acts, given), None

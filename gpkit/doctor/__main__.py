@@ -16,8 +16,7 @@ from gpkit.app.overrides import CONFIG_DIR, explain
 from gpkit.doctor.diagnose import diagnose
 from gpkit.doctor.report import Report, joined, table, verdict
 from gpkit.lightning.batches import Batch, entries, unpack
-from gpkit.lightning.gan.checks import unpack_samples
-from gpkit.lightning.gan.scores import conditioned
+from gpkit.lightning.gan.samples import conditioned, first, unpack_samples
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -85,8 +84,8 @@ def _of_net(module: Any, batch: Any, options: dict[str, Any]) -> list[Report]:
 
 def _of_pair(module: Any, batch: Any, options: dict[str, Any]) -> list[Report]:
     """Return a report for the penalties of a `GANModule`'s critic, and one for its generator's."""
-    real, y = unpack_samples(batch, conditional=module.conditional)
-    z = module.latents(len(real))
+    real, y, _ = unpack_samples(batch, conditional=module.conditional)
+    z = module.latents(len(first(real)))
     fake = conditioned(module.generator, y)(z).detach()
     labels = () if y is None else (y,)
     nets = (

@@ -225,11 +225,12 @@ def test_what_makes_no_sense_is_refused_before_the_first_step():
     penalty = gpkit.weight_grad_norm(scope="accumulated", given=WEIGHTS)
     with pytest.raises(ValueError, match="takes no sample_weight: weigh the samples in the loss"):
         by_callback(penalty)
-    with pytest.raises(TypeError, match="'r1' needs target=, which the batches of a GAN do not"):
+    with pytest.raises(TypeError, match=r"'r1' needs target= of samples.*a pack is one: call the"):
         gpkit.GANModule(
             nn.Linear(2, 2),
             nn.Linear(2, 1),
             latent_dim=2,
+            pac=2,
             penalty=gpkit.r1(given={"target": "forces"}),
         )
 

@@ -218,11 +218,6 @@ NAMED = gpkit.GradientPenalty(wrt=gpkit.inputs("colums", "image"))
             TypeError,
             "'category', which must be a floating-point tensor; got torch.int64",
         ),
-        (
-            lambda: gpkit.GANModule(nn.Linear(2, 2), nn.Linear(2, 1), latent_dim=2, penalty=NAMED),
-            TypeError,
-            "names entries of a dict of samples, and those of a GAN are tensors",
-        ),
     ],
 )
 def test_what_makes_no_sense(act, error, words):

@@ -18,7 +18,7 @@ Samples = tuple[tuple[Any, ...], Any, Any]  # the arguments after f, real and fa
 
 
 def by_name(
-    f: Any, samples: Samples, given: Given | None, keys: tuple[str, ...] = ()
+    f: Any, samples: Samples, given: Given | None, axes: Any
 ) -> tuple[Any, Samples, Given | None]:
     """Return a call with dicts of samples as one with tuples; one without dicts as it is.
 
@@ -26,7 +26,9 @@ def by_name(
         f: a function of a dict, or its output.
         samples: the arguments of the call.
         given: a target or metric may be a dict too.
-        keys: the entries that are variables; () for all. The others are constants.
+        axes: of the penalty. ``wrt.keys`` are the entries that are variables; () for all. The
+            others are constants: those of the points, if ``at.samples`` says that these are the
+            samples themselves, and else the same for real and fake samples.
 
     Returns:
         The same in the order of the keys, or of the first dict: a function of several inputs.
@@ -35,7 +37,7 @@ def by_name(
         TypeError: if there are keys, and no dict.
         ValueError: if the dicts have different keys, lack one, or have different constants.
     """
-    args, real, fake = samples
+    (args, real, fake), keys = samples, axes.wrt.keys
     found = [x for x in (*args[:1], real, fake) if isinstance(x, Mapping)]
     if not found:
         if keys:
@@ -53,13 +55,17 @@ def by_name(
             f"{list(first)}{checks.nearest(missing[0], map(str, first))}"
         )
     constants = {key: value for key, value in first.items() if key not in keys}
+    kinds = {"real": real, "fake": fake}
+    points = [kinds[kind] for kind in axes.at.samples]
     for other in found[1:]:
-        changed = [k for k, v in constants.items() if k in other and not same(other[k], v)]
-        if changed:
-            raise ValueError(
-                f"real= and fake= must have the same {changed[0]!r}, which "
-                f"`wrt=gpkit.inputs(...)` takes as a constant; got different ones"
-            )
+        for key in [k for k, v in constants.items() if k in other and not same(other[k], v)]:
+            parts = [x[key] for x in points if isinstance(x, Mapping) and key in x]
+            if not parts or len(parts) < len(points) or not all(map(has_rows, parts)):
+                raise ValueError(
+                    f"real= and fake= must have the same {key!r}, which "
+                    f"`wrt=gpkit.inputs(...)` takes as a constant; got different ones"
+                )
+            constants[key] = torch.cat(parts)
 
     def values(name: str, x: Any) -> Any:
         if not isinstance(x, Mapping):
@@ -92,6 +98,11 @@ def called(
 
     others = tree_map_only(Tensor, repeat, constants) if constants else {}
     return f({**others, **dict(zip(keys, xs, strict=True))})
+
+
+def has_rows(value: Any) -> bool:
+    """Whether an entry is a tensor with a row for each sample."""
+    return isinstance(value, Tensor) and value.ndim > 0
 
 
 def same(a: Any, b: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from gpkit import checks
 from gpkit.needs import needs_of
@@ -41,6 +41,7 @@ def require_penalties(
     of_generator: Mapping[str, Penalty],
     *,
     trains_generator: bool,
+    pac: int = 1,
 ) -> None:
     """Check that penalties can act on a critic and a generator.
 
@@ -48,6 +49,7 @@ def require_penalties(
         of_critic: penalties of the critic, by name.
         of_generator: penalties of the generator, by name.
         trains_generator: whether the generator has parameters that require grad.
+        pac: samples in a pack.
 
     Raises:
         TypeError: if a penalty compares environments, needs the logits of a classifier, or needs
@@ -67,15 +69,11 @@ def require_penalties(
                 f"`penalty=...` {name!r} draws labels from a classifier's logits, but a critic "
                 "returns scores: use weight_grad_norm"
             )
-        if needs.given:
+        if needs.given and (pac > 1 or name in of_generator):
+            what = "a pack is one" if pac > 1 else "the generator has none"
             raise TypeError(
-                f"`penalty=...` {name!r} needs {needs.given[0][0]}=, which the batches of a GAN do "
-                "not have: use PenalizedModule, or call the penalty in a loop of your own"
-            )
-        if needs.names:
-            raise TypeError(
-                f"`penalty=...` {name!r} names entries of a dict of samples, and those of a GAN "
-                "are tensors: leave wrt=gpkit.inputs(...) out, or use a loop of your own"
+                f"`penalty=...` {name!r} needs {needs.given[0][0]}= of samples of the batch, and "
+                f"{what}: call the penalty in a loop of your own"
             )
         if needs.in_weights and needs.per_sample:
             raise TypeError(
@@ -141,32 +139,3 @@ def optional_number(
     if below is not None and number >= below:
         raise ValueError(f"`{where}` must be a number in [{low:g}, {below:g}); got {value!r}")
     return number
-
-
-def unpack_samples(batch: Any, *, conditional: bool) -> tuple[Tensor, Any]:
-    """Return the samples of a batch, and their labels if the nets take labels.
-
-    Args:
-        batch: ``x``, ``(x,)`` or ``(x, y)``.
-        conditional: whether the nets take labels, so that the batch must be ``(x, y)``.
-
-    Returns:
-        The samples x ``[B, *S]``, and the labels y; None if the nets take none.
-
-    Raises:
-        TypeError: if the batch is anything else.
-    """
-    parts = tuple(batch) if isinstance(batch, (list, tuple)) else (batch,)
-    first = parts[0] if parts else None
-    fits = isinstance(first, Tensor) and first.is_floating_point() and first.ndim > 0
-    if not fits or len(parts) not in ((2,) if conditional else (1, 2)):
-        expected = "(x, y)" if conditional else "x, (x,) or (x, y)"
-        got = ", ".join(
-            f"{part.dtype} {list(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
-            for part in parts
-        )
-        raise TypeError(
-            f"GANModule{'(conditional=True)' if conditional else ''} takes batches {expected} "
-            f"with floating-point samples x [B, ...]; got ({got})"
-        )
-    return parts[0], parts[1] if conditional else None

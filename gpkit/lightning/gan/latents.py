@@ -13,7 +13,7 @@ from gpkit.autodiff.isolation import double_backward, isolated
 from gpkit.autodiff.random import derived_seed, rank
 from gpkit.formula import Terms
 from gpkit.gradient_penalty import GradientPenalty
-from gpkit.lightning.gan.scores import conditioned
+from gpkit.lightning.gan.samples import conditioned
 from gpkit.needs import needs_of
 
 AUTO = ("mapping", "synthesis")

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from gpkit.autodiff.compat import tree_map_only
 from gpkit.autodiff.random import seeded
 from gpkit.formula import Terms
-from gpkit.lightning.gan.checks import unpack_samples
 from gpkit.lightning.gan.losses import WASSERSTEIN, GANLoss, over_scales
-from gpkit.lightning.gan.scores import Scores, conditioned, scores_of
+from gpkit.lightning.gan.samples import conditioned, first, unpack_samples
+from gpkit.lightning.gan.scores import Scores, scores_of
 from gpkit.lightning.gan.slopes import (
     optimality,
     scales_with_critic,
@@ -74,7 +74,8 @@ def slope_scalars(
         Scalars by name, and the slopes ``[B]`` by kind of points, see `slopes`.
     """
     assert scores.fake is not None
-    found = slopes(conditioned(critic, scores.labels), scores.real, scores.fake, seed)
+    f = conditioned(critic, scores.labels, scores.real)
+    found = slopes(f, scores.real, scores.fake, seed)
     scalars = slope_statistics(penalties, found)
     if loss is WASSERSTEIN:
         scalars |= wasserstein(*scores.both(), found)
@@ -105,7 +106,8 @@ def evaluation_scalars(module: Any, batch: Any, seed: int) -> dict[str, Tensor]:
         }
         if loss is WASSERSTEIN:
             assert scores.fake is not None
-            found = slopes(conditioned(critic, scores.labels), scores.real, scores.fake, seed)
+            f = conditioned(critic, scores.labels, scores.real)
+            found = slopes(f, scores.real, scores.fake, seed)
             scalars |= wasserstein(*scores.both(), found)
     return scalars
 
@@ -119,6 +121,6 @@ def log_evaluation(module: Any, batch: Any, seed: int, stage: str) -> None:
         seed: for the latents.
         stage: "val" or "test".
     """
-    size = len(unpack_samples(batch, conditional=module.conditional)[0])
+    size = len(first(unpack_samples(batch, conditional=module.conditional).samples))
     for name, scalar in evaluation_scalars(module, batch, seed).items():
         module.log(f"{stage}/{name}", scalar, batch_size=size, **EVALUATION)

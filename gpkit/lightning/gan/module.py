@@ -18,14 +18,13 @@ from gpkit.lightning.gan.checks import (
     require_nets,
     require_order,
     require_penalties,
-    unpack_samples,
 )
 from gpkit.lightning.gan.ema import averaged_copy, evaluating
 from gpkit.lightning.gan.latents import Path, parts_of
 from gpkit.lightning.gan.logging import log_evaluation
 from gpkit.lightning.gan.losses import GANLoss, gan_loss
-from gpkit.lightning.gan.objectives import MicroBatch, Objectives, critic_loss
-from gpkit.lightning.gan.scores import conditioned
+from gpkit.lightning.gan.objectives import Objectives, critic_loss
+from gpkit.lightning.gan.samples import MicroBatch, conditioned, unpack_samples
 from gpkit.lightning.gan.stepping import MakeOptimizer, MakeScheduler, configured, require_support
 from gpkit.lightning.gan.training import GANStep
 from gpkit.lightning.recording import Histograms, LatestScalars, LatestStep
@@ -34,7 +33,7 @@ from gpkit.sums import Penalties, PenaltySum, as_sum, examined
 
 
 class GANModule(pl.LightningModule):
-    r"""Trains a critic D and a generator G against each other, with batches ``x`` or ``(x, y)``.
+    r"""Trains a critic D and a generator G against each other, on ``x``, ``(x, y)`` or dicts.
 
     Each net is trained on its loss L and its penalties P_p,
 
@@ -79,10 +78,12 @@ class GANModule(pl.LightningModule):
 
     Args:
         generator: ``generator(z)`` with z ``[B, latent_dim]``. A generator without parameters that
-            require grad is not trained.
-        critic: ``critic(x)``; it returns scores ``[B]``, ``[B, 1]`` or ``[B, ...]``, or a list of
-            them. Of a list the loss is the sum over these scales, as in pix2pixHD (SPADE has the
-            mean), and penalties differentiate the sum over the scales of a sample's mean score.
+            require grad is not trained. For batches that are dicts it returns a dict of some of
+            their entries; the others, as labels and masks, are those of the real samples.
+        critic: ``critic(x)``; where a batch is a dict it is called with the dict, or by keyword if
+            its ``forward`` has these names. It returns scores ``[B]``, ``[B, 1]`` or ``[B, ...]``,
+            or a list of them, whose loss is the sum over these scales, as in pix2pixHD (SPADE has
+            the mean); penalties differentiate the sum over the scales of a sample's mean score.
         latent_dim: the length of z.
         loss: "wasserstein", "non_saturating", "minimax", "hinge", "relativistic" (in pairs), or a
             `GANLoss`. See `gpkit.lightning.gan.losses.gan_loss` for the formulas.
@@ -177,9 +178,9 @@ class GANModule(pl.LightningModule):
         self.loss = gan_loss(loss)
         self.penalties = as_sum(penalty)
         self.generator_penalties = as_sum(generator_penalty)
-        require_penalties(
-            self.penalties, self.generator_penalties, trains_generator=self.trains_generator
-        )
+        self.pac = checks.integer("pac=...", pac, 1)
+        both = self.penalties, self.generator_penalties
+        require_penalties(*both, trains_generator=self.trains_generator, pac=self.pac)
         self.doctor = examined({**self.penalties, **self.generator_penalties}, doctor)
         self.make_optimizer = {"critic": critic_optimizer, "generator": generator_optimizer}
         self.make_scheduler = {"critic": critic_scheduler, "generator": generator_scheduler}
@@ -196,7 +197,6 @@ class GANModule(pl.LightningModule):
         self.simultaneous, self.penalty_steps = simultaneous, penalty_steps
         self.generator_first = generator_first
         self.path = Path(generator, parts_of(generator, mapping))
-        self.pac = checks.integer("pac=...", pac, 1)
         self.shrink = checks.integer("generator_penalty_shrink=...", generator_penalty_shrink, 1)
         self.compiled_loss = compiled(critic_loss, self.penalties) if compile else None
         self.seed = seed if seed is None else checks.integer("seed=...", seed, 0)

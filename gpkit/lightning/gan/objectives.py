@@ -14,23 +14,21 @@ from gpkit.autodiff.compat import tree_map_only
 from gpkit.autodiff.tracing.compat import keeping_buffers
 from gpkit.compiling.loss import CompiledLoss
 from gpkit.formula import Terms
+from gpkit.lightning.batches import entries, repeated
 from gpkit.lightning.gan.ema import frozen
 from gpkit.lightning.gan.latents import Path
 from gpkit.lightning.gan.losses import GANLoss, Scored, over_scales
+from gpkit.lightning.gan.samples import MicroBatch, first, generate, packed
 from gpkit.lightning.gan.scores import (
     Scores,
-    conditioned,
     differentiated,
-    packed,
     score,
     scores_of,
     targets_on,
 )
-from gpkit.needs import needs_of
+from gpkit.needs import Needs, needs_of
 from gpkit.penalty import Penalty
 from gpkit.sums import PenaltySum
-
-MicroBatch = tuple[Tensor, Any]  # real samples [B, *S], and their labels or None
 
 
 @dataclass(frozen=True)
@@ -123,6 +121,7 @@ class Objectives:
         needs = {n: needs_of(p) for n, p in self.critic_penalties.items() if p.acts_at(step)}
         if self.full_precision:
             return ()
+        needs = {n: own for n, own in needs.items() if not own.given}
         return tuple(n for n, own in needs.items() if own.samples and not own.continues * graphs)
 
     def critic_terms(
@@ -152,7 +151,7 @@ class Objectives:
         Returns:
             The objective.
         """
-        z = self.latents(len(micro[0]))
+        z = self.latents(len(first(micro.samples)))
         loss = self.generator_loss(micro, z)
         penalties = PenaltySum({}) if self.penalty_steps else self.generator_penalties
         terms = self._act_on_generator(penalties, micro, z, step)
@@ -160,14 +159,14 @@ class Objectives:
 
     def generator_penalties_alone(self, micro: MicroBatch, step: int) -> Objective:
         """Return the generator's penalties alone; arguments as in `generator_objective`."""
-        z = self.latents(len(micro[0]))
+        z = self.latents(len(first(micro.samples)))
         terms = self._act_on_generator(self.generator_penalties, micro, z, step)
         total = self.generator_penalties.total(None, terms, self.generator.parameters)
         return Objective(total, terms)
 
     def generator_loss(self, micro: MicroBatch, z: Tensor) -> Tensor:
         """Return the generator's loss, one number. It has no gradient in the critic's weights."""
-        real, labels = micro
+        real, labels, _ = micro
         of = packed(labels, self.pac)
         with frozen(self.critic):
             fake = packed(generate(self.generator, z, real, labels), self.pac)
@@ -182,18 +181,19 @@ class Objectives:
             micro: a micro-batch.
             fakes: whether to generate the fake samples.
         """
-        real, labels = micro
+        real, labels, batch = micro
         fake = None
         if fakes:
             with torch.no_grad():
-                fake = generate(self.generator, self.latents(len(real)), real, labels)
+                fake = generate(self.generator, self.latents(len(first(real))), real, labels)
         pac = self.pac
-        return Scores(packed(real, pac), packed(fake, pac), packed(labels, pac))
+        given = batch if any(needs_of(p).given for p in self.penalties.values()) else None
+        return Scores(packed(real, pac), packed(fake, pac), packed(labels, pac), batch=given)
 
     def _act(
         self, penalties: PenaltySum, scores: Scores, step: int | None, reusing: tuple[str, ...]
     ) -> dict[str, Terms | None]:
-        with self._precision(scores.real.device):
+        with self._precision(first(scores.real).device):
             named = penalties.items()
             return {n: self._act_on(p, scores, step, reuses=n in reusing) for n, p in named}
 
@@ -210,14 +210,27 @@ class Objectives:
                 of_real, of_fake = score(critic, real, labels), score(critic, fake, labels)
                 return over_scales(loss, of_real, of_fake)
 
+            given = self._given(penalty, needs, scores)
             if scores.of_real is None or not needs.reuses_graph:
-                return penalty.act(closure, critic, step=step)
-            return penalty.act(over_scales(loss, *scores.both()), critic, step=step)
+                return penalty.act(closure, critic, step=step, **given)
+            return penalty.act(over_scales(loss, *scores.both()), critic, step=step, **given)
         if reuses and scores.of_real is not None:
             return penalty.act(targets_on(critic, scores, penalty, needs), step=step)
         net = [critic] if needs.activations else []
-        f = differentiated(critic, labels, penalty)
-        return penalty.act(f, *net, real=real, fake=fake, step=step)
+        f = differentiated(critic, labels, penalty, real)
+        given = self._given(penalty, needs, scores)
+        return penalty.act(f, *net, real=real, fake=fake, step=step, **given)
+
+    def _given(self, penalty: Any, needs: Needs, scores: Scores) -> dict[str, Any]:
+        """Return what a penalty needs of the batch, for each of its points."""
+        if not needs.given:
+            return {}
+        found = entries(needs.given, scores.batch)
+        if needs.in_weights:
+            return found
+        x, y = ((first(s),) if s is not None else None for s in (scores.real, scores.fake))
+        batch, points = len(first(scores.real)), sum(penalty.at.sizes(x, y))
+        return {name: repeated(value, batch, points) for name, value in found.items()}
 
     def _act_on_generator(
         self, penalties: PenaltySum, micro: MicroBatch, z: Tensor, step: int
@@ -231,10 +244,11 @@ class Objectives:
         """Evaluate one penalty of the generator."""
         if self.shrink > 1:
             some = max(1, len(z) // self.shrink)
-            z, micro = z[:some], tree_map_only(Tensor, lambda t: t[:some], micro)
+            z, parts = z[:some], tree_map_only(Tensor, lambda t: t[:some], tuple(micro[:2]))
+            micro = MicroBatch(*parts)
         if needs_of(penalty).in_weights:
             return penalty.act(lambda: self.generator_loss(micro, z), self.generator, step=step)
-        return self.path.act(penalty, z, micro[1], step)
+        return self.path.act(penalty, z, micro.labels, step)
 
     def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
         return torch.autocast(device.type, enabled=False) if self.full_precision else nullcontext()
@@ -256,28 +270,3 @@ def critic_loss(
     loss, terms, scores = of.critic_terms(samples, reusing)
     values = {name: None if own is None else own.reduced for name, own in terms.items()}
     return loss, values, *scores.both()
-
-
-def generate(generator: nn.Module, z: Tensor, real: Tensor, labels: Any) -> Tensor:
-    """Return the generator's samples for latents, with the dtype of the real samples.
-
-    Args:
-        generator: ``generator(z)``, or with labels ``generator(z, labels)``.
-        z: latents, ``[B, latent_dim]``.
-        real: real samples, ``[B, *S]``.
-        labels: of the samples, or None.
-
-    Returns:
-        Fake samples, ``[B, *S]``.
-
-    Raises:
-        ValueError: if its output does not have the shape of the real samples.
-    """
-    fake = conditioned(generator, labels)(z)
-    if not isinstance(fake, Tensor) or fake.shape != real.shape:
-        got = list(fake.shape) if isinstance(fake, Tensor) else type(fake).__name__
-        raise ValueError(
-            f"the generator must return samples of the shape of the data, {list(real.shape)}; "
-            f"got {got}: change the generator or the data"
-        )
-    return fake.to(real.dtype)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gpkit.autodiff.compat import tree_map_only
+from gpkit import checks
 from gpkit.autodiff.isolation import double_backward, isolated
 from gpkit.autodiff.numerics import wide
 from gpkit.autodiff.reached import reach
@@ -19,8 +19,8 @@ from gpkit.autodiff.tracing.calls import TRACES
 from gpkit.autodiff.tracing.points import variable
 from gpkit.estimators.base import Target, Targets
 from gpkit.estimators.repeats import SAME, require_same
-from gpkit.lightning.batches import repeated
 from gpkit.lightning.gan.losses import Scored
+from gpkit.lightning.gan.samples import Samples, conditioned, first
 from gpkit.needs import Needs, needs_of
 from gpkit.penalty import Penalty
 
@@ -30,21 +30,23 @@ class Scores:
     """Real and fake samples, and the critic's scores of them. With packs, a sample is a pack.
 
     Args:
-        real: real samples x, ``[B, *S]``.
-        fake: fake samples y, ``[B, *S]``; None if nothing looks at them.
+        real: real samples x, ``[B, *S]``, or a dict of them.
+        fake: fake samples y, likewise; None if nothing looks at them.
         labels: of the samples, or None.
         of_real: D(x), ``[B, ...]``, or a list of such; None if penalties must run the critic.
         of_fake: D(y), likewise.
         starts: what the critic's passes on real and fake samples started from, if a penalty
             repeats them at other points.
+        batch: as it came from the DataLoader, for what penalties need of it.
     """
 
-    real: Tensor
-    fake: Tensor | None
+    real: Samples
+    fake: Samples | None
     labels: Any
     of_real: Scored | None = None
     of_fake: Scored | None = None
     starts: Mapping[str, Start] = field(default_factory=dict)
+    batch: Any = None
 
     def both(self) -> tuple[Scored, Scored]:
         """Return D(x) and D(y), which must be there."""
@@ -54,60 +56,15 @@ class Scores:
 
     def without_scores(self) -> Scores:
         """Return the samples alone."""
-        return Scores(self.real, self.fake, self.labels)
+        return Scores(self.real, self.fake, self.labels, batch=self.batch)
 
 
-def conditioned(net: nn.Module, labels: Any) -> Callable[[Tensor], Any]:
-    """Return a net as a function of its first input alone.
-
-    Args:
-        net: ``net(x)``, or with labels ``net(x, labels)``.
-        labels: ``[B, ...]`` or None. They are repeated if x has a multiple of B points.
-
-    Returns:
-        A function ``x -> net output``.
-    """
-    if labels is None:
-        return net
-    return lambda x: net(x, repeated(labels, len(labels), len(x)))
-
-
-def packed(samples: Any, pac: int) -> Any:
-    """Return samples in packs of ``pac``, which the critic scores as one: PacGAN.
-
-    Args:
-        samples: a tensor ``[B, C, *S]``, or labels: a tensor or a nested structure of them.
-        pac: the number of samples in a pack.
-
-    Returns:
-        ``[B / pac, pac * C, *S]``; labels ``[B]`` become ``[B / pac, pac]``.
-
-    Raises:
-        ValueError: if ``pac`` does not divide B.
-
-    >>> import torch
-    >>> packed(torch.arange(6.0).reshape(6, 1), 3)
-    tensor([[0., 1., 2.],
-            [3., 4., 5.]])
-    """
-
-    def pack(t: Tensor) -> Tensor:
-        if len(t) % pac:
-            raise ValueError(
-                f"`pac={pac}` needs batches whose size is a multiple of {pac}; got {len(t)} "
-                "samples: choose such a batch_size, and drop_last=True in the DataLoader"
-            )
-        return t.reshape(len(t) // pac, -1, *t.shape[2:])
-
-    return samples if pac == 1 else tree_map_only(Tensor, pack, samples)
-
-
-def score(critic: nn.Module, x: Tensor, labels: Any) -> Scored:
+def score(critic: nn.Module, x: Samples, labels: Any) -> Scored:
     """Return the critic's scores of samples.
 
     Args:
         critic: ``critic(x)``, or with labels ``critic(x, labels)``.
-        x: ``[B, *S]``.
+        x: ``[B, *S]``, or a dict of them.
         labels: of the samples, or None.
 
     Returns:
@@ -117,15 +74,15 @@ def score(critic: nn.Module, x: Tensor, labels: Any) -> Scored:
     Raises:
         ValueError: if the critic does not return at least one score per sample.
     """
-    scores = conditioned(critic, labels)(x)
+    scores, batch = conditioned(critic, labels, x)(x), len(first(x))
     several = isinstance(scores, (list, tuple))
     parts = list(scores) if several else [scores]
     for part in parts or [None]:
-        if not isinstance(part, Tensor) or part.ndim == 0 or len(part) != len(x):
+        if not isinstance(part, Tensor) or part.ndim == 0 or len(part) != batch:
             got = list(part.shape) if isinstance(part, Tensor) else type(part).__name__
             raise ValueError(
-                f"the critic must return scores of each of {len(x)} samples, [{len(x)}], "
-                f"[{len(x)}, 1] or [{len(x)}, ...], or a list of such scores, one for each scale; "
+                f"the critic must return scores of each of {batch} samples, [{batch}], "
+                f"[{batch}, 1] or [{batch}, ...], or a list of such scores, one for each scale; "
                 f"got {'a list with ' if several else ''}{got}: change the critic"
             )
     parts = [part.to(wide(part)) for part in parts]
@@ -142,7 +99,9 @@ def joined(scores: Any) -> Any:
     return sum(part.reshape(len(part), -1).mean(1) for part in scores)
 
 
-def differentiated(critic: nn.Module, labels: Any, penalty: Penalty) -> Callable[[Tensor], Any]:
+def differentiated(
+    critic: nn.Module, labels: Any, penalty: Penalty, samples: Samples
+) -> Callable[[Any], Any]:
     """Return the critic as a penalty differentiates it: a list of scores is `joined`.
 
     A penalty with a function as ``of`` is given the list itself.
@@ -155,11 +114,8 @@ def differentiated(critic: nn.Module, labels: Any, penalty: Penalty) -> Callable
             f"{penalty.name} has subsample=, and the labels of this batch are of all its samples: "
             "leave subsample= out, or use every=..."
         )
-    if callable(penalty.axes()["of"]):
-        return conditioned(critic, labels)
-    if labels is None:
-        return lambda x: joined(critic(x))
-    return lambda x: joined(critic(x, repeated(labels, len(labels), len(x))))
+    f = conditioned(critic, labels, samples)
+    return f if callable(penalty.axes()["of"]) else lambda x: joined(f(x))
 
 
 def scores_of(critic: nn.Module, samples: Scores, reusing: Iterable[Penalty]) -> Scores:
@@ -184,19 +140,62 @@ def scores_of(critic: nn.Module, samples: Scores, reusing: Iterable[Penalty]) ->
     differentiated = [own for own, known in zip(needs, seen, strict=True) if not known]
     labels = samples.labels
     assert samples.fake is not None
-    points = {"real": samples.real, "fake": samples.fake}
+    points: dict[str, Samples] = {"real": samples.real, "fake": samples.fake}
     starts = {}
     order = max([0, *[own.order for own in needs]])
     scored = {}
     for kind, x in points.items():
-        if any(kind in own.samples for own in differentiated):
-            points[kind] = x = variable(x)  # not the batch's own tensor
+        own_needs = [own for own in differentiated if kind in own.samples]
+        if own_needs:
+            points[kind] = x = variables(x, own_needs)  # not the batch's own tensors
         if any(kind in own.samples and own.continues for own in needs):
-            starts[kind] = start_of(critic, x.device)
+            starts[kind] = start_of(critic, first(x).device)
         with double_backward(order) if order else nullcontext():
             scored[kind] = score(critic, x, labels)
     real, fake = points["real"], points["fake"]
-    return Scores(real, fake, labels, scored["real"], scored["fake"], starts)
+    return Scores(real, fake, labels, scored["real"], scored["fake"], starts, samples.batch)
+
+
+def variables(x: Samples, needs: Iterable[Needs]) -> Samples:
+    """Return samples as new variables; of a dict the entries that penalties are in."""
+    if not isinstance(x, Mapping):
+        return variable(x)
+    names = [own.names or tuple(x) for own in needs]
+    for name in dict.fromkeys(name for own in names for name in own):
+        require_entry(x, name)
+    return {key: variable(v) if any(key in own for own in names) else v for key, v in x.items()}
+
+
+def require_entry(x: Mapping[str, Tensor], name: str) -> None:
+    """Refuse a name that samples do not have, or that has no gradient.
+
+    Raises:
+        TypeError: in these cases.
+    """
+    if name not in x:
+        raise TypeError(
+            f"`wrt=gpkit.inputs(...)` names {name!r}, and the samples have "
+            f"{list(x)}{checks.nearest(name, x)}"
+        )
+    if not x[name].is_floating_point():
+        raise TypeError(
+            f"a penalty in the samples needs floating-point entries; got {name!r}, {x[name].dtype}:"
+            " name the others, wrt=gpkit.inputs(...)"
+        )
+
+
+def entries_of(x: Samples, penalty: Any) -> tuple[Tensor, ...]:
+    """Return the variables of a penalty in samples: these themselves, or entries of a dict."""
+    if not isinstance(x, Mapping):
+        return (x,)
+    return tuple(x[name] for name in penalty.wrt.keys or x)
+
+
+def with_entries(x: Samples, penalty: Any, points: tuple[Tensor, ...]) -> Samples:
+    """Return samples with other variables of a penalty."""
+    if not isinstance(x, Mapping):
+        return points[0]
+    return {**x, **dict(zip(penalty.wrt.keys or x, points, strict=True))}
 
 
 def targets_on(critic: nn.Module, scores: Scores, penalty: Any, needs: Needs) -> Targets:
@@ -217,6 +216,7 @@ def targets_on(critic: nn.Module, scores: Scores, penalty: Any, needs: Needs) ->
     found: list[Target] = []
     for kind in needs.samples:
         x: Any = scores.real if kind == "real" else scores.fake
+        xs = entries_of(x, penalty)
         y = scores.of_real if kind == "real" else scores.of_fake
         y = penalty.of(y) if callable(penalty.of) else joined(y)
         again = None
@@ -224,19 +224,20 @@ def targets_on(critic: nn.Module, scores: Scores, penalty: Any, needs: Needs) ->
             again = partial(rescored, critic, scores, penalty, kind)
             known = reach(critic).known.facts
             if SAME not in known:
-                repeated = again(x)  # in the critic's own dtype; the scores are in a wide one
-                require_same(penalty.wrt.columns(y, len(x)).to(repeated.dtype), repeated)
+                repeated = again(*xs)  # in the critic's own dtype; the scores are in a wide one
+                require_same(penalty.wrt.columns(y, len(xs[0])).to(repeated.dtype), repeated)
                 known.add(SAME)
-        found += penalty.wrt.targets_of(y, (x,), penalty, again)
+        found += penalty.wrt.targets_of(y, xs, penalty, again)
     return Targets(found)
 
 
-def rescored(critic: nn.Module, scores: Scores, penalty: Any, kind: str, x: Tensor) -> Tensor:
+def rescored(critic: nn.Module, scores: Scores, penalty: Any, kind: str, *xs: Tensor) -> Tensor:
     """Return what a penalty differentiates ``[B, m]`` at other points, in a pass as the first."""
-    f = differentiated(critic, scores.labels, penalty)
-    estimator, start = penalty.estimator, scores.starts[kind]
+    samples: Any = scores.real if kind == "real" else scores.fake
+    f = differentiated(critic, scores.labels, penalty, samples)
+    estimator, start, x = penalty.estimator, scores.starts[kind], xs[0]
     with isolated(critic, start, x.device, penalty.order, twice=not estimator.first_order):
-        y = f(x)
+        y = f(with_entries(samples, penalty, xs))
     y = penalty.of(y) if callable(penalty.of) else y
     columns: Tensor = penalty.wrt.columns(y, len(x))
     return columns

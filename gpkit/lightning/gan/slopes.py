@@ -15,6 +15,7 @@ from gpkit.autodiff.random import derived_seed
 from gpkit.axes.at import interpolate
 from gpkit.formula import Terms
 from gpkit.lightning.gan.losses import GANLoss, Scored, mean_score_gap, over_scales
+from gpkit.lightning.gan.samples import Samples, at_points, first, floating
 from gpkit.lightning.gan.scores import joined
 from gpkit.lightning.norms import input_norms
 from gpkit.needs import needs_of
@@ -22,7 +23,7 @@ from gpkit.penalty import Penalty
 
 
 def slopes(
-    critic: Callable[[Tensor], Any], real: Tensor, fake: Tensor, seed: int
+    critic: Callable[[Any], Any], real: Samples, fake: Samples, seed: int
 ) -> dict[str, Tensor]:
     """Return the slopes ‖∇D‖ of a critic on real samples, fake samples and interpolates.
 
@@ -32,8 +33,9 @@ def slopes(
 
     Args:
         critic: ``[B, *S] -> [B, ...]``.
-        real: real samples x, ``[B, *S]``.
-        fake: fake samples y, ``[B, *S]``.
+        real: real samples x, ``[B, *S]``; or a dict, then n is the norm over all of its
+            floating-point entries.
+        fake: fake samples y, likewise.
         seed: for the interpolates α x + (1 − α) y, with one α ~ U[0, 1] per sample.
 
     Returns:
@@ -43,15 +45,20 @@ def slopes(
     >>> slopes(critic, torch.ones(2, 2), torch.zeros(2, 2), seed=0)["interpolates"]
     tensor([5., 5.])
     """
-    rng = torch.Generator(real.device).manual_seed(seed)
-    (between,) = interpolate()((real.detach(),), (fake.detach(),), rng)
+    xs, ys = floating(real), floating(fake)
+    device = first(real).device
+    rng = torch.Generator(device).manual_seed(seed)
+    x, y = (tuple(t.detach() for t in points.values()) for points in (xs, ys))
+    between = dict(zip(xs, interpolate()(x, y, rng), strict=True))
     found = {}
-    for name, points in {"real": real, "fake": fake, "interpolates": between}.items():
+    for name, points in {"real": xs, "fake": ys, "interpolates": between}.items():
         with torch.enable_grad():
-            x = points.detach().requires_grad_()
-            with isolated(critic, derived_seed(seed, name), x.device, twice=False):
-                scores = joined(critic(x))
-            found[name] = input_norms(scores.reshape(len(x), -1).mean(1), x)
+            at = {key: t.detach().requires_grad_() for key, t in points.items()}
+            with isolated(critic, derived_seed(seed, name), device, twice=False):
+                scores = joined(critic(at_points(fake if name == "fake" else real, at)))
+            means = scores.reshape(len(scores), -1).mean(1)
+            squares = [input_norms(means, t).square() for t in at.values()]
+            found[name] = sum(squares[1:], squares[0]).sqrt()
     return found
 
 

@@ -15,7 +15,8 @@ from gpkit.findings.located import locating
 from gpkit.lightning.compat import logs_now
 from gpkit.lightning.gan.ema import update_average
 from gpkit.lightning.gan.logging import optimality_scalars, slope_scalars
-from gpkit.lightning.gan.objectives import MicroBatch, Objective
+from gpkit.lightning.gan.objectives import Objective
+from gpkit.lightning.gan.samples import MicroBatch
 from gpkit.lightning.gan.stepping import accumulate_gradients, step_optimizer
 from gpkit.lightning.recording import LatestStep, penalty_scalars
 

@@ -128,9 +128,9 @@ def test_nets_that_share_parameters():
         ({}, torch.ones(4).long(), TypeError, r"floating-point samples x.*got \(torch.int64 \[4\]"),
         (
             {},
-            {"x": torch.ones(4, 2)},
+            {"x": torch.ones(4, 2).long()},
             TypeError,
-            r"takes batches x, \(x,\) or \(x, y\).*got \(dict",
+            r"takes batches x, \(x,\) or \(x, y\).*or a dict of them; got \(dict",
         ),
         ({"conditional": True}, torch.ones(4, 2).double(), TypeError, r"takes batches \(x, y\)"),
         ({"critic": "mean"}, torch.ones(4, 2).double(), ValueError, r"each of 4 samples.*got \[\]"),

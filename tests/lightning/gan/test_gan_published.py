@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 import gpkit
 from gpkit.lightning.gan.figures import GANFigures
-from gpkit.lightning.gan.scores import packed
+from gpkit.lightning.gan.samples import packed
 
 
 @pytest.mark.parametrize(
