@@ -156,9 +156,10 @@ def test_gnp_steps_along_the_whole_gradient():
 
 def test_random_directions_have_two_entries_for_a_complex_one():
     net = Waves()
-    penalty = gpkit.hessian(weight=1.0, estimator=gpkit.projection(4000), seed=0)
+    penalty = gpkit.hessian(weight=1.0, estimator=gpkit.projection(400), seed=0)
     value, *_ = oracle(hessian_norm, net)
-    assert abs(penalty(closure(net), net) / value - 1) < 0.05
+    # The standard deviation is at most (2/400)^½ = 7 %; one entry for both parts halves the value.
+    assert abs(penalty(closure(net), net) / value - 1) < 0.25
 
 
 def test_the_largest_singular_value_is_that_of_the_real_jacobian():

@@ -87,17 +87,17 @@ def test_forces_of_a_molecule():
     torch.testing.assert_close(value, (-k * x - forces).flatten(1).square().sum(1).mean())
 
 
-@pytest.mark.parametrize(
-    "estimator", ["exact", gpkit.projection(20_000)], ids=["exact", "projection"]
-)
+@pytest.mark.parametrize("estimator", ["exact", gpkit.projection(5)], ids=["exact", "projection"])
 def test_several_outputs(estimator):
     net, g = conv(3), draw(B, 3, 2, 3, 3)
     J = vmap(jacrev(lambda z: net(z.unsqueeze(0))[0]))(X).detach()
     penalty = gpkit.GradientPenalty(estimator=estimator, seed=0)
     wanted = (MASK * (J - g)).flatten(1).square().sum(1)
-    rtol = 1e-9 if estimator == "exact" else 0.02
-    found = penalty.terms(net, X, target=g, metric=MASK).values
-    torch.testing.assert_close(found, wanted, rtol=rtol, atol=0)
+    rtol, many = (1e-9, 1) if estimator == "exact" else (0.02, 4000)  # each has its own directions
+    found = penalty.terms(
+        net, X.repeat(many, 1, 1, 1), target=g.repeat(many, 1, 1, 1, 1), metric=MASK
+    ).values.reshape(many, B)
+    torch.testing.assert_close(found.mean(0), wanted, rtol=rtol, atol=0)
     if estimator == "exact":
         A = draw(B, 3, 2, 3, 3)
         found = penalty.terms(net, X, target=g, metric=A).values

@@ -48,7 +48,7 @@ def test_expectation_is_the_sum_over_all_labels():
         value = oracles.weight_norm(risk, params).square().item()
         expected, second = expected + chance * value, second + chance * value**2
     penalty = gpkit.fisher(weight=1.0, seed=0)
-    n = 1000
+    n = 300
     found = torch.stack([penalty(lambda: net(x), net).detach() for _ in range(n)])
     error = ((second - expected**2) / n) ** 0.5
     assert found.mean().item() == pytest.approx(expected, abs=3.5 * error)
@@ -57,7 +57,7 @@ def test_expectation_is_the_sum_over_all_labels():
     # and it is tr F / B, F the mean of the samples' Fisher matrices
     per_sample = gpkit.fisher(weight=1.0, seed=0, scope="sample")
     traces = torch.stack([per_sample(lambda: net(x), net).detach() for _ in range(n)])
-    assert traces.mean().item() / len(x) == pytest.approx(expected, rel=0.05)
+    assert traces.mean().item() / len(x) == pytest.approx(expected, rel=0.1)
 
 
 def test_draws_are_the_penaltys_own_and_resume():

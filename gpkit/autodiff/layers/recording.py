@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from gpkit.autodiff.compat import parameters_of, write_count
+from gpkit.autodiff.compat import write_count
 from gpkit.autodiff.tracing.calls import TRACES
 from gpkit.autodiff.tracing.hooks import hooked
 
@@ -80,7 +80,7 @@ class recorded_layers:
         self.hooks = [
             hooked(module, self._record, with_kwargs=True)
             for module in self.net.modules()
-            if any(p is not None and p.requires_grad for p in parameters_of(module).values())
+            if any(p.requires_grad for p in module.parameters(recurse=False))
             and (self.only is None or self.only(module))
         ]
         return self.recording

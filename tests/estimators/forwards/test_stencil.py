@@ -47,7 +47,7 @@ def test_a_stencil_of_images_patches_and_several_inputs():
     pair = draw(4, 2), draw(4, 3)
     f = lambda x, c: (x.sum(1) * c.square().sum(1)).sin()  # noqa: E731
     exact = gpkit.GradientPenalty().terms(f, pair)
-    for estimator in (gpkit.stencil(1e-3, 4), gpkit.jvp(4000), gpkit.random_difference(1e-3, 4000)):
+    for estimator in (gpkit.stencil(1e-3, 4), gpkit.jvp(1000), gpkit.random_difference(1e-3, 4000)):
         found = gpkit.GradientPenalty(estimator=estimator, seed=0).terms(f, pair)
         rtol = 1e-7 if isinstance(estimator, gpkit.stencil) else 0.15
         torch.testing.assert_close(found.squared_norms, exact.squared_norms, rtol=rtol, atol=0)
