@@ -123,12 +123,12 @@ def bert(embedded: bool) -> Case:
 def unet() -> Case:
     """A UNet of diffusers, as a critic of noised images: a score for each pixel."""
     net = importlib.import_module("diffusers").UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=4,
+        sample_size=4, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=4,
         layers_per_block=1, attention_head_dim=4,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
-    inputs = {"sample": torch.randn(B, 1, 8, 8), "timestep": torch.tensor([0, 3, 5, 9])}
+    inputs = {"sample": torch.randn(B, 1, 4, 4), "timestep": torch.tensor([0, 3, 5, 9])}
     return Case(net, inputs, field="sample")
 
 
@@ -277,6 +277,11 @@ def vectors(net: nn.Module, outputs: int = CLASSES) -> Case:
     return Case(net, torch.randn(B, 6), torch.arange(B) % CLASSES if outputs > 1 else None)
 
 
+def normed(norm: nn.Module) -> Case:
+    """A smooth net with a norm layer; torch's third derivative of two of the three is wrong."""
+    return vectors(nn.Sequential(nn.Linear(6, 8), norm, nn.Tanh(), nn.Linear(8, CLASSES)))
+
+
 def hard() -> nn.Module:
     """A net with hardsigmoid, as in MobileNetV3's squeeze and excitation."""
     return nn.Sequential(nn.Linear(6, 8), nn.Hardsigmoid(), nn.Linear(8, CLASSES))
@@ -305,6 +310,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "gpkit ViT": lambda: images(ViT((1, 8, 8), CLASSES, dim=8, heads=2, depth=1), 8, channels=1),
     "gpkit ImageCritic": lambda: images(ImageCritic((1, 8, 8), width=4), 8, y=False, channels=1),
     "ReLU critic": lambda: vectors(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1)), 1),
+    "LayerNorm": lambda: normed(nn.LayerNorm(8)),
+    "BatchNorm": lambda: normed(nn.BatchNorm1d(8)),
+    "GroupNorm": lambda: normed(nn.GroupNorm(2, 8)),
     "Hardsigmoid": lambda: vectors(hard()),
     "cdist": lambda: vectors(Distances()),
     "reentrant checkpoint": lambda: vectors(Reentrant()),

@@ -99,6 +99,11 @@ HINTS = {
         "training under torch.nn.attention.sdpa_kernel(SDPBackend.MATH); if a penalty moves its "
         "inputs or weights, use estimator='exact' at the data",
     ),
+    "used in an in-place operation": (
+        "in-place",
+        "the net writes in place to a leaf that is differentiated: use inplace=False, "
+        "gpkit.prepare(net), or write to a copy",
+    ),
     "modified by an inplace operation": (
         "in-place",
         "a tensor that the graph needs was modified in place",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from gpkit.autodiff.compat import buffers_of, is_compiled
+from gpkit.autodiff.compat import buffers_of, is_compiled, tree_leaves
 from gpkit.autodiff.random import (
     RandomState,
     bookmark,
@@ -204,3 +205,33 @@ def copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value if value.requires_grad else value.clone()
     return type(value)(value) if type(value) in CONTAINERS else value
+
+
+def copied_net(net: nn.Module) -> nn.Module:
+    """Return a copy of a net, with leaf parameters of its own.
+
+    `copy.deepcopy` refuses a net that holds a tensor with a graph, such as a hidden state or the
+    weight of `torch.nn.utils.weight_norm`; the parameters of a copied scripted module are no
+    leaves.
+    """
+    held: dict[int, Any] = {}
+    for module in net.modules():
+        for value in tree_leaves(list(vars(module).values())):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                held[id(value)] = value.detach().clone()
+    with torch.no_grad():
+        made = copy.deepcopy(net, held)
+    for p, own in zip(net.parameters(), made.parameters(), strict=True):
+        if own.requires_grad != p.requires_grad:
+            own.requires_grad_(p.requires_grad)
+    return made
+
+
+def in_double(net: nn.Module) -> nn.Module:
+    """Return a copy of a net in float64 and complex128."""
+    made = copied_net(net).double()
+    with torch.no_grad():
+        for tensor in (*made.parameters(), *made.buffers()):
+            if tensor.is_complex():
+                tensor.data = tensor.data.to(torch.complex128)
+    return made

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gpkit.autodiff.state import in_double
 from gpkit.gradient_penalty import GradientPenalty
 from gpkit.penalty import Penalty
 
@@ -89,7 +89,7 @@ class Steps:
         """Return the same steps of a copy in float64."""
         x, y = self.x, self.y
         y = y.double() if y is not None and y.is_floating_point() else y
-        made = Steps(copy.deepcopy(self.net).double(), x.double(), y, self.given)
+        made = Steps(in_double(self.net), x.double(), y, self.given)
         return made
 
     def _together(self, penalty: Penalty) -> bool:

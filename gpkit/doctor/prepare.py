@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 from gpkit import checks
 from gpkit.autodiff.compat import is_compiled, uncompiled_name
 from gpkit.autodiff.isolation import double_backward
+from gpkit.autodiff.state import copied_net
 from gpkit.findings.compat import compiled_from, runs_eagerly
 
 LOG = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def uncompiled(net: nn.Module, changes: dict[str, str]) -> nn.Module:
         if is_compiled(module):
             changes[uncompiled_name(name)] = f"{type(module).__name__}: uncompiled"
     # The copy of a module after module.compile() is not compiled.
-    made = copy.deepcopy(net)
+    made = copied_net(net)
     for module in list(made.modules()):
         for own, child in list(module.named_children()):
             if compiled_from(child) is not child:

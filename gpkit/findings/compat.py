@@ -63,6 +63,11 @@ def runs_eagerly(module: Any) -> bool:
     return False
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Whether the numbers of a tensor can be looked at: not within `torch.func.vmap` or grad."""
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def compiled_from(module: Any) -> Any:
     """Return what ``torch.compile(module)`` was given; any other module as it is."""
     return getattr(module, "_orig_mod", module)

@@ -122,7 +122,7 @@ def undifferentiable(node: Any) -> Finding | None:
     if not all(g.is_floating_point() for g in given):
         return None
     try:
-        made = node(*given)
+        made = _backward_of(node, given)
         found = made if isinstance(made, tuple) else (made,)
         parts = [p for p in found if isinstance(p, Tensor) and p.requires_grad]
         if parts:
@@ -154,7 +154,7 @@ def not_finite_derivative(node: Any, order: int) -> Finding | None:
     parts: Any = ()
     for k in range(1, order + 1):
         try:
-            parts = node(*given) if k == 1 else _derived(parts, [*given, *edges])
+            parts = _backward_of(node, given) if k == 1 else _derived(parts, [*given, *edges])
         except RuntimeError:  # it does not take ones, or cannot be differentiated: other findings
             return None
         found = parts if isinstance(parts, tuple) else (parts,)
@@ -169,6 +169,17 @@ def not_finite_derivative(node: Any, order: int) -> Finding | None:
             )
             return Finding("not-finite", "error", why, fix)
     return None
+
+
+def _backward_of(node: Any, given: list[Tensor]) -> Any:
+    """Return what the backward pass of one node makes of tensors, with a graph."""
+    if callable(node):
+        return node(*given)
+    # A custom Function's node cannot be called.
+    outputs = [GradientEdge(node, number) for number in range(len(given))]
+    edges = [GradientEdge(n, number) for n, number in node.next_functions if n is not None]
+    options: dict[str, Any] = {"create_graph": True, "allow_unused": True}
+    return torch.autograd.grad(outputs, edges, given, **options)
 
 
 def _derived(parts: tuple[Tensor, ...], variables: list[Any]) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gpkit.autodiff.compat import is_compiled, nodes_made, tree_leaves, write_count
-from gpkit.findings.compat import made_at
+from gpkit.findings.compat import has_values, made_at
 
 ROOT = "(the net itself)"
 OUTSIDE = "(outside of the net, such as the loss)"
@@ -69,6 +69,8 @@ class Watch:
 
     def __enter__(self) -> Watch:
         for module, _ in self.watched:
+            if isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+                continue
             self.handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             self.handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
         return self
@@ -104,7 +106,8 @@ class Watch:
         number = made_at(node)
         around = [v for v in self.visits if v.first <= number < v.last]
         if not around:
-            return OUTSIDE
+            scripted = isinstance(self.watched[0][0], torch.jit.ScriptModule)
+            return ROOT if scripted else OUTSIDE
         return min(around, key=lambda v: v.last - v.first).name or ROOT
 
 
@@ -125,11 +128,14 @@ def _tensors(values: Any) -> list[Tensor]:
 def _number(tensor: Tensor) -> float:
     """Return a number by which two tensors are told apart."""
     flat = tensor.detach().flatten()
-    if not flat.numel() or flat.is_complex():
+    if not flat.numel() or not has_values(flat):
         return 0.0
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).flatten()
     weights = torch.linspace(1, 2, flat.numel(), dtype=torch.float64, device=flat.device)
     return float(flat.double().nan_to_num() @ weights)
 
 
 def _finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(tensor.detach().isfinite().all())
+    known = tensor.is_floating_point() and has_values(tensor)
+    return not known or bool(tensor.detach().isfinite().all())

@@ -62,6 +62,93 @@ def test_the_logits_of_an_output_are_taken(preset):
     assert "call" not in told(net, choosing, labels)[0].codes
 
 
+class Square(torch.autograd.Function):
+    """It can be differentiated again."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * ctx.saved_tensors[0] * g
+
+
+class Slopes(nn.Module):
+    """A net of derivatives of a net, by `torch.func`."""
+
+    def __init__(self):
+        super().__init__()
+        self.energy, self.last = nn.Linear(4, 5), nn.Linear(4, 3)
+
+    def forward(self, x):
+        energy = lambda x: self.energy(x).tanh().sum()  # noqa: E731
+        return self.last(torch.func.vmap(torch.func.grad(energy))(x))
+
+
+class Spectrum(nn.Module):
+    """A net with complex weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.filter, self.last = nn.Parameter(torch.randn(3) + 1j), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.last(torch.fft.irfft(torch.fft.rfft(x) * self.filter, n=4).tanh())
+
+
+class Remembers(nn.Module):
+    """A net that holds a tensor with a graph, as a recurrent net its state."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(4, 3)
+        self.state = [self.last.weight.sum()]
+
+    def forward(self, x):
+        return self.last(x.tanh())
+
+
+def hidden(layer):
+    return nn.Sequential(nn.Linear(4, 5), layer, nn.Linear(5, 3))
+
+
+@pytest.mark.filterwarnings("ignore:.*(deprecated|dynamic_axes).*")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.jit.script(hidden(nn.Tanh())),
+        lambda: hidden(torch.jit.script(nn.Sequential(nn.LayerNorm(5), nn.Tanh()))),
+        lambda: hidden(type("Squared", (nn.Module,), {"forward": lambda _, x: Square.apply(x)})()),
+        lambda: nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3)),
+        Slopes,
+        Spectrum,
+        Remembers,
+    ],
+    ids=["scripted", "scripted part", "Function", "old weight norm", "func", "complex", "state"],
+)
+def test_nets_of_all_kinds_are_looked_at_and_are_no_false_alarm(make):
+    torch.manual_seed(0)
+    net = make()
+    report, errors = told(net, gpkit.jacobian(), torch.arange(B) % 3)
+    assert not errors, str(report)
+    assert not any("could not be made" in f.why for f in report.findings), str(report)
+    assert not any("could be compared" in f.why for f in report.findings), str(report)
+    assert report.numbers["jacobian"]["curve"]
+    assert all(p.is_leaf and p.grad is None for p in net.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated.*")
+def test_a_scripted_norm_layer_is_wrong_at_order_two():
+    """No hook of gpkit reaches it, and torch's own third derivative is wrong."""
+    torch.manual_seed(0)
+    net = hidden(torch.jit.script(nn.Sequential(nn.LayerNorm(5), nn.Tanh())))
+    assert told(net, gpkit.curvature(), torch.arange(B) % 3)[1] == ["wrong-derivative"]
+    other = hidden(nn.Sequential(nn.LayerNorm(5), nn.Tanh()))
+    assert told(other, gpkit.curvature(), torch.arange(B) % 3)[1] == []
+
+
 @pytest.mark.parametrize(
     ("net", "penalty", "codes", "stops"),
     [

@@ -39,7 +39,7 @@ def in_place(trial: Trial) -> Iterator[Finding]:
     """Find modules that write to the net's input, which a penalty in the input differentiates."""
     visits = trial.forward[1].visits
     root = next((v for v in visits if not v.name), None)
-    if root is None or not root.wrote or not trial.in_input:
+    if root is None or not root.wrote:
         return
     names = [
         v.name
@@ -47,8 +47,14 @@ def in_place(trial: Trial) -> Iterator[Finding]:
         if v.wrote and v.name and root.given.numbers[:1] == v.given.numbers[:1]
     ]
     why = "the net writes to its input in place, and a leaf that is differentiated must not change"
+    if not trial.in_input:
+        why = (
+            "the net writes to its input in place: a second run on the same batch, as of a penalty "
+            "that is given a function, meets other samples, or an error"
+        )
     fix = "use inplace=False, or gpkit.prepare(net)"
-    yield Finding("in-place", "error", why, fix, names[0] if names else ROOT)
+    severity = "error" if trial.in_input else "warning"
+    yield Finding("in-place", severity, why, fix, names[0] if names else ROOT)
 
 
 def not_finite(trial: Trial) -> Iterator[Finding]:

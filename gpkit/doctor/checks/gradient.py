@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 
 import torch
 
 from gpkit.autodiff.isolation import isolated
+from gpkit.autodiff.state import in_double
 from gpkit.doctor.example import Example
 from gpkit.doctor.trial import FAILURES, SEED, Trial, norm_of
 from gpkit.environment_penalty import EnvironmentPenalty
@@ -39,7 +39,7 @@ def wrong_gradient(trial: Trial) -> Iterator[Finding]:
     terms = trial.outcome.terms
     if not consistent or terms is None or not norm_of(trial.outcome.gradients.values()):
         return
-    net = copy.deepcopy(trial.net).double()
+    net = in_double(trial.net)
     example = trial.example.to(torch.float64)
     params: dict[str, torch.Tensor] = {n: p for n, p in net.named_parameters() if p.requires_grad}
 
@@ -122,12 +122,12 @@ def _compared(
     length = norm_of(found.values())
     directions = {}
     for name, p in params.items():
-        noise = torch.randn(p.shape, generator=rng, dtype=torch.float64).to(p.device)
+        noise = torch.randn(p.shape, generator=rng, dtype=p.dtype).to(p.device)
         own = found[name]
-        directions[name] = noise * p.detach().square().mean().sqrt().clamp(min=1e-3)
+        directions[name] = noise * p.detach().abs().square().mean().sqrt().clamp(min=1e-3)
         directions[name] = directions[name] + (0 if own is None else own.detach() / length)
     slope = sum(
-        float((own.detach() * directions[name]).sum())
+        float((own.detach().conj() * directions[name]).sum().real)
         for name, own in found.items()
         if own is not None
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 
 import torch
 
 from gpkit.autodiff.derivatives import first_gradients
+from gpkit.autodiff.state import copied_net
 from gpkit.doctor.trial import FAILURES, Trial
 from gpkit.finding import Finding
 
@@ -27,7 +27,7 @@ def underflow(trial: Trial) -> Iterator[Finding]:
     )
     wide = trial
     if torch.float16 in dtypes:
-        net = copy.deepcopy(trial.net).float()
+        net = copied_net(trial.net).float()
         wide = Trial(net, trial.name, trial.penalty, trial.example.to(torch.float32))
     try:
         targets = wide.graphs[0]

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.func import functional_call
 
 from gpkit.autodiff.isolation import isolated
 from gpkit.doctor.trial import FAILURES, SEED, Trial, norm_of
@@ -90,13 +89,13 @@ def _times(factor: float, gradient: torch.Tensor | None) -> torch.Tensor | None:
 def _loss_after(trial: Trial, gradients: dict[str, Any], length: float) -> float:
     """Return the loss after a step of a given length against a gradient."""
     factor = length / (norm_of(gradients.values()) or math.inf)
-    moved = {
-        name: p.detach() - (0 if gradients[name] is None else factor * gradients[name])
-        for name, p in trial.parameters.items()
-    }
-
-    def net(*args: Any, **kwargs: Any) -> Any:
-        return functional_call(trial.net, moved, args, kwargs)
-
-    with isolated(trial.net, SEED, trial.device, twice=False), torch.no_grad():
-        return float(trial.example.training_loss(net))  # type: ignore[arg-type]
+    before = {name: p.data for name, p in trial.parameters.items()}
+    try:
+        for name, p in trial.parameters.items():
+            if gradients[name] is not None:
+                p.data = p.data - factor * gradients[name]
+        with isolated(trial.net, SEED, trial.device, twice=False), torch.no_grad():
+            return float(trial.example.training_loss(trial.net))
+    finally:
+        for name, p in trial.parameters.items():
+            p.data = before[name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from gpkit.autodiff.compat import tree_leaves, tree_map_only
 from gpkit.autodiff.isolation import double_backward
 from gpkit.autodiff.random import bookmark, device_of, random_state, reseed, seeded, shared
 from gpkit.autodiff.reached import values_of
+from gpkit.autodiff.state import copied_net
 from gpkit.doctor.gradcheck.turn import Turn
 from gpkit.penalty import Penalty
 
@@ -86,7 +86,7 @@ class Trial:
     ) -> None:
         self.fn, self.dtype = fn, dtype
         self.given = net, samples, named
-        self.net = copy.deepcopy(net)
+        self.net = copied_net(net)
         if dtype is not None:
             self.net.to(dtype)
         if evaluating:
