@@ -12,13 +12,14 @@ from torch.nn import functional as F
 from gpkit import checks
 from gpkit.autodiff import graph
 from gpkit.autodiff.derivatives import gradients
-from gpkit.autodiff.isolation import isolated
+from gpkit.autodiff.isolation import own_forward
 from gpkit.autodiff.numerics import wide
 from gpkit.autodiff.random import device_of
+from gpkit.autodiff.tracing.calls import TRACES, holds, noted
 from gpkit.axes.environments import Samples, Statistic
 from gpkit.axes.weight import Schedule
 from gpkit.estimators.base import Target
-from gpkit.formula import REDUCTIONS, Terms, reduced
+from gpkit.formula import REDUCTIONS, Terms, recording, reduced
 from gpkit.penalty import Penalty
 
 Losses = Callable[[Tensor, Tensor], Tensor]
@@ -127,8 +128,8 @@ class EnvironmentPenalty(Penalty):
         train = torch.is_grad_enabled()
         if real is not None or fake is not None:
             raise TypeError(f"{self.name} takes no real= or fake=: {USAGE}")
-        with torch.inference_mode(False), torch.enable_grad():
-            with isolated(f, seed, device_of(f, args)):
+        with recording(train):
+            with own_forward(f, seed, device_of(f, args)):
                 output, y, env = self._read(f, args)
             logits, a = self._split(output)
             if train and not logits.requires_grad:
@@ -137,7 +138,7 @@ class EnvironmentPenalty(Penalty):
             n2, values = self.statistic(samples)
             terms = Terms(n2, values, weight, reduced(values, self.reduce), (logits,))
         target = Target(logits, (), True)
-        if acts and train and target not in self.seen:
+        if acts and train and not TRACES and target not in self.seen:
             if not graph.leaves(terms.reduced):
                 raise RuntimeError(CUT)
             self.seen.add(target)
@@ -151,8 +152,9 @@ class EnvironmentPenalty(Penalty):
         elif not args and isinstance(f, (list, tuple)) and all(len(pair) == 2 for pair in f):
             outputs = [output() if callable(output) else output for output, _ in f]
             y = torch.cat([y for _, y in f])
-            sizes = torch.tensor([len(y) for _, y in f], device=y.device)
-            env = torch.arange(len(f), device=y.device).repeat_interleave(sizes)
+            env = torch.cat(
+                [torch.full((len(y),), e, device=y.device) for e, (_, y) in enumerate(f)]
+            )
             pairs = [o if isinstance(o, (list, tuple)) else (o,) for o in outputs]
             f = tuple(torch.cat(parts) for parts in zip(*pairs, strict=True))
             f = f[0] if len(f) == 1 else f
@@ -207,14 +209,16 @@ class EnvironmentPenalty(Penalty):
             if not losses.requires_grad:
                 raise RuntimeError(CUT)
             (deltas,) = gradients(losses.sum(), (logits,))
-            names = env.unique()
-            same = (names.unsqueeze(1) == env).to(logits)  # [E, B]
+            names: tuple[int, ...] = noted(lambda: tuple(env.unique().tolist()))
+            same = torch.tensor(names, device=env.device).unsqueeze(1) == env  # [E, B]
+            holds(lambda: same.any(0).all() & same.any(1).all())  # the same environments
+            same = same.to(logits)
             return Samples(
                 logits.reshape(len(logits), -1),
                 deltas.reshape(len(logits), -1),
                 None if a is None else a.to(logits.dtype),
                 same / same.sum(1, keepdim=True),
-                tuple(names.tolist()),
+                names,
                 trains,
             )
 

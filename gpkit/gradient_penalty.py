@@ -248,7 +248,7 @@ class GradientPenalty(Penalty):
             for target in () if TRACES else targets:
                 target.step = self.evaluated_at
             known = bool(TRACES) or targets[0] in self.seen  # the eager step before has looked
-            observe = acts and train and not TRACES
+            observe = acts and train
             if not (known or self.estimator.first_order):
                 try:
                     for target in targets if targets[0].batched else targets[:1]:
@@ -262,13 +262,13 @@ class GradientPenalty(Penalty):
             options: dict[str, Any] = {"observe": observe, "weights": weights}
             n2 = formula.squared_norms(self, targets, rng, scale, **options)
             terms = formula.terms(self, n2, weight, targets=targets, **options)
-        if observe and n2.numel() and not (known and terms.reduced.requires_grad):
+        if not TRACES and observe and n2.numel() and not (known and terms.reduced.requires_grad):
             twice = not self.estimator.first_order and scale is None
             warn_of_bias(self.form, self.estimator, targets[0], self.order)
             known = trains(f, terms, targets, self.order, self.wrt, twice=twice)
             if known:
                 self.seen.add(targets[0])
-        if known and observe and isinstance(f, nn.Module):
+        if known and observe and not TRACES and isinstance(f, nn.Module):
             self.shortcuts.note(self, f, targets)
         return terms if train else terms.detached()
 

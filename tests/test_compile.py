@@ -7,6 +7,7 @@ import pytest
 import torch
 from compiling import Graphs, needs_compiler, trained
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
 import gpkit
 from gpkit.compiling import parity
@@ -31,7 +32,9 @@ def same(build, make_loss, batches, **options):
         for expected, found in zip(getattr(eager, name), getattr(compiled, name), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(compiled.rng, eager.rng)
-    assert compiled.penalties == eager.penalties
+    (found, how), (expected, as_before) = (tree_flatten(own.penalties) for own in (compiled, eager))
+    assert how == as_before
+    assert found == pytest.approx(expected, rel=1e-6)  # averages are rounded
     return compiled.step
 
 
@@ -142,6 +145,36 @@ def test_both_are_timed_without_a_trace(monkeypatch):
     assert all(p.grad is None for p in net.parameters())
 
 
+def everything(net):
+    """Averages, environments, weights of samples, and ways to run a net, in one loss."""
+    average = gpkit.two_sided(gpkit.running_average(0.9, use="graph"))
+    path = gpkit.r1(form=average, seed=1)  # with dropout masks of its own
+    fishr = gpkit.fishr(ema=0.9, weight=0.5)
+    weighed = gpkit.input_grad_norm(gpkit.target_norm(0.5), seed=2)
+    quiet = gpkit.r1(forward="eval", seed=3)
+
+    def loss(x, env):
+        logits, a = gpkit.features(net, x)
+        y, rows = (x[:, 0] > 0).float(), torch.arange(len(x))
+        total = logits.mean() + fishr((logits, a), y, env) + path(net, real=x)
+        total = total + weighed(net, x, sample_weight=x[:, 1].abs())
+        return total + quiet(net, real=x, groups=rows)
+
+    return loss, (path, fishr, weighed, quiet)
+
+
+def test_what_learns_looks_up_and_draws():
+    """A last batch lacks an environment: it runs as it is, and the next is compiled again."""
+    env = torch.arange(8) % 2
+    envs = [env, env.flip(0), 0 * env, env]
+    batches = [(samples()[0], own) for own in envs]
+    build = lambda: critic(nn.BatchNorm1d(6), nn.Dropout(0.5))  # noqa: E731
+    graphs = Graphs()
+    step = same(build, everything, batches, backend=graphs)
+    assert (graphs.compiled, graphs.run) == (1, 4)  # one of them at first, and one was run again
+    assert [own.weight for own in step.terms[:2]] == [0.5, 10.0]
+
+
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
@@ -149,6 +182,11 @@ class Recurrent(nn.Module):
 
     def forward(self, x):
         return self.out(self.rnn(x.unsqueeze(1))[0][:, -1])
+
+
+class Noise(nn.Module):
+    def forward(self, x):
+        return x + torch.randn_like(x)
 
 
 def variable_inside(net, penalty):
@@ -161,11 +199,17 @@ def variable_inside(net, penalty):
 
 OBSTACLES = {
     "recurrent": (Recurrent, gpkit.r1, None, "does not trace recurrent nets, as nn.LSTM"),
-    "dropout": (
-        lambda: critic(nn.Dropout(0.5)),
+    "noise": (
+        lambda: critic(Noise()),
         gpkit.r1,
         None,
-        "forward pass of a penalty draws random numbers, as dropout does",
+        "forward pass of a penalty draws random numbers that are not those of F.dropout",
+    ),
+    "twice": (
+        critic,
+        lambda: gpkit.r1(form=gpkit.two_sided(gpkit.running_average(0.9))),
+        lambda net, penalty: lambda x, _: penalty(net, real=x) + penalty(net, real=-x),
+        "'r1' is called twice in a step, and the second call reads the average that the first",
     ),
     "variable": (
         critic,
@@ -250,6 +294,10 @@ PENALTIES = {
     "forwards": lambda: gpkit.approximate_r1(seed=1),
     "singular value": lambda: gpkit.spectral_jacobian(seed=1),
     "laplacian": lambda: gpkit.laplacian(seed=1),
+    "forward mode": lambda: gpkit.r1(estimator="jvp", seed=1),
+    "activation": lambda: gpkit.r1(wrt=gpkit.activation("0"), seed=1),
+    "average": lambda: gpkit.r1(form=gpkit.two_sided(gpkit.running_average(0.9)), seed=1),
+    "eval": lambda: gpkit.r1(forward="eval", seed=1),
     "weights": lambda: gpkit.weight_grad_norm(seed=1),
     "each sample": lambda: gpkit.per_sample_grad_norm(seed=1),
 }

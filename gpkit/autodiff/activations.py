@@ -187,7 +187,7 @@ def classifier_inputs(net: nn.Module) -> Iterator[list[Tensor]]:
             "(logits, features) yourself"
         )
     found: list[Tensor] = []
-    hook = linear[-1].register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    hook = hooked(linear[-1], lambda _, args, __: found.append(args[0]))
     try:
         yield found
     finally:

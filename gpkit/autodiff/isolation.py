@@ -15,10 +15,15 @@ from gpkit.autodiff.norm_layers import elementary
 from gpkit.autodiff.random import RandomState, random_state, set_random_state, set_seed
 from gpkit.autodiff.reached import CHECKPOINTS, Reach, reach
 from gpkit.autodiff.state import Start, own_state, own_streams, start_of
-from gpkit.autodiff.tracing.calls import RECORDS
+from gpkit.autodiff.tracing.calls import RECORDS, TRACES
+from gpkit.autodiff.tracing.compat import buffers_apart
+from gpkit.autodiff.tracing.noise import noisy
 
 RUNNING: list[bool] = []  # one entry for each forward pass of a penalty that is running now
-DRAWS = "the own forward pass of a penalty draws random numbers, as dropout does"
+DRAWS = (
+    "the own forward pass of a penalty draws random numbers that are not those of F.dropout, as "
+    "attention with dropout does: give its dropout=0.0, or call the net in the loss"
+)
 FORWARDS = ("isolated", "training", "eval")  # the ways to run a forward pass of a penalty
 
 
@@ -60,7 +65,7 @@ class isolated:
         self.evaluating = evaluating
         self.recomputing = recomputing_by(self.recomputed)
         self.others: ExitStack | None = None
-        self.recorded: RandomState | None = None
+        self.noisy: noisy | None = None  # in a step that is recorded, to be compiled
 
     def __enter__(self) -> None:
         found, seed = self.found, self.seed
@@ -72,7 +77,10 @@ class isolated:
             self.kernels.__enter__()
         try:
             set_seed(seed.torch if isinstance(seed, Start) else seed, self.device)
-            self.recorded = random_state(self.device) if RECORDS else None
+            if RECORDS and RECORDS[-1].calls:
+                self.noisy = noisy()
+                self.noisy.__enter__()
+                RECORDS[-1].calls[-1].noise.append([])
             if self.evaluating or not found.is_plain:
                 start = seed if isinstance(seed, Start) else None
                 with ExitStack() as others:
@@ -84,10 +92,9 @@ class isolated:
             raise
 
     def __exit__(self, *exception: Any) -> None:
-        if RECORDS and self.recorded:
-            now = random_state(self.device)
-            if not all(map(torch.equal, now, self.recorded)):
-                RECORDS[-1].stops(DRAWS)
+        if self.noisy is not None:
+            self.noisy.__exit__(*exception)
+            self._require_noise_alone()
         try:
             if self.others is not None:
                 self.others.__exit__(*exception)
@@ -97,6 +104,17 @@ class isolated:
                 self.kernels.__exit__(*exception)
             RUNNING.pop()
             set_random_state(self.before, self.device)
+
+    def _require_noise_alone(self) -> None:
+        """Note it if the forward pass drew other random numbers than those of its dropout."""
+        drawn, seed = random_state(self.device), self.seed
+        noise = RECORDS[-1].calls[-1].noise[-1]
+        set_seed(seed.torch if isinstance(seed, Start) else seed, self.device)
+        for own in noise:
+            own.anew(self.device)
+        alone = all(map(torch.equal, random_state(self.device), drawn))
+        if not alone or (noise and isinstance(seed, Start)):
+            RECORDS[-1].stops(DRAWS)
 
     def recomputed(self, part: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function that runs a part of the function again in the same way."""
@@ -109,6 +127,25 @@ class isolated:
                 return part(*args, **kwargs)
 
         return again
+
+
+def own_forward(function: Any, seed: int, device: torch.device) -> AbstractContextManager[None]:
+    """Return `isolated`, or in a graph what stands for it."""
+    if TRACES:
+        return in_graph()
+    found = reach(function)
+    if RECORDS:
+        RECORDS[-1].ran(found.family)
+    return isolated(found, seed, device)
+
+
+@contextmanager
+def in_graph(*, evaluating: bool = False) -> Iterator[None]:
+    """A context for a penalty's own forward pass in a graph: what stands for `isolated`."""
+    call = TRACES[-1].call
+    noise = noisy() if any(call.noise) else nullcontext()
+    with buffers_apart(call.modules, evaluating=evaluating), noise:
+        yield
 
 
 def run_plain(run: Any, args: Any, found: Reach, seed: int, device: torch.device) -> Any:

@@ -21,6 +21,7 @@ from gpkit.autodiff.random import (
     position,
     random_state,
     reseed,
+    set_random_state,
     shared,
 )
 from gpkit.autodiff.reached import (
@@ -71,6 +72,19 @@ def start_of(function: Any, device: torch.device) -> Start:
     }
     streams += () if TORCH_ALONE in found.known.facts else shared()
     return Start(random_state(device), [bookmark(s) for s in streams], kept)
+
+
+def put_back(found: Reach, start: Start, device: torch.device) -> None:
+    """Put buffers, attributes and random numbers back to what a run of a function started from."""
+    set_random_state(start.torch, device)
+    for again in start.streams:
+        again()
+    for owner in found.family:
+        buffers, attributes = start.modules[owner]
+        for name, buffer in buffers_of(owner).items():
+            if buffer is not None and buffers.get(name) is not None:
+                buffer.data.copy_(buffers[name])
+        vars(owner).update(attributes)
 
 
 def streams_of(found: Reach) -> list[Any]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpkit import checks
 from gpkit.autodiff.distributed import sum_of_ranks
+from gpkit.autodiff.tracing.calls import RECORDS, TRACES, outside
 
 USES = ("constant", "graph", "before")
 
@@ -58,7 +60,7 @@ class running_average:
     def for_call(self, norms: Tensor) -> float | Tensor:
         """Return the centre of a call with norms ``[G]``, without an update."""
         if self.use == "before":
-            return self.value
+            return self.before(norms)
         return self.updated(norms if self.use == "graph" else norms.detach())
 
     def update(self, norms: Tensor) -> None:
@@ -70,8 +72,17 @@ class running_average:
     def updated(self, norms: Tensor) -> Tensor:
         """Return d·a + (1 - d)·mean, a scalar in the dtype of the norms; a if it is not finite."""
         summed, count = self.totals(norms)
-        new = self.decay * self.value + (1 - self.decay) * (summed / count)
-        return torch.where(new.isfinite(), new, self.value)
+        before = self.before(norms)
+        new = self.decay * before + (1 - self.decay) * (summed / count)
+        return torch.where(new.isfinite(), new, before)
+
+    def before(self, norms: Tensor) -> float | Tensor:
+        """Return the average; for a compiled loss a tensor ``[]``, as it changes in each step."""
+        if not (TRACES or RECORDS):
+            return self.value
+        options: dict[str, Any] = {"dtype": norms.dtype, "device": norms.device}
+        state = outside(lambda: torch.tensor(self.value, **options))
+        return state if TRACES else self.value
 
     @staticmethod
     def totals(norms: Tensor) -> Tensor:

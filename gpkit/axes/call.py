@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from gpkit.autodiff import activations
 from gpkit.autodiff.compat import nodes_made
 from gpkit.autodiff.graph import Made
-from gpkit.autodiff.isolation import double_backward, isolated, running
+from gpkit.autodiff.isolation import double_backward, in_graph, isolated, running
 from gpkit.autodiff.random import META, RandomState, Source
 from gpkit.autodiff.reached import Reach, reach, reached
 from gpkit.autodiff.state import Start, start_of
 from gpkit.autodiff.tracing.calls import RECORDS, TRACES
-from gpkit.autodiff.tracing.compat import buffers_apart
 from gpkit.axes.at import Points
 from gpkit.axes.form import Form
 from gpkit.axes.given.given import Given
@@ -134,8 +133,10 @@ class Call:
     ) -> AbstractContextManager[None]:
         """A context for a run of the function: without side effects, or as ``forward=``."""
         twice, how = not self.axes.estimator.first_order, self.axes.forward
+        if TRACES and how == "training":
+            return nullcontext()
         if TRACES:
-            return nullcontext() if how == "training" else buffers_apart(TRACES[-1].call.modules)
+            return in_graph(evaluating=how == "eval")
         order = max(self.axes.order, 2 if self.axes.elementary else 1)
         if how == "training" and isinstance(seed, int):
             seed = self.seed = start_of(self.reach, device)  # the runs at other points repeat it

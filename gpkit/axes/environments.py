@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from gpkit import checks
 from gpkit.autodiff.distributed import means_of_ranks
+from gpkit.autodiff.tracing.calls import afterwards, holds, outside
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class scale_gradient(Statistic):
             odd = inside & (inside.cumsum(1) % 2 == 1)
             parts = torch.stack([odd, inside & ~odd]).to(members)  # [2, E, B]
             counts = parts.sum(2, keepdim=True)
-            if not counts.all():
+            if not (holds(counts.all) or counts.all()):
                 raise ValueError(
                     "`halves=True` needs at least two samples of every environment in a batch; got "
                     f"environments of {[int(n) for n in inside.sum(1)]}"
@@ -132,28 +134,32 @@ class gradient_variance(Statistic):
         variances = squares - means.square()
         averaged = self._with_average(samples.names, variances)
         if samples.trains and self.ema:
-            self._update(dict(zip(samples.names, variances.detach(), strict=True)))
+            afterwards(partial(self._update, samples.names), variances)
         values = (averaged - averaged.mean(0)).square().mean((1, 2))
         return values, values
 
     def _with_average(self, names: tuple[int, ...], variances: Tensor) -> Tensor:
         """Return v_e + γ/(1 - γ) m_e, ``[E, C, d + 1]``."""
-        if not any(name in self.averages for name in names):
+        if not self.ema:
             return variances
-        before = [self.averages.get(name, torch.zeros_like(variances[0])) for name in names]
+        zero = torch.zeros_like(variances[0])
+        return variances + self.ema / (1 - self.ema) * outside(partial(self._before, names, zero))
+
+    def _before(self, names: tuple[int, ...], zero: Tensor) -> Tensor:
+        """Return the moving averages m_e, ``[E, C, d + 1]``, in the dtype of their zero."""
+        before = [self.averages.get(name, zero) for name in names]
         for name, m in zip(names, before, strict=True):
-            if m.shape != variances.shape[1:]:
+            if m.shape != zero.shape:
                 raise ValueError(
                     f"the moving average of environment {name} is of a last layer "
                     f"{list(m.shape)} (outputs, inputs + 1), this one is "
-                    f"{list(variances.shape[1:])}: use a penalty of its own for each net"
+                    f"{list(zero.shape)}: use a penalty of its own for each net"
                 )
-        stacked = torch.stack([m.to(variances) for m in before])
-        return variances + self.ema / (1 - self.ema) * stacked
+        return torch.stack([m.to(zero) for m in before])
 
-    def _update(self, variances: dict[int, Tensor]) -> None:
+    def _update(self, names: tuple[int, ...], variances: Tensor) -> None:
         """Update the moving averages: m ← γ m + (1 - γ) v."""
-        for name, v in means_of_ranks(variances).items():
+        for name, v in means_of_ranks(dict(zip(names, variances, strict=True))).items():
             m = self.averages.get(name, torch.zeros_like(v)).to(v)
             new = self.ema * m + (1 - self.ema) * v
             self.averages[name] = torch.where(v.isfinite().all(), new, m)

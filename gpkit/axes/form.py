@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gpkit import checks
 from gpkit.autodiff.numerics import root
+from gpkit.autodiff.tracing.calls import afterwards
 from gpkit.axes.average import running_average
 
 NORMS = ("l2", "l1", "linf")
@@ -190,7 +191,8 @@ class two_sided(Rooted):
 
     def observe(self, squared_norms: Tensor) -> None:
         if isinstance(self.center, running_average):
-            self.center.update(self.root(squared_norms.detach()))
+            update = self.center.update
+            afterwards(lambda n2: update(self.root(n2)), squared_norms)
 
     def state_dict(self) -> dict[str, float]:
         """Return the state of a running average, or {} if the centre is a number."""

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from gpkit import checks
+from gpkit.autodiff.tracing.calls import holds
 from gpkit.estimators.base import Estimator
 from gpkit.estimators.window import POOLED
 
@@ -83,8 +84,9 @@ def require_groups(groups: Any, y: Tensor, xs: tuple[Tensor, ...], axes: Any) ->
         found = groups.dtype if isinstance(groups, Tensor) else type(groups).__name__
         raise TypeError(f"groups= must be an index tensor [N], the group of each row; got {found}")
     rows, count = len(xs[0]), len(y) if y.ndim else 0
-    low, high = (int(groups.min()), int(groups.max())) if len(groups) else (0, -1)
-    if len(groups) != rows or low < 0 or high >= count:
+    inside = len(groups) == rows and holds(lambda: ((groups >= 0) & (groups < count)).all())
+    low, high = (int(groups.min()), int(groups.max())) if len(groups) and not inside else (0, -1)
+    if not inside and (len(groups) != rows or low < 0 or high >= count):
         raise ValueError(
             f"groups= must have a number from 0 to {count - 1} for each of {rows} rows, as the "
             f"output has {count} groups; got {len(groups)} numbers from {low} to {high}"

@@ -31,9 +31,14 @@ def compile(function: Callable[..., Any], *, measure: bool = True, **options: An
     long there. So both are timed in the first step, with their backward passes, and the faster is
     kept.
 
+    Running averages, the environments of a batch and dropout in a penalty's own forward pass are
+    compiled as well: averages are read before each step and updated after it, dropout masks are
+    drawn outside. A step with values that the graph does not know, such as other environments, runs
+    as it is.
+
     Not compiled are finite differences and Taylor mode (``torch.compile`` the net alone), scopes
-    that average gradients first, running averages, recurrent nets, weight norm under a weight
-    penalty, and penalties that are given ``step=``.
+    that average gradients first, recurrent nets, other random numbers in a penalty's own forward
+    pass, weight norm under a weight penalty, Mish, and penalties that are given ``step=``.
 
     Args:
         function: returns the loss, one number; or it and more, such as outputs. It calls penalties,

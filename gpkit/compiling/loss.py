@@ -16,19 +16,20 @@ from torch import Tensor
 from gpkit.autodiff.isolation import double_backward, running
 from gpkit.autodiff.random import device_of, seeded
 from gpkit.autodiff.reached import Reach, reach
-from gpkit.autodiff.state import Start, own_state, own_streams, start_of
-from gpkit.autodiff.tracing.calls import RECORDS, TRACES, Drawn, Record, Repeat
+from gpkit.autodiff.state import Start, own_state, own_streams, put_back, start_of
+from gpkit.autodiff.tracing.calls import RECORDS, TRACES, Record, Repeat
 from gpkit.autodiff.tracing.compat import (
     hooked_by,
     keeping_buffers,
     tracing_gradients,
 )
-from gpkit.autodiff.tracing.hooks import dispatch
+from gpkit.autodiff.tracing.hooks import dispatch, dispatch_before
 from gpkit.compiling import obstacles, parity
-from gpkit.compiling.plans import Plan, numbers_of, shapes_of, terms_of, traced
+from gpkit.compiling.plans import Draws, Plan, shapes_of, terms_of, traced
 from gpkit.formula import Terms
 
 log = logging.getLogger(__name__)
+MISSES = 8  # steps with other values than a graph takes for granted, before it is given up
 CHECKED = 2  # how many shapes of the arguments are compared with the eager loss
 
 
@@ -71,13 +72,18 @@ class CompiledLoss:
         if plan.slower:
             return self._recorded(args, kwargs)[0]
         shapes = shapes_of((args, kwargs))
-        drawn = plan.drawn.get(shapes)
-        if drawn is None:
-            known = next(iter(plan.drawn.values()))
-            if any(known) or len(plan.drawn) < CHECKED:
+        draws = plan.draws.get(shapes)
+        if draws is None:
+            known = next(iter(plan.draws.values()))
+            if any(known) or len(plan.draws) < CHECKED:
                 return self._eager(args, kwargs)
-            drawn = known  # nothing is drawn
-        return self._step(plan, weights, drawn, args, kwargs)
+            draws = known  # nothing is drawn
+        return self._step(plan, weights, draws, args, kwargs)
+
+    @property
+    def slower(self) -> bool:
+        """Whether all graphs were measured to be slower than the eager loss."""
+        return bool(self._plans) and all(plan.slower for plan in self._plans.values())
 
     def _weights(self) -> list[float]:
         """Return λ of each call of the next step."""
@@ -92,27 +98,47 @@ class CompiledLoss:
         self,
         plan: Plan,
         weights: list[float],
-        drawn: Sequence[Sequence[Drawn]],
+        draws: Sequence[Draws],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
         """Run the graph, with the counters and the random numbers of the penalties outside."""
         acting = [call.penalty for call in plan.calls if call.acts]
         before = [(penalty, penalty.draws) for penalty in acting]
-        numbers = [numbers_of(p.next_seed(), own) for p, own in zip(acting, drawn, strict=True)]
+        numbers = [own.anew(p.next_seed()) for p, own in zip(acting, draws, strict=True)]
+        states = [[read() for read in call.reads] for call in plan.calls if call.acts]
+        given = [[*drew, *read] for drew, read in zip(numbers, states, strict=True)]
+        start = self._start(args, kwargs) if plan.assumes else None
         try:
-            result, observed = self._run(plan, weights, numbers, args, kwargs)
+            result, observed, learned, held = self._run(plan, weights, given, args, kwargs)
         except Exception as error:  # of the compiler, or of the function: then it is raised again
-            for penalty, draws in reversed(before):
-                penalty.draws = draws
+            reset(before)
             self._stop(obstacles.of_error(error))
+            return self._recorded(args, kwargs)[0]
+        plan.runs += 1
+        if start is not None and not bool(held):
+            reset(before)
+            put_back(*start)
+            plan.missed += 1
+            if plan.missed >= MISSES and 2 * plan.missed > plan.runs:
+                self._stop(obstacles.VALUES)
             return self._recorded(args, kwargs)[0]
         found = iter(observed)
         self.terms = [
             call.penalty.act_with(lambda weight: terms_of(next(found), weight))
             for call in plan.calls
         ]
+        for learn, tensors in zip([f for c in plan.calls for f in c.learns], learned, strict=True):
+            learn(*tensors)
         return result
+
+    def _start(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Reach, Start, torch.device]:
+        """Return what a step reaches, and what it starts from."""
+        found = reach(partial(self.function, *args, **kwargs) if args or kwargs else self.function)
+        device = device_of(args, tuple(kwargs.values()), *found.family)
+        return found, start_of(found, device), device
 
     def _run(
         self,
@@ -121,13 +147,16 @@ class CompiledLoss:
         numbers: list[list[Tensor]],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> tuple[Any, list[Any]]:
+    ) -> tuple[Any, list[Any], list[Any], Tensor | None]:
         acting = torch.tensor([w for w in weights if w], dtype=torch.float64)
         kernels = double_backward(plan.order, recurrent=False)
         several = any(call.penalty.measures for call in plan.calls)
         keeping = keeping_buffers() if several else nullcontext()
-        with tracing_gradients(), keeping, kernels, hooked_by(dispatch, plan.hooks):
-            return plan.run(acting, numbers, self._anchor, args, kwargs)
+        hooks = hooked_by(dispatch_before, dispatch, plan.hooks)
+        with tracing_gradients(), keeping, kernels, hooks:
+            result, observed, learned, held = plan.run(acting, numbers, self._anchor, args, kwargs)
+        plan.assumes = held is not None
+        return result, observed, learned, held
 
     def _recorded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Record]:
         """Run the function itself, and record the penalties in it."""
@@ -138,13 +167,12 @@ class CompiledLoss:
 
     def _eager(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the function itself, see what the penalties do in it, and compile it."""
-        found = reach(partial(self.function, *args, **kwargs) if args or kwargs else self.function)
-        device = device_of(args, tuple(kwargs.values()), *found.family)
-        start = start_of(found, device)
+        found, start, device = self._start(args, kwargs)
         result, record = self._recorded(args, kwargs)
         calls, total = record.calls, parity.total_of(result)
         self._penalties = [call.penalty for call in calls]
         obstacle = record.obstacle or obstacles.of_modules(found.family)
+        obstacle = obstacle or obstacles.of_calls(calls)
         for penalty in [call.penalty for call in calls if call.acts]:
             said = obstacles.of_penalty(penalty)
             obstacle = obstacle or (said and f"{penalty.name!r} {said}")
@@ -156,7 +184,8 @@ class CompiledLoss:
             self._stop(obstacle)
             return result
         again = partial(repeated, found, start, device)
-        self._compile(record, result, again, args, kwargs)
+        draws = [Draws(call.drawn, call.noise, device) for call in calls if call.acts]
+        self._compile(record, result, again, draws, args, kwargs)
         return result
 
     def _compile(
@@ -164,6 +193,7 @@ class CompiledLoss:
         record: Record,
         result: Any,
         again: Any,
+        draws: list[Draws],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
@@ -176,12 +206,17 @@ class CompiledLoss:
             run = torch.compile(traced(self.function, calls), fullgraph=True, **self.options)
             plan = Plan(calls, run, max(orders, default=0), record.hooks)
         shapes = shapes_of((args, kwargs))
-        if new or len(plan.drawn) < CHECKED:
-            weights, numbers = [c.weight for c in calls], [c.numbers for c in calls if c.acts]
+        if new or len(plan.draws) < CHECKED:
+            weights = [c.weight for c in calls]
+            pairs = zip([c for c in calls if c.acts], draws, strict=True)
+            numbers = [[*own.anew(call.seed), *call.states] for call, own in pairs]
+            fits = []
 
             def compiled() -> Any:
                 with again():
-                    return self._run(plan, weights, numbers, args, kwargs)[0]
+                    outcome, *_, held = self._run(plan, weights, numbers, args, kwargs)
+                fits.append(held is None or bool(held))
+                return outcome
 
             def eager() -> Any:
                 with again(), Repeat(calls):
@@ -195,6 +230,8 @@ class CompiledLoss:
                 self._stop(obstacles.of_error(error))
                 return
             log.info("gpkit.compile: %s took %.1f s to compile", self, first.seconds)
+            if not all(fits):  # other values in a batch of another shape
+                return
             if not self._equal(expected, first):
                 return
             if self.measure and new:
@@ -208,7 +245,7 @@ class CompiledLoss:
                     "gpkit.compile: %s runs %s: %.3g ms eager, %.3g ms compiled", self, word, *ms
                 )
         self._plans[acting] = plan
-        plan.drawn[shapes] = [call.drawn for call in calls if call.acts]
+        plan.draws[shapes] = draws
 
     def _equal(self, expected: parity.Outcome, found: parity.Outcome) -> bool:
         """Whether the compiled loss gives what the eager one gave; if not, it is not used."""
@@ -234,6 +271,12 @@ class CompiledLoss:
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without the graphs; a copy compiles its own."""
         return {**self.__dict__, "_plans": {}, "_penalties": None}
+
+
+def reset(before: Sequence[tuple[Any, int]]) -> None:
+    """Let penalties draw again what they drew."""
+    for penalty, draws in reversed(before):
+        penalty.draws = draws
 
 
 @contextmanager

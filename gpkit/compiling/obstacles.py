@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,15 @@ from gpkit.autodiff import graph
 from gpkit.autodiff.compat import class_of
 from gpkit.autodiff.derivatives import MENDED, WRONG_TWICE
 from gpkit.autodiff.tracing.calls import PenaltyCall
-from gpkit.axes.average import running_average
+from gpkit.environment_penalty import EnvironmentPenalty
 from gpkit.estimators.curvature_difference import curvature_difference
 from gpkit.estimators.finite_difference import finite_difference
+from gpkit.gradient_penalty import GradientPenalty
 from gpkit.needs import needs_of
 
 HERE = str(Path(__file__).parents[1])
 TORCH = str(Path(torch.__file__).parent)
+VALUES = "what it looks up in a batch, such as its environments, differs from step to step"
 HINTS = {
     "requires_grad_() called on it": "give the penalty the function, penalty(net, x), or call "
     "x.requires_grad_() before the step",
@@ -38,7 +40,8 @@ def of_modules(family: Iterable[nn.Module]) -> str | None:
 def of_graph(total: Tensor, calls: Iterable[PenaltyCall]) -> str | None:
     """Return an operation whose second derivative gpkit can only mend outside of a graph."""
     wrong = set(MENDED)
-    if not any(call.acts and needs_of(call.penalty).in_weights for call in calls):
+    own = [call.penalty for call in calls if call.acts]
+    if not any(needs_of(p).in_weights for p in own if isinstance(p, GradientPenalty)):
         wrong.discard(WRONG_TWICE)  # it is wrong in the weights alone
     found = next((n.name() for n in graph.nodes(total) if class_of(n) in wrong), None)
     return found and (
@@ -49,6 +52,8 @@ def of_graph(total: Tensor, calls: Iterable[PenaltyCall]) -> str | None:
 
 def of_penalty(penalty: Any) -> str | None:
     """Return why a penalty cannot be in a graph, after its name; None if it can, as is known."""
+    if not isinstance(penalty, (GradientPenalty, EnvironmentPenalty)):
+        return None  # of a class of one's own; the comparison with the eager step will tell
     needs, axes = needs_of(penalty), penalty.axes()
     estimator, said = axes.get("estimator"), None
     if needs.on_jets:
@@ -60,11 +65,18 @@ def of_penalty(penalty: Any) -> str | None:
         )
     elif needs.pooled:
         said = f"averages gradients first, by scope={axes['scope']!r}"
-    elif axes.get("forward") == "eval":
-        said = "runs the net in another mode, by forward='eval'"
-    elif isinstance(getattr(axes.get("form"), "center", None), running_average):
-        said = "has a running average"
     return said
+
+
+def of_calls(calls: Sequence[PenaltyCall]) -> str | None:
+    """Return what stops the calls of a step together."""
+    for i, call in enumerate(calls):
+        if call.learns and any(call.penalty is other.penalty for other in calls[:i]):
+            return (
+                f"{call.penalty.name!r} is called twice in a step, and the second call reads the "
+                "average that the first one updates: give each call a penalty of its own"
+            )
+    return None
 
 
 def of_error(error: BaseException) -> str:
@@ -74,6 +86,7 @@ def of_error(error: BaseException) -> str:
     first = lines[0] if lines else type(error).__name__
     detail = next((s for s in lines if s.startswith("Developer debug context: ")), "")
     detail = detail.removeprefix("Developer debug context: ")
+    detail = detail or "".join(re.findall(r"got \w+Error\(['\"](.*?)(?=['\"\\]|$)", said)[:1])
     frames = re.findall(r'File "([^"]+)", line (\d+)', said.partition("from user code")[2])
     frames = [(f, n) for f, n in frames if not f.startswith((TORCH, HERE))] or frames
     where = f", {Path(frames[-1][0]).name}:{frames[-1][1]}" if frames else ""

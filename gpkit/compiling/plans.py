@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gpkit.autodiff.random import seeded
 from gpkit.autodiff.tracing.calls import TRACES, Drawn, PenaltyCall, Trace
+from gpkit.autodiff.tracing.noise import Noise
 from gpkit.formula import Terms
 
 COUNT = itertools.count()
@@ -26,16 +28,22 @@ class Plan:
         run: the compiled function.
         order: the greatest order of a penalty.
         hooks: the modules that are hooked in it.
-        drawn: what each call that acts draws, by the shapes of the arguments.
+        draws: what each call that acts draws, by the shapes of the arguments.
         slower: whether the graph was measured to be slower than the eager loss.
+        assumes: whether the graph takes a condition on values for granted, see `holds`.
+        runs: how many steps it has run.
+        missed: in how many of them something did not hold, see `holds`.
     """
 
     calls: list[PenaltyCall]
     run: Callable[..., Any]
     order: int
     hooks: list[nn.Module]
-    drawn: dict[Any, list[list[Drawn]]] = field(default_factory=dict)
+    draws: dict[Any, list[Draws]] = field(default_factory=dict)
     slower: bool = False
+    assumes: bool = False
+    runs: int = 0
+    missed: int = 0
 
 
 def traced(function: Callable[..., Any], calls: list[PenaltyCall]) -> Callable[..., Any]:
@@ -47,31 +55,53 @@ def traced(function: Callable[..., Any], calls: list[PenaltyCall]) -> Callable[.
 
     def loss(
         weights: Tensor, numbers: list[list[Tensor]], anchor: Tensor, args: Any, kwargs: Any
-    ) -> tuple[Any, list[Any]]:
+    ) -> tuple[Any, list[Any], list[Any], Tensor | None]:
         trace = Trace(calls, weights, numbers, anchor)
         TRACES.append(trace)
         try:
             result = function(*args, **kwargs)
         finally:
             TRACES.pop()
-        return result, trace.observed
+        held = torch.stack(trace.held).all() if trace.held else None
+        return result, trace.observed, trace.learned, held
 
     code = loss.__code__.replace(co_name=f"loss_{next(COUNT)}")
     return types.FunctionType(code, loss.__globals__, code.co_name, None, loss.__closure__)
 
 
-def numbers_of(seed: int, drawn: Sequence[Drawn]) -> list[Tensor]:
-    """Return the random numbers of a call."""
-    if not drawn:
-        return []
-    rng = torch.Generator(drawn[0].device).manual_seed(seed)
-    return [own.anew(rng) for own in drawn]
+@dataclass(frozen=True)
+class Draws:
+    """What a call of a penalty draws at random.
+
+    Args:
+        numbers: of its points and estimator.
+        noise: of the dropout in each of its own forward passes, which start from the same seed.
+        device: of these passes.
+    """
+
+    numbers: Sequence[Drawn]
+    noise: Sequence[Sequence[Noise]]
+    device: torch.device
+
+    def __bool__(self) -> bool:
+        return bool(self.numbers) or any(self.noise)
+
+    def anew(self, seed: int) -> list[Tensor]:
+        """Return the random numbers for a seed."""
+        found: list[Tensor] = []
+        if self.numbers:
+            rng = torch.Generator(self.numbers[0].device).manual_seed(seed)
+            found += [own.anew(rng) for own in self.numbers]
+        for own in filter(None, self.noise):
+            with torch.no_grad(), seeded(seed, self.device):
+                found += [noise.anew(self.device) for noise in own]
+        return found
 
 
 def terms_of(observed: tuple[Tensor, ...], weight: float) -> Terms:
     """Return the terms of a call, from what the graph returned: n², values and their reduction."""
-    n2, values, reduced = observed
-    return Terms(n2, values, weight, reduced)
+    n2, values, reduced, *weights = observed
+    return Terms(n2, values, weight, reduced, (), *weights)
 
 
 def shapes_of(value: Any) -> Any:

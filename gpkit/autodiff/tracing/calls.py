@@ -44,19 +44,27 @@ class PenaltyCall:
     Args:
         penalty: that is called.
         weight: λ at this step; zero if the penalty does not act.
-        numbers: the random numbers that it drew.
-        drawn: how it drew them, with the device of the generator.
+        seed: of its random numbers.
+        drawn: how it drew random numbers, with the device of the generator.
+        noise: of the dropout in each of its own forward passes.
         modules: those that its own forward pass reaches, with the names of their buffers.
         facts: what it found out, and a graph cannot, see `noted`.
+        reads: return the states that it reads, see `outside`.
+        states: what they returned.
+        learns: what it does with tensors of a step, see `afterwards`.
         terms: of the call, without graphs; None if the penalty does not act.
     """
 
     penalty: Any
     weight: float
-    numbers: list[Tensor] = field(default_factory=list)
+    seed: int = 0
     drawn: list[Drawn] = field(default_factory=list)
+    noise: list[list[Any]] = field(default_factory=list)
     modules: list[tuple[nn.Module, tuple[str, ...]]] = field(default_factory=list)
     facts: list[Any] = field(default_factory=list)
+    reads: list[Callable[[], Tensor]] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
+    learns: list[Callable[..., None]] = field(default_factory=list)
     terms: Any = None
 
     @property
@@ -69,10 +77,13 @@ class Record:
     """The calls of penalties in one eager step.
 
     Attributes:
+        observes: whether averages and the like learn from the step.
         calls: of the penalties.
         hooks: the modules that were hooked.
         obstacle: why the step cannot be compiled; None if nothing is known.
     """
+
+    observes = True
 
     def __init__(self) -> None:
         self.calls: list[PenaltyCall] = []
@@ -93,23 +104,27 @@ class Record:
         self.calls.append(call)
         if step is not None:
             self.stops(f"{penalty.name!r} is called with step=: leave it out, it counts its calls")
-        terms = penalty.act_with(lambda w: evaluate(w, penalty.next_seed()), step)
+
+        def run(weight: float) -> Any:
+            call.seed = penalty.next_seed()
+            return evaluate(weight, call.seed)
+
+        terms = penalty.act_with(run, step)
         call.terms = terms and terms.detached()
         return terms
 
     def drew(self, draw: Callable[..., Tensor], numbers: Tensor) -> None:
         """Record random numbers."""
         if self.calls:
-            own = self.calls[-1]
-            own.numbers.append(numbers)
-            own.drawn.append(Drawn(draw, tuple(numbers.shape), numbers.device, numbers.dtype))
+            drawn = Drawn(draw, tuple(numbers.shape), numbers.device, numbers.dtype)
+            self.calls[-1].drawn.append(drawn)
 
     def ran(self, family: Iterable[nn.Module]) -> None:
         """Record the modules that a penalty's own forward pass reaches."""
         if self.calls:
-            with_buffers = [(m, tuple(b)) for m in family if (b := buffers_of(m))]
             known = self.calls[-1].modules
-            known += [pair for pair in with_buffers if not any(pair[0] is m for m, _ in known)]
+            new = [m for m in family if not any(m is k for k, _ in known)]
+            known += [(m, tuple(buffers_of(m))) for m in new]
 
     def hooked(self, module: nn.Module) -> None:
         """Record a module that a penalty hooks, or what runs the forward pass for it."""
@@ -127,6 +142,8 @@ class Repeat(Record):
     Args:
         known: the calls.
     """
+
+    observes = False
 
     def __init__(self, known: Sequence[PenaltyCall]) -> None:
         super().__init__()
@@ -169,7 +186,8 @@ class Trace:
     Args:
         calls: those of the eager step, in their order.
         weights: λ of each call that acts, in float64 on the CPU.
-        numbers: the random numbers of each call that acts.
+        numbers: the random numbers of each call that acts, the noise of its dropout, and the states
+            that it reads.
         anchor: any tensor that requires grad, see `gpkit.autodiff.tracing.points.variable`.
     """
 
@@ -182,9 +200,12 @@ class Trace:
     ) -> None:
         self.calls, self.weights, self.numbers, self.anchor = calls, weights, numbers, anchor
         self.count = self.acted = 0
-        self.rng = Given(())
+        self.rng = self.noise = Given(())
+        self.states: list[Tensor] = []
         self.call, self.facts = calls[0], 0
         self.observed: list[tuple[Tensor, ...]] = []
+        self.learned: list[tuple[Tensor, ...]] = []
+        self.held: list[Tensor] = []
         self.hooks: list[Any] = []
 
     def act(self, penalty: Any, evaluate: Callable[[float, int], Any], step: int | None) -> Any:
@@ -200,13 +221,20 @@ class Trace:
         self.facts = 0
         if not call.acts:
             return None
-        weight, self.rng = self.weights[self.acted], Given(self.numbers[self.acted])
+        weight, given = self.weights[self.acted], list(self.numbers[self.acted])
+        drawn = len(call.drawn)
+        noise = drawn + sum(map(len, call.noise))
+        self.rng, self.noise, self.states = (
+            Given(given[:drawn]),
+            Given(given[drawn:noise]),
+            given[noise:],
+        )
         self.acted += 1
         terms = evaluate(1.0, 0)
         terms.weight = weight.to(terms.reduced.dtype)
-        parts = terms.squared_norms, terms.values, terms.reduced
-        # Cloned: a graph returns the base of a view as well, as if it were differentiated.
-        self.observed.append(tuple([part.detach().clone() for part in parts]))
+        parts = [terms.squared_norms, terms.values, terms.reduced]
+        parts += [] if terms.sample_weight is None else [terms.sample_weight]
+        self.observed.append(apart(parts))
         return terms
 
 
@@ -228,3 +256,58 @@ def noted(find: Callable[[], Any]) -> Any:
     if RECORDS and RECORDS[-1].calls:
         RECORDS[-1].calls[-1].facts.append(found)
     return found
+
+
+def apart(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Return what a graph returns beside its result, without graphs.
+
+    Cloned: a graph returns the base of a view as well, as if it were differentiated.
+    """
+    return tuple([t.detach().clone() for t in tensors])
+
+
+def outside(read: Callable[[], Tensor]) -> Tensor:
+    """Return a state that penalties update; in a graph it is an input, read before each step.
+
+    Args:
+        read: returns the state, always of the same shape.
+    """
+    if TRACES:
+        return TRACES[-1].states.pop(0)
+    state = read()
+    if RECORDS and RECORDS[-1].calls:
+        RECORDS[-1].calls[-1].reads.append(read)
+        RECORDS[-1].calls[-1].states.append(state)
+    return state
+
+
+def afterwards(learn: Callable[..., None], *tensors: Tensor) -> None:
+    """Update a state by tensors of a step; of a compiled one after its graph has run.
+
+    Args:
+        learn: updates the state.
+        *tensors: its arguments.
+    """
+    if TRACES:
+        TRACES[-1].learned.append(apart(tensors))
+        return
+    if RECORDS and RECORDS[-1].calls:
+        RECORDS[-1].calls[-1].learns.append(learn)
+    if not RECORDS or RECORDS[-1].observes:
+        learn(*[t.detach() for t in tensors])
+
+
+def holds(condition: Callable[[], Tensor]) -> bool:
+    """Whether a graph takes a condition on values for granted; else the caller looks at them.
+
+    A compiled step on which it does not hold is run again as it is.
+
+    Args:
+        condition: returns whether it holds, one number.
+
+    Returns:
+        True in a graph.
+    """
+    if TRACES:
+        TRACES[-1].held.append(condition())
+    return bool(TRACES)

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+Hook = Callable[..., Any]
+
 
 def traces_gradients() -> bool:
     """Whether torch.compile can trace torch.autograd.grad, from torch 2.13 on.
@@ -41,14 +43,15 @@ def keeping_buffers() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def hooked_by(hook: Callable[..., Any], modules: Iterable[nn.Module]) -> Iterator[None]:
-    """A context in which modules have a forward hook ``(module, args, kwargs, output)``.
+def hooked_by(before: Hook, after: Hook, modules: Iterable[nn.Module]) -> Iterator[None]:
+    """A context in which modules have two forward hooks.
 
     Its key is always the same, which ``register_forward_hook`` does not promise: for a new one the
     graph would be compiled anew.
 
     Args:
-        hook: returns the output, or another one.
+        before: ``(module, args, kwargs) -> (args, kwargs)``.
+        after: ``(module, args, kwargs, output) -> output``.
         modules: that are hooked.
 
     Yields:
@@ -56,14 +59,18 @@ def hooked_by(hook: Callable[..., Any], modules: Iterable[nn.Module]) -> Iterato
     """
     modules = list(modules)
     for module in modules:
-        module._forward_hooks[KEY] = hook
+        module._forward_hooks[KEY] = after
         module._forward_hooks_with_kwargs[KEY] = True
+        module._forward_pre_hooks[KEY] = before
+        module._forward_pre_hooks_with_kwargs[KEY] = True
     try:
         yield
     finally:
         for module in modules:
             del module._forward_hooks[KEY]
             del module._forward_hooks_with_kwargs[KEY]
+            del module._forward_pre_hooks[KEY]
+            del module._forward_pre_hooks_with_kwargs[KEY]
 
 
 KEY = -1  # torch's own are not negative
@@ -74,12 +81,18 @@ class buffers_apart:
 
     Args:
         modules: with the names of their buffers.
+        evaluating: whether the modules are in eval mode meanwhile.
     """
 
-    def __init__(self, modules: Iterable[tuple[nn.Module, tuple[str, ...]]]) -> None:
-        self.modules = modules
+    def __init__(
+        self, modules: Iterable[tuple[nn.Module, tuple[str, ...]]], *, evaluating: bool = False
+    ) -> None:
+        self.modules, self.evaluating = modules, evaluating
 
     def __enter__(self) -> None:
+        self.trained = [m for m, _ in self.modules if m.training] if self.evaluating else []
+        for module in self.trained:
+            module.training = False
         self.kept = [(m, name, m._buffers[name]) for m, names in self.modules for name in names]
         for module, name, buffer in self.kept:
             if buffer is not None:
@@ -88,3 +101,5 @@ class buffers_apart:
     def __exit__(self, *exception: object) -> None:
         for module, name, buffer in self.kept:
             module._buffers[name] = buffer
+        for module in self.trained:
+            module.training = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from gpkit import checks
 from gpkit.autodiff.derivatives import as_rows
 from gpkit.autodiff.numerics import shaped, widened
 from gpkit.autodiff.random import Source
+from gpkit.autodiff.tracing.calls import TRACES
 from gpkit.estimators.base import Begun, Estimator, Target, require_gradient, require_inputs
 from gpkit.estimators.compared import Compared
 from gpkit.estimators.projection import DISTRIBUTIONS, projection
@@ -126,9 +128,9 @@ class jvp(Estimator):
             RuntimeError: if an operation has no forward-mode derivative.
         """
         tangents = tuple(shaped(v, x) for v, x in zip(vs, xs, strict=True))
-        with warnings.catch_warnings():
-            # torch compiles some forward-mode formulas with it at their first use
-            warnings.filterwarnings("ignore", "`torch.jit.script` is deprec", DeprecationWarning)
+        with nullcontext() if TRACES else warnings.catch_warnings():
+            if not TRACES:  # torch compiles some forward-mode formulas with it at their first use
+                warnings.filterwarnings("ignore", "`torch.jit.script` is dep", DeprecationWarning)
             try:
                 # The dual numbers of torch.autograd have a wrong graph through softmax.
                 value, tangent = torch.func.jvp(evaluate, xs, tangents)[:2]

@@ -79,8 +79,13 @@ class GradientPenaltyCallback(Callback):
             then needs no run for each sample.
         doctor: whether each penalty is checked at its first step: it must train the net, by a right
             gradient. An error names the modules that are at fault.
+        compile: whether to compile the training step with its penalties as one graph, after the
+            first step of each, see `gpkit.compile`. What the step logs is kept, and logged after
+            the graph has run. A step that cannot be traced, as one that updates metrics, runs as it
+            is, and so does one that is slower compiled: a warning or a line of the log says why.
 
     Raises:
+        RuntimeError: if this version of torch cannot compile gradients.
         TypeError: if ``penalty`` or ``module`` has another type.
         ValueError: if two penalties have the same name, or ``manual_backward`` or ``call`` is
             negative; and, as
@@ -110,9 +115,10 @@ class GradientPenaltyCallback(Callback):
         call: int | None = None,
         losses: Losses | None = None,
         doctor: bool = True,
+        compile: bool = False,
     ) -> None:
         self.penalties = as_sum(penalty)
-        self.doctor = examined(self.penalties, doctor)
+        self.doctor, self.compile = examined(self.penalties, doctor), compile
         if module is not None and not isinstance(module, str):
             raise TypeError(
                 f"`module=...` must be the name of a submodule, such as 'backbone'; got {module!r}"
@@ -168,6 +174,7 @@ class GradientPenaltyCallback(Callback):
             self.call,
             self.losses,
             doctor=self.doctor,
+            compile=self.compile,
         )
         if pl_module.automatic_optimization:
             self._unwrap = [step.remove, wrap(pl_module, "training_step", step)]

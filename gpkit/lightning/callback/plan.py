@@ -14,6 +14,7 @@ from gpkit import checks
 from gpkit.autodiff.activations import moved
 from gpkit.autodiff.compat import tree_leaves
 from gpkit.autodiff.isolation import isolated
+from gpkit.autodiff.tracing.points import variable
 from gpkit.axes.given.sample_weight import has_steps
 from gpkit.lightning.batches import entries
 from gpkit.lightning.watch.capture import Capture, ProbeSpec
@@ -150,7 +151,7 @@ class PenalizedNet:
             if not x.is_floating_point():
                 capture.problems[name] = finding_of_kind(name, x)
                 continue
-            x = x if x.requires_grad else x.detach().requires_grad_()
+            x = x if x.requires_grad else variable(x)
             copy = x.clone()
             capture.entries[name], capture.of_batch[name] = x, copy
             capture.batch_paths[name] = path

@@ -9,11 +9,14 @@ from typing import Any
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
+from gpkit.autodiff.sharding.gathering import is_sharded
 from gpkit.autodiff.state import start_of
 from gpkit.finding import Finding
 from gpkit.findings.located import first_watch
 from gpkit.findings.trainer import findings_of_loss
-from gpkit.lightning.callback.evaluation import Evaluator
+from gpkit.formula import Terms
+from gpkit.lightning.callback.compiled import CompiledStep, compiled_step
+from gpkit.lightning.callback.evaluation import Evaluator, given_by
 from gpkit.lightning.callback.plan import (
     Losses,
     PenalizedNet,
@@ -22,7 +25,7 @@ from gpkit.lightning.callback.plan import (
     probe_spec,
     warn_of_rows,
 )
-from gpkit.lightning.compat import last_of_step, logs_now
+from gpkit.lightning.compat import last_of_step, logs_now, scale_of, scaler_of
 from gpkit.lightning.recording import penalty_scalars
 from gpkit.lightning.refusals import CALLBACK_REFUSAL, RefusalError, refuse
 from gpkit.lightning.watch.calls import SeenCalls, findings_of_calls
@@ -53,6 +56,7 @@ class PenalizedStep:
         call: which call of the submodule is meant in a step that calls it several times, from 0.
         losses: where the step shows the loss of each sample, see `PenalizedNet`.
         doctor: whether an error of a penalty at its first step names modules.
+        compile: whether to compile the training step with the penalties, after their first step.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class PenalizedStep:
         losses: Losses | None = None,
         *,
         doctor: bool = True,
+        compile: bool = False,
     ) -> None:
         self.trainer = trainer
         self.module = module
@@ -95,11 +100,16 @@ class PenalizedStep:
         self.doctor = doctor
         self._draws_before: tuple[int, list[int]] = (-1, [])  # a batch index, and penalty.draws
         self._plans: dict[tuple[str, ...], Plan] = {}  # by the names of the penalties that act
+        self._compiled = self._made() if compile else None
         self._manual: tuple[StepCall, Capture, Plan] | None = None
         self._backward_calls = 0
 
     def __call__(self, training_step: TrainingStep, *args: Any, **kwargs: Any) -> Any:
         """Run a training step, and return its output with the penalties added to the loss."""
+        compiled = self._compiled
+        if compiled is not None and not (self.findings or self._not_acted_yet) and compiled.runs:
+            compiled.training_step = training_step
+            return self._run_compiled(compiled, args, kwargs)
         acting, call = self._acting(), StepCall(training_step, args, kwargs)
         try:
             plan = self._plan(acting)
@@ -130,6 +140,26 @@ class PenalizedStep:
                 self.evaluator.windows.clear()
             return output
         return replace_loss(output, self._add_penalties(call, capture, plan, loss))
+
+    def _run_compiled(
+        self, step: CompiledStep, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a training step and its penalties as one graph, and return what `__call__` does."""
+        self._repeat_draws(self.penalties)
+        batch = StepCall(step.training_step, args, kwargs).batch
+        given = {n: given_by(own, batch) for n, own in self.needs.items() if own.given}
+        scale = scale_of(scaler_of(self.trainer), self.module.device)
+        output, terms = step(args, kwargs, given, scale, self.trainer.global_step)
+        loss = loss_of(output)
+        if loss is None:
+            return output
+        total = step.total(loss, terms, self.module.parameters)
+        self._log(total, terms)
+        return replace_loss(output, total)
+
+    def _made(self) -> CompiledStep | None:
+        options = {"automatic": self._automatic, "sharded": is_sharded(self.module)}
+        return compiled_step(self.watched, self.penalties, self.needs, **options)
 
     def manual_training_step(self, training_step: TrainingStep, *args: Any, **kwargs: Any) -> Any:
         """Run a training step with manual optimisation, and capture what the penalties need."""
@@ -271,8 +301,11 @@ class PenalizedStep:
         assert total is not None
         if last:
             self.evaluator.windows.clear()
-            if logs_now(self.trainer):
-                self.module.log("train/loss_total", total.detach())
-                for name, number in penalty_scalars(self.penalties, terms).items():
-                    self.module.log(name, number)
+        self._log(total, terms)
         return total
+
+    def _log(self, total: Tensor, terms: dict[str, Terms | None]) -> None:
+        if last_of_step(self.trainer) and logs_now(self.trainer):
+            self.module.log("train/loss_total", total.detach())
+            for name, number in penalty_scalars(self.penalties, terms).items():
+                self.module.log(name, number)

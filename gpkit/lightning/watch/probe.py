@@ -8,11 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.compiler import set_stance
-from torch.utils.hooks import RemovableHandle
 
 from gpkit.autodiff.activations import Change
 from gpkit.autodiff.compat import in_backward, is_compiled, is_compiled_function
 from gpkit.autodiff.isolation import double_backward
+from gpkit.autodiff.tracing.calls import TRACES
+from gpkit.autodiff.tracing.hooks import hooked
+from gpkit.autodiff.tracing.points import variable
 from gpkit.lightning.watch.capture import Capture, ProbeSpec, with_argument
 from gpkit.lightning.watch.entries import (
     Arguments,
@@ -70,7 +72,7 @@ class Probe:
         self.eager = eager
         self.kernels = double_backward(spec.order) if spec.order else None
         self.registered = False
-        self.hooks: list[RemovableHandle] = []
+        self.hooks: list[Any] = []
         self.capture: Capture | None = None  # None outside of the context
         self._captured_last_forward = False
 
@@ -122,11 +124,11 @@ class Probe:
         spec, net = self.spec, self.net
         named = [(name, net.get_submodule(name)) for name in spec.activations]
         if spec.x or spec.output or spec.entries:
-            self.hooks.append(net.register_forward_pre_hook(self._on_input, with_kwargs=True))
+            self.hooks.append(hooked(net, self._on_input, with_kwargs=True, before=True))
         if spec.output:
-            self.hooks.append(net.register_forward_hook(self._on_output))
+            self.hooks.append(hooked(net, self._on_output))
         for name, module in named:
-            self.hooks.append(module.register_forward_hook(partial(self._on_activation, name)))
+            self.hooks.append(hooked(module, partial(self._on_activation, name)))
 
     def _current_capture(self) -> Capture | None:
         """Return where a hook stores what it captures; None if it has to do nothing.
@@ -135,7 +137,7 @@ class Probe:
             RuntimeError: if checkpointing reruns a forward pass whose input or activation a penalty
                 has replaced.
         """
-        if not in_backward():
+        if TRACES or not in_backward():
             self._captured_last_forward = self.capture is not None
             return self.capture
         if not self._captured_last_forward:
@@ -208,7 +210,7 @@ class Probe:
 
     def _on_output(self, _: nn.Module, args: Any, output: Any) -> None:
         capture = self.capture
-        if capture is None or in_backward():
+        if capture is None or (not TRACES and in_backward()):
             return
         if self._is_chosen(len(capture.calls[""]) - 1):
             capture.output = output
@@ -255,7 +257,7 @@ class Probe:
             change, at = self.replacements[name]
             if at == index:
                 return change(x)
-        return x if x.requires_grad else x.detach().requires_grad_()
+        return x if x.requires_grad else variable(x)
 
 
 def runs_compiled(module: nn.Module) -> bool:

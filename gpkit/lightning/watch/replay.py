@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from gpkit.lightning.compat import metric_state
 from gpkit.lightning.watch.wrapping import wrap
 
 TrainingStep = Callable[..., Any]
+Logged = tuple[str, tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass
@@ -78,19 +80,38 @@ class Silencer:
         module: the LightningModule.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: Any) -> None:
         self.module = module
         self.silent = False
-        self._unwrap = [wrap(module, name, self._log) for name in ("log", "log_dict")]
+        self._kept: list[Logged] | None = None
+        names = ("log", "log_dict")
+        self._unwrap = [wrap(module, name, partial(self._log, name)) for name in names]
 
     def remove(self) -> None:
         """Unwrap ``log`` and ``log_dict``."""
         for unwrap in self._unwrap:
             unwrap()
 
-    def _log(self, log: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        if not self.silent:
+    def _log(self, name: str, log: Callable[..., None], /, *args: Any, **kwargs: Any) -> None:
+        if self._kept is not None:
+            args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs))
+            self._kept.append((name, args, kwargs))
+        elif not self.silent:
             log(*args, **kwargs)
+
+    @contextmanager
+    def kept(self) -> Iterator[list[Logged]]:
+        """Keep log calls within the block, with tensors without graphs, to be made later.
+
+        Yields:
+            The calls: the name of the method and its arguments.
+        """
+        kept: list[Logged] = []
+        self._kept = kept
+        try:
+            yield kept
+        finally:
+            self._kept = None
 
     @contextmanager
     def silenced(self) -> Iterator[None]:
