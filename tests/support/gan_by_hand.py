@@ -88,6 +88,7 @@ def train(
     ema=None,
     decay=1.0,
     apart=False,
+    decay_each_epoch=1.0,
 ):
     """Train copies of the nets; return them and the average of the generator.
 
@@ -96,6 +97,7 @@ def train(
         seen: the latents, and the points of a penalty, in the order of the steps.
         term: ``(C, real, fake, y, points, step) -> penalty``.
         decay: the factor of both learning rates after each step.
+        decay_each_epoch: after each epoch.
         apart: the penalty has an optimiser step of its own.
     """
     G, C = copy.deepcopy(G), copy.deepcopy(C)
@@ -162,6 +164,8 @@ def train(
                         a.data = ema * a.data + (1 - ema) * p.data
                     for a, b in zip(average.buffers(), G.buffers(), strict=True):
                         a.copy_(b)
+        for group in (*oC.param_groups, *oG.param_groups):
+            group["lr"] *= decay_each_epoch
     return G, C, average
 
 

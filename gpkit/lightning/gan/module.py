@@ -25,7 +25,13 @@ from gpkit.lightning.gan.logging import log_evaluation
 from gpkit.lightning.gan.losses import GANLoss, gan_loss
 from gpkit.lightning.gan.objectives import Objectives, critic_loss
 from gpkit.lightning.gan.samples import MicroBatch, conditioned, unpack_samples
-from gpkit.lightning.gan.stepping import MakeOptimizer, MakeScheduler, configured, require_support
+from gpkit.lightning.gan.stepping import (
+    MakeOptimizer,
+    MakeScheduler,
+    configured,
+    step_schedulers,
+)
+from gpkit.lightning.gan.support import require_started
 from gpkit.lightning.gan.training import GANStep
 from gpkit.lightning.recording import Histograms, LatestScalars, LatestStep
 from gpkit.lightning.refusals import require_functions
@@ -77,9 +83,9 @@ class GANModule(pl.LightningModule):
     optimisation, use ``accumulate`` and ``gradient_clip``.
 
     Args:
-        generator: ``generator(z)`` with z ``[B, latent_dim]``. A generator without parameters that
-            require grad is not trained. For batches that are dicts it returns a dict of some of
-            their entries; the others, as labels and masks, are those of the real samples.
+        generator: ``generator(z)`` with z ``[B, latent_dim]``; without parameters that require grad
+            it is not trained. For batches that are dicts it returns a dict of some of their
+            entries; the others, as labels and masks, are those of the real samples.
         critic: ``critic(x)``; where a batch is a dict it is called with the dict, or by keyword if
             its ``forward`` has these names. It returns scores ``[B]``, ``[B, 1]`` or ``[B, ...]``,
             or a list of them, whose loss is the sum over these scales, as in pix2pixHD (SPADE has
@@ -119,8 +125,7 @@ class GANModule(pl.LightningModule):
             ``[B / pac, pac * C, *S]``, and labels ``[B / pac, pac]``. A pack has one norm.
         compile: whether to compile the critic's loss and its penalties as one graph, see
             `gpkit.compile`. The generator's step, and a step on penalties alone, run as they are.
-        seed: for the latents and all else that the nets draw; None is torch's initial seed. Each
-            rank draws its own numbers.
+        seed: of all that the nets draw, on each rank its own; None is torch's initial seed.
         histogram_every_n_epochs: the epochs 0, n, 2n, ... have histograms; 0 means that none has.
         doctor: whether each penalty is checked at its first step. An error names modules at fault.
 
@@ -206,7 +211,7 @@ class GANModule(pl.LightningModule):
             checks.integer("histogram_every_n_epochs=...", histogram_every_n_epochs, 0)
         )
         self.counts = {"critic": 0, "generator": 0, "draws": 0}  # optimiser steps, and draws
-        self._window: list[MicroBatch] = []  # the micro-batches of the current step
+        self.window: list[MicroBatch] = []  # the micro-batches of the current step
 
     def forward(self, z: Tensor, y: Any = None) -> Tensor:
         """Return the generator's output for latents z ``[B, latent_dim]`` and labels."""
@@ -234,10 +239,13 @@ class GANModule(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Add a micro-batch; with the last one of a step, train the critic and the generator."""
-        self._window.append(unpack_samples(batch, conditional=self.conditional))
-        if len(self._window) == self.accumulate or self.trainer.is_last_batch:
-            window, self._window = self._window, []
+        require_started(self, GANModule)
+        self.window.append(unpack_samples(batch, conditional=self.conditional))
+        if len(self.window) == self.accumulate or self.trainer.is_last_batch:
+            window, self.window = self.window, []
             GANStep(self, window).run()
+        if self.trainer.is_last_batch:
+            step_schedulers(self, "epoch")
         if logs_now(self.trainer) or self.trainer.is_last_batch:
             for name, scalar in self.scalars.means().items():
                 self.log(name, scalar, prog_bar=name.endswith("_loss"))
@@ -252,8 +260,7 @@ class GANModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Check the trainer."""
-        require_support(self.trainer, simultaneous=self.simultaneous)
-        self._window.clear()
+        require_started(self, GANModule, again=True)
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser and scheduler of the critic, and of the generator if trained."""
@@ -262,12 +269,6 @@ class GANModule(pl.LightningModule):
             configured(getattr(self, net), self.make_optimizer[net], self.make_scheduler[net])
             for net in nets
         ]
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip the norm of the gradient; the scaler has already unscaled it."""
-        if self.gradient_clip is not None:
-            trained = [p for group in optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(trained, self.gradient_clip)
 
     def on_train_epoch_end(self) -> None:
         """Write the histograms of the epoch."""

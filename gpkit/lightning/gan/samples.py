@@ -87,6 +87,8 @@ def unpack_samples(batch: Any, *, conditional: bool) -> MicroBatch:
         label = next((key for key in TARGETS if key in entries), None)
         labels = parts[1] if len(parts) == 2 else entries.get(str(label))
         if floating and len(parts) < 3 and not (conditional and labels is None):
+            if not conditional:
+                entries.pop(str(label), None)
             return MicroBatch(entries, labels if conditional else None, batch)
     fits = isinstance(head, Tensor) and head.is_floating_point() and head.ndim > 0
     if not fits or len(parts) not in ((2,) if conditional else (1, 2)):

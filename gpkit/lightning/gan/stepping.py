@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.core.optimizer import LightningOptimizer
-from pytorch_lightning.strategies import (
-    DDPStrategy,
-    ModelParallelStrategy,
-    SingleDeviceStrategy,
-)
 from torch import Tensor, nn
 
 from gpkit.autodiff.sharding.gathering import reshard
@@ -21,36 +16,6 @@ from gpkit.lightning.compat import scaler_of
 
 MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 MakeScheduler = Callable[[torch.optim.Optimizer], Any]
-
-
-def require_support(trainer: pl.Trainer, *, simultaneous: bool) -> None:
-    """Raise an error for a trainer under which gradients would be wrong.
-
-    Args:
-        trainer: the trainer of the fit.
-        simultaneous: whether both nets are differentiated before either optimiser steps.
-
-    Raises:
-        RuntimeError: if the strategy is neither a single device, nor DDP, nor FSDP2, if DDP has a
-            static graph, or if a gradient scaler would change its scale between the two steps.
-    """
-    known = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
-    if not isinstance(trainer.strategy, known):
-        raise RuntimeError(
-            "GANModule trains on one device, under DDP, or under ModelParallelStrategy with "
-            "fully_shard in configure_model; got "
-            f"{type(trainer.strategy).__name__}: use strategy='ddp'"
-        )
-    if getattr(trainer.model, "static_graph", False):
-        raise RuntimeError(
-            "GANModule has different graphs in the steps of critic and generator; got "
-            "DDPStrategy(static_graph=True): leave static_graph out"
-        )
-    if simultaneous and scaler_of(trainer) is not None:
-        raise RuntimeError(
-            "`simultaneous=True` needs one gradient scale for both steps, and precision='16-mixed' "
-            "changes it in between: use precision='bf16-mixed' or 32"
-        )
 
 
 def default_adam(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
@@ -63,8 +28,91 @@ def configured(
 ) -> dict[str, Any]:
     """Return the optimiser and scheduler of one net, as ``configure_optimizers`` returns them."""
     optimizer = (make_optimizer or default_adam)([p for p in net.parameters() if p.requires_grad])
-    scheduler = {} if make_scheduler is None else {"lr_scheduler": make_scheduler(optimizer)}
-    return {"optimizer": optimizer, **scheduler}
+    if make_scheduler is None:
+        return {"optimizer": optimizer}
+    scheduler = {"scheduler": make_scheduler(optimizer), "interval": "step"}
+    return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+
+def optimizer_of(optimizers: Any, name: str, net: nn.Module) -> LightningOptimizer:
+    """Return the optimiser of a net, in whatever order ``configure_optimizers`` returns them.
+
+    Args:
+        optimizers: one, or a list.
+        name: of the net, for the message.
+        net: the net.
+
+    Returns:
+        The optimiser with its trained parameters.
+
+    Raises:
+        ValueError: if none has them, or one has those of another net as well.
+    """
+    trained = {id(p) for p in net.parameters() if p.requires_grad}
+    for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if own & trained:
+            if own - {id(p) for p in net.parameters()}:
+                raise ValueError(
+                    f"the optimiser of the {name} has parameters of others too, which would be "
+                    "stepped with it: return one for each net from configure_optimizers"
+                )
+            found: LightningOptimizer = optimizer
+            return found
+    raise ValueError(
+        f"no optimiser has parameters of the {name}: return one for each net from "
+        "configure_optimizers, or freeze the net"
+    )
+
+
+@contextmanager
+def clipped(optimizer: LightningOptimizer, bound: float | None) -> Iterator[None]:
+    """Bound the norm of the gradient of each step within the block.
+
+    It is done by the optimiser, since a gradient scaler has unscaled the gradient only there.
+    """
+
+    def clip(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(trained, float(bound or 0))
+
+    if bound is None:
+        yield
+        return
+    handle = optimizer.optimizer.register_step_pre_hook(clip)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def step_schedulers(module: pl.LightningModule, interval: str, optimizer: Any = None) -> None:
+    """Step the learning-rate schedulers with an interval, "step" or "epoch".
+
+    Args:
+        module: the LightningModule.
+        interval: of the schedulers.
+        optimizer: whose schedulers are meant; None is every one.
+
+    Raises:
+        TypeError: if one of them needs a metric.
+        ValueError: if one has a frequency.
+    """
+    for config in module.trainer.lr_scheduler_configs:
+        scheduler: Any = config.scheduler
+        if config.interval != interval or optimizer not in (None, scheduler.optimizer):
+            continue
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise TypeError(
+                f"GANModule steps schedulers without a metric; got {type(scheduler).__name__}: "
+                "step it in a hook of your own, and do not return it from configure_optimizers"
+            )
+        if config.frequency != 1:
+            raise ValueError(
+                "GANModule steps schedulers at every step or epoch; got frequency="
+                f"{config.frequency}: use a scheduler that changes the rate more rarely"
+            )
+        scheduler.step()
 
 
 def accumulate_gradients(
@@ -138,10 +186,7 @@ def step_optimizer(
                 p.clamp_(-clip, clip)
     if scaler is not None and scaler.get_scale() < before:
         return  # the gradients overflowed and the step was skipped
-    for config in module.trainer.lr_scheduler_configs:
-        scheduler: Any = config.scheduler
-        if scheduler.optimizer is optimizer.optimizer:
-            scheduler.step()
+    step_schedulers(module, "step", optimizer.optimizer)
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:

@@ -17,7 +17,12 @@ from gpkit.lightning.gan.ema import update_average
 from gpkit.lightning.gan.logging import optimality_scalars, slope_scalars
 from gpkit.lightning.gan.objectives import Objective
 from gpkit.lightning.gan.samples import MicroBatch
-from gpkit.lightning.gan.stepping import accumulate_gradients, step_optimizer
+from gpkit.lightning.gan.stepping import (
+    accumulate_gradients,
+    clipped,
+    optimizer_of,
+    step_optimizer,
+)
 from gpkit.lightning.recording import LatestStep, penalty_scalars
 
 Evaluate = Callable[[MicroBatch], Tensor | None]  # the total of an objective, or None
@@ -138,9 +143,8 @@ class GANStep:
 
     def _step(self, net: str) -> None:
         clip = self.module.clip if net == "critic" else None
-        step_optimizer(self.module, self._optimizer(net), getattr(self.module, net), clip)
+        with clipped(self._optimizer(net), self.module.gradient_clip):
+            step_optimizer(self.module, self._optimizer(net), getattr(self.module, net), clip)
 
     def _optimizer(self, net: str) -> LightningOptimizer:
-        optimizers = self.module.optimizers()
-        both = optimizers if isinstance(optimizers, list) else [optimizers]
-        return both[net == "generator"]
+        return optimizer_of(self.module.optimizers(), net, getattr(self.module, net))

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import gpkit
 from gpkit.lightning.gan import GANModule
 from gpkit.lightning.gan.losses import GANLoss
-from gpkit.lightning.gan.stepping import require_support
+from gpkit.lightning.gan.support import require_support
 
 
 @pytest.mark.parametrize("shape", ["[B]", "[B, 1]", "maps"])
