@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from gpkit.lightning.gan import GANModule
 class Plain(GANModule):
     """Forms derive from it. ``hand`` are the options of the loop by hand."""
 
-    hand = {}
+    hand = MappingProxyType({})
 
     def __init__(self, generator, critic, **options):
         defaults = {"critic_optimizer": SGD, "generator_optimizer": SGD, "critic_steps": 2}
@@ -67,7 +68,7 @@ class GeneratorFirst(Plain):
 
 
 class TwoLists(Plain):
-    hand = {"decay": 0.5}
+    hand = MappingProxyType({"decay": 0.5})
 
     def configure_optimizers(self):
         both = SGD(self.critic.parameters()), SGD(self.generator.parameters())
@@ -78,7 +79,7 @@ class TwoLists(Plain):
 class EachEpoch(Plain):
     """A scheduler steps each epoch, as Lightning's do by default."""
 
-    hand = {"decay_each_epoch": 0.5}
+    hand = MappingProxyType({"decay_each_epoch": 0.5})
 
     def configure_optimizers(self):
         both = SGD(self.critic.parameters()), SGD(self.generator.parameters())
@@ -87,7 +88,7 @@ class EachEpoch(Plain):
 
 
 class OnlyTheBoundIsGiven(Plain):
-    hand = {"gradient_clip": 0.05}
+    hand = MappingProxyType({"gradient_clip": 0.05})
 
     def __init__(self, *nets, **options):
         super().__init__(*nets, gradient_clip=0.05, **options)
@@ -118,7 +119,7 @@ class Backward(Plain):
 
 
 class Accumulates(Plain):
-    hand = {"accumulate": 2}
+    hand = MappingProxyType({"accumulate": 2})
 
     def __init__(self, *nets, **options):
         super().__init__(*nets, accumulate=2, **options)
@@ -180,11 +181,11 @@ class NotCalled(Plain):
 
 def test_methods_that_nothing_calls_are_named():
     module = NotCalled(generator(), critic())
-    with pytest.warns(
-        UserWarning, match=r"NotCalled defines critic_loss, which is not called: give"
-    ):
-        with pytest.warns(UserWarning, match="optimizer_step, which is not called: Lightning"):
-            trainer(limit_val_batches=0, max_epochs=1).fit(module, DataLoader(data(4), 4))
+    with pytest.warns(UserWarning) as said:
+        trainer(limit_val_batches=0, max_epochs=1).fit(module, DataLoader(data(4), 4))
+    lines = [str(warning.message) for warning in said]
+    assert any("NotCalled defines critic_loss, which is not called: give" in line for line in lines)
+    assert any("optimizer_step, which is not called: Lightning" in line for line in lines)
 
 
 class OneForAll(Plain):
@@ -213,6 +214,6 @@ class OnPlateau(Plain):
     ],
 )
 def test_optimisers_that_would_train_something_else(form, words):
+    module = form(generator(), critic())
     with pytest.raises((ValueError, TypeError), match=words):
-        module = form(generator(), critic())
         trainer(limit_val_batches=0, max_epochs=1).fit(module, DataLoader(data(4), 4))
