@@ -181,7 +181,7 @@ class NotCalled(Plain):
 
 def test_methods_that_nothing_calls_are_named():
     module = NotCalled(generator(), critic())
-    with pytest.warns(UserWarning) as said:
+    with pytest.warns(UserWarning, match="which is not called") as said:
         trainer(limit_val_batches=0, max_epochs=1).fit(module, DataLoader(data(4), 4))
     lines = [str(warning.message) for warning in said]
     assert any("NotCalled defines critic_loss, which is not called: give" in line for line in lines)
