@@ -69,6 +69,18 @@ def operation_of(node: Any) -> str:
     return node.name().partition("Backward")[0]
 
 
+CASTS = "ToCopyBackward0"  # the class of a node that changes a dtype, or a device
+
+
+def dtypes_of(node: Any) -> set[torch.dtype]:
+    """Return the dtypes of what a node of an autograd graph has computed.
+
+    The public `Node.metadata` has none; without them a net that runs a part of itself in half
+    precision, and returns float32, is taken for one in float32.
+    """
+    return {out.dtype for out in node._input_metadata}
+
+
 def saved(node: Any, name: str) -> Any:
     """Return what a node has saved for its backward pass, or None if it has no such value.
 

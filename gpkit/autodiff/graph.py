@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from gpkit.autodiff import compat
@@ -116,6 +117,19 @@ def between(y: Tensor, xs: tuple[Tensor, ...]) -> list[Any]:
                 found[user] = None
                 stack.append(user)
     return list(found)
+
+
+def dtypes(y: Tensor, found: Fingerprint) -> set[torch.dtype]:
+    """Return the dtypes that an output was computed in: those of its parameters, and of casts.
+
+    Args:
+        y: the output of a net.
+        found: of its graph.
+    """
+    every = {leaf.dtype for leaf in found.leaves}
+    if compat.CASTS in found.kinds:
+        every.update(*map(compat.dtypes_of, nodes(y)))
+    return {dtype for dtype in every if dtype.is_floating_point}
 
 
 class Fingerprint(NamedTuple):

@@ -10,12 +10,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gpkit.autodiff.graph import Made, fingerprint_of
+from gpkit.autodiff.graph import Made, dtypes, fingerprint_of
 from gpkit.autodiff.layers.recording import Recording
-from gpkit.autodiff.numerics import per_pixel, wide
+from gpkit.autodiff.numerics import per_pixel, spacing, wide
 from gpkit.autodiff.random import RandomState, Source
 from gpkit.autodiff.reached import Reach
 from gpkit.autodiff.state import Start
+from gpkit.autodiff.tracing.calls import TRACES
 from gpkit.estimators.compared import Compared
 from gpkit.estimators.window import Window
 
@@ -100,6 +101,19 @@ class Target:
         return self.y.device
 
     fingerprint = cached_property(fingerprint_of)
+
+    def spacing(self, *others: Tensor) -> float:
+        """Return the machine epsilon of the coarsest dtype that ``y`` was computed in.
+
+        Inside of a function that returns float32 it may be half precision, by autocast or by the
+        dtype of its parameters.
+
+        Args:
+            *others: tensors whose dtypes count too.
+        """
+        epsilon = spacing(self.y, *others, *self.xs)
+        used = () if TRACES else dtypes(self.y, self.fingerprint)
+        return max([epsilon, *[torch.finfo(dtype).eps for dtype in used]])
 
     def scaled(self, scale: Tensor | float) -> Target:
         """Return a target for scale·y: its n² is scale² times the n² of ``y``."""

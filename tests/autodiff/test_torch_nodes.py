@@ -220,3 +220,11 @@ def test_recomputing_by():
     y.sum().backward()
     without = "what is checkpointed is run again on the real buffers, with other kernels"
     require(len(calls) == 1, "recomputing_by", without)
+
+
+def test_dtypes_of():
+    x = torch.ones(3, requires_grad=True)
+    node = x.to(torch.bfloat16).grad_fn
+    without = "half precision inside of a function that returns float32 is not seen"
+    require(type(node).__name__ == compat.CASTS, "CASTS", without)
+    require(compat.dtypes_of(node) == {torch.bfloat16}, "dtypes_of", without)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gpkit import checks
 from gpkit.autodiff.derivatives import as_rows
-from gpkit.autodiff.numerics import reduce_rows, shaped, spacing, widened
+from gpkit.autodiff.numerics import reduce_rows, shaped, widened
 from gpkit.autodiff.random import Source
 from gpkit.estimators.base import Begun, Estimator, Target, require_gradient, require_inputs
 
@@ -96,7 +96,7 @@ class stencil(Estimator):
                 there are too many entries.
         """
         evaluate, h = target.function(self), self.step_at(target.step)
-        epsilon = spacing(target.y, *target.xs)
+        epsilon = target.spacing()
         if h < epsilon:
             raise ValueError(
                 f"`stencil(h={h:g})` is below {epsilon:.2g}, the spacing of the numbers that the "

@@ -105,6 +105,26 @@ def test_steps_that_make_no_sense_are_refused(estimator, f, x, words):
         gpkit.GradientPenalty(estimator=estimator)(f, x)
 
 
+def autocast_inside(net, dtype):
+    def f(x):
+        with torch.autocast("cpu", dtype):
+            return net(x).float()
+
+    return f
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("estimator", [gpkit.random_difference, gpkit.stencil])
+def test_half_precision_inside_of_a_function_that_returns_float32(estimator, dtype):
+    sigma = torch.finfo(dtype).eps / 2
+    net, x = torch.nn.Linear(5, 1), torch.zeros(3, 5)
+    halves = torch.nn.Linear(5, 1).to(dtype)
+    for f in (autocast_inside(net, dtype), lambda x: halves(x.to(dtype)).float()):
+        with pytest.raises(ValueError, match=r"is below 0\.0.*, the spacing of the numbers"):
+            gpkit.GradientPenalty(estimator=estimator(sigma))(f, x)
+    gpkit.GradientPenalty(estimator=estimator(sigma))(lambda x: net(x).float(), x)
+
+
 def test_a_step_near_the_spacing_is_a_warning():
     with pytest.warns(UserWarning, match=r"is less than 4 times 0.0079, the spacing"):
         gpkit.GradientPenalty(estimator=gpkit.random_difference(0.02))(bf16, X[None].float())
