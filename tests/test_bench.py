@@ -2,9 +2,11 @@
 
 import importlib
 import json
+from functools import partial
 
 import pytest
 import torch
+from compiling import Graphs
 from torch import nn
 
 import gpkit
@@ -66,6 +68,29 @@ def test_the_advice_takes_the_cheapest_within_the_error():
     assert Benchmark(rows[2:], 1e-3, 0.1).advice() == ["p: no estimator is within the error"]
 
 
+@pytest.mark.compiler
+@pytest.mark.usefixtures("graphs_alone")
+def test_what_is_timed_is_compiled():
+    net, x, y = setting()
+    graphs = Graphs()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", partial(torch.compile, backend=graphs))
+        (row,) = bench(net, gpkit.spectral_jacobian(), (x, y), rounds=3, compile=True).rows
+    assert (graphs.compiled, graphs.run) == (1, 4)  # compared once, and three rounds
+    assert row.compiled > 0
+    assert row.least == min(row.time, row.compiled)
+    step, said = Steps(net, x, y).compiled(gpkit.r1(estimator="finite_difference"))
+    assert step is None
+    assert "takes differences" in said
+
+
+def test_the_advice_takes_what_is_compiled_where_it_is_faster():
+    rows = (Row("p", "exact", time=3.0, compiled=2.0, error=1e-6),)
+    assert Benchmark(rows, 1e-3, 0.1).advice() == [
+        "p: exact: exact compiled, 2.00 plain steps; within 10%: exact compiled, 2.00 plain steps"
+    ]
+
+
 def test_every_way_to_call_a_penalty():
     net, x, y = setting()
     parts = {
@@ -98,7 +123,7 @@ def test_variants_keep_the_choices():
 @pytest.mark.app
 def test_the_command(capsys, tmp_path):
     png = tmp_path / "bench.png"
-    words = ["model=mlp", "penalty=r1", "data.batch_size=8", "--rounds", "1", "--json"]
+    words = ["model=mlp", "penalty=r1", "data.batch_size=8", "--rounds", "1", "--json", "--eager"]
     main([*words, "--png", str(png)])
     said = json.loads(capsys.readouterr().out)
     assert {row["estimator"] for row in said["rows"]} >= {"exact", "projection"}

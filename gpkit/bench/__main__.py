@@ -26,12 +26,16 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--png", type=Path, help="write a bar chart to this file")
     parser.add_argument("--rounds", type=int, default=20, help="steps of each that are timed")
+    parser.add_argument(
+        "--eager", action="store_true", help="leave out what takes longest: compiling each step"
+    )
     parser.add_argument("--within", type=float, default=0.1, help="the error that is tolerated")
     options = parser.parse_args(words)
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3", job_name="bench"):
             try:
-                found = measured(options.overrides, rounds=options.rounds, within=options.within)
+                chosen = {name: getattr(options, name) for name in ("rounds", "within")}
+                found = measured(options.overrides, compile=not options.eager, **chosen)
             except Exception as error:
                 raise ValueError(explain(error, options.overrides)) from error
     except ValueError as error:
@@ -44,6 +48,9 @@ def main(words: Sequence[str] | None = None) -> None:
         return
     console = Console()
     console.print(table(found))
+    for row in found.rows:
+        if row.obstacle:
+            console.print(f"{row.penalty}, {row.estimator}: not compiled: {row.obstacle}")
     for line in found.advice():
         console.print(line, highlight=False)
 

@@ -28,6 +28,8 @@ class Row:
         penalty: its name.
         estimator: the name of the estimator.
         time: the median of the ratios to a plain step beside it.
+        compiled: the same of the step as one graph, see `gpkit.compile`; a plain step is not
+            compiled. NaN if it was not measured.
         low: the lower quartile.
         high: the upper quartile.
         flops: counted operations of matrix products and convolutions, in plain steps: what the time
@@ -36,6 +38,7 @@ class Row:
         error: the relative error of the parameter gradient, against exact in float64: the root mean
             square over several draws. NaN if there is no exact estimator.
         refused: why it cannot be measured; "" if it can.
+        obstacle: why it is not compiled; "" if it is, or was not tried.
     """
 
     penalty: str
@@ -47,6 +50,19 @@ class Row:
     memory: float = float("nan")
     error: float = float("nan")
     refused: str = ""
+    compiled: float = float("nan")
+    obstacle: str = ""
+
+    @property
+    def least(self) -> float:
+        """The least time."""
+        return min(self.time, self.compiled) if self.compiled == self.compiled else self.time
+
+    @property
+    def words(self) -> str:
+        """The estimator, and whether it is compiled, with the least time."""
+        how = "" if self.least == self.time else " compiled"
+        return f"{self.estimator}{how}, {self.least:.2f} plain steps"
 
 
 @dataclass(frozen=True)
@@ -66,7 +82,7 @@ class Benchmark:
     def cheapest(self, penalty: str, error: float) -> Row | None:
         """Return the row of a penalty with the least time among those within an error."""
         fit = [r for r in self.rows if r.penalty == penalty and r.error <= error]
-        return min(fit, key=lambda r: r.time, default=None)
+        return min(fit, key=lambda r: r.least, default=None)
 
     def advice(self) -> list[str]:
         """Return a line for each penalty: the cheapest estimators, exact and within the error."""
@@ -74,7 +90,7 @@ class Benchmark:
         for name in dict.fromkeys(row.penalty for row in self.rows):
             exact, other = self.cheapest(name, EXACT), self.cheapest(name, self.within)
             said = [
-                f"{kind}: {row.estimator}, {row.time:.2f} plain steps"
+                f"{kind}: {row.words}"
                 for kind, row in (("exact", exact), (f"within {self.within:.0%}", other))
                 if row is not None
             ]
@@ -101,6 +117,7 @@ def bench(
     losses: Callable[[Tensor, Tensor], Tensor] | None = None,
     rounds: int = 20,
     within: float = 0.1,
+    compile: bool = False,
 ) -> Benchmark:
     """Measure what penalties cost with each estimator, on a net and this machine.
 
@@ -114,6 +131,8 @@ def bench(
         losses: (output, y) -> ``[B]``; None is the cross-entropy for integers, else the square.
         rounds: how many steps of each are timed.
         within: the error of the penalty's parameter gradient that is tolerated.
+        compile: whether to measure each step as one graph as well, see `gpkit.compile`, which takes
+            some ten seconds each.
 
     Returns:
         The rows, and which estimators to take.
@@ -145,9 +164,15 @@ def bench(
             except (ValueError, TypeError, RuntimeError, NotImplementedError) as refusal:
                 said = str(refusal).splitlines()[0]
                 rows[name, estimator] = Row(name, estimator, refused=said)
+    graphs = {key: steps.compiled(made) for key, (made, _) in cases.items() if compile}
     steps.plain()
     timed = times(
-        {"": steps.plain, **{k: step_of(steps, p) for k, (p, _) in cases.items()}}, rounds
+        {
+            "": steps.plain,
+            **{key: step_of(steps, made) for key, (made, _) in cases.items()},
+            **{(key, "compiled"): step for key, (step, _) in graphs.items() if step is not None},
+        },
+        rounds,
     )
     plain = timed.pop("")
     base = flops_of(steps.plain), memory_of(steps.plain)
@@ -156,7 +181,13 @@ def bench(
         ratios = [a / b for a, b in zip(timed[key], plain, strict=True)]
         low, middle, high = quartiles(ratios)
         flops, memory = flops_of(step) / base[0], memory_of(step) / base[1]
-        rows[key] = Row(*key, middle, low, high, flops, memory, error)
+        compiled = float("nan")
+        if (key, "compiled") in timed:
+            pairs = zip(timed[key, "compiled"], plain, strict=True)
+            compiled = statistics.median(a / b for a, b in pairs)
+        obstacle = graphs[key][1] if compile else ""
+        numbers = (middle, low, high, flops, memory, error)
+        rows[key] = Row(*key, *numbers, compiled=compiled, obstacle=obstacle)
     net.zero_grad()
     order = [(n, e) for n, p in penalties.items() for e in variants(p)]
     return Benchmark(tuple(rows[key] for key in order), statistics.median(plain), within)

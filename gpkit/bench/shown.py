@@ -13,17 +13,23 @@ from gpkit.bench.measure import Benchmark
 def table(found: Benchmark) -> Table:
     """Return the rows as a table."""
     made = Table(title=f"in plain steps of {found.plain * 1e3:.3g} ms")
-    for name in ("penalty", "estimator", "time", "quartiles", "operations", "memory", "error"):
+    for name in HEADER:
         words = name in ("penalty", "estimator")
         made.add_column(name, justify="left" if words else "right", overflow="fold")
     for row in found.rows:
         if row.refused:
-            made.add_row(row.penalty, row.estimator, "-", "", "", "", row.refused)
+            made.add_row(row.penalty, row.estimator, "-", "", "", "", "", row.refused)
             continue
         numbers = (number(row.flops), number(row.memory), f"{row.error:.1e}")
         between = f"{row.low:.2f}-{row.high:.2f}"
-        made.add_row(row.penalty, row.estimator, number(row.time), between, *numbers)
+        compiled = number(row.compiled)
+        made.add_row(row.penalty, row.estimator, number(row.time), between, compiled, *numbers)
     return made
+
+
+HEADER = (
+    "penalty", "estimator", "time", "quartiles", "compiled", "operations", "memory", "error",
+)  # fmt: skip
 
 
 def number(value: float) -> str:
@@ -40,8 +46,13 @@ def chart(found: Benchmark, path: Path) -> None:
     axes = figure.subplots()
     places = range(len(rows))
     spread = [[r.time - r.low for r in rows], [r.high - r.time for r in rows]]
-    axes.barh([p + 0.2 for p in places], [r.time for r in rows], 0.4, xerr=spread, label="time")
-    axes.barh([p - 0.2 for p in places], [r.flops for r in rows], 0.4, label="operations")
+    bars = {"time": [r.time for r in rows], "compiled": [r.compiled for r in rows]}
+    bars = {name: own for name, own in bars.items() if any(map(math.isfinite, own))}
+    bars["operations"] = [r.flops for r in rows]
+    width = 0.8 / len(bars)
+    for i, (name, own) in enumerate(bars.items()):
+        heights = [p - 0.4 + (i + 0.5) * width for p in places]
+        axes.barh(heights, own, width, xerr=spread if name == "time" else None, label=name)
     axes.axvline(1, color="gray", linestyle=":")
     axes.set_yticks(list(places), [f"{r.penalty}, {r.estimator}" for r in rows])
     axes.invert_yaxis()

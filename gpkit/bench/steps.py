@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpkit.autodiff.state import in_double
+from gpkit.compiling.entry import compile
 from gpkit.gradient_penalty import GradientPenalty
 from gpkit.penalty import Penalty
 
@@ -51,11 +53,29 @@ class Steps:
     def penalised(self, penalty: Penalty) -> None:
         """Take a step with a penalty."""
         self.net.zero_grad()
+        self.total(penalty).backward()
+
+    def total(self, penalty: Penalty) -> Tensor:
+        """Return the loss with a penalty."""
         if self._together(penalty):
-            penalty.with_loss(self._closure(penalty), self.net).backward()  # type: ignore[attr-defined]
-        else:
-            loss = self.losses(self.net(self.x), self.y).mean()
-            (loss + self.penalty(penalty)).backward()
+            total: Tensor = penalty.with_loss(self._closure(penalty), self.net)  # type: ignore[attr-defined]
+            return total
+        return self.losses(self.net(self.x), self.y).mean() + self.penalty(penalty)
+
+    def compiled(self, penalty: Penalty) -> tuple[Callable[[], None] | None, str]:
+        """Return a step with a penalty as one graph, and why there is none, see `gpkit.compile`."""
+        try:
+            total = compile(lambda net: self.total(penalty), measure=False)
+        except RuntimeError as error:
+            return None, str(error)
+        with warnings.catch_warnings(action="ignore"):  # a reason is returned
+            total(self.net)
+
+        def step() -> None:
+            self.net.zero_grad()
+            total(self.net).backward()
+
+        return (None, total.obstacle) if total.obstacle else (step, "")
 
     def penalty(self, penalty: Penalty) -> Tensor:
         """Return the penalty, which runs the net itself.
