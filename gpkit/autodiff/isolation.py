@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from gpkit.autodiff.compat import attention_switch, recomputing_by
 from gpkit.autodiff.norm_layers import elementary
 from gpkit.autodiff.random import RandomState, random_state, set_random_state, set_seed
-from gpkit.autodiff.reached import CHECKPOINTS, Reach, reach
+from gpkit.autodiff.reached import CHECKPOINTS, Known, Reach, reach
 from gpkit.autodiff.state import Start, own_state, own_streams, start_of
 from gpkit.autodiff.tracing.calls import RECORDS, TRACES
 from gpkit.autodiff.tracing.compat import buffers_apart
@@ -148,18 +148,31 @@ def in_graph(*, evaluating: bool = False) -> Iterator[None]:
         yield
 
 
-def run_plain(run: Any, args: Any, found: Reach, seed: int, device: torch.device) -> Any:
+def run_plain(
+    run: Any, args: Any, known: Known, seed: int, device: torch.device, *, attends: bool = True
+) -> Any:
     """Return ``run(*args)``, as in `isolated`, where that needs no more than a seed and kernels.
 
     Args:
         run: runs a function that is known to write to nothing, to draw from torch's streams alone,
             and to checkpoint nothing; it has no recurrent net that cuDNN would run.
         args: its arguments.
-        found: what it reaches.
+        known: what earlier runs have shown.
         seed: of this forward pass.
         device: of this forward pass.
+        attends: whether it may have attention, whose kernels are chosen then.
     """
-    found.known.runs += 1
+    known.runs += 1
+    if not attends and device.type == "cpu":  # without a call for each step
+        generator = torch.default_generator
+        state = generator.get_state()
+        RUNNING.append(True)
+        try:
+            generator.manual_seed(seed)
+            return run(*args)
+        finally:
+            RUNNING.pop()
+            generator.set_state(state)
     before = random_state(device)
     RUNNING.append(True)
     switched = []

@@ -100,7 +100,7 @@ def note_positive(squared_norms: Tensor) -> None:
         squared_norms: n² ``[G]``, G > 0.
     """
     if squared_norms.device.type == "cpu":
-        setattr(squared_norms, POSITIVE, float(squared_norms.detach().min()) > 0)
+        setattr(squared_norms, POSITIVE, squared_norms.detach().min().item() > 0)
 
 
 POSITIVE = "gpkit_positive"  # an attribute of a tensor

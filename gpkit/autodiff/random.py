@@ -23,7 +23,8 @@ def derived_seed(*parts: object) -> int:
     >>> derived_seed(0, 1) == derived_seed(0, 1) != derived_seed(0, 2)
     True
     """
-    digest = blake2b(",".join(map(str, parts)).encode(), digest_size=8)
+    words = ",".join([str(part) for part in parts])
+    digest = blake2b(words.encode(), digest_size=8)
     return int.from_bytes(digest.digest(), "little") >> 1
 
 

@@ -59,7 +59,8 @@ class At:
 
     def variable(self, x: Tensor) -> Tensor:
         """Return a point as a tensor that requires grad, cut off its graph if ``detach``."""
-        require_floating(x)
+        if not x.is_floating_point():
+            require_floating(x)
         # An inference tensor cannot enter a graph; a copy made outside that mode can.
         x = x.clone() if not TRACES and x.is_inference() else x
         if x.requires_grad and not self.detach:
@@ -134,22 +135,27 @@ class interpolate(At):
     moves = True
 
     def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
-        real, fake = self.need(real, "real"), self.need(fake, "fake")
+        if real is None or fake is None:
+            real, fake = self.need(real, "real"), self.need(fake, "fake")
         if [x.shape for x in real] != [y.shape for y in fake]:
             shapes = [list(x.shape) for x in real], [list(y.shape) for y in fake]
             raise ValueError(
                 "`at=interpolate()` needs real and fake samples of the same shape; "
                 f"got {' and '.join(str(s[0] if len(s) == 1 else s) for s in shapes)}"
             )
-        alpha = random.uniform(rng, [real[0].shape[0]], real[0].device, torch.float32)  # [B]
+        first = real[0]
+        shape = [first.shape[0], *[1] * (first.ndim - 1)]  # [B, 1, ...]: one α for each sample
+        alpha = random.uniform(rng, shape, first.device, torch.float32)
         return tuple([self.between(x, y, alpha) for x, y in zip(real, fake, strict=True)])
 
     def between(self, x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
         """Return α x + (1 - α) y."""
         if x.dtype != y.dtype:
             x = x.to(torch.promote_types(x.dtype, y.dtype))
-        require_floating(x)  # before α, which would be rounded to integers
-        return y + per_sample(alpha, x) * (x - y)
+        if alpha.dtype != x.dtype or alpha.ndim != x.ndim:
+            require_floating(x)  # before α, which would be rounded to integers
+            alpha = per_sample(alpha, x)
+        return y + alpha * (x - y)
 
 
 NOISES = ("normal", "uniform", "positive")
@@ -243,7 +249,8 @@ def as_at(where: str, at: Any) -> At:
 
 def per_sample(alpha: Tensor, x: Tensor) -> Tensor:
     """Return α [B] in the dtype of x [B, *S], with dimensions of size one to multiply it by."""
-    return alpha.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+    alpha = alpha if alpha.dtype == x.dtype else alpha.to(x.dtype)
+    return alpha if alpha.ndim == x.ndim else alpha.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def as_points(x: Any) -> Points:

@@ -15,10 +15,11 @@ from gpkit import formula
 from gpkit.autodiff.compat import nodes_made
 from gpkit.autodiff.derivatives import MENDED, as_rows, gradients
 from gpkit.autodiff.isolation import run_plain
-from gpkit.autodiff.numerics import note_positive, reduce_rows
+from gpkit.autodiff.numerics import WIDE, note_positive, reduce_rows
 from gpkit.autodiff.random import has_ranks
 from gpkit.autodiff.reached import CHECKPOINTS, LOOK_AGAIN, SEEN_ONCE, Reach
 from gpkit.autodiff.state import restore
+from gpkit.autodiff.tracing.calls import RECORDS, TRACES
 from gpkit.axes.at import At
 from gpkit.axes.call import called
 from gpkit.axes.form import Rooted
@@ -26,6 +27,7 @@ from gpkit.axes.wrt import inputs
 from gpkit.estimators.base import Target
 from gpkit.estimators.exact import exact
 from gpkit.formula import Terms
+from gpkit.hints import ExplainedError
 from gpkit.shortcut.differences import Steps
 from gpkit.shortcut.net import CHOICES, needs_more, state_of
 
@@ -57,6 +59,29 @@ class Shortcuts:
             net = weakref.ref(f, lambda _: self.found.pop(key, None))
             self.found[key] = Shortcut(axes, targets[0], net)
 
+    def penalty(
+        self,
+        axes: Any,
+        f: Any,
+        args: tuple[Any, ...],
+        real: Any,
+        fake: Any,
+        weight: float,
+        seed: int,
+    ) -> Tensor | None:
+        """Return the penalty of a call that repeats an earlier one; None if it does not.
+
+        Takes the arguments of `GradientPenalty.evaluate`, for a net that was noted.
+        """
+        if not weight or not torch.is_grad_enabled() or RECORDS or TRACES:
+            return None
+        n2 = self.squared_norms(axes, f, args, real, fake, seed)
+        if n2 is None:
+            return None
+        form = axes.form.for_call(n2)
+        axes.form.observe(n2)
+        return formula.reduced(form(n2), axes.reduce) * weight
+
     def terms(
         self,
         axes: Any,
@@ -72,25 +97,26 @@ class Shortcuts:
         Takes the arguments of `GradientPenalty.evaluate`, for a net that was noted and a call that
         is trained on.
         """
+        n2 = self.squared_norms(axes, f, args, real, fake, seed)
+        return None if n2 is None else formula.terms(axes, n2, weight, observe=True)
+
+    def squared_norms(
+        self, axes: Any, f: Any, args: tuple[Any, ...], real: Any, fake: Any, seed: int
+    ) -> Tensor | None:
+        """Return n² ``[B]`` of a call that repeats an earlier one; None if it does not."""
         shortcut = self.found[id(f)]
-        if is_compiling() or len(args) > 1:
+        samples = shortcut.samples(axes, f, args, real, fake)
+        if samples is None:
             return None
-        if args:
-            if real is not None or fake is not None:
-                return None
-            real, fake = args[0], None if axes.at.moves else args[0]
-        for x in (real, fake):
-            plain = x is None or (type(x) is Tensor and x.ndim and x.numel() and not x.is_meta)
-            if not plain:
-                return None
-        found = None if real is fake is None else shortcut.reach(axes, f)
-        if found is None:
-            return None
-        terms = shortcut.terms(axes, f, found, real, fake, weight, seed)
-        if terms is None:  # its graph is made in another way
-            del self.found[id(f)]
-            self.misses[f] = self.misses.get(f, 0) + 1
-        return terms
+        n2 = shortcut.squared_norms(axes, f, *samples, seed)
+        if n2 is None:
+            self.missed(f)
+        return n2
+
+    def missed(self, f: nn.Module) -> None:
+        """Forget a call whose graph was made in another way than the one before."""
+        del self.found[id(f)]
+        self.misses[f] = self.misses.get(f, 0) + 1
 
 
 def has_shortcut(axes: Any, f: Any, targets: Sequence[Target]) -> bool:
@@ -134,44 +160,79 @@ class Shortcut:
         self.family = [weakref.ref(module) for module in found.family]
         self.state = state_of(found.family, found.known.own)
         self.made = target.made.nodes, type(target.y.grad_fn)
+        kinds = target.fingerprint.kinds
+        self.attends = any("Softmax" in kind or "ScaledDot" in kind for kind in kinds)
+        self.generator: torch.Generator | None = None
 
-    def reach(self, axes: Any, f: Any) -> Reach | None:
-        """Return what the net reaches, if it and the axes are as they were; else None."""
-        known, family = self.known, [ref() for ref in self.family]
+    def samples(
+        self, axes: Any, f: Any, args: tuple[Any, ...], real: Any, fake: Any
+    ) -> tuple[Any, Any] | None:
+        """Return the real and fake samples of a call that may repeat the one before, else None."""
+        if args:
+            if len(args) > 1 or real is not None or fake is not None:
+                return None
+            real, fake = args[0], None if axes.at.moves else args[0]
+        if real is fake is None:
+            return None
+        for x in (real, fake):
+            plain = x is None or (type(x) is Tensor and x.ndim and x.numel() and not x.is_meta)
+            if not plain:
+                return None
+        known = self.known
+        family: list[Any] = [ref() for ref in self.family]
         if self.net() is not f or None in family or not known.facts >= SEEN_ONCE:
             return None
-        if (known.runs + 1) % LOOK_AGAIN == 0 or has_ranks():  # this run is looked at closely
+        if (known.runs + 1) % LOOK_AGAIN == 0 or is_compiling() or has_ranks():  # a closer look
             return None
         if not all(map(operator.is_, CHOICES(axes), self.choices)):
             return None
-        if type(axes.at).weights is not At.weights:
+        if type(axes.at).weights is not At.weights or state_of(family, known.own) != self.state:
             return None
-        modules: list[Any] = family
-        return Reach(modules, [], known) if state_of(modules, known.own) == self.state else None
+        return real, fake
 
-    def terms(
-        self, axes: Any, f: Any, found: Reach, real: Any, fake: Any, weight: float, seed: int
-    ) -> Terms | None:
-        """Return the terms of a call; None if its graph is not made like the one before."""
-        kept = found.attributes if self.known.own else ()
-        x = fake if real is None else real
+    def squared_norms(self, axes: Any, f: Any, real: Any, fake: Any, seed: int) -> Tensor | None:
+        """Return n² ``[B]`` of a call; None if its graph is not made like the one before."""
+        known, x = self.known, fake if real is None else real
         device = x.device
-        rng: Any = torch.Generator(device).manual_seed(seed) if axes.at.moves else None
+        kept: Any = ()
+        if known.own:
+            family: list[Any] = [ref() for ref in self.family]
+            kept = Reach(family, [], known).attributes
+        rng: Any = self.source(device).manual_seed(seed) if axes.at.moves else None
         xs = axes.at(None if real is None else (real,), None if fake is None else (fake,), rng)
         try:
             before = nodes_made()
-            y = run_plain(called, (f, xs, len(x)), found, seed, device)
+            y = run_plain(called, (f, xs, x.shape[0]), known, seed, device, attends=self.attends)
             nodes = nodes_made() - before
         finally:
             for module, attributes in kept:
                 restore(module, attributes)
-        if type(y) is not Tensor or y.shape not in ((len(xs[0]), 1), (len(xs[0]),)):
+        batch = xs[0].shape[0]
+        if type(y) is not Tensor or y.shape not in ((batch, 1), (batch,)):
             return None
         y = y if y.ndim == 2 else y.unsqueeze(1)
         if (nodes, type(y.grad_fn)) != self.made:
             return None
-        rows = [as_rows(g, True) for g in gradients(y if y.numel() == 1 else y.sum(), xs)]
-        n2 = reduce_rows((tuple(rows),), axes.form.norm)
+        total = y if batch == 1 else y.sum()
+        if not y.requires_grad or torch.is_autocast_enabled(device.type):
+            (g,) = gradients(total, xs)
+        else:
+            try:
+                (g,) = torch.autograd.grad(total, xs, create_graph=True, allow_unused=True)
+            except RuntimeError as error:
+                raise ExplainedError(error) from error
+            if g is None:
+                return None
+        if axes.form.norm == "l2" and g.dtype in WIDE:
+            n2 = (g if g.ndim == 2 else as_rows(g, True)).square().sum(1)
+        else:
+            n2 = reduce_rows(((as_rows(g, True),),), axes.form.norm)
         if isinstance(axes.form, Rooted):
             note_positive(n2)
-        return formula.terms(axes, n2, weight, observe=True) if n2.requires_grad else None
+        return n2 if n2.requires_grad else None
+
+    def source(self, device: torch.device) -> torch.Generator:
+        """Return a generator for the points, which is seeded before each use."""
+        if self.generator is None or self.generator.device != device:
+            self.generator = torch.Generator(device)
+        return self.generator

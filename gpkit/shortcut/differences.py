@@ -107,6 +107,7 @@ def has_shortcut(axes: Any, net: Any, found: Reach, loss: Tensor) -> bool:
         and found.known.facts >= KNOWN
         and CHECKPOINTS not in found.known.facts
         and not found.streams
+        and not any(isinstance(module, torch.jit.ScriptModule) for module in found.family)
         and not has_ranks()
     )
 
