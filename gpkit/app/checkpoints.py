@@ -27,7 +27,11 @@ class WholeFiles(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Write a checkpoint; ``storage_options`` must be None."""
+        """Write a checkpoint; ``storage_options`` must be None.
+
+        Raises:
+            OSError: if it cannot be written, as on a full disk.
+        """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -37,6 +41,9 @@ class WholeFiles(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             beside.replace(path)
+        except (OSError, RuntimeError) as error:  # torch has errors of its own for a full disk
+            kept = "; the one before is kept" if path.is_file() else ""
+            raise OSError(f"cannot write the checkpoint {path}: {error}{kept}") from error
         finally:
             for left in path.parent.glob(f".{path.name}.*"):  # also by a run that was killed here
                 left.unlink(missing_ok=True)

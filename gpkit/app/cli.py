@@ -109,3 +109,7 @@ def explain_composed(error: Exception) -> str:
 
 def _report(line: str) -> None:
     print(f"error: {line} ({FULL_ERROR}=1 shows the traceback)", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,7 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,11 @@ def check_types(cfg: DictConfig, overrides: Sequence[str]) -> None:
                 raise TypeError(_one_name(o))
         elif o.is_add():
             _require_free(o.key_or_group)
+    keys = [o.key_or_group for o in typed if not (o.is_add() or o.is_delete())]
     groups = [text for text, o in zip(overrides, typed, strict=True) if "." not in o.key_or_group]
-    default = compose("train", [text for text in groups if not _is_sweep_or_value(text)])
-    for key in (o.key_or_group for o in typed if not (o.is_add() or o.is_delete())):
+    chosen = tuple(text for text in groups if not _is_sweep_or_value(text))
+    default = _composed(chosen, str(GlobalHydra.instance().config_loader().get_search_path()))
+    for key in keys:
         old, new = (OmegaConf.select(c, key, default=None) for c in (default, cfg))
         if ANY_TYPE.fullmatch(key) or old is None or new is None:
             continue
@@ -110,6 +113,26 @@ def check_types(cfg: DictConfig, overrides: Sequence[str]) -> None:
         words, fits = TYPES.get(type(old), ("", (object,)))
         if not isinstance(new, fits) or (isinstance(new, bool) and not isinstance(old, bool)):
             raise TypeError(f"{key} must be {words}, like its default {old}; got {new!r}")
+
+
+@lru_cache(maxsize=32)
+def _composed(groups: tuple[str, ...], search_path: str) -> DictConfig:
+    """Return the config of some groups, as it is before values are set; to be read only.
+
+    Args:
+        groups: the choices.
+        search_path: where their files are, which is the only other thing that it depends on.
+    """
+    return compose("train", list(groups))
+
+
+@lru_cache(maxsize=1)
+def _known() -> frozenset[str]:
+    """Return the keys at the top of any config: those of its file, and the groups that it names."""
+    main = OmegaConf.load(CONFIG_DIR / "train.yaml")
+    assert isinstance(main, DictConfig)
+    groups = [str(k) for each in main.defaults if isinstance(each, DictConfig) for k in each]
+    return frozenset({*map(str, main), *groups} - {"defaults", "hydra"})
 
 
 TRAINER_KEYS = {
@@ -129,9 +152,9 @@ def _require_readers(cfg: DictConfig) -> None:
     Raises:
         ValueError: for the first such key; the message has the nearest that is read.
     """
-    known, text = {str(k) for k in compose("train", [])}, OmegaConf.to_yaml(cfg)
+    known = _known()
     for key in sorted({str(k) for k in cfg} - known):
-        if re.search(rf"\${{{re.escape(key)}[}}.\[]", text):
+        if re.search(rf"\${{{re.escape(key)}[}}.\[]", OmegaConf.to_yaml(cfg)):
             continue  # another value is made of it
         there = ", ".join(sorted(known))
         raise ValueError(f"nothing reads {key!r}{nearest(key, known)}; there are {there}")

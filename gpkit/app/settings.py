@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback
 
 from gpkit import checks
@@ -45,6 +45,17 @@ def check_values(cfg: DictConfig) -> None:
     if cfg.trainer.gradient_clip_val is not None:
         checks.number("trainer.gradient_clip_val", cfg.trainer.gradient_clip_val, 0)
     _check_devices(cfg.device)
+
+
+def count_processes(cfg: DictConfig) -> int:
+    """Return how many processes train: one for each device, on all nodes."""
+    devices, nodes = cfg.device.devices, cfg.trainer.get("num_nodes", 1)
+    if isinstance(devices, int) and devices > 0:
+        return devices * nodes
+    if OmegaConf.is_list(devices):
+        return len(devices) * nodes
+    found = torch.accelerator.device_count() if torch.accelerator.is_available() else 1
+    return (1 if cfg.device.accelerator == "cpu" else max(1, found)) * nodes
 
 
 def _check_devices(device: DictConfig) -> None:

@@ -34,7 +34,7 @@ from gpkit.app.data import batches_of, build_data, loader_of, loader_of_task
 from gpkit.app.examine import require_fit
 from gpkit.app.overrides import CONFIG_DIR, check_types, explain, set_keys
 from gpkit.app.result import LAST, Result, finite, recorded, write_json
-from gpkit.app.settings import RequireMetric, check_values, quiet
+from gpkit.app.settings import RequireMetric, check_values, count_processes, quiet
 from gpkit.app.shown.lines import count_parameters, nets_of, say_results, say_start, say_what_runs
 from gpkit.app.shown.logs import log_result, log_start
 from gpkit.app.sweep import describe
@@ -192,8 +192,9 @@ def count_steps(cfg: DictConfig, batches: int) -> int:
 
     Args:
         cfg: the composed config.
-        batches: the number of batches of an epoch.
+        batches: the number of batches of an epoch, of all processes.
     """
+    batches = math.ceil(batches / count_processes(cfg))  # each has a part of them
     limit = cfg.trainer.get("limit_train_batches")
     if limit is not None:
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)

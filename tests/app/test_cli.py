@@ -2,12 +2,15 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+import gpkit
 
 pytestmark = pytest.mark.app
 
@@ -232,6 +235,14 @@ def test_the_traceback_is_there_when_asked_for(command, monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(ValueError, match="`seed` must be an integer >= 0; got -1"):
         command(*FAST, "seed=-1")
+
+
+@pytest.mark.parametrize("module", ["gpkit", "gpkit.app.cli"])
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules after import")
+def test_a_module_is_the_command(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpkit", "--version"])
+    runpy.run_module(module, run_name="__main__")
+    assert capsys.readouterr().out == f"gpkit {gpkit.__version__}\n"
 
 
 SHOW = """

@@ -7,10 +7,13 @@ from typing import ClassVar
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from pytorch_lightning import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import gpkit
+from gpkit.app.overrides import CONFIG_DIR
+from gpkit.app.train import count_steps
 
 pytestmark = pytest.mark.app
 
@@ -49,6 +52,23 @@ CURVES = {
 def test_a_schedule_runs_over_all_optimiser_steps(schedule, tmp_path):
     found = rates(schedule, tmp_path)
     assert found == pytest.approx([CURVES[schedule](t) for t in range(STEPS)], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ([], 12),
+        (["+trainer.max_steps=5"], 5),
+        (["trainer.accumulate_grad_batches=3"], 6),
+        (["+trainer.limit_train_batches=3"], 9),
+        (["device.devices=2"], 6),  # each process has half of the batches
+        (["device.devices=2", "+trainer.limit_train_batches=1"], 3),
+    ],
+)
+def test_the_steps_of_a_run_are_counted(options, steps):
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        cfg = compose("train", [*SMALL, "trainer.max_epochs=3", *options])
+    assert count_steps(cfg, 4) == steps
 
 
 def test_one_cycle_rises_and_falls_to_zero(tmp_path):
@@ -208,6 +228,7 @@ REFUSED = {
     "+trainer.logger=x": r"the run sets trainer\.logger: use logger=csv",
     "+trainer.devices=2": r"the run sets trainer\.devices: use device\.devices=2",
     "trainer.gradient_clip_val=-1": r"`trainer\.gradient_clip_val` must be a number >= 0; got -1",
+    "optimized_metric=test/accc": r"test/accc is not logged \(did you mean 'test/acc'",
     "optimized_metric=val/accc": r"val/accc is not logged \(did you mean 'val/acc'",
     "device.devices=1000": r"device\.devices=1000 on the CPU .* cores: use at most",
     "task=tset": r"`task` must be one of .*did you mean 'test'",
@@ -224,6 +245,12 @@ def test_what_nothing_reads_or_cannot_be_is_refused(option, tmp_path):
         gpkit.train([*SMALL, "trainer.max_epochs=1", option], tmp_path)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "metrics.json").exists()
+
+
+def test_a_metric_of_validation_is_looked_for_when_there_was_one(tmp_path):
+    gpkit.train([*SMALL, "trainer.max_epochs=1", "+trainer.check_val_every_n_epoch=2"], tmp_path)
+    options = ["trainer.max_epochs=1", "+trainer.limit_val_batches=0"]
+    assert "val/loss" not in gpkit.train([*SMALL, *options], tmp_path)
 
 
 def test_a_value_that_others_are_made_of_is_read(tmp_path):
