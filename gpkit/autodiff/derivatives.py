@@ -135,7 +135,8 @@ def first_gradients(
         return (None,) * len(xs)
     with without_autocast(y):
         try:
-            grads = torch.autograd.grad(y.sum(), xs, retain_graph=retain, allow_unused=True)
+            total = y if y.ndim == 0 else y.sum()
+            grads = torch.autograd.grad(total, xs, retain_graph=retain, allow_unused=True)
         except RuntimeError as error:
             raise ExplainedError(error) from error
     return tuple(g.to_dense() if g is not None and g.is_sparse else g for g in grads)

@@ -13,10 +13,11 @@ from torch.compiler import is_compiling
 
 from gpkit import formula
 from gpkit.autodiff import graph
+from gpkit.autodiff.compat import buffers_of
 from gpkit.autodiff.gates import Gates, kinks, recorded
 from gpkit.autodiff.isolation import isolated, run_again
 from gpkit.autodiff.known_gradient import Number, known_gradient, moved
-from gpkit.autodiff.numerics import dense, pairwise_sums, spacing
+from gpkit.autodiff.numerics import dense, pairwise_sums
 from gpkit.autodiff.random import has_ranks, random_state
 from gpkit.autodiff.reached import CHECKPOINTS, LOOK_AGAIN, SEEN_ONCE, Reach, code_of
 from gpkit.autodiff.state import Start, start_of
@@ -75,6 +76,8 @@ class Steps:
         if self.misses.get(key, 0) >= MISSES or not has_shortcut(axes, net, found, loss):
             return
         refers = references((closure, net))
+        if key in self.found and self.found[key].refers != refers:
+            self.missed(closure, net)
         if refers is not None:
             if len(self.found) >= MANY:
                 self.found.clear()
@@ -129,7 +132,7 @@ class Step:
         self.refers, self.net, self.known, self.choices = refers, net, found.known, CHOICES(axes)
         self.family = [*map(weakref.ref, found.family)]
         self.state = state_of(found.family, ())
-        self.plain = found.is_plain and not found.known.own
+        self.plain = not (found.known.own or any(map(buffers_of, found.family)))
         self.variables = [places[id(p)] for p in axes.wrt.chosen(net())]
         nodes = [*graph.nodes(loss)]
         self.kinds = [*map(type, nodes)]
@@ -212,7 +215,7 @@ class Step:
             with moved(xs, grads, h):
                 return gradient_there(evaluate, leaves, gates.hold)
 
-        fd, epsilon = penalty.estimator, spacing(loss, *xs)
+        fd, epsilon = penalty.estimator, torch.finfo(loss.dtype).eps
         n, difference = in_few_passes(fd, xs, grads, leaves, epsilon, along)
         reduced, share = valued(penalty, n, weight, loss)
         if difference.starts_at(base):

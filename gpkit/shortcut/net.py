@@ -81,9 +81,9 @@ def references(function: Any) -> list[int] | None:
         if kind in SIMPLE:
             continue
         if kind is tuple or kind is list:
-            stack += value
+            stack += value[:ENOUGH]
         elif kind is dict:
-            stack += value.values()
+            stack += [*value.values()][:ENOUGH]
         elif kind is FunctionType:
             if id(value) not in seen:
                 seen.add(id(value))
@@ -103,7 +103,7 @@ def references(function: Any) -> list[int] | None:
             seen.add(id(value))
             found.append(id(value))
             stack += parts_of(value)
-        if len(found) > ENOUGH or len(stack) > ENOUGH:
+        if len(found) > ENOUGH:
             return None
     return found
 

@@ -224,6 +224,19 @@ def test_a_closure_whose_graph_differs_each_time_is_given_up():
     assert not penalty.shortcuts.steps.found
 
 
+def test_a_closure_that_keeps_a_history_has_a_shortcut(no_long_way):
+    net, x, penalty, history = mlp(nn.Tanh()), data(), gpkit.sam(), [0.0] * 98
+
+    def closure():
+        history.append(1.0)
+        return net(x).square().mean()
+
+    penalty.with_loss(closure, net)
+    no_long_way()
+    for _ in range(3):
+        penalty.with_loss(closure, net)
+
+
 def test_a_backward_pass_hands_the_gradient_out_more_than_once():
     net, x, penalty = mlp(nn.Tanh()), data(), gpkit.sam()
     once = gradients(penalty.with_loss(closure_of(net, x), net), net)
