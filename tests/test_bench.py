@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -42,6 +44,21 @@ def test_memory_is_what_is_allocated():
     kept = []
     assert memory_of(lambda: kept.append(torch.empty(1000, 250))) == 1e6
     assert memory_of(lambda: [torch.empty(1000, 250) for _ in range(2)].clear()) == 2e6
+
+
+QUIET = """
+import os, torch
+from gpkit.bench.measure import memory_of
+x = torch.zeros(4, requires_grad=True)
+y = x.exp()  # memory from before
+print(memory_of(lambda: torch.empty(1000, 250)), os.environ.get("KINETO_LOG_LEVEL"))
+memory_of(lambda: y.sum().backward())
+"""
+
+
+def test_a_measurement_writes_nothing_to_the_terminal():
+    done = subprocess.run([sys.executable, "-c", QUIET], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("1000000.0 None\n", "")
 
 
 def test_errors_are_against_exact_in_float64():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -266,6 +269,24 @@ class Untracked:
         """Do nothing."""
 
 
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """A context in which torch's profiler starts without writing lines to the terminal.
+
+    Its library, Kineto, reads how much to log from the environment, at the first profile of a
+    process. Memory from before, which the step frees, does not count.
+    """
+    before = os.environ.get("KINETO_LOG_LEVEL")
+    os.environ["KINETO_LOG_LEVEL"] = before or "6"  # above all kinds of lines
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*Memory block of unknown size")
+            yield
+    finally:
+        if before is None:
+            del os.environ["KINETO_LOG_LEVEL"]
+
+
 def memory_of(step: Callable[[], None]) -> float:
     """Return the bytes that a step allocates at its peak, beyond what there was."""
     if torch.cuda.is_available():
@@ -273,9 +294,12 @@ def memory_of(step: Callable[[], None]) -> float:
         before = torch.cuda.memory_allocated()
         step()
         return float(torch.cuda.max_memory_allocated() - before) or float("nan")
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as prof:
+    with (
+        _without_log(),
+        torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as prof,
+    ):
         step()
     held = peak = 0
     for event in prof.profiler.kineto_results.events():

@@ -11,8 +11,6 @@ from gpkit.doctor.__main__ import main
 from gpkit.doctor.report import Report, plain_table, rich_table
 from gpkit.finding import Finding
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*Memory block of unknown size")
-
 FOUND = (
     Finding("integer-input", "error", "these are integers", "use floats", "", "r1"),
     Finding("tied", "note", "a and b are one parameter", "", "b", "w"),
