@@ -21,7 +21,7 @@ STEPS = 500  # of the experiment; the variants make the first of them
 VARIANTS = {  # command, steps, the penalty's derivative in ψ; the published distance after all
     "none": (["penalty=none"], 60, lambda psi: 0.0, 3.10),
     "wgan_gp": (WGAN_GP, 60, lambda psi: 0.7 * (psi - math.copysign(1, psi)), 1.80),
-    "r1": ([], STEPS, lambda psi: 0.3 * psi, 2.6e-6),
+    "r1": ([], 100, lambda psi: 0.3 * psi, 2.6e-6),
     "critical r1": (["penalty.weight=1.0"], 60, lambda psi: psi, 9.5e-22),
 }
 
