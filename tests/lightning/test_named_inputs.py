@@ -103,6 +103,19 @@ def test_in_a_loop_with_a_graph_and_a_target():
     assert_is(value, net, lambda p: n2(p, False, ("columns",), target=BATCH["slopes"]).mean())
 
 
+def test_constants_that_differ_are_those_of_the_points():
+    net, fake = Net(), {**OTHERS, "columns": draw(B, 3), "image": draw(B, 1, 3, 3)}
+    of = partial(n2, of_loss=False, keys=("image",))
+    image, critic = gpkit.inputs("image"), lambda batch: net(**batch)
+    for penalty, wanted in (
+        (gpkit.r1(2.0, wrt=image), lambda p: of(p).mean()),
+        (gpkit.r2(2.0, wrt=image), lambda p: of(p, batch={**BATCH, **fake}).mean()),
+        (gpkit.r1_r2(2.0, wrt=image), lambda p: (of(p) + of(p, batch={**BATCH, **fake})).mean()),
+    ):
+        assert_is(penalty(critic, real=OTHERS, fake=fake), net, wanted)
+    assert gpkit.dragan(wrt=image)(critic, real=OTHERS, fake=fake).isfinite()
+
+
 def copied():
     return {key: v.clone() for key, v in OTHERS.items()}
 

@@ -57,7 +57,8 @@ def by_name(
     constants = {key: value for key, value in first.items() if key not in keys}
     kinds = {"real": real, "fake": fake}
     points = [kinds[kind] for kind in axes.at.samples]
-    for other in found[1:]:
+    used = [*args[:1], *[kinds[kind] for kind in axes.at.reads]]
+    for other in [x for x in used if isinstance(x, Mapping) and x is not first]:
         for key in [k for k, v in constants.items() if k in other and not same(other[k], v)]:
             parts = [x[key] for x in points if isinstance(x, Mapping) and key in x]
             if not parts or len(parts) < len(points) or not all(map(has_rows, parts)):

@@ -34,37 +34,6 @@ def configured(
     return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
 
-def optimizer_of(optimizers: Any, name: str, net: nn.Module) -> LightningOptimizer:
-    """Return the optimiser of a net, in whatever order ``configure_optimizers`` returns them.
-
-    Args:
-        optimizers: one, or a list.
-        name: of the net, for the message.
-        net: the net.
-
-    Returns:
-        The optimiser with its trained parameters.
-
-    Raises:
-        ValueError: if none has them, or one has those of another net as well.
-    """
-    trained = {id(p) for p in net.parameters() if p.requires_grad}
-    for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
-        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if own & trained:
-            if own - {id(p) for p in net.parameters()}:
-                raise ValueError(
-                    f"the optimiser of the {name} has parameters of others too, which would be "
-                    "stepped with it: return one for each net from configure_optimizers"
-                )
-            found: LightningOptimizer = optimizer
-            return found
-    raise ValueError(
-        f"no optimiser has parameters of the {name}: return one for each net from "
-        "configure_optimizers, or freeze the net"
-    )
-
-
 @contextmanager
 def clipped(optimizer: LightningOptimizer, bound: float | None) -> Iterator[None]:
     """Bound the norm of the gradient of each step within the block.

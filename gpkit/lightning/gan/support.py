@@ -79,4 +79,38 @@ def require_started(module: Any, known: type, *, again: bool = False) -> None:
         require_support(module.trainer, simultaneous=module.simultaneous)
         warn_of_uncalled(module, known)
         module.window.clear()
+        nets = ["critic", "generator"] if module.trains_generator else ["critic"]
+        # Once: later FSDP2 may have gathered the parameters, which are others then.
+        module.places = {net: place_of(module.optimizers(), module, net) for net in nets}
         module.supported = module.trainer
+
+
+def place_of(optimizers: Any, module: pl.LightningModule, name: str) -> int:
+    """Return which of the optimisers is that of a net; ``configure_optimizers`` has any order.
+
+    Args:
+        optimizers: one, or a list.
+        module: the `GANModule`.
+        name: of the net.
+
+    Returns:
+        The index.
+
+    Raises:
+        ValueError: if none has its parameters, or one has those of others as well.
+    """
+    net = getattr(module, name)
+    own = {id(p) for p in net.parameters()}
+    for place, optimizer in enumerate(optimizers if isinstance(optimizers, list) else [optimizers]):
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if stepped & own:
+            if stepped - own:
+                raise ValueError(
+                    f"the optimiser of the {name} has parameters of others too, which would be "
+                    "stepped with it: return one for each net from configure_optimizers"
+                )
+            return place
+    raise ValueError(
+        f"no optimiser has parameters of the {name}: return one for each net from "
+        "configure_optimizers, or freeze the net"
+    )

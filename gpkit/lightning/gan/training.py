@@ -20,7 +20,6 @@ from gpkit.lightning.gan.samples import MicroBatch
 from gpkit.lightning.gan.stepping import (
     accumulate_gradients,
     clipped,
-    optimizer_of,
     step_optimizer,
 )
 from gpkit.lightning.recording import LatestStep, penalty_scalars
@@ -147,4 +146,6 @@ class GANStep:
             step_optimizer(self.module, self._optimizer(net), getattr(self.module, net), clip)
 
     def _optimizer(self, net: str) -> LightningOptimizer:
-        return optimizer_of(self.module.optimizers(), net, getattr(self.module, net))
+        optimizers = self.module.optimizers()
+        both = optimizers if isinstance(optimizers, list) else [optimizers]
+        return both[self.module.places[net]]
