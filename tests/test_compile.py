@@ -278,6 +278,7 @@ NETS = {
     "linear": critic,
     "layer norm": lambda: critic(nn.LayerNorm(6)),
     "batch norm": lambda: critic(nn.BatchNorm1d(6)),
+    "dropout": lambda: critic(nn.Dropout(0.5)),
     "convolutions": Convolutions,
     "attention": Attention,
     "spectral norm": lambda: critic(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))),

@@ -22,6 +22,7 @@ from gpkit.autodiff.tracing.compat import (
     hooked_by,
     keeping_buffers,
     tracing_gradients,
+    with_torchs_draws,
 )
 from gpkit.autodiff.tracing.hooks import dispatch, dispatch_before
 from gpkit.compiling import obstacles, parity
@@ -203,7 +204,8 @@ class CompiledLoss:
         new = plan is None
         if plan is None:
             orders = [getattr(call.penalty, "order", 1) for call in calls if call.acts]
-            run = torch.compile(traced(self.function, calls), fullgraph=True, **self.options)
+            options = with_torchs_draws(self.options)
+            run = torch.compile(traced(self.function, calls), fullgraph=True, **options)
             plan = Plan(calls, run, max(orders, default=0), record.hooks)
         shapes = shapes_of((args, kwargs))
         if new or len(plan.draws) < CHECKED:

@@ -35,6 +35,28 @@ def tracing_gradients() -> AbstractContextManager[Any]:
     return torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=16)
 
 
+def with_torchs_draws(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options of torch.compile with which a graph draws the random numbers of eager torch.
+
+    Those of torch's own compiler are others, and no step with dropout would be as without it.
+
+    Args:
+        options: of torch.compile.
+
+    Returns:
+        The options, changed for torch's own compiler alone. A mode becomes what it stands for,
+        since torch.compile takes no mode beside options.
+    """
+    if options.get("backend", "inductor") != "inductor":
+        return options
+    import torch._inductor
+
+    mode, given = options.get("mode"), options.get("options")
+    of_mode = torch._inductor.list_mode_options(mode) if mode else {}
+    others = {name: option for name, option in options.items() if name != "mode"}
+    return {**others, "options": {"fallback_random": True, **of_mode, **(given or {})}}
+
+
 def keeping_buffers() -> AbstractContextManager[Any]:
     """Return a context in which a graph is compiled, and run, with several backward passes."""
     import torch._functorch.config

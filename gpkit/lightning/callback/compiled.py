@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from gpkit.autodiff.tracing.compat import keeping_buffers
 from gpkit.axes.parameters import layers_for
 from gpkit.compiling.entry import compiled
+from gpkit.compiling.named import begin, keeping, terms_of
 from gpkit.estimators.base import Recomputable
 from gpkit.formula import Terms
 from gpkit.lightning.callback.plan import PenalizedNet, differentiated, losses_of, probe_spec
@@ -48,7 +46,6 @@ class CompiledStep:
         self.spec = probe_spec(needs.values(), of_output=callable(watched.losses))
         self.shows_losses = any(n.sample_losses and n.given_losses for n in needs.values())
         self.layers: list[Any] = [penalties[n] for n, own in needs.items() if own.layers]
-        self.several = any(own.measures for own in needs.values())
         self.loss = compiled(self.computed, penalties)
 
     @property
@@ -77,18 +74,16 @@ class CompiledStep:
             The output of the training step, and the terms of the penalties by name.
         """
         assert self.loss is not None
-        for penalty in self.penalties.values():
-            penalty.step = step
+        begin(self.penalties, step)
         module = self.watched.silencer.module
         output, values, logged = self.loss(module, args, kwargs, given, scale)
         for name, own, options in logged:
             getattr(module, name)(*own, **options)
-        named = zip(self.penalties, self.loss.terms, strict=True)
-        return output, {n: own and replace(own, reduced=values[n]) for n, own in named}
+        return output, terms_of(self.penalties, self.loss, values)
 
     def total(self, loss: Tensor, terms: dict[str, Terms | None], parameters: Any) -> Tensor:
         """Return the total loss; a weight that adapts to gradients measures them here."""
-        with keeping_buffers() if self.several else nullcontext():
+        with keeping(self.penalties, self.loss):
             total = self.penalties.total(loss, terms, parameters)
         assert total is not None
         return total

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from gpkit.autodiff.sharding.gathering import reshard
+from gpkit.autodiff.tracing.calls import TRACES
 
 
 def averaged_copy(net: nn.Module) -> nn.Module:
@@ -48,7 +49,8 @@ def update_average(average: nn.Module, net: nn.Module, decay: float) -> None:
 @contextmanager
 def frozen(net: nn.Module) -> Iterator[None]:
     """Freeze the parameters of a net within the block; gradients still pass through the net."""
-    trained = [p for p in net.parameters() if p.requires_grad]
+    # A graph cannot freeze: there it is done around the compiled step.
+    trained = [] if TRACES else [p for p in net.parameters() if p.requires_grad]
     for p in trained:
         p.requires_grad_(False)
     try:

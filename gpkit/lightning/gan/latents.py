@@ -64,7 +64,7 @@ class Path:
     generator: nn.Module
     parts: tuple[str, ...]
 
-    def act(self, penalty: Any, z: Tensor, labels: Any, step: int) -> Terms | None:
+    def act(self, penalty: Any, z: Tensor, labels: Any, step: int | None) -> Terms | None:
         """Evaluate a penalty of the generator's output, in w or in z.
 
         Args:
@@ -89,7 +89,7 @@ class Path:
             return penalty.act(synthesis, w, step=step)
 
     def _forward(
-        self, penalty: GradientPenalty, mapping: Any, z: Tensor, order: int, step: int
+        self, penalty: GradientPenalty, mapping: Any, z: Tensor, order: int, step: int | None
     ) -> AbstractContextManager[Any]:
         """Return a context for the mapping's forward pass, as the penalty's ``forward=``."""
         if penalty.forward == "training":

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from gpkit import checks
 from gpkit.autodiff.random import derived_seed, rank, seeded
-from gpkit.compiling.entry import compiled
 from gpkit.lightning.compat import logs_now, scaler_of
 from gpkit.lightning.gan.checks import (
     optional_number,
@@ -23,7 +22,7 @@ from gpkit.lightning.gan.ema import averaged_copy, evaluating
 from gpkit.lightning.gan.latents import Path, parts_of
 from gpkit.lightning.gan.logging import log_evaluation
 from gpkit.lightning.gan.losses import GANLoss, gan_loss
-from gpkit.lightning.gan.objectives import Objectives, critic_loss
+from gpkit.lightning.gan.objectives import Objectives, compiled_losses
 from gpkit.lightning.gan.samples import MicroBatch, conditioned, unpack_samples
 from gpkit.lightning.gan.stepping import (
     MakeOptimizer,
@@ -123,8 +122,8 @@ class GANModule(pl.LightningModule):
             a batch of B; StyleGAN2's path length has 2.
         pac: samples in a pack that the critic scores as one, as in PacGAN and CTGAN: it is given
             ``[B / pac, pac * C, *S]``, and labels ``[B / pac, pac]``. A pack has one norm.
-        compile: whether to compile the critic's loss and its penalties as one graph, see
-            `gpkit.compile`. The generator's step, and a step on penalties alone, run as they are.
+        compile: whether to compile the losses of critic and generator, each with its penalties, as
+            one graph, see `gpkit.compile`. A step on penalties alone runs as it is.
         seed: of all that the nets draw, on each rank its own; None is torch's initial seed.
         histogram_every_n_epochs: the epochs 0, n, 2n, ... have histograms; 0 means that none has.
         doctor: whether each penalty is checked at its first step. An error names modules at fault.
@@ -203,7 +202,7 @@ class GANModule(pl.LightningModule):
         self.generator_first = generator_first
         self.path = Path(generator, parts_of(generator, mapping))
         self.shrink = checks.integer("generator_penalty_shrink=...", generator_penalty_shrink, 1)
-        self.compiled_loss = compiled(critic_loss, self.penalties) if compile else None
+        self.compiled = compiled_losses(self) if compile else {}
         self.seed = seed if seed is None else checks.integer("seed=...", seed, 0)
         self.scalars = LatestScalars()
         self.latest_step = LatestStep({}, {})
@@ -308,7 +307,7 @@ class GANModule(pl.LightningModule):
             shrink=self.shrink,
             penalty_steps=self.penalty_steps,
             full_precision=scaler_of(self.trainer) is not None,
-            compiled=self.compiled_loss,
+            compiled=self.compiled,
         )
 
     def latents(self, n: int) -> Tensor:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gpkit.autodiff.compat import tree_map_only
-from gpkit.autodiff.tracing.compat import keeping_buffers
+from gpkit.compiling.entry import compiled
 from gpkit.compiling.loss import CompiledLoss
+from gpkit.compiling.named import begin, keeping, terms_of
 from gpkit.formula import Terms
 from gpkit.lightning.batches import entries, repeated
 from gpkit.lightning.gan.ema import frozen
@@ -65,7 +67,8 @@ class Objectives:
         penalty_steps: whether penalties have steps of their own.
         full_precision: whether penalties are evaluated without autocast, in forward passes of their
             own. Under float16 their inner gradient would vanish, since no scaler scales it.
-        compiled: the critic's loss with its penalties as one graph, see `critic_loss`, or None.
+        compiled: the loss of "critic" and "generator", each with its penalties as one graph, see
+            `compiled_losses`.
     """
 
     generator: nn.Module
@@ -79,7 +82,7 @@ class Objectives:
     shrink: int = 1
     penalty_steps: bool = False
     full_precision: bool = False
-    compiled: CompiledLoss | None = None
+    compiled: Mapping[str, CompiledLoss | None] = field(default_factory=dict)
 
     def critic_objective(self, micro: MicroBatch, step: int) -> Objective:
         """Return the critic's loss, plus its penalties unless they have steps of their own.
@@ -91,20 +94,22 @@ class Objectives:
         Returns:
             The objective.
         """
-        samples, penalties, run = self.samples(micro), self.critic_penalties, self.compiled
-        several = any(p.measures for p in penalties.values())
-        if run is None or run.obstacle or not torch.is_grad_enabled():
+        samples, penalties, run = self.samples(micro), self.critic_penalties, self._run("critic")
+        if run is None:
             loss, terms, scores = self.critic_terms(samples, self.reusing(step), step)
         else:
-            for penalty in penalties.values():
-                penalty.step = step
+            begin(penalties, step)
             loss, reduced, of_real, of_fake = run(self, samples, self.reusing(step, graphs=True))
             scores = replace(samples, of_real=of_real, of_fake=of_fake)
-            named = zip(penalties, run.terms, strict=True)
-            terms = {n: own and replace(own, reduced=reduced[n]) for n, own in named}
-        with keeping_buffers() if run is not None and several else nullcontext():
+            terms = terms_of(penalties, run, reduced)
+        with keeping(penalties, run):
             total = penalties.total(loss, terms, self.critic.parameters)
         return Objective(total, terms, loss, scores)
+
+    def _run(self, net: str) -> CompiledLoss | None:
+        """Return the compiled loss of a net; None if it has none, or it runs as it is."""
+        run = self.compiled.get(net)
+        return None if run is None or run.obstacle or not torch.is_grad_enabled() else run
 
     @property
     def critic_penalties(self) -> PenaltySum:
@@ -152,10 +157,29 @@ class Objectives:
             The objective.
         """
         z = self.latents(len(first(micro.samples)))
+        penalties, run = self._penalties_of_generator, self._run("generator")
+        if run is None:
+            loss, terms = self.generator_terms(micro, z, step)
+        else:
+            begin(penalties, step)
+            with frozen(self.critic):
+                loss, reduced = run(self, micro, z)
+            terms = terms_of(penalties, run, reduced)
+        with keeping(penalties, run):
+            total = penalties.total(loss, terms, self.generator.parameters)
+        return Objective(total, terms, loss)
+
+    @property
+    def _penalties_of_generator(self) -> PenaltySum:
+        """The penalties in the step on the generator's loss."""
+        return PenaltySum({}) if self.penalty_steps else self.generator_penalties
+
+    def generator_terms(
+        self, micro: MicroBatch, z: Tensor, step: int | None = None
+    ) -> tuple[Tensor, dict[str, Terms | None]]:
+        """Return the generator's loss, and the terms of its penalties."""
         loss = self.generator_loss(micro, z)
-        penalties = PenaltySum({}) if self.penalty_steps else self.generator_penalties
-        terms = self._act_on_generator(penalties, micro, z, step)
-        return Objective(penalties.total(loss, terms, self.generator.parameters), terms, loss)
+        return loss, self._act_on_generator(self._penalties_of_generator, micro, z, step)
 
     def generator_penalties_alone(self, micro: MicroBatch, step: int) -> Objective:
         """Return the generator's penalties alone; arguments as in `generator_objective`."""
@@ -233,13 +257,13 @@ class Objectives:
         return {name: repeated(value, batch, points) for name, value in found.items()}
 
     def _act_on_generator(
-        self, penalties: PenaltySum, micro: MicroBatch, z: Tensor, step: int
+        self, penalties: PenaltySum, micro: MicroBatch, z: Tensor, step: int | None
     ) -> dict[str, Terms | None]:
         with self._precision(z.device):
             return {name: self._act_on_latents(p, micro, z, step) for name, p in penalties.items()}
 
     def _act_on_latents(
-        self, penalty: Penalty, micro: MicroBatch, z: Tensor, step: int
+        self, penalty: Penalty, micro: MicroBatch, z: Tensor, step: int | None
     ) -> Terms | None:
         """Evaluate one penalty of the generator."""
         if self.shrink > 1:
@@ -252,6 +276,40 @@ class Objectives:
 
     def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
         return torch.autocast(device.type, enabled=False) if self.full_precision else nullcontext()
+
+
+def compiled_losses(module: Any) -> dict[str, CompiledLoss | None]:
+    """Return the losses of a GAN's nets with their penalties, each as one graph.
+
+    None stands for one that cannot be compiled; a warning says why.
+    """
+    losses = {"critic": compiled(critic_loss, module.penalties), "generator": None}
+    if module.path.parts and module.generator_penalties:
+        warnings.warn(
+            "`compile=True` has no effect on the generator's step: its penalties are in w, and the "
+            "mapping's forward pass has random numbers of its own",
+            stacklevel=3,
+        )
+    elif module.trains_generator:
+        losses["generator"] = compiled(generator_loss, module.generator_penalties)
+    return losses
+
+
+def generator_loss(
+    of: Objectives, micro: MicroBatch, z: Tensor
+) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """Return what a graph computes of the generator's step.
+
+    Args:
+        of: the nets with their loss and penalties.
+        micro: a micro-batch.
+        z: latents.
+
+    Returns:
+        The loss, and the value of each penalty without its weight.
+    """
+    loss, terms = of.generator_terms(micro, z)
+    return loss, {name: None if own is None else own.reduced for name, own in terms.items()}
 
 
 def critic_loss(

@@ -101,7 +101,7 @@ class GANStep:
     def _located(self, net: str, objective: Callable[..., Objective], micro: MicroBatch) -> Any:
         """Return an objective. At the first step an error of a penalty names the net's modules."""
         first = self.module.doctor and self.module.counts[net] == 0
-        first = first and self.module.compiled_loss is None  # which would trace the hooks
+        first = first and self.module.compiled.get(net) is None  # which would trace the hooks
         with locating(getattr(self.module, net)) if first else nullcontext():
             return objective(micro, self.module.counts[net])
 

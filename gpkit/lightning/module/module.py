@@ -15,8 +15,8 @@ from gpkit import checks
 from gpkit.autodiff.activations import captured
 from gpkit.autodiff.isolation import double_backward, isolated
 from gpkit.autodiff.state import start_of
-from gpkit.autodiff.tracing.compat import keeping_buffers
 from gpkit.compiling.entry import compiled
+from gpkit.compiling.named import begin, keeping, terms_of
 from gpkit.estimators.window import summarised
 from gpkit.findings.located import locating
 from gpkit.formula import Terms
@@ -233,14 +233,11 @@ class PenalizedModule(pl.LightningModule):
             with locating(self.net) if new else nullcontext():
                 forward, terms = self._act(read, needs, given, options, log_norms=log_norms)
         else:
-            for penalty in self.penalties.values():
-                penalty.step = penalty.step if step is None else step
+            begin(self.penalties, step)
             loss, reduced = compiled(read, given, options)
             forward = self._with_norms(read, loss) if log_norms else ForwardPass(read.x, None, loss)
-            named = zip(self.penalties, compiled.terms, strict=True)
-            terms = {n: own and replace(own, reduced=reduced[n]) for n, own in named}
-        several = compiled is not None and any(own.measures for own in needs.values())
-        with keeping_buffers() if several else nullcontext():
+            terms = terms_of(self.penalties, compiled, reduced)
+        with keeping(self.penalties, compiled):
             total = self.penalties.total(forward.loss, terms, self.net.parameters)
         assert total is not None
         return total, forward, terms

@@ -1,4 +1,4 @@
-"""GANModule(compile=True): the critic's steps as graphs train as the eager ones."""
+"""GANModule(compile=True): steps of both nets as graphs train as the eager ones."""
 
 import pytest
 import pytorch_lightning as pl
@@ -16,7 +16,14 @@ def fitted(*, compile):
     critic = nn.Sequential(nn.Linear(3, 4), nn.SiLU(), nn.Linear(4, 1))
     penalties = [gpkit.wgan_gp(seed=1), gpkit.r1(every=2, seed=2)]  # the latter reuses the scores
     module = gpkit.GANModule(
-        generator, critic, latent_dim=2, penalty=penalties, critic_steps=2, seed=3, compile=compile
+        generator,
+        critic,
+        latent_dim=2,
+        penalty=penalties,
+        generator_penalty=gpkit.jacobian(weight=0.5, seed=4),
+        critic_steps=1,
+        seed=3,
+        compile=compile,
     )
     trainer = pl.Trainer(accelerator="cpu", max_epochs=1, logger=False, **QUIET)
     data = DataLoader(TensorDataset(torch.linspace(-1, 1, 96).reshape(32, 3)), batch_size=8)
@@ -28,12 +35,13 @@ def fitted(*, compile):
 @pytest.mark.usefixtures("graphs_alone")
 def test_trains_and_logs_as_the_eager_one():
     (eager, expected), (module, found) = (fitted(compile=c) for c in (False, True))
-    assert module.compiled_loss.obstacle is None
-    assert [own is None for own in module.compiled_loss.terms] == [False, True]  # of the last step
+    assert all(own.obstacle is None for own in module.compiled.values())
+    assert [own is None for own in module.compiled["critic"].terms] == [False, True]  # at the end
+    assert module.compiled["generator"].terms[0].weight == 0.5
     torch.testing.assert_close(dict(module.state_dict()), dict(eager.state_dict()))
     torch.testing.assert_close(dict(found), dict(expected), rtol=1e-5, atol=1e-6)
-    for name, penalty in eager.penalties.items():
-        assert module.penalties[name].state_dict() == penalty.state_dict()
+    for own in ("penalties", "generator_penalties"):
+        assert getattr(module, own).state_dict() == getattr(eager, own).state_dict()
 
 
 def test_a_penalty_that_takes_differences_is_not_compiled():
@@ -45,4 +53,4 @@ def test_a_penalty_that_takes_differences_is_not_compiled():
             penalty=gpkit.r1(estimator="finite_difference"),
             compile=True,
         )
-    assert module.compiled_loss is None
+    assert module.compiled["critic"] is None
