@@ -90,6 +90,20 @@ def sharpness(width: int, batch: int, rounds: int) -> None:
         with torch.no_grad():
             torch._foreach_sub_(params, move)
 
+    def by_hand() -> None:
+        net.zero_grad()
+        grads = torch.autograd.grad(loss(), params)
+        h = 7e-4 / torch.stack(torch._foreach_norm(grads)).norm()
+        values = [p.data for p in params]
+        for p, moved in zip(params, torch._foreach_add(values, grads, alpha=float(h)), strict=True):
+            p.data = moved
+        there = torch.autograd.grad(loss(), params)
+        for p, value in zip(params, values, strict=True):
+            p.data = value
+        torch._foreach_lerp_(grads, there, 0.2 / float(h))
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+
     def ours(penalty: gpkit.GradientPenalty) -> Step:
         def step() -> None:
             net.zero_grad()
@@ -98,13 +112,66 @@ def sharpness(width: int, batch: int, rounds: int) -> None:
         return step
 
     difference = gpkit.weight_grad_norm(0.1, estimator="finite_difference")
-    steps = {"plain": plain, "sam": sam, "difference": ours(difference), "gnp": ours(gpkit.gnp())}
+    ours_of = {"difference": ours(difference), "gnp": ours(gpkit.gnp())}
+    steps = {"plain": plain, "sam": sam, "difference by hand": by_hand, **ours_of}
     found = times(steps, rounds)
-    for name in ("difference", "gnp"):
+    for name in ("difference by hand", "difference", "gnp"):
         for base in ("plain", "sam"):
             against = "plain steps" if base == "plain" else "a step of SAM by hand"
             print(f"| {name}, width {width}, B {batch}: / {against} | ", end="")
             print(ratio(found[name], found[base]), "|")
+
+
+def layers(width: int, batch: int, rounds: int) -> None:
+    """Exact norms of the batch's and of each sample's gradient in the weights, by layers."""
+    net, x = mlp(64, width, width, width, 10), torch.randn(batch, 64)
+    t, params = torch.randint(10, (batch,)), list(net.parameters())
+
+    def loss(reduction: str = "mean") -> Tensor:
+        return F.cross_entropy(net(x), t, reduction=reduction)
+
+    def plain() -> None:
+        net.zero_grad()
+        loss().backward()
+
+    def by_hand() -> None:
+        net.zero_grad()
+        own = loss()
+        grads = torch.autograd.grad(own, params, create_graph=True)
+        (own + 0.1 * sum(g.square().sum() for g in grads)).backward()
+
+    def ghost() -> None:
+        net.zero_grad()
+        calls: list[tuple[Tensor, Tensor]] = []
+        linear = [layer for layer in net if isinstance(layer, nn.Linear)]
+        record = lambda _, given, z: calls.append((given[0], z))  # noqa: E731
+        hooks = [layer.register_forward_hook(record) for layer in linear]
+        own = loss("none")
+        for hook in hooks:
+            hook.remove()
+        deltas = torch.autograd.grad(own.sum(), [z for _, z in calls], create_graph=True)
+        pairs = zip(calls, deltas, strict=True)
+        n2 = sum(d.square().sum(1) * (a.square().sum(1) + 1) for (a, _), d in pairs)
+        (own.mean() + 0.1 * n2.mean()).backward()
+
+    def ours(penalty: gpkit.GradientPenalty, reduction: str) -> Step:
+        def step() -> None:
+            net.zero_grad()
+            penalty.with_loss(lambda: loss(reduction), net).backward()
+
+        return step
+
+    steps = {
+        "plain": plain,
+        "weight_grad_norm by hand": by_hand,
+        "weight_grad_norm": ours(gpkit.weight_grad_norm(0.1), "mean"),
+        "per_sample_grad_norm by hand, for such a net": ghost,
+        "per_sample_grad_norm": ours(gpkit.per_sample_grad_norm(0.1), "none"),
+    }
+    found = times(steps, rounds)
+    for name in [*steps][1:]:
+        against = ratio(found[name], found["plain"])
+        print(f"| {name}, width {width}, B {batch}: / plain steps | {against} |")
 
 
 def part() -> None:
@@ -158,8 +225,10 @@ if __name__ == "__main__":
     gc.disable()  # a collection would fall on one step or another
     print(f"| case, torch {torch.__version__} | median of the ratios [quartiles] |\n| --- | --- |")
     call()
-    for width, rounds in ((64, 200), (512, 40), (1024, 20)):
-        sharpness(width, 64, rounds)
+    for width, batch, rounds in ((64, 64, 150), (64, 256, 150), (512, 256, 20), (1024, 64, 20)):
+        sharpness(width, batch, rounds)
+    for width, rounds in ((512, 30), (1024, 15)):
+        layers(width, 64, rounds)
     series()
     if "--no-part" not in sys.argv:
         part()
