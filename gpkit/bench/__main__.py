@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ def main(words: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--within", type=float, default=0.1, help="the error that is tolerated")
     options = parser.parse_args(words)
+    logging.getLogger("hydra").addHandler(logging.NullHandler())  # errors are said in one line here
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3", job_name="bench"):
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -24,9 +25,15 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m gpkit.doctor", description=__doc__)
     parser.add_argument("overrides", nargs="*", help="as for train.py: model=..., penalty=...")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--share", type=float, default=0.1, help="of the loss's gradient")
+    parser.add_argument(
+        "--share",
+        type=float,
+        default=0.1,
+        help="of the loss's gradient that a weight is suggested for",
+    )
     parser.add_argument("--no-costs", action="store_true", help="do not measure time and memory")
     options = parser.parse_intermixed_args(words)
+    logging.getLogger("hydra").addHandler(logging.NullHandler())  # errors are said in one line here
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3", job_name="doctor"):
             try:

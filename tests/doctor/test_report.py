@@ -74,3 +74,14 @@ def test_the_command(capsys):
         main(["penalty=none"])
     assert "there is no penalty" in capsys.readouterr().err
     assert end.value.code == 1
+    with pytest.raises(SystemExit) as end:
+        main(["model._target_=no_such_package.Net", "penalty=r1"])
+    assert end.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no_such_package.Net: cannot be imported" in line
+    with pytest.raises(SystemExit) as end:
+        main(["penalty=r11", "--json"])
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "there is no penalty 'r11' (did you mean 'r1'?)" in said.err
+    assert end.value.code == 1
