@@ -26,6 +26,17 @@ Number = Tensor | float  # a scalar
 
 
 @contextmanager
+def uncached() -> Iterator[None]:
+    """Run without autocast's cache: it keeps the casts of weights that have moved since."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+@contextmanager
 def perturbed(
     tensors: Sequence[Tensor], moves: Sequence[Tensor], *, swap: bool = False
 ) -> Iterator[None]:
@@ -49,7 +60,8 @@ def perturbed(
         try:
             for tensor, moved in zip(tensors, moves, strict=True):
                 tensor.data = moved
-            yield
+            with uncached():
+                yield
         finally:
             for tensor, value in zip(tensors, values, strict=True):
                 tensor.data = value
@@ -58,7 +70,8 @@ def perturbed(
     try:
         for value, move in zip(values, moves, strict=True):
             value.add_(move)
-        yield
+        with uncached():
+            yield
     finally:
         for value, copy in zip(values, copies, strict=True):
             value.copy_(copy)
@@ -89,6 +102,8 @@ class moved:
             there = plus(self.values, self.directions, alpha=factor)
             for tensor, value in zip(tensors, there, strict=True):
                 tensor.data = value
+            self.cached = torch.is_autocast_cache_enabled()
+            torch.set_autocast_cache_enabled(False)  # it keeps the casts of the weights before
         else:
             self.inside = perturbed(tensors, times(self.directions, factor))
             self.inside.__enter__()
@@ -97,6 +112,7 @@ class moved:
         if self.inside is not None:
             self.inside.__exit__(*exception)
             return
+        torch.set_autocast_cache_enabled(self.cached)
         for tensor, value in zip(self.tensors, self.values, strict=True):
             tensor.data = value
 

@@ -113,3 +113,28 @@ def test_a_step_needs_one_copy_of_the_weights_beside_two_gradients():
             peak = max(peak, held)
     assert peak < 3.2 * copy
     assert held < 1.2 * copy  # .grad
+
+
+@pytest.mark.parametrize("how", ["closure", "with_loss"])
+def test_within_autocast_which_keeps_the_casts_of_weights(how):
+    """Its cache holds the weights before the move; with them the difference was zero."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 64), nn.SiLU(), nn.Linear(64, 3))
+    x, y = torch.randn(64, 8), torch.randint(0, 3, (64,))
+    params = list(net.parameters())
+
+    def closure():
+        return nn.functional.cross_entropy(net(x).float(), y)
+
+    def gradient(value):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(value, params)])
+
+    loss = closure()
+    grads = torch.autograd.grad(loss, params, create_graph=True)
+    wanted = sum(g.square().sum() for g in grads) + (loss if how == "with_loss" else 0)
+    penalty = gpkit.weight_grad_norm(1.0, estimator="finite_difference")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = penalty(closure, net) if how == "closure" else penalty.with_loss(closure, net)
+        assert torch.is_autocast_cache_enabled()
+    wanted = gradient(wanted)
+    assert (gradient(found) - wanted).norm() < 0.15 * wanted.norm()
