@@ -169,7 +169,17 @@ class Written(nn.Module):
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
-        self.layer, self.kind = layer, type(layer)
+        self.layer, self.kind, self.eps = layer, type(layer), layer.eps
+
+    @property
+    def weight(self) -> Tensor:
+        """That of the layer, which transformers of torch look at."""
+        return self.layer.weight
+
+    @property
+    def bias(self) -> Tensor:
+        """That of the layer."""
+        return self.layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (x - mean) / sqrt(var + eps) · weight + bias."""
@@ -256,7 +266,7 @@ ROWS = {
         lambda **axes: gpkit.curvature(**ONE, **axes),
         of_outputs,
         partial(all_derivatives, order=2),
-        most=16,
+        most=8,
     ),
     "curvature, order 3": Row(
         lambda **axes: gpkit.curvature(**ONE, **axes, order=3),
