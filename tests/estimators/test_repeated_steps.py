@@ -173,6 +173,40 @@ def test_a_change_of_what_the_closure_does_is_seen():
     assert relative_error(grad, torch.autograd.grad(exact, given)[0]) < 1e-5
 
 
+def counted(module, _):
+    module.calls += 1
+
+
+def test_a_state_that_a_module_gets_later_moves_once_a_step():
+    net, x, penalty = mlp(nn.Tanh()), data(), gpkit.sam()
+    for _ in range(3):
+        penalty.with_loss(closure_of(net, x), net)
+    net[1].register_buffer("calls", torch.zeros(()))
+    net[1].register_forward_pre_hook(counted)
+    for calls in (1, 2, 3):
+        penalty.with_loss(closure_of(net, x), net)
+        assert net[1].calls == calls
+
+
+def test_a_generator_that_a_closure_gets_later_repeats_its_numbers():
+    net, x, penalty = mlp(nn.Tanh()), data(), gpkit.weight_grad_norm(0.3, estimator=fd(1e-6))
+
+    def closure_with(rng):
+        def closure():
+            noise = torch.zeros_like(x) if rng is None else torch.rand(x.shape, generator=rng)
+            return net(x + noise).square().mean()
+
+        return closure
+
+    for _ in range(3):
+        penalty.with_loss(closure_with(None), net)
+    rng = torch.Generator().manual_seed(0)
+    found = penalty.with_loss(closure_with(rng), net)
+    total, grads = by_hand(net, closure_with(rng.manual_seed(0))(), lambda n: n**2)
+    torch.testing.assert_close(found.detach(), total)
+    assert relative_error(gradients(found, net), grads) < 1e-5
+
+
 def test_schedules_counts_and_modes_are_those_of_the_long_way():
     net, x = mlp(nn.Tanh()), data()
     build = lambda: gpkit.weight_grad_norm(lambda t: 0.1 * t, every=2, seed=3, estimator=fd(1e-6))  # noqa: E731
