@@ -144,18 +144,16 @@ class interpolate(At):
                 f"got {' and '.join(str(s[0] if len(s) == 1 else s) for s in shapes)}"
             )
         first = real[0]
-        shape = [first.shape[0], *[1] * (first.ndim - 1)]  # [B, 1, ...]: one α for each sample
-        alpha = random.uniform(rng, shape, first.device, torch.float32)
+        alpha = random.uniform(rng, [first.shape[0]], first.device, torch.float32)  # [B]
         return tuple([self.between(x, y, alpha) for x, y in zip(real, fake, strict=True)])
 
     def between(self, x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
         """Return α x + (1 - α) y."""
         if x.dtype != y.dtype:
             x = x.to(torch.promote_types(x.dtype, y.dtype))
-        if alpha.dtype != x.dtype or alpha.ndim != x.ndim:
+        if not x.is_floating_point():
             require_floating(x)  # before α, which would be rounded to integers
-            alpha = per_sample(alpha, x)
-        return y + alpha * (x - y)
+        return y + per_sample(alpha, x) * (x - y)
 
 
 NOISES = ("normal", "uniform", "positive")
