@@ -139,7 +139,7 @@ def squared_norms(
     Returns:
         n² ``[G]``, differentiable.
     """
-    if has_ranks():
+    if has_ranks() and not TRACES:
         require_dynamic_graph(targets[0].y)
     if scale is not None:
         targets = [target.scaled(scale) for target in targets]

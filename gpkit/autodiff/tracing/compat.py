@@ -28,11 +28,12 @@ def tracing_gradients() -> AbstractContextManager[Any]:
     """Return a context in which torch.compile traces gradients, and compiles up to 16 graphs.
 
     The limit is for one function. It is public in torch.compiler.config, but patching two configs
-    at every step takes twice as long.
+    at every step takes twice as long. Under DDP the graph must not be split at its buckets.
     """
     import torch._dynamo
 
-    return torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=16)
+    options: dict[str, Any] = {"trace_autograd_ops": True, "recompile_limit": 16}
+    return torch._dynamo.config.patch(**options, optimize_ddp=False)
 
 
 def with_torchs_draws(options: dict[str, Any]) -> dict[str, Any]:

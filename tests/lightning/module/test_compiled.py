@@ -2,8 +2,10 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
+import ranks
 import torch
 from compiling import losses_and_gradients
 from torch import nn
@@ -86,3 +88,50 @@ def test_a_weight_that_steers_the_norm_is_shown_the_norms():
         found = module.penalized_loss((x, y)).item()
         assert found == pytest.approx(loss.item() + weight * n**2, rel=1e-5)
         weight *= math.exp(rate * min(1.0, max(-1.0, math.log(n / target))))
+
+
+class Whole(nn.Module):
+    """What DDP wraps: the penalised loss as a forward pass."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch):
+        return self.module.penalized_loss(batch)
+
+
+def slopes(net, *, compile):
+    penalty = gpkit.jacobian(weight=0.3, estimator="exact")
+    return gpkit.PenalizedModule(net, nn.CrossEntropyLoss(), penalty, compile=compile)
+
+
+def trained_on_a_rank(rank, net, x, y):
+    """Train on half of each batch under DDP, compiled; return the weights and the obstacle."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+        patch.setattr("gpkit.compiling.parity.faster", lambda *_: (1.0, 0.0))
+        module = slopes(net, compile=True)
+        ddp = nn.parallel.DistributedDataParallel(Whole(module))
+        half = slice(4 * rank, 4 * rank + 4)
+        train(net, ddp, x[:, half], y[:, half])
+    return [p.detach() for p in net.parameters()], module.compiled_loss.obstacle
+
+
+def train(net, loss, x, y):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for batch in zip(x, y, strict=True):
+        optimizer.zero_grad()
+        loss(batch).backward()
+        optimizer.step()
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one_process():
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, y = torch.randn(3, 8, 4), torch.randint(3, (3, 8))
+    found = ranks.run(trained_on_a_rank, copy.deepcopy(net), x, y)
+    train(net, slopes(net, compile=False).penalized_loss, x, y)
+    for weights, obstacle in found:
+        assert obstacle is None
+        torch.testing.assert_close(weights, list(net.parameters()), rtol=1e-6, atol=1e-6)
