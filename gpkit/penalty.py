@@ -122,16 +122,16 @@ class Penalty:
             ValueError: if the shapes do not fit.
         """
         plain = self._schedule is scale is groups is target is metric is sample_weight is None
-        if plain and self.shortcuts is not None and id(f) in self.shortcuts.found:
-            at = self.step if step is None else step
-            weight, seed = self.weight_at(at), self._seed_of(self.draws + 1)
-            again = self.shortcuts.penalty(self, f, args, real, fake, weight, seed)
+        known = None if TRACES or RECORDS or not plain else self.shortcuts
+        if known is not None and id(f) in known.found:
+            at, seed = self.step if step is None else step, self._seed_of(self.draws + 1)
+            again = known.penalty(self, f, args, real, fake, self.weight_at(at), seed)
             if again is not None:
                 self.evaluated_at, self.step, self.draws = at, at + 1, self.draws + 1
                 return again
-        given: Any = {"target": target, "metric": metric, "sample_weight": sample_weight}
-        options: Any = {"groups": groups, "step": step, "scale": scale, **given}
-        terms = self.act(f, *args, real=real, fake=fake, **options)
+        own: Any = {"target": target, "metric": metric, "sample_weight": sample_weight}
+        own |= {"groups": groups, "step": step, "scale": scale}
+        terms = self.act(f, *args, real=real, fake=fake, **own)
         if terms is None:
             return torch.zeros((), device=device_of(f, args, real, fake))
         if terms.outputs and has_ranks() and terms.reduced.requires_grad:
