@@ -58,3 +58,12 @@ def test_public_names_exist():
     assert all(getattr(gpkit, name) is not None for name in [*gpkit.__all__, "sum"])
     with pytest.raises(AttributeError, match="no attribute 'wgan'"):
         _ = gpkit.wgan
+
+
+def test_the_first_commands_do_all_the_set_up():
+    """Each is one line; CI takes the second from the page."""
+    lines = [line.partition("   #")[0] for line in README.splitlines() if " && " in line]
+    assert lines[:2] == [
+        "pip install . && python train.py model=mlp penalty=weight_grad_norm",
+        "pip install -e '.[dev]' && python -m pytest -n 2",
+    ]
