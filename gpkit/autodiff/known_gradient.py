@@ -25,11 +25,27 @@ from gpkit.autodiff.compat import (
 Number = Tensor | float  # a scalar
 
 
-@contextmanager
-def uncached() -> Iterator[None]:
-    """Run without autocast's cache: it keeps the casts of weights that have moved since."""
+def without_casts_kept(tensors: Sequence[Tensor]) -> bool:
+    """Let autocast keep no casts of weights that move.
+
+    Without autocast nothing changes, since compiled nets are compiled anew for such a switch.
+
+    Args:
+        tensors: the weights.
+
+    Returns:
+        Whether it kept them before.
+    """
     before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
+    if torch.is_autocast_enabled(tensors[0].device.type):
+        torch.set_autocast_cache_enabled(False)
+    return before
+
+
+@contextmanager
+def uncached(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Run without autocast's cache: it keeps the casts of weights that have moved since."""
+    before = without_casts_kept(tensors)
     try:
         yield
     finally:
@@ -60,7 +76,7 @@ def perturbed(
         try:
             for tensor, moved in zip(tensors, moves, strict=True):
                 tensor.data = moved
-            with uncached():
+            with uncached(tensors):
                 yield
         finally:
             for tensor, value in zip(tensors, values, strict=True):
@@ -70,7 +86,7 @@ def perturbed(
     try:
         for value, move in zip(values, moves, strict=True):
             value.add_(move)
-        with uncached():
+        with uncached(tensors):
             yield
     finally:
         for value, copy in zip(values, copies, strict=True):
@@ -102,8 +118,7 @@ class moved:
             there = plus(self.values, self.directions, alpha=factor)
             for tensor, value in zip(tensors, there, strict=True):
                 tensor.data = value
-            self.cached = torch.is_autocast_cache_enabled()
-            torch.set_autocast_cache_enabled(False)  # it keeps the casts of the weights before
+            self.cached = without_casts_kept(tensors)
         else:
             self.inside = perturbed(tensors, times(self.directions, factor))
             self.inside.__enter__()
