@@ -12,6 +12,7 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from gpkit.autodiff.layers.gram import Direct, Outer, Part, Product, gram_is_cheaper
 from gpkit.autodiff.layers.recording import LayerCall
+from gpkit.autodiff.numerics import widened
 
 Parts = Iterator[tuple[str, Part]]  # of a parameter by its name in the layer
 Rule = Callable[[Any, Tensor, Tensor], Parts]
@@ -94,6 +95,8 @@ def _convolution(layer: Any, a: Tensor, delta: Tensor) -> Parts:
         windows = F.unfold(a, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
         yield "weight", Outer(places.transpose(1, 2), windows.transpose(1, 2), outputs)
     else:  # one convolution, in which each sample is a group
+        if a.device.type == "cpu":  # which has no kernel of it in half precision
+            a, delta = widened(a), widened(delta)
         gradient = WEIGHT_GRADIENTS[a.ndim - 2](
             a.reshape(1, -1, *a.shape[2:]),
             [batch * outputs, *layer.weight.shape[1:]],

@@ -255,13 +255,18 @@ def test_an_input_that_was_modified_in_place_is_not_used():
         gpkit.per_sample_grad_norm()(closure, first)
 
 
-def test_half_precision_autocast_gives_norms_in_float32():
+@pytest.mark.parametrize("dimensions", [0, 1, 2, 3])
+def test_half_precision_autocast_gives_norms_in_float32(dimensions):
+    """Of convolutions too, for which a CPU has no kernel in bfloat16 with samples as groups."""
     torch.manual_seed(0)
-    net, data, y = (
-        nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)),
-        x(4).float(),
-        torch.arange(B),
-    )
+    y = torch.arange(B)
+    if dimensions:
+        kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
+        first = (kind(2, 3, 3, padding=1), nn.Tanh(), nn.Flatten())
+        net, data = nn.Sequential(*first, nn.Linear(3 * 3**dimensions, 3)), x(2, *[3] * dimensions)
+    else:
+        net, data = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)), x(4)
+    data = data.float()
     with torch.autocast("cpu", torch.bfloat16):
         n2 = gpkit.per_sample_grad_norm().terms(lambda: losses(net, data, y), net).squared_norms
     assert n2.dtype == torch.float32
