@@ -211,6 +211,38 @@ def test_a_net_that_makes_another_graph_takes_the_long_way():
         torch.testing.assert_close(penalty(net, real=x), g.square().sum(1).mean())
 
 
+def attends_at_times(h):
+    """Return attention for some samples, and else as many nodes in the graph."""
+    h = h[:, None, None].expand(-1, 1, 3, -1) * torch.arange(1.0, 4)[:, None]
+    if h.detach().mean() > 0:
+        h = nn.functional.scaled_dot_product_attention(h, h, h)
+    else:
+        h = torch.tanh(h)
+    return h.sum((1, 2))
+
+
+class AttendsAtTimes(nn.Sequential):
+    def forward(self, x):
+        return self[1](attends_at_times(self[0](x)))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_net_that_comes_to_attend_has_a_double_backward(hooked):
+    layers, penalty = [nn.Linear(5, 4), nn.Linear(4, 1)], gpkit.r1(weight=2.0)
+    net = (nn.Sequential if hooked else AttendsAtTimes)(*layers).double()
+    if hooked:
+        net[0].register_forward_hook(lambda module, args, out: attends_at_times(out))
+    nn.init.constant_(net[0].weight, 0.3)
+    for sign in (-1, -1, 1, 1, -1):
+        x = sign * (samples(4, 5).abs() + 1)
+        with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+            expected, grads = by_hand(net, x, FORMS["r1"][1], 2.0)
+        found = penalty(net, real=x)
+        torch.testing.assert_close(found, expected)
+        own = torch.autograd.grad(found, [*net.parameters()], allow_unused=True)
+        torch.testing.assert_close(own, grads)
+
+
 def test_a_change_of_an_axis_is_seen(no_long_way):
     net, penalty = critic(), gpkit.r1(weight=2.0)
     penalty(net, real=samples(4, 5))

@@ -29,7 +29,7 @@ from gpkit.estimators.exact import exact
 from gpkit.formula import Terms
 from gpkit.hints import ExplainedError
 from gpkit.shortcut.differences import Steps
-from gpkit.shortcut.net import CHOICES, needs_more, state_of
+from gpkit.shortcut.net import CHOICES, may_attend, needs_more, state_of
 
 MISSES = 3  # graphs that differ from the one before, after which a net has no shortcut
 
@@ -160,8 +160,7 @@ class Shortcut:
         self.family = [weakref.ref(module) for module in found.family]
         self.state = state_of(found.family, found.known.own)
         self.made = target.made.nodes, type(target.y.grad_fn)
-        kinds = target.fingerprint.kinds
-        self.attends = any("Softmax" in kind or "ScaledDot" in kind for kind in kinds)
+        self.attends = may_attend(found.family, target.fingerprint.kinds)
         self.generator: torch.Generator | None = None
 
     def samples(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from types import FunctionType, ModuleType
 from typing import Any
@@ -19,7 +19,7 @@ from gpkit.autodiff.compat import (
     parameters_of,
 )
 from gpkit.autodiff.random import is_generator
-from gpkit.autodiff.reached import own_attributes, parts_of
+from gpkit.autodiff.reached import is_torchs, own_attributes, parts_of
 from gpkit.autodiff.state import CONTAINERS
 
 CHOICES = operator.attrgetter(
@@ -115,3 +115,19 @@ def needs_more(module: nn.Module) -> bool:
     values = own_attributes(module).values()
     written = any(isinstance(v, (Tensor, *CONTAINERS)) or is_generator(v) for v in values)
     return written or bool(buffers_of(module))
+
+
+def may_attend(family: Sequence[nn.Module], kinds: Iterable[str]) -> bool:
+    """Whether a net runs attention, or might in a later call: code of the user's own may branch.
+
+    Args:
+        family: the net with all its children.
+        kinds: the classes of the nodes of its graph in a call.
+
+    Returns:
+        Whether kernels of attention have to be chosen.
+    """
+    if any("Softmax" in kind or "ScaledDot" in kind for kind in kinds):
+        return True
+    hooked = any(chain.from_iterable(map(hooks_of, family)))
+    return hooked or not all(is_torchs(m) and "forward" not in vars(m) for m in family)
