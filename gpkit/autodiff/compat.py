@@ -248,6 +248,19 @@ hooks_of: Callable[[nn.Module], Any] = attrgetter("_forward_hooks", "_forward_pr
 base_of: Callable[[Tensor], Tensor | None] = attrgetter("_base")
 
 
+def keeps_graph() -> bool:
+    """Whether the backward pass that runs now retains the graph, for another one.
+
+    A custom Function is not told. Where a release does not tell either, the answer is yes: then
+    gradients that could be given away are copied.
+
+    Returns:
+        True outside of a backward pass too.
+    """
+    told = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if told is None else bool(told())
+
+
 # write_count(tensor): the number of in-place writes to a tensor, not counted in inference mode.
 # torch.autograd.graph has `increment_version`, but no function to read the version.
 write_count: Callable[[Tensor], int] = attrgetter("_version")

@@ -1,10 +1,11 @@
-"""Values with a known gradient, and weights moved temporarily."""
+"""Values with a known gradient."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from itertools import pairwise
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -13,133 +14,15 @@ from torch.autograd.function import once_differentiable
 
 from gpkit.autodiff.compat import (
     add_to,
+    keeps_graph,
     lerp,
     lerp_to,
-    plus,
     scale_by,
     subtract_from,
-    times,
     write_count,
 )
 
 Number = Tensor | float  # a scalar
-
-
-def without_casts_kept(tensors: Sequence[Tensor]) -> bool:
-    """Let autocast keep no casts of weights that move.
-
-    Without autocast nothing changes, since compiled nets are compiled anew for such a switch.
-
-    Args:
-        tensors: the weights.
-
-    Returns:
-        Whether it kept them before.
-    """
-    before = torch.is_autocast_cache_enabled()
-    if torch.is_autocast_enabled(tensors[0].device.type):
-        torch.set_autocast_cache_enabled(False)
-    return before
-
-
-@contextmanager
-def uncached(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Run without autocast's cache: it keeps the casts of weights that have moved since."""
-    before = without_casts_kept(tensors)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
-
-
-@contextmanager
-def perturbed(
-    tensors: Sequence[Tensor], moves: Sequence[Tensor], *, swap: bool = False
-) -> Iterator[None]:
-    """Move leaf tensors in place, and restore their values bit for bit at the end.
-
-    Graphs that saved the tensors stay valid: the values are restored before such a graph is used,
-    so autograd's version counters need not change.
-
-    Args:
-        tensors: the tensors to move.
-        moves: the tensor to add to each.
-        swap: exchange the memory of the tensors instead of writing to it, where no other tensor
-            can share it. The moves are overwritten then.
-
-    Yields:
-        Nothing.
-    """
-    values = [t.data for t in tensors]  # the same memory, without version counting
-    if swap and all(map(owns_memory, tensors)):
-        add_to(moves, values)
-        try:
-            for tensor, moved in zip(tensors, moves, strict=True):
-                tensor.data = moved
-            with uncached(tensors):
-                yield
-        finally:
-            for tensor, value in zip(tensors, values, strict=True):
-                tensor.data = value
-        return
-    copies = [v.clone() for v in values]
-    try:
-        for value, move in zip(values, moves, strict=True):
-            value.add_(move)
-        with uncached(tensors):
-            yield
-    finally:
-        for value, copy in zip(values, copies, strict=True):
-            value.copy_(copy)
-
-
-class moved:
-    """A context in which leaf tensors are moved by ``factor · directions``, in one pass.
-
-    The tensors exchange their memory for that of the moved ones, and get it back. Where another
-    tensor may share it, they are moved in place instead, as in `perturbed`.
-
-    Args:
-        tensors: the tensors to move.
-        directions: one for each of them.
-        factor: a number.
-    """
-
-    def __init__(
-        self, tensors: Sequence[Tensor], directions: Sequence[Tensor], factor: Number
-    ) -> None:
-        self.tensors, self.directions, self.factor = tensors, directions, factor
-
-    def __enter__(self) -> None:
-        tensors, factor = self.tensors, self.factor
-        self.values = [t.data for t in tensors]
-        self.inside: Any = None
-        if isinstance(factor, float) and all(map(owns_memory, tensors)):
-            there = plus(self.values, self.directions, alpha=factor)
-            for tensor, value in zip(tensors, there, strict=True):
-                tensor.data = value
-            self.cached = without_casts_kept(tensors)
-        else:
-            self.inside = perturbed(tensors, times(self.directions, factor))
-            self.inside.__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        if self.inside is not None:
-            self.inside.__exit__(*exception)
-            return
-        torch.set_autocast_cache_enabled(self.cached)
-        for tensor, value in zip(self.tensors, self.values, strict=True):
-            tensor.data = value
-
-
-def owns_memory(tensor: Tensor) -> bool:
-    """Whether a tensor is plain and has a whole piece of CPU memory, so that none shares it."""
-    # On other devices kernels may rely on where weights lie, such as cuDNN's recurrent nets.
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu":
-        return False
-    memory = tensor.untyped_storage()
-    whole = memory.nbytes() == tensor.numel() * tensor.itemsize
-    return whole and tensor.is_contiguous() and not memory.is_shared()
 
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:
@@ -154,19 +37,6 @@ def is_plain(tensors: Sequence[Tensor]) -> bool:
     )
 
 
-def require_leaves(tensors: Sequence[Tensor]) -> None:
-    """Refuse weights that are not leaves: a rerun would recompute them without the move.
-
-    Raises:
-        ValueError: if a tensor is not a leaf.
-    """
-    if not all(t.is_leaf for t in tensors):
-        raise ValueError(
-            "finite differences move the weights in place, and one of them is not a leaf tensor: "
-            "give the penalty the leaf parameters"
-        )
-
-
 class Difference(NamedTuple):
     """The gradient of a value as a difference of two, ``times · (after - before)``."""
 
@@ -179,8 +49,16 @@ class Difference(NamedTuple):
         """Return the tensors that the gradients are computed from."""
         return [*self.before, *self.after]
 
-    def computed(self) -> list[Tensor]:
-        """Return the gradients."""
+    def computed(self, *, overwrite: bool = False) -> Sequence[Tensor]:
+        """Return the gradients.
+
+        Args:
+            overwrite: whether they may be written to ``after``, where memory allows it.
+        """
+        if overwrite and are_apart(self.after):
+            subtract_from(self.after, self.before)
+            scale_by(self.after, self.times)
+            return self.after
         pairs = zip(self.before, self.after, strict=True)
         return [(after - before) * self.times for before, after in pairs]
 
@@ -197,23 +75,51 @@ class Difference(NamedTuple):
         Args:
             grads: the gradients before.
             share: a constant factor, a scalar.
-            overwrite: whether the result may be written to ``grads``.
+            overwrite: whether the result may be written to ``grads``, where memory allows it.
         """
-        factor = share * self.times
-        if isinstance(factor, float) or factor.device.type == "cpu":
-            factor = fitting(float(factor), self.after[0].dtype)
-            if not overwrite:
+        if not self.after:
+            return grads
+        factor = fitted(share * self.times, self.after[0].dtype)
+        if isinstance(factor, float):
+            if not (overwrite and are_apart(grads)):
                 return lerp(grads, self.after, factor)
             lerp_to(grads, self.after, factor)
             return grads
+        if not are_apart(self.after):
+            return [g + (after - g) * factor for g, after in zip(grads, self.after, strict=True)]
         subtract_from(self.after, grads)  # on other devices a number would wait for the device
         scale_by(self.after, factor)
         add_to(self.after, grads)
         return self.after
 
 
-def fitting(x: float, dtype: torch.dtype) -> float:
-    """Return a number as a dtype has it: infinite if it is too large."""
+NBYTES = attrgetter("nbytes")
+
+
+def are_apart(tensors: Sequence[Tensor]) -> bool:
+    """Whether each entry of tensors has memory of its own, so that they can be written to.
+
+    The gradients of w and b in ``x @ (w + b)`` are one tensor; that of ``w.sum()`` is one number.
+
+    Returns:
+        False as well for rare layouts that would need a closer look.
+
+    >>> g = torch.ones(3)
+    >>> are_apart([g, torch.ones(3)]), are_apart([g, g]), are_apart([torch.ones(1).expand(3)])
+    (True, False, False)
+    """
+    if all(map(Tensor.is_contiguous, tensors)):
+        spans = sorted(zip(map(Tensor.data_ptr, tensors), map(NBYTES, tensors), strict=True))
+        return all(start + size <= other for (start, size), (other, _) in pairwise(spans))
+    memories = {t.untyped_storage().data_ptr() for t in tensors}
+    return len(memories) == len(tensors) and not any(0 in t.stride() for t in tensors)
+
+
+def fitted(factor: Number, dtype: torch.dtype) -> Number:
+    """Return a number as a dtype has it, infinite if it is too large; a float on a CPU."""
+    if not isinstance(factor, float) and factor.device.type != "cpu":
+        return factor
+    x = float(factor)
     return x if abs(x) <= torch.finfo(dtype).max else math.copysign(math.inf, x) if x == x else x
 
 
@@ -232,8 +138,12 @@ def known_gradient(
     share: Tensor | None = None,
     difference: Difference | None = None,
     plus: Number | None = None,
+    *,
+    owned: bool = False,
 ) -> Tensor:
     """Return a value whose gradients in ``leaves`` are ``grads``: its backward computes nothing.
+
+    A backward pass that does not retain the graph gives the gradients away: no copy is made.
 
     Args:
         value: one number, of any shape; its own graph is cut. With ``share``, values ``[G]``.
@@ -242,6 +152,7 @@ def known_gradient(
         share: c ``[G]``: the incoming gradient of the backward pass must be a multiple of c.
         difference: what ``grads`` are; then these are empty, and computed when they are needed.
         plus: a number to add to the value.
+        owned: whether nobody else has the gradients, so that they may be overwritten.
 
     Returns:
         The value, differentiable once.
@@ -252,59 +163,90 @@ def known_gradient(
     >>> w.grad
     tensor([6., 8.])
     """
-    made = difference and Made(difference, [*map(write_count, difference.parts())])
     out: Tensor = _KnownGradient.apply(
-        value.detach(), plus, share, made, len(leaves), *leaves, *grads
+        value.detach(), plus, Kept(grads, share, difference, owned=owned), *leaves
     )
-    if out.grad_fn is not None:
+    if difference is not None and out.grad_fn is not None:
         out.grad_fn.difference = difference  # type: ignore[attr-defined]
     return out
 
 
-class Made(NamedTuple):
-    """A difference, and how often its parts had been written to: autograd does not hold them."""
+class Kept:
+    """Gradients that a backward pass will hand out. Autograd does not hold them.
 
-    difference: Difference
-    versions: list[int]
+    Args:
+        grads: the gradients.
+        share: see `known_gradient`.
+        difference: what they are, or None.
+        owned: whether nobody else has them.
+    """
 
-    def computed(self) -> list[Tensor]:
+    def __init__(
+        self,
+        grads: Sequence[Tensor],
+        share: Tensor | None,
+        difference: Difference | None,
+        *,
+        owned: bool,
+    ) -> None:
+        self.share, self.difference, self.owned = share, difference, owned
+        self.parts = [*grads] if difference is None else difference.parts()
+        self.versions = [*map(write_count, self.parts)]
+
+    def handed_out(self, *, keep: bool) -> list[Tensor]:
         """Return the gradients.
 
+        Args:
+            keep: whether they are handed out again later: then the caller gets copies.
+
+        Returns:
+            The gradients, which the caller may write to if nobody else has them.
+
         Raises:
-            RuntimeError: if a part was written to since.
+            RuntimeError: if they were handed out before, or if a part was written to since.
         """
-        if self.versions != [*map(write_count, self.difference.parts())]:
+        parts = self.parts
+        if parts is None:
+            raise RuntimeError(
+                "a second backward pass through a loss with a penalty by finite differences, whose "
+                "gradient the first pass has given away: call backward(retain_graph=True) first"
+            )
+        if self.versions != [*map(write_count, parts)]:
             raise RuntimeError("a gradient of the penalty was modified by an inplace operation")
-        return self.difference.computed()
+        difference = self.difference
+        if not keep:
+            self.parts = self.difference = None  # type: ignore[assignment]
+        if difference is not None:
+            return [*difference.computed()]
+        return [part.clone() for part in parts] if keep else parts
 
 
 class _KnownGradient(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        value: Tensor,
-        plus: Number | None,
-        share: Tensor | None,
-        made: Made | None,
-        count: int,
-        *tensors: Tensor,
+        ctx: Any, value: Tensor, plus: Number | None, kept: Kept, *leaves: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(share, *tensors[count:])
-        ctx.made, ctx.dtypes = made, [t.dtype for t in tensors[:count]]
+        ctx.kept, ctx.dtypes = kept, [leaf.dtype for leaf in leaves]
         return value.clone() if plus is None else value + plus
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        share, *known = ctx.saved_tensors
+        kept: Kept = ctx.kept
+        share = kept.share
         if share is None:
             factor = grad if grad.ndim == 0 else grad.sum()
         else:
             size = share.square().sum()
             factor = (grad * share).sum() / torch.where(size == 0, 1, size)
-        grads = known if ctx.made is None else ctx.made.computed()
-        if factor.device.type != "cpu" or factor.item() != 1:  # another device would be waited for
-            grads = [g * factor for g in grads]
-        pairs = zip(grads, ctx.dtypes, strict=True)
-        grads = [g if g.dtype == dtype else g.to(dtype) for g, dtype in pairs]
-        return None, None, None, None, None, *grads, *[None] * len(known)
+        keep = keeps_graph()
+        grads = kept.handed_out(keep=keep)
+        on_cpu = factor.device.type == "cpu"  # another device would be waited for
+        if not on_cpu or factor.item() != 1:
+            if (kept.owned or keep) and are_apart(grads):
+                scale_by(grads, factor.item() if on_cpu else factor)
+            else:
+                grads = [g * factor for g in grads]
+        if [g.dtype for g in grads] != ctx.dtypes:
+            grads = [g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
+        return None, None, None, *grads

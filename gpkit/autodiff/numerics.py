@@ -168,8 +168,8 @@ def over_all(
 ) -> Tensor:
     """Return the sum or maximum of ``entry(x)`` >= 0 over all entries: a scalar."""
     together = torch.sum if reduce == "sum" else torch.amax
-    parts = [entry(as_real(widened(t))).reshape(-1) for t in tensors]
-    return together(torch.stack([together(part, 0) for part in parts]), 0)
+    parts = [together(entry(as_real(widened(t))).reshape(-1), 0) for t in tensors]  # one by one
+    return together(torch.stack(parts), 0)
 
 
 def over_rows(

@@ -181,6 +181,7 @@ def summarised(
     with without_autocast(loss), recorded(loss, nodes) as gates:
         y = loss.sum() if scale is None else loss.sum() * scale
         grads = torch.autograd.grad(y, leaves, retain_graph=retain)
+    grads = tuple(g.to_dense() if g.is_sparse else g for g in grads)
     if scale is not None:
         grads = tuple(g.to(wide(g)) / scale for g in grads)
     shared = False

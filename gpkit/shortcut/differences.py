@@ -5,6 +5,8 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +15,10 @@ from torch.compiler import is_compiling
 
 from gpkit import formula
 from gpkit.autodiff import graph
-from gpkit.autodiff.compat import buffers_of
+from gpkit.autodiff.compat import LEAF, buffers_of
 from gpkit.autodiff.gates import Gates, kinks, recorded
 from gpkit.autodiff.isolation import isolated, run_again
-from gpkit.autodiff.known_gradient import Number, known_gradient, moved
+from gpkit.autodiff.known_gradient import Number, are_apart, fitted, known_gradient
 from gpkit.autodiff.numerics import dense, pairwise_sums
 from gpkit.autodiff.random import has_ranks, random_state
 from gpkit.autodiff.reached import CHECKPOINTS, LOOK_AGAIN, SEEN_ONCE, Reach, code_of
@@ -24,7 +26,14 @@ from gpkit.autodiff.state import Start, start_of
 from gpkit.autodiff.tracing.calls import RECORDS, TRACES
 from gpkit.axes.form import norm, squared
 from gpkit.axes.parameters import weights
-from gpkit.estimators.differences.weight_difference import gradient_there, in_few_passes
+from gpkit.estimators.differences.moves import Owners, run_moved
+from gpkit.estimators.differences.step_factor import look
+from gpkit.estimators.differences.weight_difference import (
+    gradient_there,
+    in_few_passes,
+    mix_there,
+    stride_of,
+)
 from gpkit.estimators.finite_difference import finite_difference
 from gpkit.estimators.repeats import SAME
 from gpkit.shortcut.net import CHOICES, references, state_of
@@ -137,6 +146,8 @@ class Step:
         nodes = [*graph.nodes(loss)]
         self.kinds = [*map(type, nodes)]
         self.leaves = [places[id(leaf)] for leaf in graph.leaves(loss, nodes)]
+        self.at = [i for i, node in enumerate(nodes) if hasattr(node, LEAF)]
+        self.owners = Owners()
         self.kinked = bool(kinks(nodes)) and not axes.estimator.cross_kinks
 
     def repeats(self, penalty: Any, closure: Any, net: Any, step: int | None) -> bool:
@@ -187,20 +198,24 @@ class Step:
         """
         if type(loss) is not Tensor or loss.numel() != 1:
             return None
-        device = loss.device
+        device, dtype = loss.device, loss.dtype
         nodes, owned = [*graph.nodes(loss)], found.parameters()
         if [*map(type, nodes)] != self.kinds or torch.is_autocast_enabled(device.type):
             return None
-        leaves, xs = graph.leaves(loss, nodes), [owned[i] for i in self.variables]
+        leaves, xs = [nodes[i].variable for i in self.at], [owned[i] for i in self.variables]
         if not all(map(operator.is_, leaves, [owned[i] for i in self.leaves])):
             return None
-        if not all(x.dtype == loss.dtype and x.device == device for x in (*xs, *leaves)):
+        alike = leaves if self.variables == self.leaves else [*leaves, *xs]
+        if any(x.dtype != dtype or x.device != device for x in alike):
             return None
         weight = penalty.counted(step)
         penalty.next_seed()
         gates, base = self.gradient(loss, nodes, leaves)
-        by_leaf = {id(leaf): g for leaf, g in zip(leaves, base, strict=True)}
-        grads = dense([by_leaf.get(id(x)) for x in xs], xs)
+        if alike is leaves:
+            grads = base
+        else:
+            by_leaf = {id(leaf): g for leaf, g in zip(leaves, base, strict=True)}
+            grads = dense([by_leaf.get(id(x)) for x in xs], xs)
 
         def evaluate() -> Tensor:
             if self.plain:
@@ -209,40 +224,77 @@ class Step:
                 y: Tensor = closure()
                 return y
 
-        def along(h: Number) -> Sequence[Tensor]:
-            if isinstance(h, float) and h == 0:
-                return base
-            with moved(xs, grads, h):
-                return gradient_there(evaluate, leaves, gates.hold)
+        fd, epsilon = penalty.estimator, torch.finfo(dtype).eps
+        stride, looking = stride_of(fd, xs, grads, epsilon), look(fd, epsilon, xs)
+        share, value = valued(penalty, stride.n, weight, loss)
+        if fd.side == "forward" and not looking.asks and are_apart(base):
+            for _ in looking:  # it counts the use
+                pass
+            h = stride.times(looking.factor)
+            fraction = fitted(share * stride.quotient(h), dtype)
+            mix = partial(mix_there, evaluate, leaves, gates.hold, base, fraction)
+            together = run_moved(mix, xs, grads, h, self.owners)
+        else:
 
-        fd, epsilon = penalty.estimator, torch.finfo(loss.dtype).eps
-        n, difference = in_few_passes(fd, xs, grads, leaves, epsilon, along)
-        reduced, share = valued(penalty, n, weight, loss)
-        if difference.starts_at(base):
-            together = difference.added_to(base, share, overwrite=True)
-        else:  # the two ends of a difference are others than this point
-            together = pairwise_sums(base, [g * share for g in difference.computed()])
-        return known_gradient(loss.detach(), leaves, together, plus=reduced * weight)
+            def along(h: Number) -> Sequence[Tensor]:
+                if isinstance(h, float) and h == 0:
+                    return base
+                there = partial(gradient_there, evaluate, leaves, gates.hold)
+                return run_moved(there, xs, grads, h, self.owners)
+
+            difference = in_few_passes(stride, fd.side, looking, leaves, along)
+            if difference.starts_at(base):
+                together = difference.added_to(base, share, overwrite=True)
+            else:  # the two ends of a difference are others than this point
+                together = pairwise_sums(base, [g * share for g in difference.computed()])
+        plus = value() * weight
+        total = loss.detach()
+        if isinstance(plus, Tensor) and plus.requires_grad:  # of what the form is made of
+            total, plus = total + plus.detach(), plus - plus.detach()
+            return known_gradient(total, leaves, together, owned=True) + plus
+        return known_gradient(total, leaves, together, plus=plus, owned=True)
 
     def gradient(
         self, loss: Tensor, nodes: Sequence[Any], leaves: Sequence[Tensor]
     ) -> tuple[Gates, Sequence[Tensor]]:
         """Return the gates of a loss, and its gradient in all leaves."""
-        if not self.kinked:
-            return Gates(), torch.autograd.grad(loss, leaves)
-        with recorded(loss, nodes) as gates:
-            return gates, torch.autograd.grad(loss, leaves)
+        within = recorded(loss, nodes) if self.kinked else nullcontext(Gates())
+        with within as gates:
+            grads = torch.autograd.grad(loss, leaves)
+        return gates, [g.to_dense() if g.is_sparse else g for g in grads]
 
 
-def valued(penalty: Any, n: Number, weight: float, like: Tensor) -> tuple[Number, Number]:
-    """Return the reduced value of a penalty for one norm n, and λ times its derivative in n²."""
+def valued(
+    penalty: Any, n: Number, weight: float, like: Tensor
+) -> tuple[Number, Callable[[], Number]]:
+    """Return λ times the derivative of a penalty in n², for one norm n, and how its value is noted.
+
+    Args:
+        penalty: the penalty.
+        n: the norm.
+        weight: λ.
+        like: a tensor of the dtype and device of the loss.
+
+    Returns:
+        The derivative, and a function that lets the penalty see n, when it is known that the step
+        succeeds, and returns the reduced value.
+    """
     form = penalty.form
     if isinstance(n, float) and not callable(penalty.weight):
         if type(form) is squared:
-            return form.scale * n * n, weight * form.scale
+            return weight * form.scale, lambda: form.scale * n * n
         if type(form) is norm and form.eps == 0:
-            return form.scale * n, weight * form.scale / (2 * n) if n else 0.0
+            return weight * form.scale / (2 * n) if n else 0.0, lambda: form.scale * n
     n2 = torch.as_tensor(n, dtype=like.dtype).square().reshape(1).requires_grad_()
-    terms = penalty.observed(formula.terms(penalty, n2, weight, observe=True))
-    (share,) = torch.autograd.grad(terms.penalty, n2)
-    return terms.reduced.detach(), share.sum()
+    called = form.for_call(n2)
+    values = called(n2)
+    reduced = formula.reduced(values, penalty.reduce)
+    own = any(leaf is not n2 for leaf in graph.leaves(reduced))  # a graph of its own
+    (share,) = torch.autograd.grad(reduced * weight, n2, retain_graph=True)
+
+    def value() -> Number:
+        form.observe(n2)
+        penalty.observed(formula.Terms(n2, values, weight, reduced))
+        return formula.reduced(called(n2.detach()), penalty.reduce) if own else reduced.detach()
+
+    return share.sum(), value

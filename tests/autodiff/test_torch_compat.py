@@ -177,6 +177,28 @@ def test_write_count():
     assert compat.write_count(x + 1) == 0
 
 
+def test_keeps_graph(monkeypatch):
+    told = []
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            told.append(compat.keeps_graph())
+            return 2 * grad
+
+    y = Double.apply(torch.ones((), requires_grad=True))
+    y.backward(retain_graph=True)
+    y.backward()
+    without = "a step by finite differences copies the gradient that it hands out"
+    require(told == [True, False], "keeps_graph", without)
+    monkeypatch.delattr(torch._C._autograd, "_get_current_graph_task_keep_graph")
+    assert compat.keeps_graph()
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_unscales_in_its_step(fused):
     optimizer = torch.optim.Adam([torch.zeros(2, requires_grad=True)], fused=fused)

@@ -14,8 +14,8 @@ from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gpkit
-from gpkit.autodiff.known_gradient import perturbed
 from gpkit.estimators.curvature_difference import curvature_difference
+from gpkit.estimators.differences.moves import perturbed
 
 
 def test_weights_are_given_back_bit_for_bit():

@@ -89,22 +89,30 @@ class look:
     factor: float = 1.0
     found: Sequence[Tensor] = ()
 
+    def __post_init__(self) -> None:
+        fd, self.uses = self.fd, 0
+        self.counts = self.asks = False  # whether uses are counted, and whether it yields factors
+        if self.leaves and (fd.check_every or (fd.step is None and self.epsilon > FINE)):
+            self.uses, self.factor = fd.factors.recall(self.leaves[0])
+            self.counts = True
+            self.asks = self.uses == 0 or bool(fd.check_every and self.uses % fd.check_every == 0)
+
     def __iter__(self) -> Iterator[float]:
         """Yield factors; set ``found`` to the difference quotient at each."""
-        fd, leaves = self.fd, self.leaves
-        if not leaves or not (fd.check_every or (fd.step is None and self.epsilon > FINE)):
-            return
-        uses, self.factor = fd.factors.recall(leaves[0])
-        if uses == 0 or (fd.check_every and uses % fd.check_every == 0):
+        fd = self.fd
+        if self.asks:
             looking = search(self.factor, self.over, fd.step is not None)
             try:
                 asked = next(looking)
                 while True:
                     yield asked
-                    asked = looking.send(self.found)
+                    found, self.found = self.found, ()
+                    asked = looking.send(found)
+                    del found
             except StopIteration as done:
                 self.factor = done.value
-        fd.factors.note(leaves[0], uses + 1, self.factor)
+        if self.counts:
+            fd.factors.note(self.leaves[0], self.uses + 1, self.factor)
 
 
 def search(start: float, over: Over, fixed: bool) -> Search:
@@ -203,7 +211,8 @@ def gap(a: Sequence[Tensor], b: Sequence[Tensor], over: Over) -> float:
     top = float(over([*a, *b], torch.abs, "max"))
     if not 0 < top < math.inf:
         return 0.0
-    pairs = [(x / top, y / top) for x, y in zip(a, b, strict=True)]  # squares may overflow
-    parts = ([x - y for x, y in pairs], [x for x, _ in pairs], [y for _, y in pairs])
-    change, *sizes = (float(over(part, torch.square, "sum").sqrt()) for part in parts)
+    changes: Any = (x - y for x, y in zip(a, b, strict=True))  # one by one, for memory
+    parts = (changes if over is over_all else [*changes], a, b)
+    scaled = lambda x: (x / top).square()  # noqa: E731  # squares may overflow
+    change, *sizes = (float(over(part, scaled, "sum").sqrt()) for part in parts)
     return change / max(sizes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,10 +19,7 @@ from gpkit.autodiff.known_gradient import (
     Number,
     is_plain,
     known_gradient,
-    moved,
     node_of,
-    perturbed,
-    require_leaves,
 )
 from gpkit.autodiff.numerics import (
     Over,
@@ -35,6 +32,7 @@ from gpkit.autodiff.numerics import (
 )
 from gpkit.estimators.base import Target
 from gpkit.estimators.compared import Compared
+from gpkit.estimators.differences.moves import perturbed, require_leaves, run_moved
 from gpkit.estimators.differences.step_factor import SIGNS, Stepping, ascent, length_for, look
 
 Gradient = Callable[[list[Tensor] | None], list[Tensor]]  # moves (None: none) -> ∇L in all leaves
@@ -87,14 +85,14 @@ def of_weights(fd: Stepping, target: Target, evaluate: Callable[..., Tensor], no
     def along(h: Number) -> Sequence[Tensor]:
         if isinstance(h, float) and h == 0:
             return gradient(None)
-        with moved(target.xs, grads, h):
-            return there()
+        return run_moved(there, target.xs, grads, h)
 
     epsilon = spacing(target.y, *target.xs)
     plain = window is None and target.compared is None and norm == "l2"
     if plain and is_plain([*leaves, *grads]):
-        n, difference = in_few_passes(fd, target.xs, grads, leaves, epsilon, along)
-        n2 = torch.as_tensor(n, dtype=grads[0].dtype).square().reshape(1)
+        stride, looking = stride_of(fd, target.xs, grads, epsilon), look(fd, epsilon, target.xs)
+        difference = in_few_passes(stride, fd.side, looking, leaves, along)
+        n2 = torch.as_tensor(stride.n, dtype=grads[0].dtype).square().reshape(1)
         return known_gradient(n2, leaves, (), difference=difference)
     known, compared = (target.xs, grads, norm, epsilon, gradient), target.compared
     length, slopes = slopes_of(fd, *known, compared=compared)
@@ -118,52 +116,144 @@ def gradient_there(
     return [widened(g) for g in zeros_for_none(moved, leaves)]
 
 
-def in_few_passes(
+class Stride(NamedTuple):
+    """The step along ∇L = n v in the weights, before a look at it.
+
+    Args:
+        n: ‖∇L‖.
+        unit: h/n: the weights move by this multiple of ∇L.
+        twice: 2, or zero where n is.
+        top: the largest multiple.
+    """
+
+    n: Number
+    unit: Number
+    twice: Number
+    top: float
+
+    def times(self, factor: float) -> Number:
+        """Return the multiple of ∇L that the weights move by, for a factor of the step."""
+        h = self.unit * factor
+        return min(h, self.top) if isinstance(h, float) else h
+
+    def quotient(self, h: Number) -> Number:
+        """Return 2n divided by the length of a step of this multiple of ∇L."""
+        return math.inf if isinstance(h, float) and h == 0 else self.twice / h
+
+
+def stride_of(
     fd: Stepping,
     xs: Sequence[Tensor],
     grads: Sequence[Tensor],
-    leaves: Sequence[Tensor],
     epsilon: float,
-    along: Callable[[Number], Sequence[Tensor]],
-) -> tuple[Number, Difference]:
-    """Return what `slopes_of` does, for plain tensors and "l2": without v, the quotient undone.
+    size: Number | None = None,
+) -> Stride:
+    """Return the step in the weights, for plain tensors and "l2".
 
     Args:
         fd: the step.
         xs: the weights θ.
         grads: ∇L in ``xs``.
-        leaves: all leaves of L.
         epsilon: of the dtype that the loss is computed in.
+        size: the root mean square of the weights, if it is known.
+    """
+    n = length_of(grads)
+    if fd.step is not None:
+        size = 0.0  # a given step does not depend on the weights
+    step: Any = length_for(size_of(xs) if size is None else size, epsilon, fd.step, fd.side)
+    top = torch.finfo(grads[0].dtype).max
+    if isinstance(n, float):
+        return Stride(n, step / n if n > 0 else step, 2.0 * (n > 0), top)
+    return Stride(n, step / torch.where(n > 0, n, 1), (n > 0) * 2, top)
+
+
+def size_of(xs: Sequence[Tensor]) -> Number:
+    """Return the root mean square of the entries of weights."""
+    return length_of([x.detach() for x in xs]) / sum(x.numel() for x in xs) ** 0.5
+
+
+def in_few_passes(
+    stride: Stride,
+    side: str,
+    looking: look,
+    leaves: Sequence[Tensor],
+    along: Callable[[Number], Sequence[Tensor]],
+) -> Difference:
+    """Return what `slopes_of` does, for plain tensors and "l2": without v, the quotient undone.
+
+    Args:
+        stride: the step.
+        side: of the difference.
+        looking: at the step.
+        leaves: all leaves of L.
         along: h -> ∇L in all leaves, at weights moved by h ∇L.
 
     Returns:
-        n, and the gradient of n² in all leaves.
+        The gradient of n² in all leaves.
     """
-    n = length_of(grads)
-    size: Number = 0.0  # a given step does not depend on the weights
-    if fd.step is None:
-        size = length_of([x.detach() for x in xs]) / sum(x.numel() for x in xs) ** 0.5
-    step: Any = length_for(size, epsilon, fd.step, fd.side)
-    a, b = SIGNS[fd.side]
-    unit: Number
-    twice: Number
-    if isinstance(n, float):
-        unit, twice = step / n if n > 0 else step, 2.0 * (n > 0)  # the move is along ∇L = n v
-    else:
-        unit, twice = step / torch.where(n > 0, n, 1), (n > 0) * 2
-    top = torch.finfo(grads[0].dtype).max
+    a, b = SIGNS[side]
 
     def ends(factor: float) -> Difference:
-        h = unit * factor
-        h = min(h, top) if isinstance(h, float) else h
+        h = stride.times(factor)
         before, after = along(h * a if a else 0.0), along(h * b if b else 0.0)
-        times = math.inf if isinstance(h, float) and h == 0 else twice / ((b - a) * h)
-        return Difference(leaves, before, after, times)
+        return Difference(leaves, before, after, stride.quotient((b - a) * h))
 
-    looking = look(fd, epsilon, xs)
     for factor in looking:
-        looking.found = ends(factor).computed()
-    return n, ends(looking.factor)
+        looking.found = ends(factor).computed(overwrite=b > 0)
+    return ends(looking.factor)
+
+
+def mix_there(
+    evaluate: Callable[[], Tensor],
+    leaves: Sequence[Tensor],
+    hold: Callable[[Tensor], None],
+    base: Sequence[Tensor],
+    fraction: Number,
+) -> Sequence[Tensor]:
+    """Return (1 - fraction) · base + fraction · ∇L in all leaves, of L computed anew.
+
+    A large gradient is added as soon as the backward pass has it, so that there is one at a time.
+
+    Args:
+        evaluate: computes L.
+        leaves: the tensors.
+        hold: keeps L on the gates of another point.
+        base: a gradient, which is overwritten; see `are_apart`.
+        fraction: a constant factor.
+    """
+    mixed: set[int] = set()
+
+    def mix(g: Tensor, i: int) -> Tensor | None:
+        to = base[i]
+        if type(g) is not Tensor or g.layout != to.layout or g.dtype != to.dtype:
+            return None
+        mixed.add(i)
+        to.lerp_(g, fraction)
+        return g.new_zeros(()).expand_as(g)  # takes no memory
+
+    y = evaluate()
+    hold(y)
+    sizes = enumerate(map(Tensor.numel, leaves))
+    large = [(leaves[i], partial(mix, i=i)) for i, size in sizes if size >= LARGE]
+    hooks = [leaf.register_hook(own) for leaf, own in large]
+    try:
+        found = first_gradients(y, tuple(leaves), retain=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    rest = [i for i in range(len(leaves)) if i not in mixed] if mixed else [*range(len(leaves))]
+    here, points = [base[i] for i in rest], [leaves[i] for i in rest]
+    there = [widened(g) for g in zeros_for_none([found[i] for i in rest], points)]
+    together = Difference((), here, there, fraction).added_to(here, 1.0, overwrite=True)
+    if not mixed:
+        return together
+    result = [*base]
+    for i, g in zip(rest, together, strict=True):
+        result[i] = g
+    return result
+
+
+LARGE = 2**14  # entries; a hook on a weight takes 6 µs
 
 
 def length_of(parts: Sequence[Tensor]) -> Number:

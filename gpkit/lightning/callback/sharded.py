@@ -15,11 +15,12 @@ from gpkit import formula
 from gpkit.autodiff import graph
 from gpkit.autodiff.gates import Gates, recorded
 from gpkit.autodiff.isolation import isolated
-from gpkit.autodiff.known_gradient import known_gradient, perturbed
+from gpkit.autodiff.known_gradient import known_gradient
 from gpkit.autodiff.numerics import as_real, spacing, widened, zeros_for_none
 from gpkit.autodiff.sharding.gathering import reshard
 from gpkit.axes.given.given import Given, completed
 from gpkit.estimators.base import Recomputable
+from gpkit.estimators.differences.moves import perturbed
 from gpkit.estimators.differences.weight_difference import slopes_of
 from gpkit.formula import Terms
 from gpkit.gradient_penalty import NO_GRAPH
