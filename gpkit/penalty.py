@@ -13,7 +13,7 @@ from gpkit import checks
 from gpkit.autodiff.distributed import tied
 from gpkit.autodiff.random import derived_seed, device_of, has_ranks, rank
 from gpkit.autodiff.tracing.calls import RECORDS, TRACES
-from gpkit.axes.given.given import any_given, as_given
+from gpkit.axes.given.given import IS_GIVEN, as_given
 from gpkit.axes.weight import Schedule, as_weight
 from gpkit.findings.seen import SeenNets
 from gpkit.formula import Terms
@@ -153,7 +153,7 @@ class Penalty:
         Returns:
             The terms, with values to log; None if the weight is zero or ``every`` skips the step.
         """
-        given = as_given(given, self) if any_given(given) else {}
+        given = as_given(given, self) if any(map(IS_GIVEN, given.values())) else {}
         run: Any = partial(self.evaluate, f, args, real, fake, scale=scale, acts=True, **given)
         if compiling := TRACES or RECORDS:
             return compiling[-1].act(self, run, step)
@@ -204,7 +204,7 @@ class Penalty:
         step = self.evaluated_at = self.step if step is None else step
         weight = self.weight_at(step - step % self.every)
         seed = self._seed_of(self.draws + 1)
-        compared: Any = as_given(given, self) if any_given(given) else {}
+        compared: Any = as_given(given, self) if any(map(IS_GIVEN, given.values())) else {}
         return self.evaluate(f, args, real, fake, weight, seed, **compared)
 
     def evaluate(

@@ -6,7 +6,6 @@ import operator
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from gpkit.autodiff.state import Start, start_of
 from gpkit.autodiff.tracing.calls import RECORDS, TRACES
 from gpkit.axes.form import norm, squared
 from gpkit.axes.parameters import weights
-from gpkit.estimators.differences.moves import Owners, run_moved
+from gpkit.estimators.differences.moves import Owners, go, ways
 from gpkit.estimators.differences.step_factor import look
 from gpkit.estimators.differences.weight_difference import (
     gradient_there,
@@ -232,15 +231,23 @@ class Step:
                 pass
             h = stride.times(looking.factor)
             fraction = fitted(share * stride.quotient(h), dtype)
-            mix = partial(mix_there, evaluate, leaves, gates.hold, base, fraction)
-            together = run_moved(mix, xs, grads, h, self.owners)
+            there, back = ways(xs, grads, h, self.owners)
+            try:
+                go(there)
+                together = mix_there(evaluate, leaves, gates.hold, base, fraction)
+            finally:
+                go(back)
         else:
 
             def along(h: Number) -> Sequence[Tensor]:
                 if isinstance(h, float) and h == 0:
                     return base
-                there = partial(gradient_there, evaluate, leaves, gates.hold)
-                return run_moved(there, xs, grads, h, self.owners)
+                there, back = ways(xs, grads, h, self.owners)
+                try:
+                    go(there)
+                    return gradient_there(evaluate, leaves, gates.hold)
+                finally:
+                    go(back)
 
             difference = in_few_passes(stride, fd.side, looking, leaves, along)
             if difference.starts_at(base):

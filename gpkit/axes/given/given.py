@@ -140,12 +140,7 @@ def weights_of(given: Given | None, targets: Sequence[Target], axes: Axes) -> Te
     return parts[0] if len(parts) == 1 else parts[0] * parts[1].to(parts[0].device)
 
 
-def any_given(given: Mapping[str, Any]) -> bool:
-    """Whether a call gives more than samples."""
-    return any(map(IS_GIVEN, given.values()))
-
-
-IS_GIVEN = partial(operator.is_not, None)
+IS_GIVEN = partial(operator.is_not, None)  # of what a call gives beside samples
 
 
 def as_given(given: Mapping[str, Any], penalty: Any) -> dict[str, Given]:

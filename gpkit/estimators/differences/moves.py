@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from functools import partial
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,80 +15,100 @@ from torch import Tensor, nn
 from gpkit.autodiff.compat import add_to, plus
 from gpkit.autodiff.known_gradient import Number
 
-T = TypeVar("T")
+# A way is followed by one call in C, which a signal such as that of Ctrl-C does not break off.
+go: Callable[[Iterator[Any]], Any] = partial(deque, maxlen=0)
+SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
-def without_casts_kept(tensors: Sequence[Tensor]) -> bool:
-    """Let autocast keep no casts of weights that move.
+def ways(
+    tensors: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    factor: Number,
+    owners: Callable[[Sequence[Tensor]], bool] | None = None,
+) -> tuple[Iterator[Any], Iterator[Any]]:
+    """Return how leaf tensors are moved by ``factor · directions``, and how they come back.
+
+    They exchange their memory for that of the moved ones, which takes one pass, and get it back.
+    Where another tensor may share it, they are moved in place instead, and their values restored.
+
+    Args:
+        tensors: the tensors to move.
+        directions: one for each of them.
+        factor: a number.
+        owners: tells whether the tensors own their memory, see `owns_memory`.
+
+    Returns:
+        What `go` follows, in a ``try`` block, and in its ``finally``.
+
+    >>> w = torch.ones(2, requires_grad=True)
+    >>> there, back = ways([w], [torch.tensor([1.0, 2.0])], 0.5)
+    >>> try:
+    ...     _ = go(there)
+    ...     print(w.tolist())
+    ... finally:
+    ...     _ = go(back)
+    [1.5, 2.0]
+    >>> w.tolist()
+    [1.0, 1.0]
+    """
+    values = [t.data for t in tensors]  # the same memory, without version counting
+    if isinstance(factor, float) and (owners or all_own)(tensors):
+        moved = plus(values, directions, alpha=factor)
+        there, back = map(SET_DATA, tensors, moved), map(SET_DATA, tensors, values)
+    else:
+        copies = [v.clone() for v in values]
+        moves = (d * factor for d in directions)  # one by one
+        there, back = map(Tensor.add_, values, moves), map(Tensor.copy_, values, copies)
+    return without_casts_kept(tensors, there, back)
+
+
+def without_casts_kept(
+    tensors: Sequence[Tensor], there: Iterator[Any], back: Iterator[Any]
+) -> tuple[Iterator[Any], Iterator[Any]]:
+    """Let autocast keep no casts of weights between a way and the way back.
 
     Without autocast nothing changes, since compiled nets are compiled anew for such a switch.
 
-    Args:
-        tensors: the weights.
-
     Returns:
-        Whether it kept them before.
+        Both ways.
     """
-    before = torch.is_autocast_cache_enabled()
-    if torch.is_autocast_enabled(tensors[0].device.type):
-        torch.set_autocast_cache_enabled(False)
-    return before
-
-
-@contextmanager
-def uncached(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Run without autocast's cache: it keeps the casts of weights that have moved since."""
-    before = without_casts_kept(tensors)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
+    if not torch.is_autocast_enabled(tensors[0].device.type):
+        return there, back
+    switch, before = torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled()
+    return chain(map(switch, [False]), there), chain(back, map(switch, [before]))
 
 
 @contextmanager
 def perturbed(
-    tensors: Sequence[Tensor], moves: Iterable[Tensor], *, swap: bool = False
+    tensors: Sequence[Tensor], moves: Sequence[Tensor], *, swap: bool = False
 ) -> Iterator[None]:
-    """Move leaf tensors in place, and restore their values bit for bit at the end.
+    """Move leaf tensors, and restore their values bit for bit at the end.
 
     Graphs that saved the tensors stay valid: the values are restored before such a graph is used,
     so autograd's version counters need not change.
 
     Args:
         tensors: the tensors to move.
-        moves: the tensor to add to each; without ``swap`` they may be made one by one.
+        moves: the tensor to add to each.
         swap: exchange the memory of the tensors instead of writing to it, where no other tensor
             can share it. The moves are overwritten then.
 
     Yields:
         Nothing.
     """
-    values = [t.data for t in tensors]  # the same memory, without version counting
-    if swap and all(map(owns_memory, tensors)):
-        moves = [*moves]
+    values = [t.data for t in tensors]
+    if swap and all_own(tensors):
         add_to(moves, values)
         there, back = map(SET_DATA, tensors, moves), map(SET_DATA, tensors, values)
-        try:
-            deque(there, 0)
-            with uncached(tensors):
-                yield
-        finally:
-            deque(back, 0)
-        return
-    copies = [v.clone() for v in values]
-    back = map(Tensor.copy_, values, copies)
+    else:
+        copies = [v.clone() for v in values]
+        there, back = map(Tensor.add_, values, moves), map(Tensor.copy_, values, copies)
+    forth, home = without_casts_kept(tensors, there, back)
     try:
-        for value, move in zip(values, moves, strict=True):
-            value.add_(move)
-        with uncached(tensors):
-            yield
+        go(forth)
+        yield
     finally:
-        deque(back, 0)
-
-
-# One call in C, which a signal such as that of Ctrl-C does not break off in between: weights are
-# moved by `deque(map(SET_DATA, tensors, memories), 0)`, and come back by another such call.
-SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
+        go(home)
 
 
 class Owners:
@@ -101,42 +123,13 @@ class Owners:
         pointers, sizes = [*map(Tensor.data_ptr, tensors)], [*map(Tensor.numel, tensors)]
         places = pointers, sizes, all(map(Tensor.is_contiguous, tensors))
         if places != self.places:
-            self.places, self.owns = places, all(map(owns_memory, tensors))
+            self.places, self.owns = places, all_own(tensors)
         return self.owns
 
 
-def run_moved(
-    run: Callable[[], T],
-    tensors: Sequence[Tensor],
-    directions: Sequence[Tensor],
-    factor: Number,
-    owners: Owners | None = None,
-) -> T:
-    """Return ``run()`` where leaf tensors are moved by ``factor · directions``, in one pass.
-
-    The tensors exchange their memory for that of the moved ones, and get it back. Where another
-    tensor may share it, they are moved in place instead, as in `perturbed`.
-
-    Args:
-        run: is called once.
-        tensors: the tensors to move.
-        directions: one for each of them; ``run`` may overwrite them.
-        factor: a number.
-        owners: remembers which weights own their memory.
-    """
-    if not (isinstance(factor, float) and (owners or Owners())(tensors)):
-        with perturbed(tensors, (d * factor for d in directions)):  # one product at a time
-            return run()
-    values = [t.data for t in tensors]
-    memories = plus(values, directions, alpha=factor)
-    there, back = map(SET_DATA, tensors, memories), map(SET_DATA, tensors, values)
-    cached = without_casts_kept(tensors)
-    try:
-        deque(there, 0)
-        return run()
-    finally:
-        deque(back, 0)
-        torch.set_autocast_cache_enabled(cached)
+def all_own(tensors: Sequence[Tensor]) -> bool:
+    """Whether each tensor owns its memory."""
+    return all(map(owns_memory, tensors))
 
 
 def owns_memory(tensor: Tensor) -> bool:

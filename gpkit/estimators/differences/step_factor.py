@@ -211,8 +211,9 @@ def gap(a: Sequence[Tensor], b: Sequence[Tensor], over: Over) -> float:
     top = float(over([*a, *b], torch.abs, "max"))
     if not 0 < top < math.inf:
         return 0.0
-    changes: Any = (x - y for x, y in zip(a, b, strict=True))  # one by one, for memory
-    parts = (changes if over is over_all else [*changes], a, b)
-    scaled = lambda x: (x / top).square()  # noqa: E731  # squares may overflow
-    change, *sizes = (float(over(part, scaled, "sum").sqrt()) for part in parts)
+    pairs = [*zip(a, b, strict=True)]  # divided, since squares may overflow; one by one, for memory
+    parts: Any = (((x - y) / top for x, y in pairs), (x / top for x in a), (y / top for y in b))
+    if over is not over_all:
+        parts = [[*part] for part in parts]
+    change, *sizes = (float(over(part, torch.square, "sum").sqrt()) for part in parts)
     return change / max(sizes)

@@ -32,7 +32,7 @@ from gpkit.autodiff.numerics import (
 )
 from gpkit.estimators.base import Target
 from gpkit.estimators.compared import Compared
-from gpkit.estimators.differences.moves import perturbed, require_leaves, run_moved
+from gpkit.estimators.differences.moves import go, perturbed, require_leaves, ways
 from gpkit.estimators.differences.step_factor import SIGNS, Stepping, ascent, length_for, look
 
 Gradient = Callable[[list[Tensor] | None], list[Tensor]]  # moves (None: none) -> ∇L in all leaves
@@ -85,7 +85,12 @@ def of_weights(fd: Stepping, target: Target, evaluate: Callable[..., Tensor], no
     def along(h: Number) -> Sequence[Tensor]:
         if isinstance(h, float) and h == 0:
             return gradient(None)
-        return run_moved(there, target.xs, grads, h)
+        forth, back = ways(target.xs, grads, h)
+        try:
+            go(forth)
+            return there()
+        finally:
+            go(back)
 
     epsilon = spacing(target.y, *target.xs)
     plain = window is None and target.compared is None and norm == "l2"
