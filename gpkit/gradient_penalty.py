@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gpkit import checks, formula
 from gpkit.autodiff.activations import names
@@ -229,10 +229,10 @@ class GradientPenalty(Penalty):
         """
         train = torch.is_grad_enabled()
         short = acts and train and scale is given is None and not (TRACES or RECORDS)
-        if short and id(f) in self.shortcuts.found:
-            terms = self.shortcuts.terms(self, f, args, real, fake, weight, seed)
-            if terms is not None:
-                return terms
+        earlier = self.shortcuts.of(f) if short else None
+        terms = earlier and earlier.terms(self, f, args, real, fake, weight, seed)
+        if terms is not None:
+            return terms
         if given is not None or self.metric is not None or self.given:
             given = completed(given, self)
         named = self.wrt.keys or any(isinstance(x, Mapping) for x in (*args[:1], real, fake))
@@ -268,7 +268,7 @@ class GradientPenalty(Penalty):
             known = trains(f, terms, targets, self.order, self.wrt, twice=twice)
             if known:
                 self.seen.add(targets[0])
-        if known and observe and not TRACES and isinstance(f, nn.Module):
+        if known and observe and not TRACES:
             self.shortcuts.note(self, f, targets)
         return terms if train else terms.detached()
 

@@ -243,6 +243,11 @@ children_of: Callable[[nn.Module], dict[str, nn.Module | None]] = attrgetter("_m
 parameters_of: Callable[[nn.Module], dict[str, Tensor | None]] = attrgetter("_parameters")
 hooks_of: Callable[[nn.Module], Any] = attrgetter("_forward_hooks", "_forward_pre_hooks")
 
+# All of these dictionaries at once, and that of the buffers.
+parts_of_module: Callable[[nn.Module], tuple[dict[str, Any], ...]] = attrgetter(
+    "_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks"
+)
+
 
 # base_of(tensor): what a view is a view of, or None. There is no public way to ask.
 base_of: Callable[[Tensor], Tensor | None] = attrgetter("_base")

@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from gpkit.autodiff.compat import attention_switch, recomputing_by
 from gpkit.autodiff.norm_layers import elementary
-from gpkit.autodiff.random import RandomState, random_state, set_random_state, set_seed
+from gpkit.autodiff.random import CPU, RandomState, random_state, set_random_state, set_seed
 from gpkit.autodiff.reached import CHECKPOINTS, Known, Reach, reach
 from gpkit.autodiff.state import Start, own_state, own_streams, start_of
 from gpkit.autodiff.tracing.calls import RECORDS, TRACES
@@ -163,7 +163,7 @@ def run_plain(
         attends: whether it may have attention, whose kernels are chosen then.
     """
     known.runs += 1
-    if not attends and device.type == "cpu":  # without a call for each step
+    if not attends and device == CPU:  # without a call for each step
         generator = torch.default_generator
         state = generator.get_state()
         RUNNING.append(True)

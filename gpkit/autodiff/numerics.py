@@ -87,20 +87,28 @@ def root(squared_norms: Tensor) -> Tensor:
     >>> torch.autograd.grad(root(n2).sum(), n2)
     (tensor([0.0000, 0.2500]),)
     """
-    if not is_compiling() and getattr(squared_norms, POSITIVE, False):
+    if getattr(squared_norms, POSITIVE, False) and not is_compiling():
         return squared_norms.sqrt()
     zero = squared_norms <= 0  # not "not > 0", which would hide a NaN
     return squared_norms.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
 
 
-def note_positive(squared_norms: Tensor) -> None:
-    """Look whether all of them are > 0, so that `root` need not; on a CPU, where looking is cheap.
+def is_positive(squared_norms: Tensor) -> bool:
+    """Whether all of them are known to be > 0: on a CPU, where looking is cheap.
 
     Args:
-        squared_norms: n² ``[G]``, G > 0.
+        squared_norms: n² ``[G]``, >= 0, or NaN, which counts as > 0.
+
+    Returns:
+        False where one of them is zero, or on another device.
     """
-    if squared_norms.device.type == "cpu":
-        setattr(squared_norms, POSITIVE, squared_norms.detach().min().item() > 0)
+    return squared_norms.is_cpu and bool(squared_norms.all())
+
+
+def note_positive(squared_norms: Tensor) -> None:
+    """Look whether all of n² ``[G]`` are > 0, so that `root` need not."""
+    if is_positive(squared_norms):
+        setattr(squared_norms, POSITIVE, True)
 
 
 POSITIVE = "gpkit_positive"  # an attribute of a tensor

@@ -141,7 +141,7 @@ def set_seed(seed: int | RandomState, device: torch.device) -> None:
         set_random_state(seed, device)
         return
     torch.default_generator.manual_seed(seed)
-    own = None if device.type == "cpu" else accelerator(device)
+    own = None if device == CPU else accelerator(device)
     if own is not None:  # its manual_seed would seed the current device
         own.set_rng_state(torch.Generator(device).manual_seed(seed).get_state(), device)
 
@@ -149,21 +149,21 @@ def set_seed(seed: int | RandomState, device: torch.device) -> None:
 def random_state(device: torch.device) -> RandomState:
     """Return the random state, with which `isolated` repeats the same random numbers."""
     cpu = torch.default_generator.get_state()
-    own = None if device.type == "cpu" else accelerator(device)
+    own = None if device == CPU else accelerator(device)
     return (cpu,) if own is None else (cpu, own.get_rng_state(device))
 
 
 def set_random_state(state: RandomState, device: torch.device) -> None:
     """Restore a state that `random_state` returned for the same device."""
     torch.default_generator.set_state(state[0])
-    own = None if device.type == "cpu" else accelerator(device)
+    own = None if device == CPU else accelerator(device)
     if own is not None:
         own.set_rng_state(state[1], device)
 
 
 def accelerator(device: torch.device) -> Any:
     """Return torch's module for a device with its own random state, such as torch.cuda, or None."""
-    module = None if device.type == "cpu" else getattr(torch, device.type, None)  # "meta" has none
+    module = None if device == CPU else getattr(torch, device.type, None)  # "meta" has none
     return module if hasattr(module, "get_rng_state") else None
 
 

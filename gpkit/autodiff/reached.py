@@ -168,8 +168,8 @@ def own_attributes(module: nn.Module) -> dict[str, Any]:
 def reached(function: Any) -> tuple[list[nn.Module], list[Any], list[Any]]:
     """Return the modules, the random generators and the functions that a function refers to.
 
-    It looks at the function itself, the object of a method, the arguments of a partial, closures
-    and globals, and in lists, dicts and attributes of objects that it finds there.
+    It looks at the function itself, the object of a method, the arguments of a partial, closures,
+    defaults and globals, and in lists, dicts and attributes of objects that it finds there.
 
     Args:
         function: any callable, or a module.
@@ -224,7 +224,7 @@ def parts_of(value: Any) -> Iterable[Any]:
             return ()
         cells = [c.cell_contents for c in value.__closure__ or () if _is_bound(c)]
         named = [value.__globals__.get(name) for name in value.__code__.co_names]
-        return [*cells, *named]
+        return [*cells, *named, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
     found = [getattr(value, "__self__", None), *getattr(value, "__dict__", {}).values()]
     return found[:100]
 

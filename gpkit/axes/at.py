@@ -150,10 +150,11 @@ class interpolate(At):
     def between(self, x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
         """Return α x + (1 - α) y."""
         if x.dtype != y.dtype:
-            x = x.to(torch.promote_types(x.dtype, y.dtype))
+            dtype = torch.promote_types(x.dtype, y.dtype)
+            x, y = x.to(dtype), y.to(dtype)
         if not x.is_floating_point():
             require_floating(x)  # before α, which would be rounded to integers
-        return y + per_sample(alpha, x) * (x - y)
+        return torch.lerp(y, x, per_sample(alpha, x))
 
 
 NOISES = ("normal", "uniform", "positive")

@@ -167,22 +167,24 @@ class two_sided(Rooted):
         """The current centre."""
         return self.center.value if isinstance(self.center, running_average) else self.center
 
-    def above(self, squared_norms: Tensor) -> Tensor:
+    def above(self, n: Tensor) -> Tensor:
         """Return n - c, ``[G]``."""
         c = self.c
-        if isinstance(c, Tensor):
-            if c.ndim and c.shape != squared_norms.shape:
-                raise ValueError(
-                    f"`{type(self).__name__}(center=...)` has {len(c)} numbers, for "
-                    f"{len(squared_norms)} norms: give one for each norm, or a single number"
-                )
-            c = c.to(squared_norms)
-        return self.root(squared_norms) - c
+        if isinstance(c, Tensor) and c.ndim and c.shape != n.shape:
+            raise ValueError(
+                f"`{type(self).__name__}(center=...)` has {len(c)} numbers, for {len(n)} norms: "
+                "give one for each norm, or a single number"
+            )
+        return n - (c.to(n) if isinstance(c, Tensor) else c)
 
     def value(self, squared_norms: Tensor) -> Tensor:
         if not isinstance(self.c, Tensor) and self.c == 0:
             return self.shifted(squared_norms)
-        return self.above(squared_norms).square()
+        return self.of_root(self.root(squared_norms))
+
+    def of_root(self, n: Tensor) -> Tensor:
+        """Return the values ``[G]`` for n ``[G]``, without ``scale``."""
+        return self.above(n).square()
 
     def for_call(self, squared_norms: Tensor) -> Form:
         if not isinstance(self.center, running_average):
@@ -221,10 +223,8 @@ class one_sided(two_sided):
     tensor([0., 1., 4.])
     """
 
-    def value(self, squared_norms: Tensor) -> Tensor:
-        if not isinstance(self.c, Tensor) and self.c == 0:
-            return self.shifted(squared_norms)
-        return self.above(squared_norms).relu().square()
+    def of_root(self, n: Tensor) -> Tensor:
+        return self.above(n).relu().square()
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ class absolute(two_sided):
     """
 
     def value(self, squared_norms: Tensor) -> Tensor:
-        return self.above(squared_norms).abs()
+        return self.above(self.root(squared_norms)).abs()
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from gpkit.estimators.differences.weight_difference import (
 )
 from gpkit.estimators.finite_difference import finite_difference
 from gpkit.estimators.repeats import SAME
-from gpkit.shortcut.net import CHOICES, references, state_of
+from gpkit.shortcut.net import Choices, State, references
 
 KNOWN = {SAME, *SEEN_ONCE}  # facts
 MANY = 64
@@ -137,9 +137,9 @@ class Step:
     def __init__(self, axes: Any, refers: list[int], net: Any, found: Reach, loss: Tensor) -> None:
         owned = found.parameters()
         places = {id(p): i for i, p in enumerate(owned)}
-        self.refers, self.net, self.known, self.choices = refers, net, found.known, CHOICES(axes)
+        self.refers, self.net, self.known, self.choices = refers, net, found.known, Choices(axes)
         self.family = [*map(weakref.ref, found.family)]
-        self.state = state_of(found.family, ())
+        self.state = State(found.family)
         self.plain = not (found.known.own or any(map(buffers_of, found.family)))
         self.variables = [places[id(p)] for p in axes.wrt.chosen(net())]
         nodes = [*graph.nodes(loss)]
@@ -158,10 +158,10 @@ class Step:
             return False
         if self.net() is not net or references((closure, net)) != self.refers:
             return False
-        if not all(map(operator.is_, CHOICES(penalty), self.choices)):
+        if not self.choices.hold(penalty):
             return False
         family: list[Any] = [ref() for ref in self.family]
-        if None in family or state_of(family, ()) != self.state:
+        if None in family or not self.state.holds(family):
             return False
         return penalty.acts_at(step)
 

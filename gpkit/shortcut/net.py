@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import chain
-from types import FunctionType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -13,44 +14,70 @@ from torch import Tensor, nn
 
 from gpkit.autodiff.compat import (
     buffers_of,
-    children_of,
     hooks_of,
     is_compiled,
-    parameters_of,
+    parts_of_module,
 )
 from gpkit.autodiff.random import is_generator
 from gpkit.autodiff.reached import is_torchs, own_attributes, parts_of
 from gpkit.autodiff.state import CONTAINERS
 
-CHOICES = operator.attrgetter(
+CHOSEN = operator.itemgetter(
     "of", "wrt", "scope", "order", "estimator", "elementary", "named", "forward", "metric",
     "given", "reduce", "subsample",
 )  # fmt: skip
-IN_TRAINING = operator.attrgetter("training")
+MODE = operator.attrgetter("training")
 
 
-def state_of(family: Sequence[nn.Module], own: Sequence[int]) -> tuple[Any, ...]:
-    """Return what a net consists of, to be compared.
+class Choices:
+    """The choices on the axes of a penalty, to tell whether they are as they were."""
 
-    These are its children, parameters, modes, hooks and attributes, and whether it has buffers.
+    def __init__(self, penalty: Any) -> None:
+        self.chosen = CHOSEN(vars(penalty))
+
+    def hold(self, penalty: Any) -> bool:
+        """Whether the penalty has the same."""
+        return all(map(operator.is_, CHOSEN(vars(penalty)), self.chosen))
+
+
+class State:
+    """What a net consists of, to tell whether it is as it was.
+
+    These are its children, parameters, which of them are trained, buffers, hooks, modes and
+    attributes. Nothing of it is kept alive.
 
     Args:
         family: the net with all its children, each once.
         own: the places of modules with attributes of the user's own.
     """
-    children = [*map(children_of, family)]
-    hooks = chain.from_iterable(map(hooks_of, family))
-    parameters = [*chain.from_iterable(map(dict.values, map(parameters_of, family)))]
-    return (
-        [*map(len, children)],
-        [*map(id, chain.from_iterable(map(dict.values, children)))],
-        [*map(id, parameters)],
-        [p.requires_grad for p in parameters if p is not None],
-        [*map(IN_TRAINING, family)],
-        any(map(buffers_of, family)),
-        [*map(id, chain.from_iterable(map(dict.values, hooks)))],
-        [[*map(id, vars(family[i]).values())] for i in own],
-    )
+
+    def __init__(self, family: Sequence[nn.Module], own: Sequence[int] = ()) -> None:
+        parts = parts_of_all(family)
+        self.parts = [*map(id, parts)]
+        self.modes = [*map(MODE, family)]
+        self.tensors = [i for i, part in enumerate(parts) if isinstance(part, Tensor)]
+        self.trained = [parts[i].requires_grad for i in self.tensors]
+        self.own = own
+        self.attributes = [*map(id, self.attributes_of(family))]
+
+    def holds(self, family: Sequence[nn.Module]) -> bool:
+        """Whether the net with these modules is as it was."""
+        parts = parts_of_all(family)
+        if [*map(id, parts)] != self.parts or [*map(MODE, family)] != self.modes:
+            return False
+        if [parts[i].requires_grad for i in self.tensors] != self.trained:
+            return False
+        return not self.own or [*map(id, self.attributes_of(family))] == self.attributes
+
+    def attributes_of(self, family: Sequence[nn.Module]) -> Iterable[Any]:
+        """Return all attributes of modules of the user's own types."""
+        return chain.from_iterable(vars(family[i]).values() for i in self.own)
+
+
+def parts_of_all(family: Sequence[nn.Module]) -> list[Any]:
+    """Return the children, parameters, buffers and hooks of each module."""
+    held = filter(None, chain.from_iterable(map(parts_of_module, family)))
+    return [*chain.from_iterable(map(dict.values, held))]
 
 
 SIMPLE = frozenset(
@@ -82,6 +109,8 @@ def references(function: Any) -> list[int] | None:
             continue
         if kind is tuple or kind is list:
             stack += value[:ENOUGH]
+        elif kind is MethodType or kind is partial:  # made anew where it is asked for
+            stack += parts_of(value)
         elif kind is dict:
             stack += [*value.values()][:ENOUGH]
         elif kind is FunctionType:
@@ -95,6 +124,8 @@ def references(function: Any) -> list[int] | None:
                     except ValueError:  # it is not bound yet
                         return None
                     stack += map(value.__globals__.get, code.co_names)
+                    stack += value.__defaults__ or ()
+                    stack += (value.__kwdefaults__ or {}).values()
         elif isinstance(value, nn.Module):
             found.append(id(value))
         elif is_generator(value):

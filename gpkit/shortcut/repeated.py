@@ -1,0 +1,139 @@
+"""Repeated: how earlier calls of a penalty went, and the arithmetic that is left of another one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpkit import formula
+from gpkit.autodiff.derivatives import as_rows, gradients
+from gpkit.autodiff.numerics import WIDE, is_positive, note_positive, reduce_rows, root
+from gpkit.autodiff.tracing.calls import RECORDS, TRACES
+from gpkit.axes.form import Rooted, one_sided, two_sided
+from gpkit.formula import Terms
+from gpkit.hints import ExplainedError
+
+
+class Repeated:
+    """How earlier calls went. A subclass defines `gradient`."""
+
+    def __init__(self) -> None:
+        self.ones = torch.ones(0)
+        self.form: Any = None
+        self.rooted = False
+
+    def gradient(
+        self, axes: Any, f: Any, args: tuple[Any, ...], real: Any, fake: Any, seed: int
+    ) -> Tensor | None:
+        """Return the gradient ``[B, *S]`` of a call that repeats an earlier one, else None.
+
+        Takes the arguments of `GradientPenalty.evaluate`.
+        """
+        raise NotImplementedError
+
+    def penalty(
+        self,
+        axes: Any,
+        f: Any,
+        args: tuple[Any, ...],
+        real: Any,
+        fake: Any,
+        weight: float,
+        seed: int,
+    ) -> Tensor | None:
+        """Return the penalty of a call that repeats an earlier one; None if it does not.
+
+        Takes the arguments of `GradientPenalty.evaluate`.
+        """
+        if not weight or not torch.is_grad_enabled() or RECORDS or TRACES:
+            return None
+        g = self.gradient(axes, f, args, real, fake, seed)
+        if g is None:
+            return None
+        form = axes.form
+        if form is not self.form:
+            self.form, self.rooted = form, is_rooted(form)
+        if self.rooted and g.dtype in WIDE:
+            n2 = lengths(g)
+            values = form.of_root(n2.sqrt() if is_positive(n2) else root(n2))
+            values = values if form.scale == 1 else values * form.scale
+        else:
+            n2 = squares(g, form)
+            own = form.for_call(n2)
+            form.observe(n2)
+            values = own(n2)
+        return formula.reduced(values, axes.reduce) * weight
+
+    def terms(
+        self,
+        axes: Any,
+        f: Any,
+        args: tuple[Any, ...],
+        real: Any,
+        fake: Any,
+        weight: float,
+        seed: int,
+    ) -> Terms | None:
+        """Return the terms of a call that repeats an earlier one; None if it does not.
+
+        Takes the arguments of `GradientPenalty.evaluate`, for a call that is trained on.
+        """
+        g = self.gradient(axes, f, args, real, fake, seed)
+        return (
+            None if g is None else formula.terms(axes, squares(g, axes.form), weight, observe=True)
+        )
+
+    def derived(self, y: Tensor, x: Tensor) -> Tensor | None:
+        """Return the derivative of ``y`` ``[B]`` or ``[B, 1]`` in x, with a graph, or None."""
+        kind = "cpu" if y.is_cpu else y.device.type
+        if not y.requires_grad or torch.is_autocast_enabled(kind):
+            g: Tensor | None
+            (g,) = gradients(y.sum(), (x,))
+        else:
+            ones = self.ones
+            if ones.shape != y.shape or ones.dtype != y.dtype or ones.device != y.device:
+                ones = self.ones = torch.ones_like(y)
+            try:  # in one operation less than the derivative of the sum
+                (g,) = torch.autograd.grad(y, (x,), (ones,), create_graph=True, allow_unused=True)
+            except RuntimeError as error:
+                raise ExplainedError(error) from error
+        return g if g is not None and g.requires_grad else None
+
+
+def is_rooted(form: Any) -> bool:
+    """Whether the values are those of the root of n², and nothing else."""
+    if type(form) not in (two_sided, one_sided) or form.eps or form.norm != "l2":
+        return False
+    return isinstance(form.center, (int, float)) and form.center != 0
+
+
+def lengths(g: Tensor) -> Tensor:
+    """Return ‖g‖² ``[B]`` for each row of ``[B, *S]``."""
+    return (g if g.ndim == 2 else as_rows(g, True)).square().sum(1)
+
+
+def squares(g: Tensor, form: Any) -> Tensor:
+    """Return n² ``[B]`` of a gradient ``[B, *S]``, in the norm of a form."""
+    if form.norm == "l2" and g.dtype in WIDE:
+        n2 = lengths(g)
+    else:
+        n2 = reduce_rows(((as_rows(g, True),),), form.norm)
+    if isinstance(form, Rooted):
+        note_positive(n2)
+    return n2
+
+
+def samples_of(axes: Any, args: tuple[Any, ...], real: Any, fake: Any) -> tuple[Any, Any] | None:
+    """Return the real and fake samples of a call, or None if they are not plain tensors."""
+    if args:
+        if len(args) > 1 or real is not None or fake is not None:
+            return None
+        real, fake = args[0], None if axes.at.moves else args[0]
+    if real is fake is None:
+        return None
+    for x in (real, fake):
+        if x is not None and not (type(x) is Tensor and x.ndim and x.numel() and not x.is_meta):
+            return None
+    return real, fake

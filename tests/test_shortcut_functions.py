@@ -1,0 +1,227 @@
+"""A repeated call with a function, or with scores, takes the shortcut and is right."""
+
+import functools
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import gpkit
+
+X = torch.randn(6, 5, generator=torch.Generator().manual_seed(1)).double()
+X = X * torch.linspace(0.2, 3, 6, dtype=torch.float64)[:, None]
+Y = X.flip(0) - 1
+
+
+class Labelled(nn.Module):
+    """A critic with labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 1)
+
+    def forward(self, z, label):
+        return self.last(torch.tanh(self.first(torch.cat([z, label], 1))))
+
+    def scaled(self, z):
+        return 2 * self(z, z[:, :1])
+
+
+class Holder:
+    """An object that is no module, and calls one."""
+
+    def __init__(self, net):
+        self.net, self.scale = net, 3.0
+
+    def __call__(self, z):
+        return self.scale * self.net(z, z[:, :1])
+
+
+def net():
+    torch.manual_seed(0)
+    return Labelled().double()
+
+
+HOLDERS = weakref.WeakKeyDictionary()
+LABELS = torch.arange(6.0, dtype=torch.float64)[:, None]
+FUNCTIONS = {
+    "a lambda made anew": lambda critic: lambda z: critic(z, LABELS),
+    "a method": lambda critic: critic.scaled,
+    "a partial": lambda critic: functools.partial(critic, label=LABELS),
+    "an object": lambda critic: HOLDERS.setdefault(critic, Holder(critic)),
+    "a default": lambda critic: lambda z, critic=critic: critic(z, LABELS),
+}
+
+
+@pytest.fixture
+def no_long_way(monkeypatch):
+    """Return a function that makes the long way an error."""
+
+    def close(*_, **__):
+        raise AssertionError("the long way was taken")
+
+    return lambda: monkeypatch.setattr(gpkit.GradientPenalty, "targets", close)
+
+
+def by_hand(f, z, value):
+    """Return the penalty of a function at points, sample by sample."""
+    total = 0
+    for i in range(len(z)):
+        x = z.detach().clone().requires_grad_()
+        (g,) = torch.autograd.grad(f(x)[i].sum(), x, create_graph=True)
+        total = total + value(g[i].square().sum())
+    return total / len(z)
+
+
+def require_right(penalty, call, critic, f, z, value):
+    expected, found = by_hand(f, z, value), call()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    parameters = list(critic.parameters())
+    grads = [torch.autograd.grad(t, parameters, allow_unused=True) for t in (found, expected)]
+    for a, b in zip(*grads, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_repeated_call_with_a_function_is_that_of_a_loop(name, no_long_way):
+    critic = net()
+    penalty = gpkit.wgan_gp(weight=1.0, at="real")
+    value = lambda n2: (n2.sqrt() - 1) ** 2  # noqa: E731
+    for repeated in (False, True):
+        f = FUNCTIONS[name](critic)
+        require_right(penalty, lambda f=f: penalty(f, real=X), critic, f, X, value)
+        if not repeated:
+            no_long_way()
+    with torch.no_grad():
+        critic.first.weight *= 1.5  # as a step does
+    f = FUNCTIONS[name](critic)
+    require_right(penalty, lambda: penalty(f, real=X), critic, f, X, value)
+
+
+def test_labels_and_numbers_in_a_closure_may_change_at_each_step(no_long_way):
+    critic, penalty = net(), gpkit.r1(weight=2.0)
+    for step in range(4):
+        labels, scale = LABELS * step, 1.0 + step
+
+        def f(z, labels=labels, scale=scale):
+            return scale * critic(z, labels)
+
+        call = lambda z: f(z)  # noqa: E731
+        require_right(penalty, lambda c=call: penalty(c, real=X), critic, call, X, lambda n2: n2)
+        if step == 1:
+            no_long_way()
+
+
+def test_several_nets_behind_one_function_have_a_shortcut_each(no_long_way):
+    nets, penalty = [net(), net(), net()], gpkit.r1(weight=2.0)
+    for k in (0, 1):
+        for i, critic in enumerate(nets):
+            with torch.no_grad():
+                critic.last.weight.mul_(i + 1.5)
+            f = FUNCTIONS["a lambda made anew"](critic)
+            require_right(penalty, lambda f=f: penalty(f, real=X), critic, f, X, lambda n2: n2)
+        if k == 0:
+            no_long_way()
+
+
+def frozen(critic):
+    critic.first.weight.requires_grad_(False)
+
+
+def replaced(critic):
+    critic.last = nn.Linear(8, 1).double()
+
+
+def another_parameter(critic):
+    critic.first.bias = nn.Parameter(torch.ones(8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("change", [frozen, replaced, another_parameter])
+def test_a_change_of_the_net_behind_a_function_takes_the_long_way_once(change, monkeypatch):
+    critic, penalty, looks = net(), gpkit.r1(weight=2.0), []
+    whole = gpkit.GradientPenalty.targets
+    monkeypatch.setattr(
+        gpkit.GradientPenalty, "targets", lambda *a, **k: looks.append(1) or whole(*a, **k)
+    )
+    for _ in range(3):
+        penalty(lambda z: critic(z, LABELS), real=X)
+    before = len(looks)
+    change(critic)
+    for _ in range(3):
+        f = lambda z: critic(z, LABELS)  # noqa: E731
+        found = penalty(f, real=X)
+        torch.testing.assert_close(found, by_hand(f, X, lambda n2: n2))
+    assert len(looks) == before + 1
+
+
+def test_a_function_that_comes_to_train_nothing_is_refused():
+    critic, penalty = net(), gpkit.r1()
+    f = lambda z: critic(z, LABELS)  # noqa: E731
+    for _ in range(3):
+        penalty(f, real=X)
+    critic.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="frozen"):
+        penalty(f, real=X)
+
+
+def test_a_function_leaves_no_trace_in_a_repeated_call(no_long_way):
+    critic, drawn = net(), []
+    drop = nn.Dropout(0.5)
+
+    def f(z):
+        drawn.append(gpkit.in_penalty())
+        return critic(drop(z), LABELS)
+
+    penalty, found = gpkit.r1(), set()
+    penalty(f, real=X)
+    no_long_way()
+    before = torch.get_rng_state()
+    for _ in range(3):
+        found.add(penalty(f, real=X).item())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(found) == 3  # each has masks of its own
+    assert all(drawn)
+    assert all(p.grad is None for p in critic.parameters())
+
+
+def test_scores_of_the_same_graph_are_differentiated_at_once(no_long_way):
+    critic, penalty = net(), gpkit.r1(weight=2.0)
+    for step in range(3):
+        x = (X + step).requires_grad_()
+        call = lambda x=x: penalty(critic(x, LABELS), x)  # noqa: E731
+        f = lambda z: critic(z, LABELS)  # noqa: E731
+        require_right(penalty, call, critic, f, X + step, lambda n2: n2)
+        if step == 0:
+            no_long_way()
+
+
+def test_scores_whose_graph_or_points_are_others_take_the_long_way():
+    critic, penalty = net(), gpkit.r1()
+    x = X.clone().requires_grad_()
+    for _ in range(2):
+        penalty(critic(x, LABELS), x)
+    with pytest.raises(ValueError, match="was not used to compute"):
+        penalty(critic(x, LABELS), x[:, :3])
+    with pytest.raises(ValueError, match="do not require grad"):
+        penalty(critic(x, LABELS), X)
+    with pytest.raises(RuntimeError, match="no graph"):
+        penalty(critic(x, LABELS).detach(), x)
+    with pytest.raises(ValueError, match="got a scalar"):
+        penalty(critic(x, LABELS).mean(), x)
+    critic.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="frozen"):
+        penalty(critic(x, LABELS), x)
+
+
+def test_scores_of_a_moved_input_end_at_it(no_long_way):
+    critic, penalty, make = net(), gpkit.r1(weight=2.0), nn.Linear(5, 5).double()
+    for step in range(3):
+        x = make(X + step)
+        found = penalty(critic(x, LABELS), x)
+        expected = by_hand(lambda z: critic(z, LABELS), x, lambda n2: n2)
+        torch.testing.assert_close(found, expected)
+        if step == 0:
+            no_long_way()
