@@ -229,7 +229,7 @@ class GradientPenalty(Penalty):
         """
         train = torch.is_grad_enabled()
         short = acts and train and scale is given is None and not (TRACES or RECORDS)
-        earlier = self.shortcuts.of(f) if short else None
+        earlier = self.shortcuts.of(f) if short and self.shortcuts.known else None
         terms = earlier and earlier.terms(self, f, args, real, fake, weight, seed)
         if terms is not None:
             return terms
@@ -268,7 +268,7 @@ class GradientPenalty(Penalty):
             known = trains(f, terms, targets, self.order, self.wrt, twice=twice)
             if known:
                 self.seen.add(targets[0])
-        if known and observe and not TRACES:
+        if known and observe and not TRACES and self.wrt.batched:
             self.shortcuts.note(self, f, targets)
         return terms if train else terms.detached()
 

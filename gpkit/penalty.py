@@ -123,7 +123,7 @@ class Penalty:
         """
         plain = self._schedule is scale is groups is target is metric is sample_weight is None
         known = None if TRACES or RECORDS or not plain else self.shortcuts
-        if known is not None and (earlier := known.of(f)) is not None:
+        if known is not None and known.known and (earlier := known.of(f)) is not None:
             at, seed = self.step if step is None else step, self._seed_of(self.draws + 1)
             again = earlier.penalty(self, f, args, real, fake, self.weight_at(at), seed)
             if again is not None:

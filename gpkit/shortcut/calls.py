@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,6 +35,7 @@ class Shortcuts:
         self.misses: dict[Any, int] = {}
         self.closures: dict[int, int] = {}
         self.scores = Scores()
+        self.known = False  # whether there is any
         self.steps = Steps()
 
     def __eq__(self, other: object) -> bool:
@@ -50,16 +50,19 @@ class Shortcuts:
     def of(self, f: Any) -> Repeated | None:
         """Return how an earlier call with this function, or with such scores, went, or None."""
         if type(f) is Tensor:
-            found: Repeated | None = self.scores if self.scores.known else None
-        else:
-            found = self.found.get(key_of(f)) if self.found else None
-        return None if found is None or is_compiling() or has_ranks() else found
+            scores = self.scores if self.scores.known else None
+            return None if scores is None or is_compiling() or has_ranks() else scores
+        found = self.found.get(key_of(f)) if self.found else None
+        if found is None or found.forgotten or is_compiling() or has_ranks():
+            return None
+        return found
 
     def note(self, axes: Any, f: Any, targets: Sequence[Target]) -> None:
         """Remember the call that made these targets, of a penalty that was found to train."""
         target, *others = targets
         if others or not is_plain(axes, target):
             return
+        self.known = True
         if type(f) is Tensor:
             self.scores.note(axes, f, target)
         elif callable(f) and target.made is not None and is_known(f, target, target.made):
@@ -68,6 +71,10 @@ class Shortcuts:
     def note_function(self, axes: Any, f: Any, target: Target, made: Made) -> None:
         """Remember a call with a function or a module, unless earlier ones were of no use."""
         key = key_of(f)
+        before = self.found.get(key)
+        if before is not None and before.forgotten:  # its graph was another than the one before
+            self.misses[key] = self.misses.get(key, 0) + 1
+            del self.found[key]
         if key is None or self.misses.get(key, 0) >= MISSES:
             return
         code = not isinstance(f, nn.Module)
@@ -83,15 +90,8 @@ class Shortcuts:
             self.found.pop(key, None)
             self.misses.pop(key, None)
 
-        function = self.found[key] = Function(
-            axes, target, made, partial(self.missed, key), code=code
-        )
+        function = self.found[key] = Function(axes, target, made, code=code)
         function.alive = weakref.ref(made.by.family[0], gone)
-
-    def missed(self, key: Any) -> None:
-        """Forget a call whose graph was made in another way than the one before."""
-        del self.found[key]
-        self.misses[key] = self.misses.get(key, 0) + 1
 
 
 def key_of(f: Any) -> Any:

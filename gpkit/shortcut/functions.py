@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +17,7 @@ from gpkit.axes.call import called
 from gpkit.estimators.base import Target
 from gpkit.shortcut.net import Choices, State, may_attend
 from gpkit.shortcut.points import Drawing
-from gpkit.shortcut.repeated import Repeated, samples_of
+from gpkit.shortcut.repeated import Repeated
 
 
 class Function(Repeated):
@@ -29,17 +28,14 @@ class Function(Repeated):
         target: what it differentiated.
         made: how the graph was made.
         code: whether it is code of the user's own, and no module.
-        missed: forgets it.
     """
 
     alive: Any = None  # a reference that tells when the net is gone
+    forgotten = False
 
-    def __init__(
-        self, axes: Any, target: Target, made: Made, missed: Callable[[], None], *, code: bool
-    ) -> None:
+    def __init__(self, axes: Any, target: Target, made: Made, *, code: bool) -> None:
         super().__init__()
         found = made.by
-        self.missed = missed
         self.choices = Choices(axes)
         self.known = found.known
         self.family = [weakref.ref(module) for module in found.family]
@@ -50,35 +46,38 @@ class Function(Repeated):
         self.attends = code or may_attend(found.family, target.fingerprint.kinds)
         self.drawing = Drawing()
 
-    def gradient(
-        self, axes: Any, f: Any, args: tuple[Any, ...], real: Any, fake: Any, seed: int
-    ) -> Tensor | None:
-        """Return the gradient; None if a call, or the graph it makes, is unlike the one before."""
-        samples, known = samples_of(axes, args, real, fake), self.known
+    def output(
+        self, axes: Any, f: Any, real: Tensor | None, fake: Tensor | None, seed: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return what the function gives at the points; None if it is unlike the call before."""
+        known = self.known
         family: list[Any] = [ref() for ref in self.family]
-        if samples is None or None in family or not known.facts >= SEEN_ONCE:
+        if None in family or not known.facts >= SEEN_ONCE:
             return None
         if (known.runs + 1) % LOOK_AGAIN == 0 or not self.choices.hold(axes):  # a closer look
             return None
         if not self.state.holds(family) or type(axes.at).weights is not At.weights:
             return None
-        real, fake = samples
-        x = fake if real is None else real
+        x: Any = fake if real is None else real
         kept = Reach(family, [], known).attributes if known.own else ()
         points = self.drawing.points(axes.at, real, fake, seed)
+        arguments = f, points, x.shape[0]
         try:
             before = nodes_made()
-            arguments = f, points, x.shape[0]
             y = run_plain(called, arguments, known, seed, x.device, attends=self.attends)
             nodes = nodes_made() - before
         finally:
             for module, attributes in kept:
                 restore(module, attributes)
-        g = self.derived(y, points[0]) if self.is_like(y, nodes, points[0].shape[0]) else None
-        if g is None:
-            known.facts -= SEEN_ONCE  # it does something new
-            self.missed()
-        return g
+        if self.is_like(y, nodes, points[0].shape[0]):
+            return y, points[0]
+        self.forget()
+        return None
+
+    def forget(self) -> None:
+        """Forget the call before: the function does something new, and is looked at closely."""
+        self.known.facts -= SEEN_ONCE
+        self.forgotten = True
 
     def is_like(self, y: Any, nodes: int, batch: int) -> bool:
         """Whether an output is one number a sample, made in the same way as that before."""

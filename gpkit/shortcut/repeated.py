@@ -17,21 +17,29 @@ from gpkit.hints import ExplainedError
 
 
 class Repeated:
-    """How earlier calls went. A subclass defines `gradient`."""
+    """How earlier calls went. A subclass defines `output`, and `forget` if it looks at graphs."""
 
     def __init__(self) -> None:
         self.ones = torch.ones(0)
         self.form: Any = None
         self.rooted = False
 
-    def gradient(
-        self, axes: Any, f: Any, args: tuple[Any, ...], real: Any, fake: Any, seed: int
-    ) -> Tensor | None:
-        """Return the gradient ``[B, *S]`` of a call that repeats an earlier one, else None.
+    def output(
+        self, axes: Any, f: Any, real: Tensor | None, fake: Tensor | None, seed: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return y and x, ``[B]`` or ``[B, 1]`` and ``[B, *S]``, of a call like an earlier one.
 
-        Takes the arguments of `GradientPenalty.evaluate`.
+        Args:
+            axes: the penalty.
+            f: the first argument of the call.
+            real: the real samples ``[B, *S]``, or None.
+            fake: the fake samples ``[B, *S]``, or None.
+            seed: the seed of this evaluation's random numbers.
         """
         raise NotImplementedError
+
+    def forget(self) -> None:
+        """Forget an earlier call, as this one is another."""
 
     def penalty(
         self,
@@ -85,21 +93,39 @@ class Repeated:
             None if g is None else formula.terms(axes, squares(g, axes.form), weight, observe=True)
         )
 
-    def derived(self, y: Tensor, x: Tensor) -> Tensor | None:
-        """Return the derivative of ``y`` ``[B]`` or ``[B, 1]`` in x, with a graph, or None."""
-        kind = "cpu" if y.is_cpu else y.device.type
+    def gradient(
+        self, axes: Any, f: Any, args: tuple[Any, ...], real: Any, fake: Any, seed: int
+    ) -> Tensor | None:
+        """Return the gradient ``[B, *S]``, with a graph, of a call that repeats an earlier one."""
+        if args:
+            if len(args) > 1 or real is not None or fake is not None:
+                return None
+            real, fake = args[0], None if axes.at.moves else args[0]
+        if real is fake is None or not (is_plain(real) and is_plain(fake)):
+            return None
+        found = self.output(axes, f, real, fake, seed)
+        if found is None:
+            return None
+        y, x = found
+        ones, kind = self.ones, "cpu" if y.is_cpu else y.device.type
         if not y.requires_grad or torch.is_autocast_enabled(kind):
-            g: Tensor | None
-            (g,) = gradients(y.sum(), (x,))
+            g: Tensor | None = gradients(y.sum(), (x,))[0]
         else:
-            ones = self.ones
             if ones.shape != y.shape or ones.dtype != y.dtype or ones.device != y.device:
                 ones = self.ones = torch.ones_like(y)
             try:  # in one operation less than the derivative of the sum
                 (g,) = torch.autograd.grad(y, (x,), (ones,), create_graph=True, allow_unused=True)
             except RuntimeError as error:
                 raise ExplainedError(error) from error
-        return g if g is not None and g.requires_grad else None
+        if g is None or not g.requires_grad:
+            self.forget()
+            return None
+        return g
+
+
+def is_plain(x: Any) -> bool:
+    """Whether samples are None, or a tensor ``[B, *S]`` of torch's own type with numbers."""
+    return x is None or (type(x) is Tensor and x.ndim > 0 and x.numel() > 0 and not x.is_meta)
 
 
 def is_rooted(form: Any) -> bool:
@@ -123,17 +149,3 @@ def squares(g: Tensor, form: Any) -> Tensor:
     if isinstance(form, Rooted):
         note_positive(n2)
     return n2
-
-
-def samples_of(axes: Any, args: tuple[Any, ...], real: Any, fake: Any) -> tuple[Any, Any] | None:
-    """Return the real and fake samples of a call, or None if they are not plain tensors."""
-    if args:
-        if len(args) > 1 or real is not None or fake is not None:
-            return None
-        real, fake = args[0], None if axes.at.moves else args[0]
-    if real is fake is None:
-        return None
-    for x in (real, fake):
-        if x is not None and not (type(x) is Tensor and x.ndim and x.numel() and not x.is_meta):
-            return None
-    return real, fake

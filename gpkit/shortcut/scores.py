@@ -11,7 +11,7 @@ from gpkit.axes.at import fake as fakes
 from gpkit.estimators.base import Target
 from gpkit.shortcut.net import Choices
 from gpkit.shortcut.points import SAMPLES
-from gpkit.shortcut.repeated import Repeated, samples_of
+from gpkit.shortcut.repeated import Repeated
 
 MANY = 64
 
@@ -34,20 +34,18 @@ class Scores(Repeated):
         self.choices = Choices(axes)
         self.known.add(graph_of(y, x))
 
-    def gradient(
-        self, axes: Any, f: Any, args: tuple[Any, ...], real: Any, fake: Any, seed: int
-    ) -> Tensor | None:
-        """Return the gradient; None if the scores have another graph than those before."""
-        samples, points = samples_of(axes, args, real, fake), type(axes.at)
-        if samples is None or points not in SAMPLES or f.grad_fn is None:
+    def output(
+        self, axes: Any, f: Any, real: Tensor | None, fake: Tensor | None, seed: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return the scores and the samples; None if they have another graph than those before."""
+        kind = type(axes.at)
+        x = fake if kind is fakes else real
+        if kind not in SAMPLES or x is None or not x.requires_grad or f.grad_fn is None:
             return None
-        x = samples[points is fakes]
-        if x is None or not x.requires_grad or f.shape[:1] != x.shape[:1]:
-            return None
-        if f.ndim > 2 or f.shape[1:].numel() != 1:
+        if f.shape != x.shape[:1] and f.shape != (x.shape[0], 1):
             return None
         known = self.choices.hold(axes) and graph_of(f, x) in self.known
-        return self.derived(f, x) if known else None
+        return (f, x) if known else None
 
 
 def graph_of(y: Tensor, x: Tensor) -> tuple[Any, ...]:
