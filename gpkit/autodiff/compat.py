@@ -245,7 +245,6 @@ hooks_of: Callable[[nn.Module], Any] = attrgetter("_forward_hooks", "_forward_pr
 _HELD = "_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks"
 parts_of_module: Callable[[nn.Module], Any] = attrgetter(*_HELD)
 
-
 # base_of(tensor): what a view is a view of, or None. There is no public way to ask.
 base_of: Callable[[Tensor], Tensor | None] = attrgetter("_base")
 
