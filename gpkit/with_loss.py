@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gpkit.autodiff.random import device_of
 from gpkit.autodiff.reached import Reach, reach
-from gpkit.autodiff.state import Start, start_of
+from gpkit.autodiff.state import start_of
 from gpkit.autodiff.tracing.calls import TRACES
 from gpkit.axes.parameters import layers_for
 from gpkit.estimators.base import Recomputable
@@ -38,17 +38,29 @@ def with_loss(
         ValueError: if a penalty is not of the loss, or the closure returns outputs.
     """
     first: Any = penalties[0] if len(penalties) == 1 else None
-    known = first.shortcuts.steps.of(first, closure, net, step) if _has_steps(first) else None
-    if known is None:
+    shortcuts = getattr(first, "shortcuts", None)
+    if shortcuts is None:
         return _with_loss(penalties, closure, net, step)
-    found = known.reach()
-    state = known.start(found, device_of(net))
-    given = closure()
-    total = known.total(first, closure, found, state, given, step)
-    if total is not None:
-        return total
-    first.shortcuts.steps.missed(closure, net)
-    return _with_loss(penalties, closure, net, step, (found, state, given))
+    begun: Any = None
+    exact = shortcuts.exact_steps.of(first, closure, net, step)
+    known = shortcuts.steps.of(first, closure, net, step) if exact is None else None
+    if exact is not None:
+        given = closure()
+        total = exact.total(first, given, step)
+        if total is not None:
+            return total
+        shortcuts.exact_steps.missed(closure, net)
+        begun = None, (), given
+    elif known is not None:
+        found = known.reach()
+        state = known.start(found, device_of(net))
+        given = closure()
+        total = known.total(first, closure, found, state, given, step)
+        if total is not None:
+            return total
+        shortcuts.steps.missed(closure, net)
+        begun = found, state, given
+    return _with_loss(penalties, closure, net, step, begun)
 
 
 def _with_loss(
@@ -56,7 +68,7 @@ def _with_loss(
     closure: Callable[[], Any],
     net: Any,
     step: int | None,
-    begun: tuple[Reach, Start, Any] | None = None,
+    begun: tuple[Reach | None, Any, Any] | None = None,
 ) -> Tensor:
     """Do the same, for a step that does not repeat an earlier one.
 
@@ -99,7 +111,7 @@ def _with_loss(
         f = given if plain else again(given, selected=selected)
         terms = penalty.act(f, net, step=step)
         total = total if terms is None else terms.added_to(total, overwrite=True)
-    if selected and found and terms is not None and _has_steps(first):
+    if selected and found and terms is not None and first.shortcuts is not None:
         first.shortcuts.steps.note(first, closure, net, found, loss)
     return total
 
@@ -124,11 +136,6 @@ def _in_weights(penalties: Sequence[Penalty], closure: Any) -> list[Any]:
                 f"got of={penalty.of!r}: add the penalty to the loss, loss + penalty(closure, net)"
             )
     return in_weights
-
-
-def _has_steps(penalty: Any) -> bool:
-    """Whether a penalty remembers how steps went."""
-    return getattr(penalty, "shortcuts", None) is not None
 
 
 def _in_inputs(penalty: Any) -> bool:

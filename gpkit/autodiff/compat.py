@@ -108,7 +108,7 @@ def packs_saved(node: Any) -> bool:
     Returns:
         Whether reading a saved value would run a hook.
     """
-    names = ("result", "self", "condition", "mask", "indices", "index", "result1")
+    names = ("result", "self", "condition", "mask", "indices", "index", "result1", "mat1", "input")
     found = (getattr(node, f"_raw_saved_{name}", None) for name in names)
     return any(getattr(raw, "unpack_hook", True) is not None for raw in found if raw is not None)
 

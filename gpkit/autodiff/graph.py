@@ -30,6 +30,27 @@ def nodes(tensor: Tensor) -> Iterator[Any]:
             stack.append(parent)
 
 
+def walked(tensor: Tensor) -> tuple[list[Any], list[Any]]:
+    """Return the nodes of the graph of ``tensor``, and what two graphs of one make have in common.
+
+    The second is a list with the class of each node where it is met first, and its place among the
+    nodes where it is met again, so two graphs with equal lists have the same operations and edges.
+    """
+    stack: list[Any] = [tensor.grad_fn]
+    places: dict[Any, Any] = {None: None}
+    make: list[Any] = []
+    while stack:
+        node = stack.pop()
+        if node in places:
+            make.append(places[node])
+            continue
+        places[node] = len(places)
+        make.append(type(node))
+        for parent, _ in node.next_functions:
+            stack.append(parent)
+    return [*places][1:], make
+
+
 def leaves(tensor: Tensor, found: Iterable[Any] | None = None) -> list[Tensor]:
     """Return the leaf tensors in the graph of ``tensor``; all of them require grad.
 

@@ -15,10 +15,11 @@ from gpkit.autodiff.graph import Made
 from gpkit.autodiff.random import has_ranks
 from gpkit.autodiff.reached import CHECKPOINTS, code_of
 from gpkit.axes.wrt import inputs
-from gpkit.estimators.base import Target
+from gpkit.estimators.base import Recomputable, Target
 from gpkit.estimators.exact import exact
 from gpkit.shortcut.differences import Steps
 from gpkit.shortcut.functions import Function
+from gpkit.shortcut.layers import ExactSteps
 from gpkit.shortcut.net import needs_more, references
 from gpkit.shortcut.repeated import Repeated
 from gpkit.shortcut.scores import Scores
@@ -28,7 +29,7 @@ MISSES = 3  # graphs that differ from the one before, after which a function has
 
 
 class Shortcuts:
-    """The shortcuts of a penalty; ``steps`` are those of `with_loss`."""
+    """The shortcuts of a penalty; ``steps`` and ``exact_steps`` are those of `with_loss`."""
 
     def __init__(self) -> None:
         self.found: dict[Any, Function] = {}  # by what a function refers to, see `key_of`
@@ -37,6 +38,7 @@ class Shortcuts:
         self.scores = Scores()
         self.known = False  # whether there is any
         self.steps = Steps()
+        self.exact_steps = ExactSteps()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Shortcuts)
@@ -59,6 +61,9 @@ class Shortcuts:
 
     def note(self, axes: Any, f: Any, targets: Sequence[Target]) -> None:
         """Remember the call that made these targets, of a penalty that was found to train."""
+        if isinstance(f, Recomputable) and not axes.wrt.batched:
+            self.exact_steps.note(axes, f, targets)
+            return
         target, *others = targets
         if others or not is_plain(axes, target):
             return

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from gpkit.autodiff import graph
-from gpkit.autodiff.derivatives import gradients_at
 from gpkit.autodiff.layers.gram import gram_is_cheaper, gram_product
 from gpkit.autodiff.layers.recording import LayerCall, Recording
 from gpkit.autodiff.numerics import squared_length
@@ -41,28 +40,31 @@ def batch_norm(loss: Tensor, parameters: Sequence[Tensor], recording: Recording)
     Returns:
         n² ``[1]``, differentiable, in float32 or better.
     """
-    wide = noted(partial(_wide_calls, loss, parameters, recording))
-    calls = [recording.calls[i] for i in wide]
-    covered = {id(call.layer.weight) for call in calls}
-    others = [p for p in parameters if id(p) not in covered]
-    grads = gradients_at(loss, [*(call.z for call in calls), *others])
-    deltas, others_grads = grads[: len(calls)], grads[len(calls) :]
-    found = tuple(g for g in others_grads if g is not None)
+    wide = noted(partial(wide_calls, loss, parameters, recording))
+    return norm_of(loss, parameters, recording.only(wide))
+
+
+def norm_of(loss: Tensor, parameters: Sequence[Tensor], wide: Recording) -> Tensor:
+    """Return the same for a recording of calls in which Gram matrices are right, and pay."""
+    covered = {id(call.layer.weight) for call in wide.calls}
+    grads = wide.differentiate(loss, [p for p in parameters if id(p) not in covered])
+    found = tuple(g for g in grads if g is not None)
     total = squared_length(found) if found else loss.new_zeros(1)
-    for call, delta in zip(calls, deltas, strict=True):
-        if delta is not None:
-            left, right = (t if t.ndim == 2 else t.flatten(0, -2) for t in (delta, call.a))
+    for call in wide.calls:
+        if call.delta is not None:
+            pair = call.delta, call.a
+            left, right = (t if t.ndim == 2 else t.flatten(0, -2) for t in pair)
             total = total + gram_product(left, right)
     return total
 
 
-def _wide_calls(loss: Tensor, parameters: Sequence[Tensor], recording: Recording) -> list[int]:
+def wide_calls(loss: Tensor, parameters: Sequence[Tensor], recording: Recording) -> list[int]:
     """Return the places of the calls of linear layers in which Gram matrices are right, and pay."""
     if torch.is_autocast_enabled(loss.device.type):
         return []  # the products of the forward pass are in half precision, these would not be
     wanted = {id(p) for p in parameters}
     calls = [c for c in recording.calls if may_be_wide(c.layer) and id(c.layer.weight) in wanted]
-    calls = [c for c in calls if c.a.ndim > 1 and c.intact and _pays(c)]
+    calls = [c for c in calls if c.a.ndim > 1 and c.intact and gram_pays(c)]
     calls = [c for c in calls if c.dtype == c.a.dtype == c.layer.weight.dtype]  # no autocast there
     if not calls:
         return []
@@ -73,6 +75,7 @@ def _wide_calls(loss: Tensor, parameters: Sequence[Tensor], recording: Recording
     return [i for i, call in enumerate(recording.calls) if call in chosen]
 
 
-def _pays(call: LayerCall) -> bool:
+def gram_pays(call: LayerCall) -> bool:
+    """Whether Gram matrices cost less than the gradient in a call of a linear layer."""
     q = call.a.shape[-1]
     return gram_is_cheaper(1, call.a.numel() // q, call.layer.out_features, q)

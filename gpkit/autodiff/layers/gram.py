@@ -89,9 +89,14 @@ class Squares:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Return the sums of the squares."""
-        if id(rows) not in self.found:
-            self.found[id(rows)] = rows, _Squares.apply(rows)  # with the rows, so that ids stay
-        return self.found[id(rows)][1]
+        known = self.found.get(id(rows))
+        if known is None:
+            squares = _Squares.apply(rows) if rows.numel() >= LARGE else rows.square().sum(1)
+            known = self.found[id(rows)] = rows, squares  # with the rows, so that ids stay
+        return known[1]
+
+
+LARGE = 2**17  # entries, from which on a product less pays for a backward pass in Python
 
 
 class _Squares(torch.autograd.Function):

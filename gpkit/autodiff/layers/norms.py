@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpkit.autodiff import graph
 from gpkit.autodiff.compat import parameters_of
-from gpkit.autodiff.derivatives import first_gradients, gradients_at
+from gpkit.autodiff.derivatives import first_gradients
 from gpkit.autodiff.layers.gram import Part, Squares, squared_norm
 from gpkit.autodiff.layers.recording import Recording
 from gpkit.autodiff.layers.rules import has_rule, parts_of
@@ -32,20 +32,18 @@ def sample_norms(losses: Tensor, parameters: Sequence[Tensor], recording: Record
         n² ``[B]``, differentiable, in float32 or better.
     """
     wanted = {id(p) for p in parameters}
-    deltas = gradients_at(losses.sum(), [call.z for call in recording.calls])
+    recording.differentiate(losses.sum())
     parts: dict[int, list[Part]] = {}
-    for call, delta in zip(recording.calls, deltas, strict=True):
-        if delta is None:
+    for call in recording.calls:
+        if call.delta is None:
             continue
-        for name, part in parts_of(call, delta):
+        for name, part in parts_of(call, call.delta):
             p = getattr(call.layer, name)
             if id(p) in wanted:
                 parts.setdefault(id(p), []).append(part)
-    total = losses.new_zeros(len(losses), dtype=wide(losses))
     squares = Squares()
-    for group in parts.values():
-        total = total + squared_norm(group, squares)
-    return total
+    norms = [squared_norm(group, squares) for group in parts.values()]
+    return sum(norms[1:], norms[0]) if norms else losses.new_zeros(len(losses), dtype=wide(losses))
 
 
 def applies(recording: Recording, losses: Tensor, parameters: Sequence[Tensor]) -> bool:

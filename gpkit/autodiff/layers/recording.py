@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from gpkit.autodiff.compat import write_count
+from gpkit.autodiff.derivatives import gradients_at
 from gpkit.autodiff.tracing.calls import TRACES
 from gpkit.autodiff.tracing.hooks import hooked
 
@@ -27,6 +28,7 @@ class LayerCall:
             the net goes on with a copy.
         version: the number of in-place writes to ``a`` before the call.
         dtype: of its output, which autocast may have changed.
+        delta: δ, the gradient of the loss in the output, when it was taken.
     """
 
     layer: Any
@@ -34,6 +36,7 @@ class LayerCall:
     z: GradientEdge | Tensor
     version: int
     dtype: torch.dtype
+    delta: Tensor | None = None
 
     @property
     def intact(self) -> bool:
@@ -54,6 +57,25 @@ class Recording:
     net: nn.Module
     calls: list[LayerCall] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+
+    def only(self, places: Sequence[int]) -> Recording:
+        """Return a recording of some of the calls."""
+        return Recording(self.net, [self.calls[i] for i in places])
+
+    def differentiate(self, y: Tensor, others: Sequence[Tensor] = ()) -> tuple[Tensor | None, ...]:
+        """Take δ of each call, the gradient of a number in its output.
+
+        Args:
+            y: one number.
+            others: further variables.
+
+        Returns:
+            The gradients in the others, differentiable; None if unused.
+        """
+        found = gradients_at(y, [*(call.z for call in self.calls), *others])
+        for call, delta in zip(self.calls, found, strict=False):
+            call.delta = delta
+        return found[len(self.calls) :]
 
 
 class recorded_layers:

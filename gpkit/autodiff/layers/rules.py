@@ -68,7 +68,8 @@ def _linear(layer: nn.Linear, a: Tensor, delta: Tensor) -> Parts:
         yield "weight", Product(delta, a)
     else:
         delta = positions(delta)
-        yield "weight", Outer(delta, positions(a), layer.out_features)
+        a = a.reshape(*delta.shape[:2], layer.in_features)
+        yield "weight", Outer(delta, a, layer.out_features)
         delta = delta.sum(1) if layer.bias is not None else delta
     if layer.bias is not None:
         yield "bias", Direct(delta)
