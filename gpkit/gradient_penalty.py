@@ -268,8 +268,7 @@ class GradientPenalty(Penalty):
             known = trains(f, terms, targets, self.order, self.wrt, twice=twice)
             if known:
                 self.seen.add(targets[0])
-        again = self.wrt.batched or getattr(f, "layers", None) is not None
-        if known and observe and again and not TRACES:
+        if known and observe and not TRACES and (self.wrt.batched or getattr(f, "layers", None)):
             self.shortcuts.note(self, f, targets)
         return terms if train else terms.detached()
 
