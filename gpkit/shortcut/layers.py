@@ -25,7 +25,7 @@ from gpkit.autodiff.tracing.calls import RECORDS, TRACES
 from gpkit.axes.parameters import weights
 from gpkit.estimators.base import Recomputable, Target
 from gpkit.estimators.exact import exact
-from gpkit.shortcut.net import CHOICES
+from gpkit.shortcut.net import Choices
 
 MANY = 64
 
@@ -143,7 +143,7 @@ class ExactStep:
         xs: Sequence[Tensor],
         places: Sequence[Place],
     ) -> None:
-        self.choices, self.net, self.make = CHOICES(axes), net, make
+        self.choices, self.net, self.make = Choices(axes), net, make
         self.leaves, self.xs = [*map(weakref.ref, leaves)], [*map(weakref.ref, xs)]
         self.places, self.sample = places, axes.scope == "sample"
         self.with_mode = [p.layer for p in places if isinstance(p.layer(), BATCH_NORMS)]
@@ -200,7 +200,7 @@ class ExactStep:
             return False
         if torch.is_autocast_enabled(self.device):
             return False
-        if not all(map(operator.is_, CHOICES(penalty), self.choices)):
+        if not self.choices.hold(penalty):
             return False
         acts: bool = penalty.acts_at(step)
         return acts
