@@ -1,11 +1,13 @@
 """What `gpkit.compile` saves, in plain eager steps of the same net, in one thread, taking turns.
 
-python benchmarks/compiled.py       about five minutes; prints the rows of speed.md
+python benchmarks/compiled.py               about ten minutes; prints the rows of speed.md
+python benchmarks/compiled.py taylor        only the cases with this in their names
 """
 
 from __future__ import annotations
 
 import gc
+import sys
 import time
 from collections.abc import Callable
 
@@ -21,6 +23,8 @@ Loss = Callable[..., Tensor]
 
 def case(name: str, net: nn.Module, plain: Loss, loss: Loss, *batch: Tensor, rounds: int) -> None:
     """Print the time of the loss, eager and compiled, in steps of the plain one."""
+    if not all(word in name for word in sys.argv[1:]):
+        return
 
     def step(function: Loss) -> Callable[[], None]:
         def run() -> None:
@@ -72,7 +76,7 @@ def critics() -> None:
 
 def classifiers() -> None:
     """A classifier's step with a penalty in its inputs, and in its weights."""
-    for width, batch, rounds in ((64, 256, 200), (512, 256, 40), (512, 64, 60)):
+    for width, batch, rounds in ((64, 256, 200), (512, 256, 40)):
         net = mlp(64, width, width, width, 10)
         x, y = torch.randn(batch, 64, requires_grad=True), torch.randint(10, (batch,))
         inputs, weights = gpkit.input_grad_norm(), gpkit.weight_grad_norm()
@@ -103,6 +107,52 @@ def classifiers() -> None:
         case(f"weight_grad_norm, {where}", net, plain, in_weights, x, y, rounds=rounds)
 
 
+def layers() -> None:
+    """A penalty in the weights by Gram matrices, and one of each sample's gradient."""
+    for width, batch, rounds in ((512, 64, 60), (1024, 64, 20)):
+        net = mlp(64, width, width, width, 10)
+        x, y = torch.randn(batch, 64), torch.randint(10, (batch,))
+
+        def plain(x: Tensor, y: Tensor, net: nn.Module = net) -> Tensor:
+            return F.cross_entropy(net(x), y)
+
+        for name, make, reduction in (
+            ("weight_grad_norm", gpkit.weight_grad_norm, "mean"),
+            ("per_sample_grad_norm", gpkit.per_sample_grad_norm, "none"),
+        ):
+            penalty = make(0.1)
+
+            def loss(
+                x: Tensor,
+                y: Tensor,
+                net: nn.Module = net,
+                penalty: gpkit.GradientPenalty = penalty,
+                reduction: str = reduction,
+            ) -> Tensor:
+                return penalty.with_loss(
+                    lambda: F.cross_entropy(net(x), y, reduction=reduction), net
+                )
+
+            case(f"{name}, width {width}, B {batch}", net, plain, loss, x, y, rounds=rounds)
+
+
+def series() -> None:
+    """Taylor mode."""
+    for order in (2, 3, 4):
+        net, x = mlp(3, 64, 64, 64, 1, act=nn.Tanh), torch.randn(128, 3)
+        penalty = gpkit.GradientPenalty(order=order, estimator=gpkit.taylor())
+
+        def plain(x: Tensor, net: nn.Module = net) -> Tensor:
+            return net(x).square().mean()
+
+        def loss(
+            x: Tensor, net: nn.Module = net, penalty: gpkit.GradientPenalty = penalty
+        ) -> Tensor:
+            return penalty(net, x)
+
+        case(f"taylor, order {order}, B 128", net, plain, loss, x, rounds=300)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -113,3 +163,5 @@ if __name__ == "__main__":
     print("| --- | --- | --- | --- | --- |")
     critics()
     classifiers()
+    layers()
+    series()

@@ -5,43 +5,14 @@ import logging
 
 import pytest
 import torch
-from compiling import Graphs, needs_compiler, trained
+from compiling import Graphs, critic, needs_compiler, same, samples
 from torch import nn
-from torch.utils._pytree import tree_flatten
 
 import gpkit
 from gpkit.compiling import parity
 
 FASTER = parity.faster
 pytestmark = [pytest.mark.compiler, pytest.mark.usefixtures("graphs_alone")]
-
-
-def critic(*layers):
-    return nn.Sequential(nn.Linear(4, 6), *layers, nn.SiLU(), nn.Linear(6, 1))
-
-
-def apart(expected, found):
-    """‖found - expected‖ / ‖expected‖ over all entries of the tensors, in float64."""
-    pairs = [(a.double(), b.double()) for a, b in zip(expected, found, strict=True)]
-    own = sum(float(a.square().sum()) for a, _ in pairs)
-    return (sum(float((a - b).square().sum()) for a, b in pairs) / own) ** 0.5
-
-
-def same(build, make_loss, batches, **options):
-    """Train eagerly and compiled from the same start; return the compiled loss."""
-    torch.manual_seed(0)
-    net = build()
-    eager, compiled = (
-        trained(copy.deepcopy(net), make_loss, batches, c, **options) for c in (False, True)
-    )
-    assert compiled.step.obstacle is None
-    for name in ("losses", "grads", "state"):
-        assert apart(getattr(eager, name), getattr(compiled, name)) <= 1e-6, name
-    assert torch.equal(compiled.rng, eager.rng)
-    (found, how), (expected, as_before) = (tree_flatten(own.penalties) for own in (compiled, eager))
-    assert how == as_before
-    assert found == pytest.approx(expected, rel=1e-6)  # averages are rounded
-    return compiled.step
 
 
 @pytest.mark.filterwarnings("ignore:the outputs of a batch depend")
@@ -72,10 +43,6 @@ def wgan_gp(net):
         return net(fake).mean() - net(real).mean() + penalty(net, real=real, fake=fake)
 
     return loss, (penalty,)
-
-
-def samples(n=8):
-    return torch.randn(n, 4), torch.randn(n, 4)
 
 
 @pytest.mark.slow
@@ -194,6 +161,33 @@ def test_what_learns_looks_up_and_draws():
     assert [own.weight for own in step.terms[:2]] == [0.5, 10.0]
 
 
+def test_taylor_mode_has_the_derivatives_of_nested_gradients():
+    """Along v = 1, with a layer norm, and a factor from the batch."""
+    net = nn.Sequential(nn.Linear(1, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 1)).double()
+    with torch.no_grad():
+        net[0].bias += torch.arange(4.0)  # else the norm's variance is that of the weights alone
+    penalty = gpkit.GradientPenalty(order=2, estimator=gpkit.taylor(), weight=0.5)
+
+    def loss(x, c):
+        return net(x).mean() + penalty(lambda z: net(z) * c + c, x)
+
+    step = gpkit.compile(loss, measure=False)
+    for n in (5, 5):
+        x = torch.randn(n, 1, dtype=torch.float64)
+        c = torch.randn(n, 1, dtype=torch.float64)
+        z = x.clone().requires_grad_()
+        with gpkit.elementary():
+            d = net(z) * c
+        for _ in range(2):
+            (d,) = torch.autograd.grad(d.sum(), z, create_graph=True)
+        expected = net(x).mean() + 0.5 * d.square().mean()
+        found = step(x, c)
+        torch.testing.assert_close(found, expected)
+        grads = [torch.autograd.grad(t, [*net.parameters()]) for t in (found, expected)]
+        torch.testing.assert_close(*grads)
+    assert step.obstacle is None
+
+
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
@@ -275,75 +269,3 @@ def test_refusals():
     with pytest.raises(TypeError, match=r"takes the function that returns the loss; got a Tensor"):
         gpkit.compile(torch.ones(1))
     assert repr(gpkit.compile(len)) == "gpkit.compile(<built-in function len>)"
-
-
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.block = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
-        self.out = nn.Linear(4, 1)
-
-    def forward(self, x):
-        return self.out(self.block(x.unsqueeze(1).expand(-1, 3, -1))).mean(1)
-
-
-class Convolutions(nn.Sequential):
-    def __init__(self):
-        layers = [nn.Conv2d(1, 4, 2), nn.GroupNorm(2, 4), nn.SiLU(), nn.Flatten(), nn.Linear(4, 1)]
-        super().__init__(nn.Unflatten(1, (1, 2, 2)), *layers)
-
-
-NETS = {
-    "linear": critic,
-    "layer norm": lambda: critic(nn.LayerNorm(6)),
-    "batch norm": lambda: critic(nn.BatchNorm1d(6)),
-    "dropout": lambda: critic(nn.Dropout(0.5)),
-    "convolutions": Convolutions,
-    "attention": Attention,
-    "spectral norm": lambda: critic(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))),
-}
-PENALTIES = {
-    **{
-        f"order {k}": lambda k=k: gpkit.GradientPenalty(order=k, estimator="projection", seed=1)
-        for k in (1, 2, 3, 4)
-    },
-    "exact 2": lambda: gpkit.GradientPenalty(order=2, seed=1),
-    "two-sided": lambda: gpkit.GradientPenalty(form=gpkit.two_sided(1.0), at="interpolate", seed=1),
-    "part": lambda: gpkit.r1(subsample=0.5, seed=1),
-    "both": lambda: gpkit.r1_r2(seed=1),
-    "forwards": lambda: gpkit.approximate_r1(seed=1),
-    "singular value": lambda: gpkit.spectral_jacobian(seed=1),
-    "laplacian": lambda: gpkit.laplacian(seed=1),
-    "forward mode": lambda: gpkit.r1(estimator="jvp", seed=1),
-    "activation": lambda: gpkit.r1(wrt=gpkit.activation("0"), seed=1),
-    "average": lambda: gpkit.r1(form=gpkit.two_sided(gpkit.running_average(0.9)), seed=1),
-    "eval": lambda: gpkit.r1(forward="eval", seed=1),
-    "weights": lambda: gpkit.weight_grad_norm(seed=1),
-    "each sample": lambda: gpkit.per_sample_grad_norm(seed=1),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::UserWarning:gpkit.findings.trained")
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("penalty", PENALTIES)
-@pytest.mark.parametrize("net", NETS)
-def test_any_net_and_penalty(net, penalty, backend):
-    torch.compiler.reset()
-    if penalty == "forward mode" and ("norm" in net or net in ("convolutions", "attention")):
-        pytest.skip("torch does not trace the forward-mode derivative of norm layers")
-
-    def make_loss(net):
-        own = PENALTIES[penalty]()
-
-        def loss(real, fake):
-            losses = net(fake).squeeze(1).tanh() - net(real).squeeze(1)
-            if own.wrt.batched:
-                return losses.mean() + own(net, real=real, fake=fake)
-            return losses.mean() + own(
-                lambda: net(fake).squeeze(1).tanh() - net(real).squeeze(1), net
-            )
-
-        return loss, (own,)
-
-    same(NETS[net], make_loss, [samples(), samples()], backend=backend)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gpkit.autodiff.numerics import wide, widened
+from gpkit.autodiff.tracing.compat import traceable
 
 
 class elementary(TorchFunctionMode):
@@ -45,7 +46,7 @@ class elementary(TorchFunctionMode):
         kwargs = kwargs or {}
         written = WRITTEN_OUT.get(func)
         found = written(*args, **kwargs) if written else NotImplemented
-        return func(*args, **kwargs) if found is NotImplemented else found
+        return traceable(func)(*args, **kwargs) if found is NotImplemented else found
 
 
 def layer_norm(

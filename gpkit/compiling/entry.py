@@ -36,9 +36,9 @@ def compile(function: Callable[..., Any], *, measure: bool = True, **options: An
     drawn outside. A step with values that the graph does not know, such as other environments, runs
     as it is.
 
-    Not compiled are finite differences and Taylor mode (``torch.compile`` the net alone), scopes
-    that average gradients first, recurrent nets, other random numbers in a penalty's own forward
-    pass, weight norm under a weight penalty, Mish, and penalties that are given ``step=``.
+    Not compiled are finite differences (``torch.compile`` the net alone), scopes that average
+    gradients first, recurrent nets, other random numbers in a penalty's own forward pass, weight
+    norm under a weight penalty, Mish, and penalties that are given ``step=``.
 
     Args:
         function: returns the loss, one number; or it and more, such as outputs. It calls penalties,

@@ -150,7 +150,7 @@ class CompiledLoss:
         kwargs: dict[str, Any],
     ) -> tuple[Any, list[Any], list[Any], Tensor | None]:
         acting = torch.tensor([w for w in weights if w], dtype=torch.float64)
-        kernels = double_backward(plan.order, recurrent=False)
+        kernels = double_backward(recurrent=False)
         several = any(call.penalty.measures for call in plan.calls)
         keeping = keeping_buffers() if several else nullcontext()
         hooks = hooked_by(dispatch_before, dispatch, plan.hooks)
@@ -203,10 +203,10 @@ class CompiledLoss:
         plan = self._plans.get(acting)
         new = plan is None
         if plan is None:
-            orders = [getattr(call.penalty, "order", 1) for call in calls if call.acts]
+            order = max([order_of(call.penalty) for call in calls if call.acts], default=0)
             options = with_torchs_draws(self.options)
-            run = torch.compile(traced(self.function, calls), fullgraph=True, **options)
-            plan = Plan(calls, run, max(orders, default=0), record.hooks)
+            run = torch.compile(traced(self.function, calls, order), fullgraph=True, **options)
+            plan = Plan(calls, run, record.hooks)
         shapes = shapes_of((args, kwargs))
         if new or len(plan.draws) < CHECKED:
             weights = [c.weight for c in calls]
@@ -273,6 +273,12 @@ class CompiledLoss:
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without the graphs; a copy compiles its own."""
         return {**self.__dict__, "_plans": {}, "_penalties": None}
+
+
+def order_of(penalty: Any) -> int:
+    """Return the order of a penalty; 2 or more if it needs norm layers written out."""
+    written_out = getattr(penalty, "elementary", False)
+    return max(getattr(penalty, "order", 1), 2 if written_out else 1)
 
 
 def reset(before: Sequence[tuple[Any, int]]) -> None:

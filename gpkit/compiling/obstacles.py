@@ -56,9 +56,7 @@ def of_penalty(penalty: Any) -> str | None:
         return None  # of a class of one's own; the comparison with the eager step will tell
     needs, axes = needs_of(penalty), penalty.axes()
     estimator, said = axes.get("estimator"), None
-    if needs.on_jets:
-        said = "runs the net on Taylor series"
-    elif isinstance(estimator, (finite_difference, curvature_difference)):
+    if isinstance(estimator, (finite_difference, curvature_difference)):
         said = (
             f"takes differences, by {type(estimator).__name__}, which need no double backward: "
             "torch.compile the net alone"

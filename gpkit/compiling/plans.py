@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 import types
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gpkit.autodiff.norm_layers import elementary
 from gpkit.autodiff.random import seeded
+from gpkit.autodiff.taylor import in_graph
 from gpkit.autodiff.tracing.calls import TRACES, Drawn, PenaltyCall, Trace
 from gpkit.autodiff.tracing.noise import Noise
 from gpkit.formula import Terms
@@ -26,7 +29,6 @@ class Plan:
     Args:
         calls: of the penalties.
         run: the compiled function.
-        order: the greatest order of a penalty.
         hooks: the modules that are hooked in it.
         draws: what each call that acts draws, by the shapes of the arguments.
         slower: whether the graph was measured to be slower than the eager loss.
@@ -37,7 +39,6 @@ class Plan:
 
     calls: list[PenaltyCall]
     run: Callable[..., Any]
-    order: int
     hooks: list[nn.Module]
     draws: dict[Any, list[Draws]] = field(default_factory=dict)
     slower: bool = False
@@ -46,11 +47,14 @@ class Plan:
     missed: int = 0
 
 
-def traced(function: Callable[..., Any], calls: list[PenaltyCall]) -> Callable[..., Any]:
+def traced(
+    function: Callable[..., Any], calls: list[PenaltyCall], order: int
+) -> Callable[..., Any]:
     """Return what is compiled: the function, with penalties that are given what is outside.
 
-    Its code has a name of its own, because torch counts graphs, and notices shapes that change, by
-    the code and its name.
+    Norm layers are written out inside of it: a mode outside would be called for each operation that
+    the graph runs. Its code has a name of its own, because torch counts graphs, and notices shapes
+    that change, by the code and its name.
     """
 
     def loss(
@@ -59,12 +63,14 @@ def traced(function: Callable[..., Any], calls: list[PenaltyCall]) -> Callable[.
         trace = Trace(calls, weights, numbers, anchor)
         TRACES.append(trace)
         try:
-            result = function(*args, **kwargs)
+            with elementary() if order >= 2 else nullcontext():
+                result = function(*args, **kwargs)
         finally:
             TRACES.pop()
         held = torch.stack(trace.held).all() if trace.held else None
         return result, trace.observed, trace.learned, held
 
+    in_graph.allow()
     code = loss.__code__.replace(co_name=f"loss_{next(COUNT)}")
     return types.FunctionType(code, loss.__globals__, code.co_name, None, loss.__closure__)
 

@@ -152,8 +152,9 @@ class OnPath:
 
 def value_of(y: Tensor) -> Tensor:
     """Return the value of an output on Taylor series, and any other output as it is."""
-    value: Tensor = getattr(y, "coefficients", (y,))[0]
-    return value
+    from gpkit.autodiff.taylor.in_graph import coefficient
+
+    return coefficient(y, 0)
 
 
 def has_choice(xs: tuple[Tensor, ...]) -> bool:

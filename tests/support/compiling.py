@@ -1,9 +1,12 @@
 """torch.compile in tests: where it can run, what it has compiled, and what is compared."""
 
+import copy
 import shutil
 
 import pytest
 import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten
 
 import gpkit
 
@@ -63,3 +66,35 @@ def trained(net, make_loss, batches, compile, **options):
         grads += [p.grad.clone() for p in net.parameters() if p.grad is not None]
         optimizer.step()
     return Trained(step, net, penalties, losses, grads)
+
+
+def critic(*layers):
+    return nn.Sequential(nn.Linear(4, 6), *layers, nn.SiLU(), nn.Linear(6, 1))
+
+
+def apart(expected, found):
+    """‖found - expected‖ / ‖expected‖ over all entries of the tensors, in float64."""
+    pairs = [(a.double(), b.double()) for a, b in zip(expected, found, strict=True)]
+    own = sum(float(a.square().sum()) for a, _ in pairs)
+    return (sum(float((a - b).square().sum()) for a, b in pairs) / own) ** 0.5
+
+
+def same(build, make_loss, batches, **options):
+    """Train eagerly and compiled from the same start; return the compiled loss."""
+    torch.manual_seed(0)
+    net = build()
+    eager, compiled = (
+        trained(copy.deepcopy(net), make_loss, batches, c, **options) for c in (False, True)
+    )
+    assert compiled.step.obstacle is None
+    for name in ("losses", "grads", "state"):
+        assert apart(getattr(eager, name), getattr(compiled, name)) <= 1e-6, name
+    assert torch.equal(compiled.rng, eager.rng)
+    (found, how), (expected, as_before) = (tree_flatten(own.penalties) for own in (compiled, eager))
+    assert how == as_before
+    assert found == pytest.approx(expected, rel=1e-6)  # averages are rounded
+    return compiled.step
+
+
+def samples(n=8):
+    return torch.randn(n, 4), torch.randn(n, 4)

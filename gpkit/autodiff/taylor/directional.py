@@ -12,8 +12,8 @@ from torch import Tensor
 import gpkit.autodiff.taylor.rules  # noqa: F401  registers the rule of every operation
 from gpkit import checks
 from gpkit.autodiff.isolation import double_backward
+from gpkit.autodiff.taylor import in_graph
 from gpkit.autodiff.taylor import rules as rules  # registers them
-from gpkit.autodiff.taylor.jets import Jet
 
 
 def directional_derivative(f: Callable[..., Any], x: Any, v: Any, order: int = 1) -> Tensor:
@@ -62,17 +62,13 @@ def directional_derivative(f: Callable[..., Any], x: Any, v: Any, order: int = 1
     return out if train else out.detach()
 
 
-def paths(xs: tuple[Tensor, ...], vs: tuple[Tensor, ...], order: int) -> tuple[Jet, ...]:
+def paths(xs: tuple[Tensor, ...], vs: tuple[Tensor, ...], order: int) -> tuple[Tensor, ...]:
     """Return x + t v as jets of that order, one for each x."""
-    return tuple(
-        Jet([x, v, *[torch.zeros_like(x)] * (order - 1)]) for x, v in zip(xs, vs, strict=True)
-    )
+    return tuple(in_graph.path(x, v, order) for x, v in zip(xs, vs, strict=True))
 
 
 def last_derivative(y: Any, order: int) -> Tensor:
     """Return k! a_k for a jet y; zeros if y does not depend on the path."""
-    if isinstance(y, Jet):
-        return math.factorial(order) * y.coefficients[order]
     if not isinstance(y, Tensor):
         raise TypeError(f"the function must return a tensor; got a {type(y).__name__}")
-    return torch.zeros_like(y)
+    return math.factorial(order) * in_graph.coefficient(y, order)

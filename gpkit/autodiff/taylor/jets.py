@@ -24,20 +24,41 @@ class Jet(Tensor):
     looks up the rule with its name. The coefficients are ordinary tensors with ordinary graphs.
 
     Args:
-        coefficients: a_0, ..., a_k, all of the same shape.
+        coefficients: a_0, ..., a_k, all of the same shape; 0.0 where they are known to be zero.
     """
 
-    coefficients: list[Tensor]
+    order: int  # k
+    leading: list[Tensor]  # without the zeros at the end, of which a path x + t v has many
     shares = False  # whether it is a view or has views: in-place writes would have to change those
 
     @staticmethod
-    def __new__(cls, coefficients: Sequence[Tensor]) -> Jet:  # noqa: D102  see the class
-        value = coefficients[0]
-        jet = wrapper_tensor(cls, value)
-        jet.coefficients = [
-            a if a.dtype == value.dtype else a.to(value.dtype) for a in coefficients
-        ]
+    def __new__(cls, coefficients: Sequence[Any]) -> Jet:  # noqa: D102  see the class
+        jet = wrapper_tensor(cls, coefficients[0])
+        jet.assign(coefficients)
         return jet
+
+    def assign(self, coefficients: Sequence[Any]) -> None:
+        """Take these coefficients, in its own dtype."""
+        own = list(coefficients)
+        self.order = len(own) - 1
+        while is_zero(own[-1]):
+            own.pop()
+        if any(map(is_zero, own)):
+            zero = torch.zeros_like(own[0])
+            own = [zero if is_zero(a) else a for a in own]
+        self.leading = [a if a.dtype == self.dtype else a.to(self.dtype) for a in own]
+
+    @property
+    def coefficients(self) -> list[Tensor]:
+        """a_0, ..., a_k as tensors."""
+        return [
+            a if isinstance(a, Tensor) else torch.zeros_like(self.leading[0]) for a in self.series
+        ]
+
+    @property
+    def series(self) -> list[Any]:
+        """a_0, ..., a_k, with 0.0 for the zeros at the end."""
+        return [*self.leading, *[0.0] * (self.order + 1 - len(self.leading))]
 
     __torch_function__ = no_torch_function()
 
@@ -63,7 +84,7 @@ class Jet(Tensor):
                 jet.shares = True
         if target is None:
             return out
-        target.coefficients = [a.to(target.dtype) for a in out.coefficients]
+        target.assign(out.series)
         return target
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -123,9 +144,14 @@ def is_jet(x: Any) -> bool:
     return isinstance(x, Jet)
 
 
+def is_zero(a: Any) -> bool:
+    """Whether a coefficient is the number zero: known to be zero, and no tensor."""
+    return isinstance(a, float) and a == 0
+
+
 def order_of(*args: Any) -> int:
     """Return k of the first jet among the arguments."""
-    return next(len(x.coefficients) - 1 for x in tree_leaves(args) if is_jet(x))
+    return next(x.order for x in tree_leaves(args) if is_jet(x))
 
 
 def coefficients(x: Any, order: int) -> list[Any]:
@@ -138,14 +164,20 @@ def coefficients(x: Any, order: int) -> list[Any]:
 
 def value(x: Any) -> Any:
     """Return the arguments of an operation with each jet replaced by its a_0."""
-    return tree_map(lambda a: a.coefficients[0] if isinstance(a, Jet) else a, x)
+    return tree_map(lambda a: a.leading[0] if isinstance(a, Jet) else a, x)
 
 
-def jets(results: Sequence[Any]) -> Any:
-    """Return the results of an operation on a_0, ..., a_k as a jet, or as several jets."""
+def jets(results: Sequence[Any], order: int) -> Any:
+    """Return the results of an operation on the first coefficients as a jet, or as several jets.
+
+    Args:
+        results: for a_0, a_1, ...; those that are left out are zero.
+        order: k.
+    """
+    rest = [0.0] * (order + 1 - len(results))
     if isinstance(results[0], Tensor):
-        return Jet(results)
-    return type(results[0])([Jet(parts) for parts in zip(*results, strict=True)])
+        return Jet([*results, *rest])
+    return type(results[0])([Jet([*parts, *rest]) for parts in zip(*results, strict=True)])
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:

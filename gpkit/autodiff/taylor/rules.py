@@ -43,17 +43,12 @@ CONSTANT = (
 def linear(func: Any, *args: Any, **kwargs: Any) -> Any:
     """L(a)_n = L(a_n); constant arguments enter for n = 0 only."""
     k = order_of(args, kwargs)
-
-    def at(n: int, x: Any) -> Any:
-        if isinstance(x, (list, tuple)):
-            return [at(n, part) for part in x]
-        return x.coefficients[n] if isinstance(x, Jet) else x
-
     if isinstance(args[0], (list, tuple)):  # cat and stack: constants are zero for n > 0
-        args = ([Jet(coefficients(part, k)) for part in args[0]], *args[1:])
-    elif not is_jet(args[0]):
+        parts = [coefficients(part, k) for part in args[0]]
+        return jets([func(list(at), *args[1:], **kwargs) for at in zip(*parts, strict=True)], k)
+    if not is_jet(args[0]):
         raise NotImplementedError(refusal(func.overloadpacket.__name__))
-    return jets([func(*[at(n, x) for x in args], **kwargs) for n in range(k + 1)])
+    return jets([func(a, *args[1:], **kwargs) for a in args[0].leading], k)
 
 
 @rule(*CONSTANT)
@@ -72,7 +67,7 @@ def pair(a: Any, b: Any) -> tuple[Series, Series]:
 def add(func: Any, a: Any, b: Any, alpha: float = 1) -> Jet:
     """A sum; a constant is added to a_0 only, but broadcasts all coefficients."""
     if is_jet(a) and not is_jet(b) and func.overloadpacket.__name__ != "rsub":
-        first, *others = a.coefficients
+        first, *others = a.series
         total = func(first, b, alpha=alpha)
         if total.shape == first.shape:
             return Jet([total, *others])
@@ -84,7 +79,7 @@ def add(func: Any, a: Any, b: Any, alpha: float = 1) -> Jet:
 def mul(func: Any, a: Any, b: Any) -> Jet:
     """A product of two series, or of a series and a constant."""
     if is_jet(a) and is_jet(b):
-        return Jet(series.product(a.coefficients, b.coefficients))
+        return Jet(series.product(a.series, b.series))
     return bilinear(func, a, b)
 
 
@@ -92,10 +87,10 @@ def mul(func: Any, a: Any, b: Any) -> Jet:
 def bilinear(func: Any, a: Any, b: Any) -> Jet:
     """A bilinear product: O(k²) products of two jets, or k + 1 products with a constant."""
     if is_jet(a) and is_jet(b):
-        return Jet(series.product(a.coefficients, b.coefficients, func))
+        return Jet(series.product(a.series, b.series, func))
     if is_jet(a):
-        return Jet([func(x, b) for x in a.coefficients])
-    return Jet([func(a, y) for y in b.coefficients])
+        return jets([func(x, b) for x in a.leading], a.order)
+    return jets([func(a, y) for y in b.leading], b.order)
 
 
 PRODUCTS: dict[str, Any] = {"addmm": torch.mm, "baddbmm": torch.bmm, "addmv": torch.mv}
@@ -105,10 +100,10 @@ PRODUCTS: dict[str, Any] = {"addmm": torch.mm, "baddbmm": torch.bmm, "addmv": to
 def addmm(func: Any, bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Any:
     """β bias + α a b."""
     if is_jet(a) and not (is_jet(b) or is_jet(bias)):
-        first, *others = a.coefficients
+        first, *others = a.leading
         times = [PRODUCTS[func.overloadpacket.__name__](x, b) for x in others]
         times = times if alpha == 1 else [alpha * x for x in times]
-        return Jet([func(bias, first, b, beta=beta, alpha=alpha), *times])
+        return jets([func(bias, first, b, beta=beta, alpha=alpha), *times], a.order)
     product = a @ b if alpha == 1 else alpha * (a @ b)
     return product + (bias if beta == 1 else beta * bias)
 
@@ -119,7 +114,7 @@ def div(func: Any, a: Any, b: Any, rounding_mode: str | None = None) -> Jet:
     if rounding_mode is not None:
         raise NotImplementedError(refusal("floor_divide"))
     if not is_jet(b):
-        return Jet([func(x, b) for x in a.coefficients])
+        return jets([func(x, b) for x in a.leading], a.order)
     return Jet(series.quotient(*pair(a, b)))
 
 
@@ -128,10 +123,9 @@ def convolution(func: Any, x: Any, weight: Any, bias: Any, *options: Any) -> Jet
     """A convolution with constant weights; the bias is added to a_0."""
     if not is_jet(x) or is_jet(weight) or is_jet(bias):
         raise NotImplementedError(refusal("convolution with a kernel that depends on the input"))
-    first, *others = x.coefficients
-    return Jet(
-        [func(first, weight, bias, *options), *(func(a, weight, None, *options) for a in others)]
-    )
+    first, *others = x.leading
+    moved = [func(a, weight, None, *options) for a in others]
+    return jets([func(first, weight, bias, *options), *moved], x.order)
 
 
 @rule("constant_pad_nd", "masked_fill")
@@ -139,9 +133,9 @@ def filled(func: Any, x: Any, where: Any, fill: Any = 0.0) -> Jet:
     """Some entries are set to a constant: to zero for n > 0."""
     if not is_jet(x) or is_jet(where) or is_jet(fill):
         raise NotImplementedError(refusal(func.overloadpacket.__name__))
-    first, *others = x.coefficients
+    first, *others = x.leading
     zero = torch.zeros_like(fill) if isinstance(fill, Tensor) else 0.0
-    return Jet([func(first, where, fill), *(func(a, where, zero) for a in others)])
+    return jets([func(first, where, fill), *(func(a, where, zero) for a in others)], x.order)
 
 
 @rule("native_dropout")
@@ -149,7 +143,7 @@ def dropout(func: Any, x: Jet, p: float, train: bool | None) -> tuple[Jet, Tenso
     """All coefficients use the mask of a_0."""
     _, mask = func(x.coefficients[0], p, train)
     keep = mask.to(x.dtype) / (1 - p) if train and p < 1 else mask.to(x.dtype)
-    return Jet([a * keep for a in x.coefficients]), mask
+    return jets([a * keep for a in x.leading], x.order), mask
 
 
 @rule("pow")
@@ -165,7 +159,7 @@ def power(func: Any, a: Any, p: Any) -> Jet:
         if p.numel() != 1:
             raise NotImplementedError(refusal("pow with a tensor of exponents"))
         p = p.item()
-    return Jet(series.power(a.coefficients, p))
+    return Jet(series.power(a.series, p))
 
 
 ELEMENTARY = {
@@ -194,7 +188,7 @@ ELEMENTARY = {
 def elementary(func: Any, a: Jet, *args: Any, **kwargs: Any) -> Any:
     """An elementwise function of one jet."""
     name = func.overloadpacket.__name__
-    out = Jet(ELEMENTARY[name](a.coefficients, *args, **kwargs))
+    out = Jet(ELEMENTARY[name](a.series, *args, **kwargs))
     return (out, out) if name == "log_sigmoid_forward" else out
 
 

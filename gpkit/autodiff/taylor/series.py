@@ -16,33 +16,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Series = list[Any]  # of tensors, or of numbers
+Series = list[Any]  # of tensors; of numbers; 0.0 is a coefficient that is known to be zero
 
 
 def product(a: Series, b: Series, times: Callable[[Any, Any], Any] | None = None) -> Series:
     """Return the coefficients of a·b; ``times`` is any bilinear map, such as a matrix product."""
     if times is None:
         return [dot(a[: n + 1], b[n::-1]) for n in range(len(a))]
-    return [total(times(a[i], b[n - i]) for i in range(n + 1)) for n in range(len(a))]
+    return [
+        total(times(x, y) for x, y in zip(a[: n + 1], b[n::-1], strict=True) if are_tensors(x, y))
+        for n in range(len(a))
+    ]
+
+
+def are_tensors(*coefficients: Any) -> bool:
+    """Whether all of some coefficients are tensors."""
+    return all(isinstance(a, Tensor) for a in coefficients)
 
 
 def dot(a: Series, b: Series, start: Any = None, sign: float = 1) -> Any:
-    """Return start ± Σ a_i b_i, in one operation for each term."""
+    """Return start ± Σ a_i b_i, in one operation for each term that is not known to be zero."""
     out = start
     for x, y in zip(a, b, strict=True):
+        if any(isinstance(factor, float) and factor == 0 for factor in (x, y)):
+            continue
         if out is None:
             out = x * y
-        elif isinstance(x, Tensor) and isinstance(y, Tensor) and isinstance(out, Tensor):
+        elif are_tensors(x, y, out):
             out = torch.addcmul(out, x, y, value=sign)
         else:
             out = out + sign * (x * y)
-    return out
+    return 0.0 if out is None else out
 
 
 def total(terms: Any) -> Any:
-    """Return the sum of at least one term."""
+    """Return the sum of terms; 0.0 if there are none."""
     terms = iter(terms)
-    out = next(terms)
+    out = next(terms, 0.0)
     for term in terms:
         out = out + term
     return out

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 Hook = Callable[..., Any]
 
@@ -56,6 +57,35 @@ def with_torchs_draws(options: dict[str, Any]) -> dict[str, Any]:
     of_mode = torch._inductor.list_mode_options(mode) if mode else {}
     others = {name: option for name, option in options.items() if name != "mode"}
     return {**others, "options": {"fallback_random": True, **of_mode, **(given or {})}}
+
+
+def is_noted(x: Tensor) -> bool:
+    """Whether Dynamo runs a function of this tensor, to see the shape of what it returns.
+
+    It does so with tensors without values. Later, when the graph of single operations is made,
+    these are inside of others, of another class.
+
+    Args:
+        x: an argument of the function.
+
+    Returns:
+        Whether it has no values, and is not inside of another.
+    """
+    from torch._subclasses import FakeTensor
+
+    return isinstance(x, FakeTensor)
+
+
+def traceable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that does the same, for a TorchFunctionMode that may be traced.
+
+    ``Tensor.unflatten`` is written in Python, around one of its base class that Dynamo does not
+    find from inside of a mode. It is compared by ``is``: Dynamo does not find it in a dict either.
+
+    Args:
+        function: of torch.
+    """
+    return torch.unflatten if function is Tensor.unflatten else function
 
 
 def keeping_buffers() -> AbstractContextManager[Any]:

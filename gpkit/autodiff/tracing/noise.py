@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gpkit.autodiff.tracing.calls import RECORDS, TRACES
+from gpkit.autodiff.tracing.compat import traceable
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class noisy(TorchFunctionMode):
         """Call a function; of a dropout, take the numbers that were drawn, or note it."""
         kwargs = kwargs or {}
         if func not in DROPOUTS:
-            return func(*args, **kwargs)
+            return traceable(func)(*args, **kwargs)
         x, p, training, inplace = DROPOUTS[func](*args, **kwargs)
         if inplace or not training or p in (0, 1):
             return func(*args, **kwargs)
