@@ -124,7 +124,7 @@ class Penalty:
         plain = self._schedule is scale is groups is target is metric is sample_weight is None
         known = None if TRACES or RECORDS or not plain else self.shortcuts
         if known is not None and known.known and (earlier := known.of(f)) is not None:
-            at, seed = self.step if step is None else step, self._seed_of(self.draws + 1)
+            at, seed = self.step if step is None else step, self._seed_of(self.draws + 1, 0)
             again = earlier.penalty(self, f, args, real, fake, self.weight_at(at), seed)
             if again is not None:
                 self.evaluated_at, self.step, self.draws = at, at + 1, self.draws + 1
@@ -324,7 +324,7 @@ class Penalty:
         self.draws += 1
         return self._seed_of(self.draws)
 
-    def _seed_of(self, draws: int) -> int:
+    def _seed_of(self, draws: int, own: int | None = None) -> int:
         if self.seed is None:
             self.seed = torch.initial_seed() % 2**63
-        return derived_seed(self.seed, rank(), draws)
+        return derived_seed(self.seed, rank() if own is None else own, draws)

@@ -11,6 +11,7 @@ COMPAT = {
     "autodiff/sharding/compat.py",
     "findings/compat.py",
     "autodiff/tracing/compat.py",
+    "shortcut/compat.py",
     "lightning/compat.py",
 }
 

@@ -238,12 +238,11 @@ def in_backward() -> bool:
 # `named_buffers` takes thirty times as long, and a module may override `setattr`.
 buffers_of: Callable[[nn.Module], dict[str, Tensor | None]] = attrgetter("_buffers")
 
-# The same for a module's own children, parameters and forward hooks, and for all of them at once.
+# The same for a module's own children, parameters and forward hooks.
 children_of: Callable[[nn.Module], dict[str, nn.Module | None]] = attrgetter("_modules")
 parameters_of: Callable[[nn.Module], dict[str, Tensor | None]] = attrgetter("_parameters")
 hooks_of: Callable[[nn.Module], Any] = attrgetter("_forward_hooks", "_forward_pre_hooks")
-_HELD = "_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks"
-parts_of_module: Callable[[nn.Module], Any] = attrgetter(*_HELD)
+
 
 # base_of(tensor): what a view is a view of, or None. There is no public way to ask.
 base_of: Callable[[Tensor], Tensor | None] = attrgetter("_base")

@@ -195,6 +195,16 @@ def run_plain(
         set_random_state(before, device)
 
 
+def run_still(run: Any, args: Any, known: Known) -> Any:
+    """Return ``run(*args)``, as in `run_plain`, of modules that draw no random numbers."""
+    known.runs += 1
+    RUNNING.append(True)
+    try:
+        return run(*args)
+    finally:
+        RUNNING.pop()
+
+
 def run_again(function: Callable[[], Any], found: Reach, start: Start, device: torch.device) -> Any:
     """Return ``function()`` as it was run from a start, where that needs random numbers alone.
 

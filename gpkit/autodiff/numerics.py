@@ -102,7 +102,7 @@ def is_positive(squared_norms: Tensor) -> bool:
     Returns:
         False where one of them is zero, or on another device.
     """
-    return squared_norms.is_cpu and bool(squared_norms.all())
+    return squared_norms.is_cpu and squared_norms.all().item() is True
 
 
 def note_positive(squared_norms: Tensor) -> None:

@@ -23,7 +23,7 @@ def derived_seed(*parts: object) -> int:
     >>> derived_seed(0, 1) == derived_seed(0, 1) != derived_seed(0, 2)
     True
     """
-    words = ",".join([str(part) for part in parts])
+    words = ",".join(map(str, parts))
     digest = blake2b(words.encode(), digest_size=8)
     return int.from_bytes(digest.digest(), "little") >> 1
 

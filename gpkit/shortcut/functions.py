@@ -9,13 +9,13 @@ from torch import Tensor
 
 from gpkit.autodiff.compat import nodes_made
 from gpkit.autodiff.graph import Made
-from gpkit.autodiff.isolation import run_plain
-from gpkit.autodiff.reached import LOOK_AGAIN, SEEN_ONCE, Reach
+from gpkit.autodiff.isolation import run_plain, run_still
+from gpkit.autodiff.reached import LOOK_AGAIN, OF_EVERY_MODULE, SEEN_ONCE
 from gpkit.autodiff.state import restore
 from gpkit.axes.at import At
 from gpkit.axes.call import called
 from gpkit.estimators.base import Target
-from gpkit.shortcut.net import Choices, State, may_attend
+from gpkit.shortcut.net import Choices, State, are_still, may_attend, sizes_of
 from gpkit.shortcut.points import Drawing
 from gpkit.shortcut.repeated import Repeated
 
@@ -34,17 +34,19 @@ class Function(Repeated):
     forgotten = False
 
     def __init__(self, axes: Any, target: Target, made: Made, *, code: bool) -> None:
-        super().__init__()
+        super().__init__(target.xs[0].device)
         found = made.by
         self.choices = Choices(axes)
         self.known = found.known
         self.family = [weakref.ref(module) for module in found.family]
         self.state = State(found.family, found.known.own)
+        self.still = not code and are_still(found.family)
+        self.sizes = sizes_of(found.family)
         last = target.y.grad_fn
         before = last.next_functions[0][0] if target.y.ndim == 2 and last is not None else None
         self.made = {2: (made.nodes, type(last)), 1: (made.nodes, type(before))}
         self.attends = code or may_attend(found.family, target.fingerprint.kinds)
-        self.drawing = Drawing()
+        self.drawing = Drawing(self.device)
 
     def output(
         self, axes: Any, f: Any, real: Tensor | None, fake: Tensor | None, seed: int
@@ -58,17 +60,22 @@ class Function(Repeated):
             return None
         if not self.state.holds(family) or type(axes.at).weights is not At.weights:
             return None
-        x: Any = fake if real is None else real
-        kept = Reach(family, [], known).attributes if known.own else ()
+        kept = [(family[i], {**vars(family[i])}) for i in known.own]
         points = self.drawing.points(axes.at, real, fake, seed)
-        arguments = f, points, x.shape[0]
+        samples: Any = fake if real is None else real
+        arguments = f, points, samples.shape[0]
         try:
             before = nodes_made()
-            y = run_plain(called, arguments, known, seed, x.device, attends=self.attends)
+            if self.still and sizes_of(family) == self.sizes:
+                y = run_still(called, arguments, known)
+            else:
+                y = run_plain(called, arguments, known, seed, self.device, attends=self.attends)
             nodes = nodes_made() - before
         finally:
-            for module, attributes in kept:
-                restore(module, attributes)
+            if kept and not self.state.has_attributes(family):
+                for module, attributes in kept:
+                    own = {k: v for k, v in attributes.items() if k not in OF_EVERY_MODULE}
+                    restore(module, own)
         if self.is_like(y, nodes, points[0].shape[0]):
             return y, points[0]
         self.forget()

@@ -16,11 +16,11 @@ from gpkit.autodiff.compat import (
     buffers_of,
     hooks_of,
     is_compiled,
-    parts_of_module,
 )
 from gpkit.autodiff.random import is_generator
 from gpkit.autodiff.reached import is_torchs, own_attributes, parts_of
 from gpkit.autodiff.state import CONTAINERS
+from gpkit.shortcut.compat import parts_of as parts_held
 
 CHOSEN = operator.itemgetter(
     "of", "wrt", "scope", "order", "estimator", "elementary", "named", "forward", "metric",
@@ -67,7 +67,11 @@ class State:
             return False
         if [parts[i].requires_grad for i in self.tensors] != self.trained:
             return False
-        return not self.own or [*map(id, self.attributes_of(family))] == self.attributes
+        return not self.own or self.has_attributes(family)
+
+    def has_attributes(self, family: Sequence[nn.Module]) -> bool:
+        """Whether the attributes of modules of the user's own types are as they were."""
+        return [*map(id, self.attributes_of(family))] == self.attributes
 
     def attributes_of(self, family: Sequence[nn.Module]) -> Iterable[Any]:
         """Return all attributes of modules of the user's own types."""
@@ -76,7 +80,7 @@ class State:
 
 def parts_of_all(family: Sequence[nn.Module]) -> list[Any]:
     """Return the children, parameters, buffers and hooks of each module."""
-    held = filter(None, chain.from_iterable(map(parts_of_module, family)))
+    held = filter(None, chain.from_iterable(map(parts_held, family)))
     return [*chain.from_iterable(map(dict.values, held))]
 
 
@@ -162,3 +166,25 @@ def may_attend(family: Sequence[nn.Module], kinds: Iterable[str]) -> bool:
         return True
     hooked = any(chain.from_iterable(map(hooks_of, family)))
     return hooked or not all(is_torchs(m) and "forward" not in vars(m) for m in family)
+
+
+STILL = frozenset({
+    nn.Sequential, nn.Identity, nn.Flatten, nn.Unflatten, nn.Linear, nn.Bilinear, nn.Conv1d,
+    nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.ReLU,
+    nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid,
+    nn.Softplus, nn.Softsign, nn.Hardtanh, nn.ReLU6, nn.Hardswish, nn.LogSigmoid, nn.GroupNorm,
+    nn.LayerNorm, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d,
+    nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d,
+    nn.PixelShuffle, nn.PixelUnshuffle, nn.Upsample, nn.ZeroPad2d, nn.ReflectionPad2d,
+})  # fmt: skip
+
+
+def are_still(family: Sequence[nn.Module]) -> bool:
+    """Whether modules are all torch's own that draw no random numbers, without hooks."""
+    unhooked = not any(chain.from_iterable(map(hooks_of, family)))
+    return unhooked and all(type(m) in STILL and "forward" not in vars(m) for m in family)
+
+
+def sizes_of(family: Sequence[nn.Module]) -> list[int]:
+    """Return the number of attributes of each module, which grows if its forward is replaced."""
+    return [*map(len, map(vars, family))]

@@ -14,13 +14,19 @@ from gpkit.autodiff.tracing.calls import RECORDS, TRACES
 from gpkit.axes.form import Rooted, one_sided, two_sided
 from gpkit.formula import Terms
 from gpkit.hints import ExplainedError
+from gpkit.shortcut.compat import gradient
 
 
 class Repeated:
-    """How earlier calls went. A subclass defines `output`, and `forget` if it looks at graphs."""
+    """How earlier calls went. A subclass defines `output`, and `forget` if it looks at graphs.
 
-    def __init__(self) -> None:
-        self.ones = torch.ones(0)
+    Args:
+        device: of the samples.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.kind = device, device.type
+        self.ones = torch.ones(0, device=device)
         self.form: Any = None
         self.rooted = False
 
@@ -101,31 +107,30 @@ class Repeated:
             if len(args) > 1 or real is not None or fake is not None:
                 return None
             real, fake = args[0], None if axes.at.moves else args[0]
-        if real is fake is None or not (is_plain(real) and is_plain(fake)):
+        if real is fake is None:
             return None
+        for x in (real, fake):
+            plain = x is None or (type(x) is Tensor and x.ndim and x.numel())
+            if not plain or (x is not None and x.device != self.device):
+                return None
         found = self.output(axes, f, real, fake, seed)
         if found is None:
             return None
         y, x = found
-        ones, kind = self.ones, "cpu" if y.is_cpu else y.device.type
-        if not y.requires_grad or torch.is_autocast_enabled(kind):
+        if not y.requires_grad or torch.is_autocast_enabled(self.kind):
             g: Tensor | None = gradients(y.sum(), (x,))[0]
         else:
-            if ones.shape != y.shape or ones.dtype != y.dtype or ones.device != y.device:
+            ones = self.ones
+            if ones.shape != y.shape or ones.dtype != y.dtype or y.device != self.device:
                 ones = self.ones = torch.ones_like(y)
             try:  # in one operation less than the derivative of the sum
-                (g,) = torch.autograd.grad(y, (x,), (ones,), create_graph=True, allow_unused=True)
+                g = gradient(y, x, ones)
             except RuntimeError as error:
                 raise ExplainedError(error) from error
         if g is None or not g.requires_grad:
             self.forget()
             return None
         return g
-
-
-def is_plain(x: Any) -> bool:
-    """Whether samples are None, or a tensor ``[B, *S]`` of torch's own type with numbers."""
-    return x is None or (type(x) is Tensor and x.ndim > 0 and x.numel() > 0 and not x.is_meta)
 
 
 def is_rooted(form: Any) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from gpkit.autodiff.compat import LEAF
+from gpkit.autodiff.random import CPU
 from gpkit.axes.at import fake as fakes
 from gpkit.estimators.base import Target
 from gpkit.shortcut.net import Choices
@@ -20,7 +21,7 @@ class Scores(Repeated):
     """The graphs of scores of earlier calls."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(CPU)
         self.known: set[tuple[Any, ...]] = set()
         self.choices: Any = None
 
@@ -29,9 +30,11 @@ class Scores(Repeated):
         (x,) = target.xs
         if type(axes.at) not in SAMPLES or y.grad_fn is None:
             return
-        if len(self.known) >= MANY or (self.known and not self.choices.hold(axes)):
+        same = self.choices is not None and self.choices.hold(axes) and x.device == self.device
+        if len(self.known) >= MANY or not same:
             self.known.clear()
         self.choices = Choices(axes)
+        self.device, self.kind = x.device, x.device.type
         self.known.add(graph_of(y, x))
 
     def output(

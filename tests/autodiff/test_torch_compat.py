@@ -112,9 +112,6 @@ def test_children_parameters_and_nodes():
     own = compat.children_of(net), compat.parameters_of(net[0])
     true = dict(net.named_children()), dict(net[0].named_parameters())
     require(own == true, "children_of or parameters_of", "a net that has changed is taken as known")
-    children, owned, buffers, *hooks = compat.parts_of_module(net)
-    assert (children, owned, buffers) == (true[0], {}, {})
-    assert hooks == [*compat.hooks_of(net)]
     x, before = torch.ones(1, 3), compat.nodes_made()
     y = net(x)
     made = compat.nodes_made() - before
