@@ -1,6 +1,7 @@
 """What `gpkit.bench` measures, where it is known by hand."""
 
 import importlib
+import io
 import json
 import subprocess
 import sys
@@ -9,12 +10,13 @@ from functools import partial
 import pytest
 import torch
 from compiling import Graphs
+from rich.console import Console
 from torch import nn
 
 import gpkit
 from gpkit.bench.__main__ import main
 from gpkit.bench.measure import Benchmark, Row, bench, flops_of, memory_of
-from gpkit.bench.shown import chart
+from gpkit.bench.shown import chart, tables
 from gpkit.bench.steps import Steps
 from gpkit.bench.variants import variants
 
@@ -151,6 +153,26 @@ def test_the_command(capsys, tmp_path):
     with pytest.raises(SystemExit):
         main(["penalty=none"])
     assert "there is no penalty" in capsys.readouterr().err
+
+
+def test_the_tables_fit_a_terminal_of_80_columns():
+    costs = {"time": 12.345, "low": 10.0, "high": 21.0, "flops": 2.0, "memory": 3.0, "error": 1e-4}
+    rows = (
+        Row("weight_grad_norm", "finite_difference", compiled=11.0, **costs),
+        Row("weight_grad_norm", "exact", refused="the net has no second derivative"),
+        Row("r1", "exact", **costs),
+    )
+    found = Benchmark(rows, 1e-3, 0.1)
+    console = Console(width=80, file=io.StringIO())
+    for table in tables(found):
+        console.print(table)
+    said = console.file.getvalue()
+    assert [line.split() for line in said.splitlines() if "finite_difference" in line] == [
+        ["finite_difference", "12.35", "10.00-21.00", "11.00", "2.00", "3.00", "1.0e-04"]
+    ]
+    assert "weight_grad_norm, in plain steps of 1 ms" in said
+    assert "r1, in plain steps of 1 ms" in said
+    assert "not steady" in found.advice()[-1]
 
 
 def test_a_chart_of_what_is_unknown(tmp_path):

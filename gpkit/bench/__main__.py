@@ -16,7 +16,7 @@ from rich.console import Console
 from gpkit.app.data import built, loader_of
 from gpkit.app.overrides import CONFIG_DIR, explain
 from gpkit.bench.measure import Benchmark, bench
-from gpkit.bench.shown import chart, table
+from gpkit.bench.shown import chart, tables
 from gpkit.lightning.batches import unpack
 
 
@@ -49,7 +49,8 @@ def main(words: Sequence[str] | None = None) -> None:
         print(json.dumps(found.as_dict()))
         return
     console = Console()
-    console.print(table(found))
+    for table in tables(found):
+        console.print(table)
     for row in found.rows:
         if row.obstacle:
             console.print(f"{row.penalty}, {row.estimator}: not compiled: {row.obstacle}")

@@ -98,6 +98,10 @@ class Benchmark:
                 if row is not None
             ]
             lines.append(f"{name}: {'; '.join(said) or 'no estimator is within the error'}")
+        if any(row.high > UNSTEADY * row.low for row in self.rows):
+            lines.append(
+                "the times are not steady, as beside other work: wait for it, or take more rounds"
+            )
         return lines
 
     def as_dict(self) -> dict[str, Any]:
@@ -109,6 +113,7 @@ class Benchmark:
         return {"plain_seconds": self.plain, "within": self.within, "rows": rows}
 
 
+UNSTEADY = 2.0  # the upper quartile by the lower one
 EXACT = 1e-4  # the rounding of float32, through a derivative
 
 
@@ -178,12 +183,16 @@ def bench(
         rounds,
     )
     plain = timed.pop("")
-    base = flops_of(steps.plain), memory_of(steps.plain)
+    flops = flops_of(steps.plain)
+    net.zero_grad()
+    base = flops, memory_of(steps.plain)
     for key, (made, error) in cases.items():
         step = step_of(steps, made)
         ratios = [a / b for a, b in zip(timed[key], plain, strict=True)]
         low, middle, high = quartiles(ratios)
-        flops, memory = flops_of(step) / base[0], memory_of(step) / base[1]
+        flops = flops_of(step) / base[0]
+        net.zero_grad()  # what the step would free
+        memory = memory_of(step) / base[1]
         compiled = float("nan")
         if (key, "compiled") in timed:
             pairs = zip(timed[key, "compiled"], plain, strict=True)

@@ -1,35 +1,41 @@
-"""A benchmark as a table and as a chart."""
+"""A benchmark as tables and as a chart."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
+from rich.box import SIMPLE
 from rich.table import Table
 
-from gpkit.bench.measure import Benchmark
+from gpkit.bench.measure import Benchmark, Row
 
 
-def table(found: Benchmark) -> Table:
-    """Return the rows as a table."""
-    made = Table(title=f"in plain steps of {found.plain * 1e3:.3g} ms")
-    for name in HEADER:
-        words = name in ("penalty", "estimator")
-        made.add_column(name, justify="left" if words else "right", overflow="fold")
-    for row in found.rows:
-        if row.refused:
-            made.add_row(row.penalty, row.estimator, "-", "", "", "", "", row.refused)
-            continue
-        numbers = (number(row.flops), number(row.memory), f"{row.error:.1e}")
-        between = f"{row.low:.2f}-{row.high:.2f}"
-        compiled = number(row.compiled)
-        made.add_row(row.penalty, row.estimator, number(row.time), between, compiled, *numbers)
-    return made
+def tables(found: Benchmark) -> Iterator[Table]:
+    """Yield a table for each penalty."""
+    for name in dict.fromkeys(row.penalty for row in found.rows):
+        made = Table(title=f"{name}, in plain steps of {found.plain * 1e3:.3g} ms", box=SIMPLE)
+        made.add_column("estimator", no_wrap=True)
+        for column in COLUMNS:
+            made.add_column(column, justify="right", no_wrap=True)
+        made.add_column("")
+        for row in found.rows:
+            if row.penalty == name:
+                made.add_row(row.estimator, *cells(row), row.refused)
+        yield made
 
 
-HEADER = (
-    "penalty", "estimator", "time", "quartiles", "compiled", "operations", "memory", "error",
-)  # fmt: skip
+COLUMNS = ("time", "quartiles", "compiled", "flops", "memory", "error")
+
+
+def cells(row: Row) -> list[str]:
+    """Return the numbers of a row in words."""
+    if row.refused:
+        return ["-"] * len(COLUMNS)
+    between = f"{row.low:.2f}-{row.high:.2f}"
+    costs = number(row.compiled), number(row.flops), number(row.memory)
+    return [number(row.time), between, *costs, f"{row.error:.1e}"]
 
 
 def number(value: float) -> str:
