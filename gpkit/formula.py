@@ -107,7 +107,7 @@ class Terms:
         else:  # the form has a graph of its own
             return total
         grads = difference.added_to(grads, share, overwrite=overwrite)
-        return known_gradient(total, difference.leaves, grads, owned=overwrite)
+        return known_gradient(total.detach(), difference.leaves, grads, owned=overwrite)
 
     def detached(self) -> Terms:
         """Return the same terms without graphs."""

@@ -43,7 +43,8 @@ def with_loss(
         return _with_loss(penalties, closure, net, step)
     begun: Any = None
     exact = shortcuts.exact_steps.of(first, closure, net, step)
-    known = shortcuts.steps.of(first, closure, net, step) if exact is None else None
+    known = shortcuts.steps.of(closure, net) if exact is None else None
+    start = None if known is None else known.begin(first, closure, net, step)
     if exact is not None:
         given = closure()
         total = exact.total(first, given, step)
@@ -51,15 +52,13 @@ def with_loss(
             return total
         shortcuts.exact_steps.missed(closure, net)
         begun = None, (), given
-    elif known is not None:
-        found = known.reach()
-        state = known.start(found, device_of(net))
+    elif known is not None and start is not None:
         given = closure()
-        total = known.total(first, closure, found, state, given, step)
+        total = known.total(first, closure, start, given)
         if total is not None:
             return total
         shortcuts.steps.missed(closure, net)
-        begun = found, state, given
+        begun = start.found, start.state, given
     return _with_loss(penalties, closure, net, step, begun)
 
 

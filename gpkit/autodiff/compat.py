@@ -176,10 +176,10 @@ def is_once_differentiable(node: Any) -> bool:
         node: a node of an autograd graph.
 
     Returns:
-        Whether its backward has the code of the decorator's wrapper.
+        Whether its backward has the code of the decorator's wrapper, or says that it calls it.
     """
     backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
-    return getattr(backward, "__code__", None) is _ONCE.__code__
+    return getattr(backward, "__code__", None) is _ONCE.__code__ or hasattr(backward, "once")
 
 
 def is_reentrant_checkpoint(node: Any) -> bool:

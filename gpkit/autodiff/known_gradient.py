@@ -152,7 +152,8 @@ def known_gradient(
         share: c ``[G]``: the incoming gradient of the backward pass must be a multiple of c.
         difference: what ``grads`` are; then these are empty, and computed when they are needed.
         plus: a number to add to the value.
-        owned: whether nobody else has the gradients, so that they may be overwritten.
+        owned: whether nobody else has the gradients, which then may be overwritten; they have the
+            dtypes of the leaves, and the value has no graph.
 
     Returns:
         The value, differentiable once.
@@ -163,33 +164,29 @@ def known_gradient(
     >>> w.grad
     tensor([6., 8.])
     """
-    out: Tensor = _KnownGradient.apply(
-        value.detach(), plus, Kept(grads, share, difference, owned=owned), *leaves
-    )
+    if owned:
+        own: Tensor = _OwnedGradient.apply(value, plus or 0.0, [*grads], *leaves)
+        return own
+    kept = Kept(grads, share, difference)
+    out: Tensor = _KnownGradient.apply(value.detach(), plus, kept, *leaves)
     if difference is not None and out.grad_fn is not None:
         out.grad_fn.difference = difference  # type: ignore[attr-defined]
     return out
 
 
 class Kept:
-    """Gradients that a backward pass will hand out. Autograd does not hold them.
+    """Gradients that a backward pass will hand out, which others have as well.
 
     Args:
         grads: the gradients.
         share: see `known_gradient`.
         difference: what they are, or None.
-        owned: whether nobody else has them.
     """
 
     def __init__(
-        self,
-        grads: Sequence[Tensor],
-        share: Tensor | None,
-        difference: Difference | None,
-        *,
-        owned: bool,
+        self, grads: Sequence[Tensor], share: Tensor | None, difference: Difference | None
     ) -> None:
-        self.share, self.difference, self.owned = share, difference, owned
+        self.share, self.difference = share, difference
         self.parts = [*grads] if difference is None else difference.parts()
         self.versions = [*map(write_count, self.parts)]
 
@@ -199,18 +196,12 @@ class Kept:
         Args:
             keep: whether they are handed out again later: then the caller gets copies.
 
-        Returns:
-            The gradients, which the caller may write to if nobody else has them.
-
         Raises:
             RuntimeError: if they were handed out before, or if a part was written to since.
         """
         parts = self.parts
         if parts is None:
-            raise RuntimeError(
-                "a second backward pass through a loss with a penalty by finite differences, whose "
-                "gradient the first pass has given away: call backward(retain_graph=True) first"
-            )
+            raise RuntimeError(GIVEN_AWAY)
         if self.versions != [*map(write_count, parts)]:
             raise RuntimeError("a gradient of the penalty was modified by an inplace operation")
         difference = self.difference
@@ -219,6 +210,12 @@ class Kept:
         if difference is not None:
             return [*difference.computed()]
         return [part.clone() for part in parts] if keep else parts
+
+
+GIVEN_AWAY = (
+    "a second backward pass through a loss with a penalty by finite differences, whose gradient "
+    "the first pass has given away: call backward(retain_graph=True) first"
+)
 
 
 class _KnownGradient(torch.autograd.Function):
@@ -239,14 +236,44 @@ class _KnownGradient(torch.autograd.Function):
         else:
             size = share.square().sum()
             factor = (grad * share).sum() / torch.where(size == 0, 1, size)
-        keep = keeps_graph()
-        grads = kept.handed_out(keep=keep)
-        on_cpu = factor.device.type == "cpu"  # another device would be waited for
-        if not on_cpu or factor.item() != 1:
-            if (kept.owned or keep) and are_apart(grads):
-                scale_by(grads, factor.item() if on_cpu else factor)
-            else:
-                grads = [g * factor for g in grads]
+        grads = kept.handed_out(keep=keeps_graph())
+        if factor.device.type != "cpu" or factor.item() != 1:  # another device would be waited for
+            grads = [g * factor for g in grads]
         if [g.dtype for g in grads] != ctx.dtypes:
             grads = [g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
         return None, None, None, *grads
+
+
+def _given_away(ctx: Any, grad: Tensor) -> Any:
+    if torch.is_grad_enabled():  # create_graph=True
+        return _given_away.once(ctx, grad)  # type: ignore[attr-defined]
+    grads = ctx.grads
+    if grads is None:
+        raise RuntimeError(GIVEN_AWAY)
+    if keeps_graph():
+        grads = [g.clone() for g in grads]
+    else:
+        ctx.grads = None
+    factor: Number = grad.item() if grad.device.type == "cpu" else grad.reshape(())
+    if isinstance(factor, Tensor) or factor != 1:
+        if are_apart(grads):
+            scale_by(grads, factor)
+        else:
+            grads = [g * factor for g in grads]
+    return None, None, None, *grads
+
+
+_given_away.once = once_differentiable(_given_away)  # type: ignore[attr-defined]
+
+
+class _OwnedGradient(torch.autograd.Function):
+    """The same in few steps, for gradients that nobody else has."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, plus: Number, grads: list[Tensor], *leaves: Tensor
+    ) -> Tensor:
+        ctx.grads = grads
+        return value + plus
+
+    backward = staticmethod(_given_away)

@@ -59,6 +59,8 @@ def ways(
         copies = [v.clone() for v in values]
         moves = (d * factor for d in directions)  # one by one
         there, back = map(Tensor.add_, values, moves), map(Tensor.copy_, values, copies)
+    if not torch.is_autocast_enabled(tensors[0].device.type):
+        return there, back
     return without_casts_kept(tensors, there, back)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gpkit.autodiff import graph
-from gpkit.autodiff.compat import norms_of
+from gpkit.autodiff.compat import lerp_to, norms_of
 from gpkit.autodiff.derivatives import as_rows, first_gradients
 from gpkit.autodiff.gates import Gates, recorded
 from gpkit.autodiff.known_gradient import (
@@ -23,6 +23,7 @@ from gpkit.autodiff.known_gradient import (
 )
 from gpkit.autodiff.numerics import (
     Over,
+    dense,
     over_all,
     pairwise_sums,
     reduce_rows,
@@ -95,7 +96,9 @@ def of_weights(fd: Stepping, target: Target, evaluate: Callable[..., Tensor], no
     epsilon = spacing(target.y, *target.xs)
     plain = window is None and target.compared is None and norm == "l2"
     if plain and is_plain([*leaves, *grads]):
-        stride, looking = stride_of(fd, target.xs, grads, epsilon), look(fd, epsilon, target.xs)
+        size = size_of(target.xs) if fd.step is None else 0.0
+        step, top = length_for(size, epsilon, fd.step, fd.side), torch.finfo(grads[0].dtype).max
+        stride, looking = stride_of(length_of(grads), step, top), look(fd, epsilon, target.xs)
         difference = in_few_passes(stride, fd.side, looking, leaves, along)
         n2 = torch.as_tensor(stride.n, dtype=grads[0].dtype).square().reshape(1)
         return known_gradient(n2, leaves, (), difference=difference)
@@ -146,27 +149,14 @@ class Stride(NamedTuple):
         return math.inf if isinstance(h, float) and h == 0 else self.twice / h
 
 
-def stride_of(
-    fd: Stepping,
-    xs: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    epsilon: float,
-    size: Number | None = None,
-) -> Stride:
-    """Return the step in the weights, for plain tensors and "l2".
+def stride_of(n: Number, step: Any, top: float) -> Stride:
+    """Return the step in the weights.
 
     Args:
-        fd: the step.
-        xs: the weights θ.
-        grads: ∇L in ``xs``.
-        epsilon: of the dtype that the loss is computed in.
-        size: the root mean square of the weights, if it is known.
+        n: ‖∇L‖.
+        step: its length.
+        top: the largest number of the dtype.
     """
-    n = length_of(grads)
-    if fd.step is not None:
-        size = 0.0  # a given step does not depend on the weights
-    step: Any = length_for(size_of(xs) if size is None else size, epsilon, fd.step, fd.side)
-    top = torch.finfo(grads[0].dtype).max
     if isinstance(n, float):
         return Stride(n, step / n if n > 0 else step, 2.0 * (n > 0), top)
     return Stride(n, step / torch.where(n > 0, n, 1), (n > 0) * 2, top)
@@ -246,16 +236,32 @@ def mix_there(
     finally:
         for hook in hooks:
             hook.remove()
-    rest = [i for i in range(len(leaves)) if i not in mixed] if mixed else [*range(len(leaves))]
+    rest = [i for i in range(len(leaves)) if i not in mixed]
     here, points = [base[i] for i in rest], [leaves[i] for i in rest]
     there = [widened(g) for g in zeros_for_none([found[i] for i in rest], points)]
     together = Difference((), here, there, fraction).added_to(here, 1.0, overwrite=True)
-    if not mixed:
-        return together
     result = [*base]
     for i, g in zip(rest, together, strict=True):
         result[i] = g
     return result
+
+
+def mix_in(
+    evaluate: Callable[[], Tensor],
+    leaves: Sequence[Tensor],
+    hold: Callable[[Tensor], None],
+    base: Sequence[Tensor],
+    fraction: Number,
+) -> Sequence[Tensor]:
+    """Do the same where no tensor is large, and all are of one wide dtype."""
+    y = evaluate()
+    hold(y)
+    found = first_gradients(y, tuple(leaves), retain=False)
+    there = dense(found, leaves)
+    if isinstance(fraction, float):
+        lerp_to(base, there, fraction)
+        return base
+    return Difference((), base, there, fraction).added_to(base, 1.0, overwrite=True)
 
 
 LARGE = 2**14  # entries; a hook on a weight takes 6 µs

@@ -1,0 +1,258 @@
+"""A step of `with_loss` by finite differences that repeats an earlier one."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from gpkit import formula
+from gpkit.autodiff import graph
+from gpkit.autodiff.compat import LEAF, buffers_of
+from gpkit.autodiff.gates import Gates, kinks, recorded
+from gpkit.autodiff.isolation import isolated, run_again
+from gpkit.autodiff.known_gradient import Number, are_apart, fitted, known_gradient
+from gpkit.autodiff.numerics import dense, pairwise_sums
+from gpkit.autodiff.random import has_ranks, random_state
+from gpkit.autodiff.reached import LOOK_AGAIN, SEEN_ONCE, Reach
+from gpkit.autodiff.state import Start, start_of
+from gpkit.autodiff.tracing.calls import RECORDS, TRACES
+from gpkit.axes.form import norm, squared
+from gpkit.estimators.differences.moves import Owners, go, ways
+from gpkit.estimators.differences.step_factor import length_for, look
+from gpkit.estimators.differences.weight_difference import (
+    LARGE,
+    gradient_there,
+    in_few_passes,
+    length_of,
+    mix_in,
+    mix_there,
+    size_of,
+    stride_of,
+)
+from gpkit.estimators.repeats import SAME
+from gpkit.shortcut.net import Choices, State, references
+
+KNOWN = {SAME, *SEEN_ONCE}  # facts
+
+
+class Begun(NamedTuple):
+    """What the forward pass of a step started from.
+
+    Args:
+        found: what the closure and the module reach.
+        state: of buffers and random numbers.
+        owned: the parameters.
+        at: the optimiser step.
+        weight: λ there.
+    """
+
+    found: Reach
+    state: Start
+    owned: list[Tensor]
+    at: int
+    weight: float
+
+
+class Step:
+    """How an earlier step went, for steps that repeat it.
+
+    Args:
+        axes: the penalty.
+        refers: what the closure refers to.
+        net: a reference to the module.
+        found: what both reach.
+        loss: with its graph.
+    """
+
+    def __init__(self, axes: Any, refers: list[int], net: Any, found: Reach, loss: Tensor) -> None:
+        owned, fd = found.parameters(), axes.estimator
+        places = {id(p): i for i, p in enumerate(owned)}
+        self.refers, self.net, self.known, self.choices = refers, net, found.known, Choices(axes)
+        self.family = [*map(ref, found.family)]
+        self.state = State(found.family)
+        self.plain = not (found.known.own or any(map(buffers_of, found.family)))
+        self.variables = [places[id(p)] for p in axes.wrt.chosen(net())]
+        nodes, self.make = graph.walked(loss)
+        self.at = [i for i, node in enumerate(nodes) if hasattr(node, LEAF)]
+        self.leaves = [places[id(nodes[i].variable)] for i in self.at]
+        self.large = any(owned[i].numel() >= LARGE for i in self.leaves)
+        self.kinked = bool(kinks(nodes)) and not fd.cross_kinks
+        self.dtype, self.owners = loss.dtype, Owners()
+        self.epsilon, self.top = torch.finfo(loss.dtype).eps, torch.finfo(loss.dtype).max
+        self.least: float = length_for(0.0, self.epsilon, fd.step, fd.side)
+        self.given = fd.step is not None
+        self.size: Any = math.inf  # of the weights, when they were looked at last
+        self.looks = 0
+
+    def begin(self, penalty: Any, closure: Any, net: Any, step: int | None) -> Begun | None:
+        """Return what the step starts from, if it acts and what is known before is as it was."""
+        known = self.known
+        if RECORDS or TRACES or is_compiling() or not torch.is_grad_enabled() or has_ranks():
+            return None
+        if (known.runs + 1) % LOOK_AGAIN == 0 or not known.facts >= KNOWN:
+            return None
+        if self.net() is not net or references((closure, net)) != self.refers:
+            return None
+        if not self.choices.hold(penalty):
+            return None
+        family: list[Any] = [ref() for ref in self.family]
+        if None in family or not self.state.holds(family):
+            return None
+        at = penalty.step if step is None else step
+        weight = penalty.weight_at(at)
+        if weight == 0:
+            return None
+        found = Reach(family, [], known)
+        owned = found.parameters()
+        device = owned[self.variables[0]].device
+        plain = Start(random_state(device), [], {}) if self.plain else None
+        return Begun(found, plain or start_of(found, device), owned, at, weight)
+
+    def total(
+        self, penalty: Any, closure: Callable[[], Any], begun: Begun, loss: Any
+    ) -> Tensor | None:
+        """Return the loss and the penalty as one scalar; None if the loss has another graph.
+
+        Args:
+            penalty: the penalty.
+            closure: returns the loss.
+            begun: what the forward pass of ``loss`` started from.
+            loss: that the closure has returned.
+        """
+        if type(loss) is not Tensor or loss.numel() != 1 or loss.dtype != self.dtype:
+            return None
+        (found, state, owned, at, weight), device = begun, loss.device
+        nodes, make = graph.walked(loss)
+        if make != self.make or torch.is_autocast_enabled(device.type):
+            return None
+        leaves, xs = [nodes[i].variable for i in self.at], [owned[i] for i in self.variables]
+        if not all(map(operator.is_, leaves, [owned[i] for i in self.leaves])):
+            return None
+        same = self.variables == self.leaves
+        for x in leaves if same else (*leaves, *xs):
+            if x.dtype != self.dtype or x.device != device:
+                return None
+        penalty.evaluated_at, penalty.step = at, at + 1
+        if penalty.seed is None:
+            penalty.next_seed()
+        else:  # nothing is drawn from it
+            penalty.draws += 1
+        gates, base = self.gradient(loss, nodes, leaves)
+        del nodes
+        if same:
+            grads = base
+        else:
+            by_leaf = {id(leaf): g for leaf, g in zip(leaves, base, strict=True)}
+            grads = dense([by_leaf.get(id(x)) for x in xs], xs)
+
+        def evaluate() -> Tensor:
+            if self.plain:
+                return run_again(closure, found, state, device)
+            with isolated(found, state, device, twice=False):
+                y: Tensor = closure()
+                return y
+
+        fd = penalty.estimator
+        stride = stride_of(length_of(grads), self.length_at(xs), self.top)
+        share, value = valued(penalty, stride.n, weight, loss)
+        looking = look(fd, self.epsilon, xs)
+        if fd.side == "forward" and not looking.asks and are_apart(base):
+            h = stride.times(looking.factor)
+            fraction = fitted(share * stride.quotient(h), self.dtype)
+            mix = mix_there if self.large else mix_in
+            there, back = ways(xs, grads, h, self.owners)
+            try:
+                go(there)
+                together = mix(evaluate, leaves, gates.hold, base, fraction)
+            finally:
+                go(back)
+        else:
+
+            def along(h: Number) -> Sequence[Tensor]:
+                if isinstance(h, float) and h == 0:
+                    return base
+                there, back = ways(xs, grads, h, self.owners)
+                try:
+                    go(there)
+                    return gradient_there(evaluate, leaves, gates.hold)
+                finally:
+                    go(back)
+
+            difference = in_few_passes(stride, fd.side, looking, leaves, along)
+            if difference.starts_at(base):
+                together = difference.added_to(base, share, overwrite=True)
+            else:  # the two ends of a difference are others than this point
+                together = pairwise_sums(base, [g * share for g in difference.computed()])
+        plus = value() * weight
+        total = loss.detach() if loss.ndim == 0 else loss.detach().reshape(())
+        if isinstance(plus, Tensor) and plus.requires_grad:  # of what the form is made of
+            total, plus = total + plus.detach(), plus - plus.detach()
+            return known_gradient(total, leaves, together, owned=True) + plus
+        return known_gradient(total, leaves, together, plus=plus, owned=True)
+
+    def gradient(
+        self, loss: Tensor, nodes: Sequence[Any], leaves: Sequence[Tensor]
+    ) -> tuple[Gates, Sequence[Tensor]]:
+        """Return the gates of a loss, and its gradient in all leaves."""
+        within = recorded(loss, nodes) if self.kinked else nullcontext(Gates())
+        with within as gates:
+            grads = torch.autograd.grad(loss, leaves)
+        return gates, [g.to_dense() if g.is_sparse else g for g in grads]
+
+    def length_at(self, xs: Sequence[Tensor]) -> Number:
+        """Return the length of the step, see `length_for`.
+
+        It grows with the root mean square of the weights where that is above one. While it is below
+        a half, it is looked at in every eighth step.
+        """
+        if self.given:
+            return self.least
+        self.looks += 1
+        if isinstance(self.size, Tensor) or not self.size <= 0.5 or self.looks % 8 == 0:
+            self.size = size_of(xs)
+        size = self.size
+        return self.least * (size.clamp(min=1) if isinstance(size, Tensor) else max(size, 1.0))
+
+
+def valued(
+    penalty: Any, n: Number, weight: float, like: Tensor
+) -> tuple[Number, Callable[[], Number]]:
+    """Return λ times the derivative of a penalty in n², for one norm n, and how its value is noted.
+
+    Args:
+        penalty: the penalty.
+        n: the norm.
+        weight: λ.
+        like: a tensor of the dtype and device of the loss.
+
+    Returns:
+        The derivative, and a function that lets the penalty see n, when it is known that the step
+        succeeds, and returns the reduced value.
+    """
+    form = penalty.form
+    if isinstance(n, float) and not callable(penalty.weight):
+        if type(form) is squared:
+            return weight * form.scale, lambda: form.scale * n * n
+        if type(form) is norm and form.eps == 0:
+            return weight * form.scale / (2 * n) if n else 0.0, lambda: form.scale * n
+    n2 = torch.as_tensor(n, dtype=like.dtype).square().reshape(1).requires_grad_()
+    called = form.for_call(n2)
+    values = called(n2)
+    reduced = formula.reduced(values, penalty.reduce)
+    own = any(leaf is not n2 for leaf in graph.leaves(reduced))  # a graph of its own
+    (share,) = torch.autograd.grad(reduced * weight, n2, retain_graph=True)
+
+    def value() -> Number:
+        form.observe(n2)
+        penalty.observed(formula.Terms(n2, values, weight, reduced))
+        return formula.reduced(called(n2.detach()), penalty.reduce) if own else reduced.detach()
+
+    return share.sum(), value
