@@ -16,7 +16,7 @@ from torch import nn
 import gpkit
 from gpkit.bench.__main__ import main
 from gpkit.bench.measure import Benchmark, Row, bench, flops_of, memory_of
-from gpkit.bench.shown import chart, tables
+from gpkit.bench.shown import chart, notes, tables
 from gpkit.bench.steps import Steps
 from gpkit.bench.variants import variants
 
@@ -172,6 +172,7 @@ def test_the_tables_fit_a_terminal_of_80_columns():
     ]
     assert "weight_grad_norm, in plain steps of 1 ms" in said
     assert "r1, in plain steps of 1 ms" in said
+    assert notes(found) == ["weight_grad_norm, exact: the net has no second derivative"]
     assert "not steady" in found.advice()[-1]
 
 

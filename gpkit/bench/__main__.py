@@ -16,7 +16,7 @@ from rich.console import Console
 from gpkit.app.data import built, loader_of
 from gpkit.app.overrides import CONFIG_DIR, explain
 from gpkit.bench.measure import Benchmark, bench
-from gpkit.bench.shown import chart, tables
+from gpkit.bench.shown import chart, notes, tables
 from gpkit.lightning.batches import unpack
 
 
@@ -51,10 +51,7 @@ def main(words: Sequence[str] | None = None) -> None:
     console = Console()
     for table in tables(found):
         console.print(table)
-    for row in found.rows:
-        if row.obstacle:
-            console.print(f"{row.penalty}, {row.estimator}: not compiled: {row.obstacle}")
-    for line in found.advice():
+    for line in (*notes(found), *found.advice()):
         console.print(line, highlight=False)
 
 

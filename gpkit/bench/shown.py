@@ -19,14 +19,23 @@ def tables(found: Benchmark) -> Iterator[Table]:
         made.add_column("estimator", no_wrap=True)
         for column in COLUMNS:
             made.add_column(column, justify="right", no_wrap=True)
-        made.add_column("")
         for row in found.rows:
             if row.penalty == name:
-                made.add_row(row.estimator, *cells(row), row.refused)
+                made.add_row(row.estimator, *cells(row))
         yield made
 
 
 COLUMNS = ("time", "quartiles", "compiled", "flops", "memory", "error")
+
+
+def notes(found: Benchmark) -> list[str]:
+    """Return why rows were not measured, or not compiled, a line each."""
+    lines = []
+    for row in found.rows:
+        why = row.refused or (row.obstacle and f"not compiled: {row.obstacle}")
+        if why:
+            lines.append(f"{row.penalty}, {row.estimator}: {why}")
+    return lines
 
 
 def cells(row: Row) -> list[str]:
