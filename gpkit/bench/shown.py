@@ -15,7 +15,8 @@ from gpkit.bench.measure import Benchmark, Row
 def tables(found: Benchmark) -> Iterator[Table]:
     """Yield a table for each penalty."""
     for name in dict.fromkeys(row.penalty for row in found.rows):
-        made = Table(title=f"{name}, in plain steps of {found.plain * 1e3:.3g} ms", box=SIMPLE)
+        title = f"{name}, in plain steps of {found.plain * 1e3:.3g} ms"
+        made = Table(title=title, box=SIMPLE, pad_edge=False)
         made.add_column("estimator", no_wrap=True)
         for column in COLUMNS:
             made.add_column(column, justify="right", no_wrap=True)
