@@ -49,22 +49,37 @@ def ratio(a: list[float], b: list[float]) -> str:
     return f"{middle:.2f} [{low:.2f}, {high:.2f}], least {min(a) / min(b):.2f}"
 
 
-def call() -> None:
-    """A call of wgan_gp with a function, against the same by hand."""
-    critic, x, y = mlp(64, 16, 16, 16, 1), torch.randn(256, 64), torch.randn(256, 64)
-    penalty = gpkit.wgan_gp()
+def call(width: int) -> None:
+    """A call with a module, a lambda made anew, and scores, against the same by hand."""
+    critic, x, y = mlp(64, width, width, width, 1), torch.randn(256, 64), torch.randn(256, 64)
+    leaf = x.clone().requires_grad_()
 
-    def by_hand() -> Tensor:
+    def by_hand(f: Callable[[Tensor], Tensor] = critic) -> Tensor:
         z = (y + torch.rand(256, 1) * (x - y)).requires_grad_()
-        (g,) = torch.autograd.grad(critic(z).sum(), z, create_graph=True)
+        (g,) = torch.autograd.grad(f(z).sum(), z, create_graph=True)
         return 10 * ((g.square().sum(1).sqrt() - 1) ** 2).mean()
 
-    found = times({"hand": by_hand, "gpkit": lambda: penalty(critic, real=x, fake=y)}, 600)
-    least = {name: min(own) * 1e6 for name, own in found.items()}
-    print(
-        f"| wgan_gp, width 16, B 256: call / by hand | {ratio(found['gpkit'], found['hand'])}; "
-        f"{least['gpkit'] - least['hand']:.0f} µs more than {least['hand']:.0f} |"
-    )
+    def r1_by_hand() -> Tensor:
+        (g,) = torch.autograd.grad(critic(leaf).sum(), leaf, create_graph=True)
+        return 5 * g.square().sum(1).mean()
+
+    module, function, scores = gpkit.wgan_gp(), gpkit.wgan_gp(), gpkit.r1()
+    cases: dict[str, tuple[Step, Step]] = {
+        "wgan_gp(critic)": (by_hand, lambda: module(critic, real=x, fake=y)),
+        "wgan_gp(lambda z: critic(z))": (
+            lambda: by_hand(lambda z: critic(z)),
+            lambda: function(lambda z: critic(z), real=x, fake=y),
+        ),
+        "r1(scores, x)": (r1_by_hand, lambda: scores(critic(leaf), leaf)),
+    }
+    for name, (hand, ours) in cases.items():
+        found = times({"hand": hand, "gpkit": ours}, 600)
+        least = {own: min(each) * 1e6 for own, each in found.items()}
+        print(
+            f"| {name}, width {width}, B 256: call / by hand | "
+            f"{ratio(found['gpkit'], found['hand'])}; "
+            f"{least['gpkit'] - least['hand']:.0f} µs more than {least['hand']:.0f} |"
+        )
 
 
 def sharpness(width: int, batch: int, rounds: int) -> None:
@@ -175,24 +190,39 @@ def layers(width: int, batch: int, rounds: int) -> None:
 
 
 def part() -> None:
-    """A quarter of the samples, against all of them."""
-    critic, x = mlp(64, 512, 512, 512, 1), torch.randn(256, 64)
+    """A critic's step with a penalty on a quarter of the samples, against all of them."""
+    critic = mlp(64, 512, 512, 512, 1)
+    x, y = torch.randn(256, 64), torch.randn(256, 64)
 
-    def step(penalty: gpkit.GradientPenalty) -> Step:
+    def by_hand(count: int) -> Tensor:
+        a, b = x[:count], y[:count]
+        z = (b + torch.rand(count, 1) * (a - b)).requires_grad_()
+        (g,) = torch.autograd.grad(critic(z).sum(), z, create_graph=True)
+        return 10 * ((g.square().sum(1).sqrt() - 1) ** 2).mean()
+
+    def step(penalty: Callable[[], Tensor] | None = None) -> Step:
         def run() -> None:
             critic.zero_grad()
-            (critic(x).mean() + penalty(critic, real=x)).backward()
+            loss = critic(y).mean() - critic(x).mean()
+            if penalty is not None:
+                loss = loss + penalty()
+            loss.backward()
 
         return run
 
-    def plain() -> None:
-        critic.zero_grad()
-        critic(x).mean().backward()
-
-    steps = {"plain": plain, "all": step(gpkit.r1()), "part": step(gpkit.r1(subsample=0.25))}
+    whole, quarter, r1 = gpkit.wgan_gp(), gpkit.wgan_gp(subsample=0.25), gpkit.r1(subsample=0.25)
+    steps = {
+        "plain": step(),
+        "wgan_gp by hand": step(lambda: by_hand(256)),
+        "wgan_gp": step(lambda: whole(critic, real=x, fake=y)),
+        "wgan_gp by hand on a quarter": step(lambda: by_hand(64)),
+        "wgan_gp, subsample=0.25": step(lambda: quarter(critic, real=x, fake=y)),
+        "r1, subsample=0.25": step(lambda: r1(critic, real=x)),
+    }
     found = times(steps, 30)
-    for name, said in (("all", "r1"), ("part", "r1, subsample=0.25")):
-        print(f"| {said}, width 512, B 256: / plain steps | {ratio(found[name], found['plain'])} |")
+    for name in [*steps][1:]:
+        against = ratio(found[name], found["plain"])
+        print(f"| critic's step with {name}, width 512, B 256: / plain steps | {against} |")
 
 
 def series() -> None:
@@ -224,7 +254,8 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     gc.disable()  # a collection would fall on one step or another
     print(f"| case, torch {torch.__version__} | median of the ratios [quartiles] |\n| --- | --- |")
-    call()
+    for width in (16, 64):
+        call(width)
     for width, batch, rounds in ((64, 64, 150), (64, 256, 150), (512, 256, 20), (1024, 64, 20)):
         sharpness(width, batch, rounds)
     for width, rounds in ((512, 30), (1024, 15)):

@@ -121,17 +121,17 @@ class Penalty:
             TypeError: if an argument has the wrong type.
             ValueError: if the shapes do not fit.
         """
-        plain = self._schedule is scale is groups is target is metric is sample_weight is None
-        known = None if TRACES or RECORDS or not plain else self.shortcuts
+        plain = scale is groups is target is metric is sample_weight is None
+        known = self.shortcuts if plain and not (TRACES or RECORDS) else None
         if known is not None and known.known and (earlier := known.of(f)) is not None:
             at, seed = self.step if step is None else step, self._seed_of(self.draws + 1, 0)
             again = earlier.penalty(self, f, args, real, fake, self.weight_at(at), seed)
             if again is not None:
                 self.evaluated_at, self.step, self.draws = at, at + 1, self.draws + 1
                 return again
-        own: Any = {"target": target, "metric": metric, "sample_weight": sample_weight}
-        own |= {"groups": groups, "step": step, "scale": scale}
-        terms = self.act(f, *args, real=real, fake=fake, **own)
+        given: Any = {"target": target, "metric": metric, "sample_weight": sample_weight}
+        given |= {"groups": groups, "step": step, "scale": scale}
+        terms = self.act(f, *args, real=real, fake=fake, **given)
         if terms is None:
             return torch.zeros((), device=device_of(f, args, real, fake))
         if terms.outputs and has_ranks() and terms.reduced.requires_grad:

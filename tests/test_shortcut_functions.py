@@ -225,3 +225,44 @@ def test_scores_of_a_moved_input_end_at_it(no_long_way):
         torch.testing.assert_close(found, expected)
         if step == 0:
             no_long_way()
+
+
+PENALTIES = {
+    "wgan_lp": gpkit.wgan_lp,
+    "zero_gp": gpkit.zero_gp,
+    "dragan": gpkit.dragan,
+    "wgan_div": gpkit.wgan_div,
+    "max_gp": gpkit.max_gp,
+    "absolute": lambda **k: gpkit.wgan_gp(form=gpkit.absolute(0.3), **k),
+    "scaled": lambda **k: gpkit.wgan_gp(form=gpkit.two_sided(0.3, scale=0.7, eps=0.1), **k),
+    "scaled squares": lambda **k: gpkit.zero_gp(form=gpkit.squared(scale=0.3), **k),
+    "l1": lambda **k: gpkit.wgan_gp(form=gpkit.two_sided(0.3, norm="l1"), **k),
+    "average": lambda **k: gpkit.wgan_gp(form=gpkit.two_sided(gpkit.running_average()), **k),
+    "a part": lambda **k: gpkit.wgan_gp(subsample=0.5, **k),
+    "schedule": lambda **k: gpkit.wgan_gp(**k | {"weight": lambda step: 1.0 + step}),
+    "adaptive": lambda **k: gpkit.wgan_gp(**k | {"weight": gpkit.target_norm(1.0)}),
+    "lazy": lambda **k: gpkit.wgan_gp(every=2, **k),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", PENALTIES)
+def test_it_is_the_long_way_to_the_last_bit(name, dtype, monkeypatch):
+    critic = nn.Sequential(nn.Linear(5, 16), nn.SiLU(), nn.Linear(16, 1)).to(dtype)
+    x, y = X.to(dtype), Y.to(dtype)
+    short, long = (PENALTIES[name](weight=3.0, seed=5) for _ in range(2))
+    monkeypatch.setattr(long.shortcuts, "note", lambda *_: None)
+    whole, looks = gpkit.GradientPenalty.targets, []
+    monkeypatch.setattr(
+        gpkit.GradientPenalty, "targets", lambda p, *a: looks.append(p) or whole(p, *a)
+    )
+    for _ in range(6):
+        found = [p(critic, real=x, fake=y) for p in (short, long)]
+        assert torch.equal(*found)
+        if found[1].requires_grad:
+            parameters = list(critic.parameters())
+            grads = [torch.autograd.grad(t, parameters, allow_unused=True) for t in found]
+            for a, b in zip(*grads, strict=True):
+                assert (a is b is None) or torch.equal(a, b)
+    assert short.state_dict() == long.state_dict()
+    assert [p is short for p in looks].count(True) == 1

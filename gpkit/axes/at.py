@@ -198,18 +198,21 @@ class perturb(At):
 
     def choose(self, real: Points | None, fake: Points | None, rng: Source) -> Points:
         real = self.need(real, "real")
-        alpha = torch.ones(len(real[0]), device=real[0].device)
-        if self.along:
-            alpha = random.uniform(rng, [len(alpha)], alpha.device, alpha.dtype)
-        return tuple(x + per_sample(alpha, x) * self.delta(x, rng) for x in real)
+        if not self.along:
+            return tuple(x + self.delta(x, rng) for x in real)
+        device, dtype = real[0].device, torch.get_default_dtype()
+        alpha = random.uniform(rng, [len(real[0])], device, dtype)
+        return tuple(torch.addcmul(x, per_sample(alpha, x), self.delta(x, rng)) for x in real)
 
     def delta(self, x: Tensor, rng: Source) -> Tensor:
         """Return s·u ``[B, *S]``, with s relative to the batch if ``relative``."""
         require_floating(x)
         draw = random.normal if self.noise == "normal" else random.uniform
         u = draw(rng, x.shape, x.device, x.dtype)
-        u = 2 * u - 1 if self.noise == "uniform" else u
-        return u * self.scale * (batch_std(x) if self.relative else 1.0)
+        s = self.scale * batch_std(x) if self.relative else self.scale
+        if TRACES:  # u is an input of the graph
+            return (2 * u - 1 if self.noise == "uniform" else u) * s
+        return (u.mul_(2).sub_(1) if self.noise == "uniform" else u).mul_(s)
 
 
 @dataclass(frozen=True)

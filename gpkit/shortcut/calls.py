@@ -115,7 +115,7 @@ def is_plain(axes: Any, target: Target) -> bool:
         and not (axes.wrt.batch_dim or axes.wrt.keys)
         and axes.of in ("output", "loss")
         and (axes.order, axes.scope, axes.forward) == (1, "sample", "isolated")
-        and not (axes.named or axes.metric or axes.given or axes.subsample or axes.elementary)
+        and not (axes.named or axes.metric or axes.given or axes.elementary)
         and not (target.pixels or target.mean)
         and all(x is None for x in (target.weights, target.compared, target.groups, target.series))
         and target.y.ndim == 2

@@ -113,8 +113,10 @@ def references(function: Any) -> list[int] | None:
             continue
         if kind is tuple or kind is list:
             stack += value[:ENOUGH]
-        elif kind is MethodType or kind is partial:  # made anew where it is asked for
-            stack += parts_of(value)
+        elif kind is MethodType:  # made anew where it is asked for
+            stack += value.__self__, value.__func__
+        elif kind is partial:
+            stack += value.func, *value.args, *value.keywords.values()
         elif kind is dict:
             stack += [*value.values()][:ENOUGH]
         elif kind is FunctionType:
