@@ -14,7 +14,7 @@ from gpkit.autodiff.distributed import tied
 from gpkit.autodiff.random import derived_seed, device_of, has_ranks, rank
 from gpkit.autodiff.tracing.calls import RECORDS, TRACES
 from gpkit.axes.given.given import IS_GIVEN, as_given
-from gpkit.axes.weight import Schedule, as_weight
+from gpkit.axes.weight import Schedule, Weight, as_weight
 from gpkit.findings.seen import SeenNets
 from gpkit.formula import Terms
 
@@ -59,8 +59,7 @@ class Penalty:
         self.every = checks.integer("every=...", every, 1)
         self.seed = seed if seed is None else checks.integer("seed=...", seed, 0)
         self.name = name
-        self.step = self.evaluated_at = 0
-        self.draws = 0
+        self.step = self.evaluated_at = self.draws = 0
         self.seen = SeenNets()
 
     @property
@@ -72,6 +71,7 @@ class Penalty:
     def weight(self, weight: float | Schedule) -> None:
         self._given = weight if callable(weight) else checks.number("weight=...", weight, 0)
         self._schedule = as_weight(weight) if callable(weight) else None
+        self.adapts = getattr(type(self._schedule), "observe", None) not in (None, Weight.observe)
 
     def __call__(
         self,

@@ -11,12 +11,9 @@ from gpkit import formula
 from gpkit.autodiff.derivatives import as_rows, gradients
 from gpkit.autodiff.numerics import WIDE, is_positive, note_positive, reduce_rows, root
 from gpkit.axes.form import Rooted, one_sided, two_sided
-from gpkit.axes.weight import Weight
 from gpkit.formula import Terms
 from gpkit.hints import ExplainedError
 from gpkit.shortcut.compat import gradient
-
-NOTHING = Weight.observe
 
 
 class Repeated:
@@ -63,9 +60,7 @@ class Repeated:
 
         Takes the arguments of `GradientPenalty.evaluate`.
         """
-        if not weight or not torch.is_grad_enabled():
-            return None
-        if getattr(type(axes.weight), "observe", NOTHING) is not NOTHING:  # it sees all norms
+        if not weight or axes.adapts or not torch.is_grad_enabled():
             return None
         g = self.gradient(axes, f, args, real, fake, seed)
         if g is None:
