@@ -50,3 +50,19 @@ def gradient(y: Tensor, x: Tensor, times: Tensor) -> Tensor | None:
     """
     (g,) = RUN((y,), (times,), True, True, (x,), True, accumulate_grad=False)
     return g
+
+
+def gradients(y: Tensor, xs: tuple[Tensor, ...], ones: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradient of Σ y in each x, without a graph; None where y does not depend on x.
+
+    The graph of y is freed.
+
+    Args:
+        y: the output, which has a graph.
+        xs: the variables.
+        ones: in the shape and dtype of y.
+
+    Returns:
+        The gradients.
+    """
+    return RUN((y,), (ones,), False, False, xs, True, accumulate_grad=False)

@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 
 from gpkit import formula
 from gpkit.autodiff import graph
-from gpkit.autodiff.compat import LEAF, buffers_of
+from gpkit.autodiff.compat import LEAF, buffers_of, lerp_to
 from gpkit.autodiff.gates import Gates, kinks, recorded
 from gpkit.autodiff.isolation import isolated, run_again
 from gpkit.autodiff.known_gradient import Number, are_apart, fitted, known_gradient
@@ -32,12 +32,13 @@ from gpkit.estimators.differences.weight_difference import (
     gradient_there,
     in_few_passes,
     length_of,
-    mix_in,
     mix_there,
     size_of,
     stride_of,
 )
 from gpkit.estimators.repeats import SAME
+from gpkit.hints import ExplainedError
+from gpkit.shortcut.compat import gradients
 from gpkit.shortcut.net import Choices, State, references
 
 KNOWN = {SAME, *SEEN_ONCE}  # facts
@@ -90,7 +91,7 @@ class Step:
         self.least: float = length_for(0.0, self.epsilon, fd.step, fd.side)
         self.given = fd.step is not None
         self.size: Any = math.inf  # of the weights, when they were looked at last
-        self.looks = 0
+        self.looks, self.ones = 0, torch.ones(0)
 
     def begin(self, penalty: Any, closure: Any, net: Any, step: int | None) -> Begun | None:
         """Return what the step starts from, if it acts and what is known before is as it was."""
@@ -167,11 +168,17 @@ class Step:
         if fd.side == "forward" and not looking.asks and are_apart(base):
             h = stride.times(looking.factor)
             fraction = fitted(share * stride.quotient(h), self.dtype)
-            mix = mix_there if self.large else mix_in
             there, back = ways(xs, grads, h, self.owners)
             try:
                 go(there)
-                together = mix(evaluate, leaves, gates.hold, base, fraction)
+                if self.large or not isinstance(fraction, float):
+                    together = mix_there(evaluate, leaves, gates.hold, base, fraction)
+                else:
+                    y = evaluate()
+                    gates.hold(y)
+                    together = base
+                    lerp_to(base, self.gradients(y, leaves), fraction)
+                    del y
             finally:
                 go(back)
         else:
@@ -204,8 +211,21 @@ class Step:
         """Return the gates of a loss, and its gradient in all leaves."""
         within = recorded(loss, nodes) if self.kinked else nullcontext(Gates())
         with within as gates:
-            grads = torch.autograd.grad(loss, leaves)
-        return gates, [g.to_dense() if g.is_sparse else g for g in grads]
+            return gates, self.gradients(loss, leaves)
+
+    def gradients(self, y: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """Return the gradient of a loss in all leaves."""
+        ones = self.ones
+        if ones.shape != y.shape or ones.dtype != y.dtype or ones.device != y.device:
+            ones = self.ones = torch.ones_like(y)
+        try:
+            found = gradients(y, tuple(leaves), ones)
+        except RuntimeError as error:
+            raise ExplainedError(error) from error
+        return [
+            torch.zeros_like(leaf) if g is None else g.to_dense() if g.is_sparse else g
+            for g, leaf in zip(found, leaves, strict=True)
+        ]
 
     def length_at(self, xs: Sequence[Tensor]) -> Number:
         """Return the length of the step, see `length_for`.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gpkit.autodiff import graph
-from gpkit.autodiff.compat import lerp_to, norms_of
+from gpkit.autodiff.compat import norms_of
 from gpkit.autodiff.derivatives import as_rows, first_gradients
 from gpkit.autodiff.gates import Gates, recorded
 from gpkit.autodiff.known_gradient import (
@@ -23,7 +23,6 @@ from gpkit.autodiff.known_gradient import (
 )
 from gpkit.autodiff.numerics import (
     Over,
-    dense,
     over_all,
     pairwise_sums,
     reduce_rows,
@@ -244,24 +243,6 @@ def mix_there(
     for i, g in zip(rest, together, strict=True):
         result[i] = g
     return result
-
-
-def mix_in(
-    evaluate: Callable[[], Tensor],
-    leaves: Sequence[Tensor],
-    hold: Callable[[Tensor], None],
-    base: Sequence[Tensor],
-    fraction: Number,
-) -> Sequence[Tensor]:
-    """Do the same where no tensor is large, and all are of one wide dtype."""
-    y = evaluate()
-    hold(y)
-    found = first_gradients(y, tuple(leaves), retain=False)
-    there = dense(found, leaves)
-    if isinstance(fraction, float):
-        lerp_to(base, there, fraction)
-        return base
-    return Difference((), base, there, fraction).added_to(base, 1.0, overwrite=True)
 
 
 LARGE = 2**14  # entries; a hook on a weight takes 6 µs
