@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
-from itertools import pairwise
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -109,8 +109,10 @@ def are_apart(tensors: Sequence[Tensor]) -> bool:
     (True, False, False)
     """
     if all(map(Tensor.is_contiguous, tensors)):
-        spans = sorted(zip(map(Tensor.data_ptr, tensors), map(NBYTES, tensors), strict=True))
-        return all(start + size <= other for (start, size), (other, _) in pairwise(spans))
+        starts = [*map(Tensor.data_ptr, tensors)]
+        spans = sorted(zip(starts, map(NBYTES, tensors), strict=True))
+        starts.sort()
+        return all(map(operator.le, map(sum, spans), starts[1:]))  # no end behind the next start
     memories = {t.untyped_storage().data_ptr() for t in tensors}
     return len(memories) == len(tensors) and not any(0 in t.stride() for t in tensors)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -26,10 +26,9 @@ from gpkit.autodiff.state import Start, start_of
 from gpkit.autodiff.tracing.calls import RECORDS, TRACES
 from gpkit.axes.form import norm, squared
 from gpkit.estimators.differences.moves import Owners, go, ways
-from gpkit.estimators.differences.step_factor import length_for, look
+from gpkit.estimators.differences.step_factor import FINE, length_for, look
 from gpkit.estimators.differences.weight_difference import (
     LARGE,
-    gradient_there,
     in_few_passes,
     length_of,
     mix_there,
@@ -53,6 +52,7 @@ class Begun(NamedTuple):
         owned: the parameters.
         at: the optimiser step.
         weight: λ there.
+        device: of the parameters.
     """
 
     found: Reach
@@ -60,6 +60,7 @@ class Begun(NamedTuple):
     owned: list[Tensor]
     at: int
     weight: float
+    device: torch.device
 
 
 class Step:
@@ -75,6 +76,7 @@ class Step:
 
     def __init__(self, axes: Any, refers: list[int], net: Any, found: Reach, loss: Tensor) -> None:
         owned, fd = found.parameters(), axes.estimator
+        self.fd = fd
         places = {id(p): i for i, p in enumerate(owned)}
         self.refers, self.net, self.known, self.choices = refers, net, found.known, Choices(axes)
         self.family = [*map(ref, found.family)]
@@ -89,7 +91,7 @@ class Step:
         self.dtype, self.owners = loss.dtype, Owners()
         self.epsilon, self.top = torch.finfo(loss.dtype).eps, torch.finfo(loss.dtype).max
         self.least: float = length_for(0.0, self.epsilon, fd.step, fd.side)
-        self.given = fd.step is not None
+        self.given, self.adapts = fd.step is not None, fd.step is None and self.epsilon > FINE
         self.size: Any = math.inf  # of the weights, when they were looked at last
         self.looks, self.ones = 0, torch.ones(0)
 
@@ -115,7 +117,7 @@ class Step:
         owned = found.parameters()
         device = owned[self.variables[0]].device
         plain = Start(random_state(device), [], {}) if self.plain else None
-        return Begun(found, plain or start_of(found, device), owned, at, weight)
+        return Begun(found, plain or start_of(found, device), owned, at, weight, device)
 
     def total(
         self, penalty: Any, closure: Callable[[], Any], begun: Begun, loss: Any
@@ -130,7 +132,7 @@ class Step:
         """
         if type(loss) is not Tensor or loss.numel() != 1 or loss.dtype != self.dtype:
             return None
-        (found, state, owned, at, weight), device = begun, loss.device
+        _, _, owned, at, weight, device = begun
         nodes, make = graph.walked(loss)
         if make != self.make or torch.is_autocast_enabled(device.type):
             return None
@@ -138,7 +140,7 @@ class Step:
         if not all(map(operator.is_, leaves, [owned[i] for i in self.leaves])):
             return None
         same = self.variables == self.leaves
-        for x in leaves if same else (*leaves, *xs):
+        for x in (loss, *leaves) if same else (loss, *leaves, *xs):
             if x.dtype != self.dtype or x.device != device:
                 return None
         penalty.evaluated_at, penalty.step = at, at + 1
@@ -146,39 +148,33 @@ class Step:
             penalty.next_seed()
         else:  # nothing is drawn from it
             penalty.draws += 1
-        gates, base = self.gradient(loss, nodes, leaves)
-        del nodes
-        if same:
-            grads = base
+        gates = None
+        if self.kinked:
+            with recorded(loss, nodes) as gates:
+                base = self.gradients(loss, leaves)
         else:
+            base = self.gradients(loss, leaves)
+        del nodes
+        grads: Sequence[Tensor] = base
+        if not same:
             by_leaf = {id(leaf): g for leaf, g in zip(leaves, base, strict=True)}
             grads = dense([by_leaf.get(id(x)) for x in xs], xs)
 
-        def evaluate() -> Tensor:
-            if self.plain:
-                return run_again(closure, found, state, device)
-            with isolated(found, state, device, twice=False):
-                y: Tensor = closure()
-                return y
-
-        fd = penalty.estimator
         stride = stride_of(length_of(grads), self.length_at(xs), self.top)
         share, value = valued(penalty, stride.n, weight, loss)
-        looking = look(fd, self.epsilon, xs)
-        if fd.side == "forward" and not looking.asks and are_apart(base):
-            h = stride.times(looking.factor)
+        run = partial(self.run, closure, begun, gates)
+        uses, factor = self.fd.factors.recall(xs[0]) if self.adapts else (1, 1.0)
+        if uses and self.fd.side == "forward" and are_apart(base):
+            h = stride.times(factor)
             fraction = fitted(share * stride.quotient(h), self.dtype)
             there, back = ways(xs, grads, h, self.owners)
             try:
                 go(there)
                 if self.large or not isinstance(fraction, float):
-                    together = mix_there(evaluate, leaves, gates.hold, base, fraction)
+                    together = mix_there(run, leaves, base, fraction)
                 else:
-                    y = evaluate()
-                    gates.hold(y)
                     together = base
-                    lerp_to(base, self.gradients(y, leaves), fraction)
-                    del y
+                    lerp_to(base, self.gradients(run(), leaves), fraction)
             finally:
                 go(back)
         else:
@@ -189,11 +185,12 @@ class Step:
                 there, back = ways(xs, grads, h, self.owners)
                 try:
                     go(there)
-                    return gradient_there(evaluate, leaves, gates.hold)
+                    return self.gradients(run(), leaves)
                 finally:
                     go(back)
 
-            difference = in_few_passes(stride, fd.side, looking, leaves, along)
+            looking = look(self.fd, self.epsilon, xs)
+            difference = in_few_passes(stride, self.fd.side, looking, leaves, along)
             if difference.starts_at(base):
                 together = difference.added_to(base, share, overwrite=True)
             else:  # the two ends of a difference are others than this point
@@ -205,13 +202,17 @@ class Step:
             return known_gradient(total, leaves, together, owned=True) + plus
         return known_gradient(total, leaves, together, plus=plus, owned=True)
 
-    def gradient(
-        self, loss: Tensor, nodes: Sequence[Any], leaves: Sequence[Tensor]
-    ) -> tuple[Gates, Sequence[Tensor]]:
-        """Return the gates of a loss, and its gradient in all leaves."""
-        within = recorded(loss, nodes) if self.kinked else nullcontext(Gates())
-        with within as gates:
-            return gates, self.gradients(loss, leaves)
+    def run(self, closure: Callable[[], Any], begun: Begun, gates: Gates | None) -> Tensor:
+        """Return the loss, computed anew from the same start, and held on gates."""
+        y: Tensor
+        if not self.plain:
+            with isolated(begun.found, begun.state, begun.device, twice=False):
+                y = closure()
+        else:
+            y = run_again(closure, begun.found, begun.state, begun.device)
+        if gates is not None:
+            gates.hold(y)
+        return y
 
     def gradients(self, y: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
         """Return the gradient of a loss in all leaves."""

@@ -200,7 +200,6 @@ def in_few_passes(
 def mix_there(
     evaluate: Callable[[], Tensor],
     leaves: Sequence[Tensor],
-    hold: Callable[[Tensor], None],
     base: Sequence[Tensor],
     fraction: Number,
 ) -> Sequence[Tensor]:
@@ -211,7 +210,6 @@ def mix_there(
     Args:
         evaluate: computes L.
         leaves: the tensors.
-        hold: keeps L on the gates of another point.
         base: a gradient, which is overwritten; see `are_apart`.
         fraction: a constant factor.
     """
@@ -226,7 +224,6 @@ def mix_there(
         return g.new_zeros(()).expand_as(g)  # takes no memory
 
     y = evaluate()
-    hold(y)
     sizes = enumerate(map(Tensor.numel, leaves))
     large = [(leaves[i], partial(mix, i=i)) for i, size in sizes if size >= LARGE]
     hooks = [leaf.register_hook(own) for leaf, own in large]
