@@ -1,5 +1,6 @@
 """What a repeated call takes of torch's private API is there, and is what the public one gives."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -33,3 +34,35 @@ def test_the_engine_gives_what_grad_gives(monkeypatch):
         assert torch.equal(*[s for (s,) in slopes])
         assert x.grad is w.grad is None
         assert compat.gradient(y, torch.zeros(2, requires_grad=True), times) is None
+
+
+def test_the_engine_gives_the_gradients_of_several(monkeypatch):
+    w, b, other = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    expected = torch.autograd.grad(((w * b).tanh()).sum(), [w, b])
+    for run in (compat.RUN, compat._by_grad):
+        monkeypatch.setattr(compat, "RUN", run)
+        y = (w * b).tanh().sum()
+        *found, none = compat.gradients(y, (w, b, other), torch.ones_like(y))
+        assert none is w.grad is None
+        assert all(map(torch.equal, found, expected))
+        with pytest.raises(RuntimeError, match="second time"):  # the graph is freed
+            torch.autograd.grad(y, w)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, times):
+        ctx.times = times
+        return x * times
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.times, None
+
+
+def test_a_function_is_applied():
+    assert hasattr(compat._BASE, "apply"), "the base class of torch.autograd.Function has no apply"
+    x = torch.tensor(3.0, requires_grad=True)
+    y = compat.applied(Doubled, x, 2.0)
+    assert y.item() == 6
+    assert torch.autograd.grad(y, x) == (2.0,)

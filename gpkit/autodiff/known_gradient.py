@@ -167,7 +167,7 @@ def known_gradient(
     tensor([6., 8.])
     """
     if owned:
-        own: Tensor = _OwnedGradient.apply(value, plus or 0.0, [*grads], *leaves)
+        own: Tensor = OwnedGradient.apply(value, plus or 0.0, [*grads], *leaves)
         return own
     kept = Kept(grads, share, difference)
     out: Tensor = _KnownGradient.apply(value.detach(), plus, kept, *leaves)
@@ -268,13 +268,17 @@ def _given_away(ctx: Any, grad: Tensor) -> Any:
 _given_away.once = once_differentiable(_given_away)  # type: ignore[attr-defined]
 
 
-class _OwnedGradient(torch.autograd.Function):
-    """The same in few steps, for gradients that nobody else has."""
+class OwnedGradient(torch.autograd.Function):
+    """The same in few steps, for gradients that nobody else has.
+
+    It is applied to the value, a number to add to it, the gradients in a list, and the leaves.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, value: Tensor, plus: Number, grads: list[Tensor], *leaves: Tensor
     ) -> Tensor:
+        """Return the sum of the first two."""
         ctx.grads = grads
         return value + plus
 

@@ -15,10 +15,10 @@ from torch.compiler import is_compiling
 
 from gpkit import formula
 from gpkit.autodiff import graph
-from gpkit.autodiff.compat import LEAF, buffers_of, lerp_to
+from gpkit.autodiff.compat import LEAF, buffers_of, lerp
 from gpkit.autodiff.gates import Gates, kinks, recorded
 from gpkit.autodiff.isolation import isolated, run_again
-from gpkit.autodiff.known_gradient import Number, are_apart, fitted, known_gradient
+from gpkit.autodiff.known_gradient import Number, OwnedGradient, are_apart, fitted, known_gradient
 from gpkit.autodiff.numerics import dense, pairwise_sums
 from gpkit.autodiff.random import has_ranks, random_state
 from gpkit.autodiff.reached import LOOK_AGAIN, SEEN_ONCE, Reach
@@ -37,7 +37,7 @@ from gpkit.estimators.differences.weight_difference import (
 )
 from gpkit.estimators.repeats import SAME
 from gpkit.hints import ExplainedError
-from gpkit.shortcut.compat import gradients
+from gpkit.shortcut.compat import applied, gradients
 from gpkit.shortcut.net import Choices, State, references
 
 KNOWN = {SAME, *SEEN_ONCE}  # facts
@@ -164,17 +164,17 @@ class Step:
         share, value = valued(penalty, stride.n, weight, loss)
         run = partial(self.run, closure, begun, gates)
         uses, factor = self.fd.factors.recall(xs[0]) if self.adapts else (1, 1.0)
-        if uses and self.fd.side == "forward" and are_apart(base):
+        small = not self.large and isinstance(stride.n, float)  # then a copy is cheap
+        if uses and self.fd.side == "forward" and (small or are_apart(base)):
             h = stride.times(factor)
             fraction = fitted(share * stride.quotient(h), self.dtype)
             there, back = ways(xs, grads, h, self.owners)
             try:
                 go(there)
-                if self.large or not isinstance(fraction, float):
-                    together = mix_there(run, leaves, base, fraction)
+                if small:
+                    together = lerp(base, self.gradients(run(), leaves), fraction)
                 else:
-                    together = base
-                    lerp_to(base, self.gradients(run(), leaves), fraction)
+                    together = mix_there(run, leaves, base, fraction)
             finally:
                 go(back)
         else:
@@ -200,7 +200,7 @@ class Step:
         if isinstance(plus, Tensor) and plus.requires_grad:  # of what the form is made of
             total, plus = total + plus.detach(), plus - plus.detach()
             return known_gradient(total, leaves, together, owned=True) + plus
-        return known_gradient(total, leaves, together, plus=plus, owned=True)
+        return applied(OwnedGradient, total, plus, [*together], *leaves)
 
     def run(self, closure: Callable[[], Any], begun: Begun, gates: Gates | None) -> Tensor:
         """Return the loss, computed anew from the same start, and held on gates."""
