@@ -231,6 +231,8 @@ PENALTIES = {
     "wgan_lp": gpkit.wgan_lp,
     "zero_gp": gpkit.zero_gp,
     "dragan": gpkit.dragan,
+    "normal noise": lambda **k: gpkit.wgan_gp(at=gpkit.perturb(0.5, noise="normal"), **k),
+    "noise along": lambda **k: gpkit.dragan(noise="positive", **k),
     "wgan_div": gpkit.wgan_div,
     "max_gp": gpkit.max_gp,
     "absolute": lambda **k: gpkit.wgan_gp(form=gpkit.absolute(0.3), **k),
@@ -266,3 +268,28 @@ def test_it_is_the_long_way_to_the_last_bit(name, dtype, monkeypatch):
                 assert (a is b is None) or torch.equal(a, b)
     assert short.state_dict() == long.state_dict()
     assert [p is short for p in looks].count(True) == 1
+
+
+def test_a_forward_that_is_replaced_later_moves_no_stream():
+    critic = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    penalty = gpkit.r1()
+    for _ in range(3):
+        penalty(critic, real=X)
+    critic[1].forward = lambda h: torch.tanh(h * torch.rand(h.shape[0], 1))
+    before = torch.get_rng_state()
+    for _ in range(3):
+        penalty(critic, real=X)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_fakes_with_a_graph_and_samples_of_another_size_or_dtype():
+    critic, make = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1)), nn.Linear(5, 5)
+    short, long = gpkit.wgan_gp(seed=1), gpkit.wgan_gp(seed=1)
+    long.shortcuts.note = lambda *_: None
+    for size, dtype in ((6, torch.float32), (4, torch.float32), (4, torch.float64)) * 2:
+        critic.to(dtype)
+        x, y = X[:size].to(dtype), make.to(dtype)(X[:size].to(dtype))
+        found = [p(critic, real=x, fake=y) for p in (short, long)]
+        assert torch.equal(*found)
+        assert torch.autograd.grad(found[0], make.weight, allow_unused=True) == (None,)
+    assert short.shortcuts.found

@@ -200,17 +200,19 @@ class perturb(At):
         real = self.need(real, "real")
         if not self.along:
             return tuple(x + self.delta(x, rng) for x in real)
-        device, dtype = real[0].device, torch.get_default_dtype()
-        alpha = random.uniform(rng, [len(real[0])], device, dtype)
+        alpha = random.uniform(rng, [len(real[0])], real[0].device, torch.float32)  # [B]
         return tuple(torch.addcmul(x, per_sample(alpha, x), self.delta(x, rng)) for x in real)
 
     def delta(self, x: Tensor, rng: Source) -> Tensor:
         """Return s·u ``[B, *S]``, with s relative to the batch if ``relative``."""
         require_floating(x)
         draw = random.normal if self.noise == "normal" else random.uniform
-        u = draw(rng, x.shape, x.device, x.dtype)
+        return self.scaled(draw(rng, x.shape, x.device, x.dtype), x)
+
+    def scaled(self, u: Tensor, x: Tensor) -> Tensor:
+        """Return s·u for numbers from N(0, 1) or U[0, 1); they are overwritten."""
         s = self.scale * batch_std(x) if self.relative else self.scale
-        if TRACES:  # u is an input of the graph
+        if TRACES:  # they are inputs of the graph
             return (2 * u - 1 if self.noise == "uniform" else u) * s
         return (u.mul_(2).sub_(1) if self.noise == "uniform" else u).mul_(s)
 

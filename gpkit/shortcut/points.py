@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gpkit.autodiff.numerics import WIDE
 from gpkit.autodiff.random import CPU
-from gpkit.axes.at import At, Points, data, interpolate, per_sample
+from gpkit.axes.at import At, Points, data, interpolate, per_sample, perturb
 from gpkit.axes.at import fake as fakes
 from gpkit.axes.at import real as reals
 
@@ -27,7 +27,7 @@ class Drawing:
         self.generator = torch.Generator(device)
         self.on_cpu = device == CPU
         self.shape, self.dtype = torch.Size(), torch.float32
-        self.alpha = torch.empty(0)
+        self.alpha = self.noise = torch.empty(0)  # overwritten at each call, and in no graph
 
     def points(self, at: At, real: Tensor | None, fake: Tensor | None, seed: int) -> Points:
         """Return the points of a call, which require grad.
@@ -43,18 +43,41 @@ class Drawing:
             x = fake if kind is fakes else real
             if x is not None and x.dtype in WIDE and not (x.requires_grad or x.is_inference()):
                 return (x.detach().requires_grad_(),)
-        elif kind is interpolate and real is not None and fake is not None and self.on_cpu:
-            if self.fits(real) and self.fits(fake):  # in fewer operations than `interpolate`
-                self.generator.manual_seed(seed)
-                alpha = self.alpha.uniform_(generator=self.generator)
-                return (torch.lerp(fake, real, per_sample(alpha, real)).requires_grad_(),)
-            self.shape, self.dtype = real.shape, real.dtype
-            size = len(real), *[1] * (real.ndim - 1)
-            self.alpha = torch.empty(size, dtype=torch.float32)
+        elif self.on_cpu and at.detach and real is not None and self.fits(real):
+            if kind is interpolate and fake is not None and self.fits(fake):
+                return (self.between(real.detach(), fake.detach(), seed),)
+            if type(at) is perturb:
+                return (self.around(at, real.detach(), seed),)
         rng: Any = self.generator.manual_seed(seed) if at.moves else None
         return at(None if real is None else (real,), None if fake is None else (fake,), rng)
 
     def fits(self, x: Tensor) -> bool:
-        """Whether samples have no graph, and the shape and dtype of those before."""
-        plain = x.dtype is self.dtype and x.shape == self.shape and not x.requires_grad
-        return plain and self.dtype in WIDE
+        """Whether numbers can be drawn for samples into the tensors that are kept."""
+        if x.dtype is self.dtype and x.shape == self.shape:
+            return True
+        if x.dtype in WIDE:
+            self.shape, self.dtype = x.shape, x.dtype
+            self.alpha = torch.empty(len(x), *[1] * (x.ndim - 1), dtype=torch.float32)
+        return False
+
+    def between(self, real: Tensor, fake: Tensor, seed: int) -> Tensor:
+        """Return what `interpolate` does, with the same α."""
+        alpha = self.alpha.uniform_(generator=self.generator.manual_seed(seed))
+        return torch.lerp(fake, real, per_sample(alpha, real)).requires_grad_()
+
+    def around(self, at: perturb, real: Tensor, seed: int) -> Tensor:
+        """Return what `perturb` does, with the same α and u."""
+        rng = self.generator.manual_seed(seed)
+        if self.noise.shape != real.shape or self.noise.dtype != real.dtype:
+            self.noise = torch.empty_like(real, memory_format=torch.contiguous_format)
+        alpha = self.alpha.uniform_(generator=rng) if at.along else None
+        u = (
+            self.noise.normal_(generator=rng)
+            if at.noise == "normal"
+            else self.noise.uniform_(generator=rng)
+        )
+        delta = at.scaled(u, real)
+        moved = (
+            real + delta if alpha is None else torch.addcmul(real, per_sample(alpha, real), delta)
+        )
+        return moved.requires_grad_()

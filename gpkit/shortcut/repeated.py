@@ -94,9 +94,9 @@ class Repeated:
         Takes the arguments of `GradientPenalty.evaluate`, for a call that is trained on.
         """
         g = self.gradient(axes, f, args, real, fake, seed)
-        return (
-            None if g is None else formula.terms(axes, squares(g, axes.form), weight, observe=True)
-        )
+        if g is None:
+            return None
+        return formula.terms(axes, squares(g, axes.form), weight, observe=True)
 
     def gradient(
         self, axes: Any, f: Any, args: tuple[Any, ...], real: Any, fake: Any, seed: int
@@ -120,7 +120,7 @@ class Repeated:
             g: Tensor | None = gradients(y.sum(), (x,))[0]
         else:
             ones = self.ones
-            if ones.shape != y.shape or ones.dtype != y.dtype or y.device != self.device:
+            if ones.shape != y.shape or ones.dtype != y.dtype or ones.device != y.device:
                 ones = self.ones = torch.ones_like(y)
             try:  # in one operation less than the derivative of the sum
                 g = gradient(y, x, ones)
