@@ -163,36 +163,32 @@ def run_plain(
         attends: whether it may have attention, whose kernels are chosen then.
     """
     known.runs += 1
-    if not attends and device == CPU:  # without a call for each step
-        generator = torch.default_generator
-        state = generator.get_state()
-        RUNNING.append(True)
-        try:
-            generator.manual_seed(seed)
-            return run(*args)
-        finally:
-            RUNNING.pop()
-            generator.set_state(state)
-    before = random_state(device)
+    cpu, generator = device == CPU, torch.default_generator
+    before: Any = generator.get_state() if cpu else random_state(device)
     RUNNING.append(True)
-    switched = []
+    chosen = attends or not cpu
+    fused: list[Any] = [enable for enabled, enable in FUSED if enabled()] if chosen else []
+    math = not chosen or MATH_ENABLED()
     try:
-        for enabled, enable in FUSED:
-            if enabled():
-                enable(False)
-                switched.append(enable)
-        math = MATH_ENABLED()
-        ENABLE_MATH(True)
-        set_seed(seed, device)
-        try:
-            return run(*args)
-        finally:
-            ENABLE_MATH(math)
+        for enable in fused:
+            enable(False)
+        if not math:
+            ENABLE_MATH(True)
+        if cpu:  # without a call for each step
+            generator.manual_seed(seed)
+        else:
+            set_seed(seed, device)
+        return run(*args)
     finally:
-        for enable in switched:
+        for enable in fused:
             enable(True)
+        if not math:
+            ENABLE_MATH(False)
         RUNNING.pop()
-        set_random_state(before, device)
+        if cpu:
+            generator.set_state(before)
+        else:
+            set_random_state(before, device)
 
 
 def run_still(run: Any, args: Any, known: Known) -> Any:

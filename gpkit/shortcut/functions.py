@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from typing import Any
 
@@ -72,9 +73,9 @@ class Function(Repeated):
                 y = run_plain(called, arguments, known, seed, self.device, attends=self.attends)
             nodes = nodes_made() - before
         finally:
-            if kept and not self.state.has_attributes(family):
-                for module, attributes in kept:
-                    own = {k: v for k, v in attributes.items() if k not in OF_EVERY_MODULE}
+            for module, before_it in kept:
+                if not are_same(vars(module), before_it):
+                    own = {k: v for k, v in before_it.items() if k not in OF_EVERY_MODULE}
                     restore(module, own)
         if self.is_like(y, nodes, points[0].shape[0]):
             return y, points[0]
@@ -91,3 +92,8 @@ class Function(Repeated):
         if type(y) is not Tensor or (y.shape != (batch, 1) and y.shape != (batch,)):
             return False
         return (nodes, type(y.grad_fn)) == self.made[y.ndim]
+
+
+def are_same(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Whether two dictionaries have the same objects in the same order."""
+    return len(now) == len(before) and all(map(operator.is_, now.values(), before.values()))

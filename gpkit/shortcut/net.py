@@ -67,15 +67,11 @@ class State:
             return False
         if [parts[i].requires_grad for i in self.tensors] != self.trained:
             return False
-        return not self.own or self.has_attributes(family)
-
-    def has_attributes(self, family: Sequence[nn.Module]) -> bool:
-        """Whether the attributes of modules of the user's own types are as they were."""
-        return [*map(id, self.attributes_of(family))] == self.attributes
+        return not self.own or [*map(id, self.attributes_of(family))] == self.attributes
 
     def attributes_of(self, family: Sequence[nn.Module]) -> Iterable[Any]:
         """Return all attributes of modules of the user's own types."""
-        return chain.from_iterable(vars(family[i]).values() for i in self.own)
+        return chain.from_iterable([vars(family[i]).values() for i in self.own])
 
 
 def parts_of_all(family: Sequence[nn.Module]) -> list[Any]:
@@ -111,29 +107,29 @@ def references(function: Any) -> list[int] | None:
         kind = type(value)
         if kind in SIMPLE:
             continue
-        if kind is tuple or kind is list:
-            stack += value[:ENOUGH]
-        elif kind is MethodType:  # made anew where it is asked for
-            stack += value.__self__, value.__func__
-        elif kind is partial:
-            stack += value.func, *value.args, *value.keywords.values()
-        elif kind is dict:
-            stack += [*value.values()][:ENOUGH]
-        elif kind is FunctionType:
+        if kind is FunctionType:
             if id(value) not in seen:
                 seen.add(id(value))
-                code = value.__code__
+                code, closure = value.__code__, value.__closure__
                 found.append(id(code))
                 if not (value.__module__ or "").startswith("torch."):
                     try:
-                        stack += [cell.cell_contents for cell in value.__closure__ or ()]
+                        stack += [cell.cell_contents for cell in closure] if closure else ()
                     except ValueError:  # it is not bound yet
                         return None
                     stack += map(value.__globals__.get, code.co_names)
                     stack += value.__defaults__ or ()
-                    stack += (value.__kwdefaults__ or {}).values()
+                    stack += value.__kwdefaults__.values() if value.__kwdefaults__ else ()
         elif isinstance(value, nn.Module):
             found.append(id(value))
+        elif kind is MethodType:  # made anew where it is asked for
+            stack += value.__self__, value.__func__
+        elif kind is partial:
+            stack += value.func, *value.args, *value.keywords.values()
+        elif kind is tuple or kind is list:
+            stack += value[:ENOUGH]
+        elif kind is dict:
+            stack += [*value.values()][:ENOUGH]
         elif is_generator(value):
             return None
         elif id(value) not in seen:
