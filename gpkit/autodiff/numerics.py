@@ -117,9 +117,11 @@ POSITIVE = "gpkit_positive"  # an attribute of a tensor
 def squared_length(parts: tuple[Tensor, ...]) -> Tensor:
     """Return the sum of all squares ``[1]``, in float32 or better."""
     parts = tuple(torch.view_as_real(p) if p.is_complex() else p for p in parts)
-    if sum(part.numel() for part in parts) < SMALL:
+    if is_compiling():
+        pass  # a graph adds the squares where it computes the gradients
+    elif sum(part.numel() for part in parts) < SMALL:
         parts = (torch.cat([part.reshape(-1) for part in parts]),)
-    elif not is_compiling() and all(p.dtype in WIDE for p in parts):
+    elif all(p.dtype in WIDE for p in parts):
         return large_squared_length(parts)
     squares = [(p if p.dtype.itemsize > 2 else p.float()).square().sum() for p in parts]
     return sum(squares[1:], squares[0]).reshape(1)

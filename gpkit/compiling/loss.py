@@ -19,10 +19,10 @@ from gpkit.autodiff.reached import Reach, reach
 from gpkit.autodiff.state import Start, own_state, own_streams, put_back, start_of
 from gpkit.autodiff.tracing.calls import RECORDS, TRACES, Record, Repeat
 from gpkit.autodiff.tracing.compat import (
+    for_steps,
     hooked_by,
     keeping_buffers,
     tracing_gradients,
-    with_torchs_draws,
 )
 from gpkit.autodiff.tracing.hooks import dispatch, dispatch_before
 from gpkit.compiling import obstacles, parity
@@ -204,7 +204,7 @@ class CompiledLoss:
         new = plan is None
         if plan is None:
             order = max([order_of(call.penalty) for call in calls if call.acts], default=0)
-            options = with_torchs_draws(self.options)
+            options = for_steps(self.options)
             run = torch.compile(traced(self.function, calls, order), fullgraph=True, **options)
             plan = Plan(calls, run, record.hooks)
         shapes = shapes_of((args, kwargs))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,11 +26,13 @@ def traces_gradients() -> bool:
     return hasattr(torch._dynamo.config, "trace_autograd_ops")
 
 
+@cache
 def tracing_gradients() -> AbstractContextManager[Any]:
     """Return a context in which torch.compile traces gradients, and compiles up to 16 graphs.
 
     The limit is for one function. It is public in torch.compiler.config, but patching two configs
-    at every step takes twice as long. Under DDP the graph must not be split at its buckets.
+    at every step takes twice as long. Under DDP the graph must not be split at its buckets. The
+    context may be entered again, also inside of itself.
     """
     import torch._dynamo
 
@@ -37,26 +40,39 @@ def tracing_gradients() -> AbstractContextManager[Any]:
     return torch._dynamo.config.patch(**options, optimize_ddp=False)
 
 
-def with_torchs_draws(options: dict[str, Any]) -> dict[str, Any]:
+def for_steps(options: dict[str, Any]) -> dict[str, Any]:
     """Return options of torch.compile with which a graph draws the random numbers of eager torch.
 
     Those of torch's own compiler are others, and no step with dropout would be as without it.
+    Before each step a graph looks at all that it was made of; at what does not change, no longer.
 
     Args:
         options: of torch.compile.
 
     Returns:
-        The options, changed for torch's own compiler alone. A mode becomes what it stands for,
-        since torch.compile takes no mode beside options.
+        The options. For torch's own compiler a mode becomes what it stands for, since torch.compile
+        takes no mode beside options.
     """
-    if options.get("backend", "inductor") != "inductor":
-        return options
     import torch._inductor
 
     mode, given = options.get("mode"), options.get("options")
-    of_mode = torch._inductor.list_mode_options(mode) if mode else {}
+    own: dict[str, Any] = {"guard_filter_fn": may_change}
+    if options.get("backend", "inductor") == "inductor":
+        own["fallback_random"] = True
+        own |= torch._inductor.list_mode_options(mode) if mode else {}
+    elif mode:
+        return options
     others = {name: option for name, option in options.items() if name != "mode"}
-    return {**others, "options": {"fallback_random": True, **of_mode, **(given or {})}}
+    return {**others, "options": {**own, **(given or {})}}
+
+
+# What guards of gpkit's own code, and of Python's, are about: functions, classes and constants.
+FIXED = ("G['__import_gpkit_dot_", "G['__import_contextlib']", "G['__builtins_dict__")
+
+
+def may_change(guards: Sequence[Any]) -> list[bool]:
+    """Return which guards of a graph are needed: those of the user's objects, and of torch."""
+    return [not guard.name.startswith(FIXED) for guard in guards]
 
 
 def is_noted(x: Tensor) -> bool:
@@ -129,6 +145,21 @@ def hooked_by(before: Hook, after: Hook, modules: Iterable[nn.Module]) -> Iterat
 KEY = -1  # torch's own are not negative
 
 
+@torch.library.custom_op("gpkit::copied", mutates_args=())
+def copied(x: Tensor) -> Tensor:
+    """Return a copy, which a graph keeps for its backward pass if that needs it.
+
+    An ordinary copy is made anew there: of a buffer that the step has written to by then. Torch's
+    own compiler has wrong gradients where batch norm runs in training mode, and then in eval mode.
+    """
+    return x.clone()
+
+
+@copied.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
 class buffers_apart:
     """A context, in a graph, in which modules write to copies of their buffers.
 
@@ -149,7 +180,7 @@ class buffers_apart:
         self.kept = [(m, name, m._buffers[name]) for m, names in self.modules for name in names]
         for module, name, buffer in self.kept:
             if buffer is not None:
-                module._buffers[name] = buffer.clone()
+                module._buffers[name] = copied(buffer) if self.evaluating else buffer.clone()
 
     def __exit__(self, *exception: object) -> None:
         for module, name, buffer in self.kept:
