@@ -31,7 +31,7 @@ from gpkit.estimators.differences.weight_difference import (
     LARGE,
     in_few_passes,
     length_of,
-    mix_there,
+    mixed,
     size_of,
     stride_of,
 )
@@ -174,7 +174,7 @@ class Step:
                 if small:
                     together = lerp(base, self.gradients(run(), leaves), fraction)
                 else:
-                    together = mix_there(run, leaves, base, fraction)
+                    together = mixed(run(), leaves, base, fraction, self.gradients)
             finally:
                 go(back)
         else:

@@ -197,52 +197,52 @@ def in_few_passes(
     return ends(looking.factor)
 
 
-def mix_there(
-    evaluate: Callable[[], Tensor],
+def mixed(
+    y: Tensor,
     leaves: Sequence[Tensor],
     base: Sequence[Tensor],
     fraction: Number,
+    gradients: Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor]],
 ) -> Sequence[Tensor]:
-    """Return (1 - fraction) · base + fraction · ∇L in all leaves, of L computed anew.
+    """Return (1 - fraction) · base + fraction · ∇y in all leaves.
 
     A large gradient is added as soon as the backward pass has it, so that there is one at a time.
 
     Args:
-        evaluate: computes L.
+        y: a number.
         leaves: the tensors.
         base: a gradient, which is overwritten; see `are_apart`.
         fraction: a constant factor.
+        gradients: returns ∇y in leaves.
     """
-    mixed: set[int] = set()
+    added: set[int] = set()
+    nothing = base[0].new_zeros(())
 
-    def mix(g: Tensor, i: int) -> Tensor | None:
+    def mix(i: int, g: Tensor) -> Tensor | None:
         to = base[i]
-        if type(g) is not Tensor or g.layout != to.layout or g.dtype != to.dtype:
+        if g.layout != to.layout or g.dtype != to.dtype:
             return None
-        mixed.add(i)
+        added.add(i)
         to.lerp_(g, fraction)
-        return g.new_zeros(()).expand_as(g)  # takes no memory
+        return nothing.expand_as(g)  # takes no memory
 
-    y = evaluate()
-    sizes = enumerate(map(Tensor.numel, leaves))
-    large = [(leaves[i], partial(mix, i=i)) for i, size in sizes if size >= LARGE]
-    hooks = [leaf.register_hook(own) for leaf, own in large]
+    large = [i for i, size in enumerate(map(Tensor.numel, leaves)) if size >= LARGE]
+    hooks = [leaves[i].register_hook(partial(mix, i)) for i in large]
     try:
-        found = first_gradients(y, tuple(leaves), retain=False)
+        found = gradients(y, leaves)
     finally:
         for hook in hooks:
             hook.remove()
-    rest = [i for i in range(len(leaves)) if i not in mixed]
-    here, points = [base[i] for i in rest], [leaves[i] for i in rest]
-    there = [widened(g) for g in zeros_for_none([found[i] for i in rest], points)]
-    together = Difference((), here, there, fraction).added_to(here, 1.0, overwrite=True)
+    rest = [i for i in range(len(leaves)) if i not in added]
+    here, there = [base[i] for i in rest], [found[i] for i in rest]
     result = [*base]
+    together = Difference((), here, there, fraction).added_to(here, 1.0, overwrite=True)
     for i, g in zip(rest, together, strict=True):
         result[i] = g
     return result
 
 
-LARGE = 2**14  # entries; a hook on a weight takes 6 µs
+LARGE = 2**16  # entries; a hook on a weight takes some 15 µs
 
 
 def length_of(parts: Sequence[Tensor]) -> Number:
