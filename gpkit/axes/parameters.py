@@ -16,10 +16,11 @@ from gpkit import checks
 from gpkit.autodiff import graph
 from gpkit.autodiff.layers.batch import may_be_wide
 from gpkit.autodiff.layers.norms import applies
+from gpkit.autodiff.layers.places import read
 from gpkit.autodiff.layers.recording import Recording, recorded_layers
 from gpkit.autodiff.random import has_ranks
 from gpkit.autodiff.sharding.gathering import require_whole
-from gpkit.autodiff.tracing.calls import noted
+from gpkit.autodiff.tracing.calls import RECORDS, TRACES, noted
 from gpkit.axes.call import Axes, Call
 from gpkit.axes.given.sample_weight import of_entries, sample_weights, weighted_mean
 from gpkit.axes.mixtures import rows_of
@@ -79,6 +80,7 @@ class weights(Variables):
             rerun = partial(self.evaluated, call, device, y)
         elif call.has_graph:
             y = call.selected(call.f)
+            layers = read(y, params) if reads_graph(call.axes) else None
         elif callable(call.f) or isinstance(call.f, Recomputable):
             # What recomputes a value may run its samples one by one, as the callback does.
             net = None if isinstance(call.f, Recomputable) else call.args[0]
@@ -248,6 +250,11 @@ def reads_layers(axes: Axes) -> bool:
     """Whether the norms can be taken from the inputs and outputs of layers."""
     by_layer = axes.scope in ("sample", "batch") and axes.estimator.by_layer
     return by_layer and not axes.wrt.batched and axes.order == 1 and axes.form.norm == "l2"
+
+
+def reads_graph(axes: Axes) -> bool:
+    """Whether the products with wide weights can be read from the graph of a loss."""
+    return axes.scope == "batch" and reads_layers(axes) and not (TRACES or RECORDS or has_ranks())
 
 
 def layers_for(penalties: Iterable[Axes], net: Any) -> AbstractContextManager[Recording | None]:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 from torch.compiler import is_compiling
 
 from gpkit import formula
 from gpkit.autodiff import graph
-from gpkit.autodiff.compat import packs_saved, saved
 from gpkit.autodiff.layers.batch import gram_pays, norm_of, wide_calls
 from gpkit.autodiff.layers.norms import sample_norms
-from gpkit.autodiff.layers.recording import LayerCall, Recording
+from gpkit.autodiff.layers.places import Place, call_at, place_of
+from gpkit.autodiff.layers.recording import Recording
 from gpkit.autodiff.layers.rules import BATCH_NORMS
 from gpkit.autodiff.random import has_ranks
 from gpkit.autodiff.reached import code_of
@@ -100,24 +99,6 @@ def has_shortcut(axes: Any, f: Recomputable, targets: Sequence[Target]) -> bool:
         and (axes.scope == "batch" or targets[0].layers is not None)
         and not (f.selected or has_ranks() or torch.is_autocast_enabled(f.value.device.type))
     )
-
-
-class Place(NamedTuple):
-    """Where the graph of a loss has a call of a layer.
-
-    Args:
-        layer: the module, alive as long as its weight.
-        z: the place of the node of its output among the nodes.
-        output: which of the node's outputs it is.
-        a: the place of the node that has saved its input.
-        name: of what that node has saved.
-    """
-
-    layer: weakref.ref[nn.Module]
-    z: int
-    output: int
-    a: int
-    name: str
 
 
 class ExactStep:
@@ -243,53 +224,3 @@ class ExactStep:
         penalty.draws += 1  # an exact norm draws nothing
         terms = penalty.observed(formula.terms(penalty, n2, weight, observe=True))
         return terms.added_to(mean)
-
-
-SAVED = ("mat1", "self", "input", "indices")  # the names of inputs in torch's derivatives.yaml
-
-
-def place_of(call: LayerCall, nodes: Sequence[Any], at: dict[Any, int]) -> Place | None:
-    """Return where a graph has a call; None if no node of it has saved the input of the layer.
-
-    Args:
-        call: of a layer.
-        nodes: of the graph.
-        at: their places.
-    """
-    if not isinstance(call.z, GradientEdge) or call.z.node not in at:
-        return None
-    node, output = call.z.node, call.z.output_nr
-    behind = [node, *(parent for parent, _ in node.next_functions[:1] if parent in at)]
-    for maker in behind:
-        for name in () if packs_saved(maker) else SAVED:
-            a = saved(maker, name)
-            if a is not None and same(a, call.a):
-                return Place(weakref.ref(call.layer), at[node], output, at[maker], name)
-    return None
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same, up to the shape of leading dimensions."""
-    if a is b:
-        return True
-    return (
-        a.data_ptr() == b.data_ptr()
-        and a.dtype == b.dtype
-        and a.numel() == b.numel()
-        and a.shape[-1:] == b.shape[-1:]
-        and a.is_contiguous()
-        and b.is_contiguous()
-        and a.requires_grad == b.requires_grad
-    )
-
-
-def call_at(place: Place, nodes: Sequence[Any]) -> Any:
-    """Return the call of a layer in a graph; None if its input was written to since."""
-    try:
-        a = saved(nodes[place.a], place.name)
-    except RuntimeError:
-        return None
-    if a is None:
-        return None
-    z = GradientEdge(nodes[place.z], place.output)
-    return LayerCall(place.layer(), a, z, 0, a.dtype)

@@ -5,23 +5,24 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gpkit.autodiff import graph
-from gpkit.autodiff.layers.gram import gram_is_cheaper, gram_product
+from gpkit.autodiff.layers.gram import gram_is_cheaper, gram_product, may_pay
+from gpkit.autodiff.layers.places import Matrix
 from gpkit.autodiff.layers.recording import LayerCall, Recording
 from gpkit.autodiff.numerics import squared_length
 from gpkit.autodiff.tracing.calls import noted
 
 
 def may_be_wide(layer: nn.Module) -> bool:
-    """Whether Gram matrices may pay in a layer: linear, with a harmonic mean of widths over 64."""
-    if type(layer) is not nn.Linear or "forward" in vars(layer) or layer.weight.is_complex():
+    """Whether Gram matrices may pay in a layer: linear and wide."""
+    if type(layer) is not nn.Linear or "forward" in vars(layer):
         return False
-    p, q = layer.out_features, layer.in_features
-    return p * q > 32 * (p + q)
+    return may_pay(*layer.weight.shape)
 
 
 def batch_norm(loss: Tensor, parameters: Sequence[Tensor], recording: Recording) -> Tensor:
@@ -63,8 +64,10 @@ def wide_calls(loss: Tensor, parameters: Sequence[Tensor], recording: Recording)
     if torch.is_autocast_enabled(loss.device.type):
         return []  # the products of the forward pass are in half precision, these would not be
     wanted = {id(p) for p in parameters}
-    calls = [c for c in recording.calls if may_be_wide(c.layer) and id(c.layer.weight) in wanted]
-    calls = [c for c in calls if c.a.ndim > 1 and c.intact and gram_pays(c)]
+    calls = [c for c in recording.calls if is_wide(c.layer) and id(c.layer.weight) in wanted]
+    calls = [
+        c for c in calls if c.a.ndim > 1 and not c.a.is_complex() and c.intact and gram_pays(c)
+    ]
     calls = [c for c in calls if c.dtype == c.a.dtype == c.layer.weight.dtype]  # no autocast there
     if not calls:
         return []
@@ -75,7 +78,12 @@ def wide_calls(loss: Tensor, parameters: Sequence[Tensor], recording: Recording)
     return [i for i, call in enumerate(recording.calls) if call in chosen]
 
 
+def is_wide(layer: Any) -> bool:
+    """Whether Gram matrices may pay in what was recorded."""
+    return isinstance(layer, Matrix) or may_be_wide(layer)
+
+
 def gram_pays(call: LayerCall) -> bool:
     """Whether Gram matrices cost less than the gradient in a call of a linear layer."""
-    q = call.a.shape[-1]
-    return gram_is_cheaper(1, call.a.numel() // q, call.layer.out_features, q)
+    p, q = call.layer.weight.shape
+    return gram_is_cheaper(1, call.a.numel() // q, p, q)

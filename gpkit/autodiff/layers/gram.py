@@ -157,6 +157,11 @@ def gram_is_cheaper(groups: int, positions: int, p: int, q: int) -> bool:
     return 2 * positions * (p + q) < 3 * p * q
 
 
+def may_pay(p: int, q: int) -> bool:
+    """Whether Gram matrices may pay for ``[p, q]``: a harmonic mean of p and q over 64."""
+    return p * q > 32 * (p + q)
+
+
 def _joined(parts: list[Outer]) -> Outer:
     if len(parts) == 1:
         return parts[0]

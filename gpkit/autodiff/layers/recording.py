@@ -21,7 +21,7 @@ class LayerCall:
     """One call of a layer.
 
     Args:
-        layer: the module.
+        layer: the module, or what has its weight.
         a: its input.
         z: the edge of its output in the graph. An in-place operation on the output, such as
             ``ReLU(inplace=True)``, does not change it. In a compiled loss the output itself, and
@@ -49,12 +49,12 @@ class Recording:
     """The calls of the layers of a net in one forward pass.
 
     Args:
-        net: the module.
+        net: the module; None if the calls were read from a graph.
         calls: in the order of the forward pass.
         missing: names of layers that were called with other arguments than one tensor.
     """
 
-    net: nn.Module
+    net: Any
     calls: list[LayerCall] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
