@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -16,7 +16,7 @@ from gpkit.autodiff.tracing.calls import RECORDS, TRACES
 from gpkit.axes import scope as scopes
 from gpkit.axes.activation import activation, as_wrt
 from gpkit.axes.at import At, as_at
-from gpkit.axes.call import Call
+from gpkit.axes.call import Call, listed
 from gpkit.axes.form import Form, as_form
 from gpkit.axes.given.given import Given, completed, weights_of
 from gpkit.axes.given.keys import Keys, Metric, as_keys, as_metric
@@ -227,6 +227,7 @@ class GradientPenalty(Penalty):
             FoundError: if torch has no correct derivative through the graph, or if ``acts`` and the
                 penalty depends on no trained parameter.
         """
+        args = listed(args)
         train = torch.is_grad_enabled()
         short = acts and train and scale is given is None and not (TRACES or RECORDS)
         earlier = self.shortcuts.of(f) if short and self.shortcuts.known else None
@@ -268,8 +269,8 @@ class GradientPenalty(Penalty):
             known = trains(f, terms, targets, self.order, self.wrt, twice=twice)
             if known:
                 self.seen.add(targets[0])
-        if known and observe and not TRACES and (self.wrt.batched or getattr(f, "layers", None)):
-            self.shortcuts.note(self, f, targets)
+        if known and observe and not TRACES and getattr(f, "layers", f) is not None:
+            self.shortcuts.note(self, f, args, targets)
         return terms if train else terms.detached()
 
     def targets(
@@ -286,7 +287,6 @@ class GradientPenalty(Penalty):
         """Return y and x, at the points that ``at`` chooses."""
         if isinstance(f, (Target, Targets)):
             return [f] if isinstance(f, Target) else f
-        args = tuple(list(a) if isinstance(a, Iterator) else a for a in args)  # net.parameters()
         call = Call(self, f, args, real, fake, rng, seed, acts=acts, given=given)
         call.require_forward()
         targets = list(self.wrt.targets(call))

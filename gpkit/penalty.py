@@ -13,6 +13,7 @@ from gpkit import checks
 from gpkit.autodiff.distributed import tied
 from gpkit.autodiff.random import derived_seed, device_of, has_ranks, rank
 from gpkit.autodiff.tracing.calls import RECORDS, TRACES
+from gpkit.axes.call import listed
 from gpkit.axes.given.given import IS_GIVEN, as_given
 from gpkit.axes.weight import Schedule, Weight, as_weight
 from gpkit.findings.seen import SeenNets
@@ -107,9 +108,8 @@ class Penalty:
             groups: an index ``[N]`` of the group of each row, for inputs ``[N, *S]`` and outputs
                 ``[G, ...]``: one norm over all rows of a group, such as the nodes of a graph.
             step: the optimiser step, for the schedule and ``every``; None counts the calls.
-            scale: the factor of a gradient scaler, for float16: the penalty differentiates
-                ``scale·f`` and divides by ``scale``, so that the gradient does not underflow. It
-                does not change the value of the penalty.
+            scale: the factor of a gradient scaler, for float16: ``scale·f`` is differentiated, and
+                divided by ``scale``, so that the gradient does not underflow. The value stays.
 
         Returns:
             A scalar. If the weight is zero or ``every`` skips the step, it is zero and nothing is
@@ -124,6 +124,7 @@ class Penalty:
         plain = scale is groups is target is metric is sample_weight is None
         known = self.shortcuts if plain and not (TRACES or RECORDS) else None
         if known is not None and known.known and (earlier := known.of(f)) is not None:
+            args = listed(args)
             at, seed = self.step if step is None else step, self._seed_of(self.draws + 1, 0)
             again = earlier.penalty(self, f, args, real, fake, self.weight_at(at), seed)
             if again is not None:
@@ -134,9 +135,8 @@ class Penalty:
         terms = self.act(f, *args, real=real, fake=fake, **given)
         if terms is None:
             return torch.zeros((), device=device_of(f, args, real, fake))
-        if terms.outputs and has_ranks() and terms.reduced.requires_grad:
-            return tied(terms.penalty, terms.outputs)
-        return terms.penalty
+        ties = terms.outputs and has_ranks() and terms.reduced.requires_grad
+        return tied(terms.penalty, terms.outputs) if ties else terms.penalty
 
     def act(
         self,

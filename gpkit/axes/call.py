@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -305,3 +305,8 @@ def _hint(error: Exception, function: Any, xs: Points, given: int | None) -> str
             f"it holds labels or latents, let them follow, labels.repeat({times})"
         )
     return None
+
+
+def listed(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return arguments that can be read twice, unlike ``net.parameters()``."""
+    return tuple([list(a) if isinstance(a, Iterator) else a for a in args])

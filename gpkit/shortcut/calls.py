@@ -18,8 +18,9 @@ from gpkit.axes.wrt import inputs
 from gpkit.estimators.base import Recomputable, Target
 from gpkit.estimators.exact import exact
 from gpkit.shortcut.differences import Steps
+from gpkit.shortcut.exact_steps import ExactSteps
 from gpkit.shortcut.functions import Function
-from gpkit.shortcut.layers import ExactSteps
+from gpkit.shortcut.losses import Losses, is_loss
 from gpkit.shortcut.net import needs_more, references
 from gpkit.shortcut.repeated import Repeated
 from gpkit.shortcut.scores import Scores
@@ -35,7 +36,7 @@ class Shortcuts:
         self.found: dict[Any, Function] = {}  # by what a function refers to, see `key_of`
         self.misses: dict[Any, int] = {}
         self.closures: dict[int, int] = {}
-        self.scores = Scores()
+        self.scores: Scores | Losses = Scores()
         self.known = False  # whether there is any
         self.steps = Steps()
         self.exact_steps = ExactSteps()
@@ -49,8 +50,8 @@ class Shortcuts:
         """Copy and pickle as empty: the nets of a copy are other nets."""
         return Shortcuts, ()
 
-    def of(self, f: Any) -> Repeated | None:
-        """Return how an earlier call with this function, or with such scores, went, or None."""
+    def of(self, f: Any) -> Repeated | Losses | None:
+        """Return how earlier calls with this function, with scores or with losses went, or None."""
         if type(f) is Tensor:
             scores = self.scores if self.scores.known else None
             return None if scores is None or is_compiling() or has_ranks() else scores
@@ -59,19 +60,36 @@ class Shortcuts:
             return None
         return found
 
-    def note(self, axes: Any, f: Any, targets: Sequence[Target]) -> None:
+    def note(self, axes: Any, f: Any, args: tuple[Any, ...], targets: Sequence[Target]) -> None:
         """Remember the call that made these targets, of a penalty that was found to train."""
-        if isinstance(f, Recomputable) and not axes.wrt.batched:
-            self.exact_steps.note(axes, f, targets)
+        if not axes.wrt.batched:
+            self.note_loss(axes, f, args, targets)
             return
         target, *others = targets
         if others or not is_plain(axes, target):
             return
         self.known = True
         if type(f) is Tensor:
-            self.scores.note(axes, f, target)
+            self.of_scores().note(axes, f, target)
         elif callable(f) and target.made is not None and is_known(f, target, target.made):
             self.note_function(axes, f, target, target.made)
+
+    def of_scores(self) -> Scores:
+        """Return the calls with scores."""
+        if not isinstance(self.scores, Scores):
+            self.scores = Scores()
+        return self.scores
+
+    def note_loss(self, axes: Any, f: Any, args: Any, targets: Sequence[Target]) -> None:
+        """Remember a call with a loss."""
+        if isinstance(f, Recomputable):
+            if f.layers is not None:
+                self.exact_steps.note(axes, f, targets)
+        elif is_loss(axes, f, targets) and not has_ranks():
+            self.known = True
+            if not isinstance(self.scores, Losses):
+                self.scores = Losses()
+            self.scores.note(axes, f, args, targets[0])
 
     def note_function(self, axes: Any, f: Any, target: Target, made: Made) -> None:
         """Remember a call with a function or a module, unless earlier ones were of no use."""

@@ -153,3 +153,62 @@ def test_a_third_derivative(products):
     assert products == [(90, 80)]
     for one, other in zip(*seconds, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def plain_steps(output, monkeypatch, given="module"):
+    """Compare three calls with losses of new graphs, and count those that take the long way."""
+    made, penalty, taken = net(), gpkit.weight_grad_norm(0.3), []
+    evaluate = gpkit.GradientPenalty.evaluate
+
+    def counting(self, *args, **kwargs):
+        taken.append(1)
+        return evaluate(self, *args, **kwargs)
+
+    monkeypatch.setattr(gpkit.GradientPenalty, "evaluate", counting)
+    for size in (7, 7, 5, 300):
+        x = torch.randn(size, 5).double()
+        params = list(made.parameters())
+        loss = output(made, x).square().mean()
+        found = penalty(loss, made if given == "module" else made.parameters())
+        found_grads = torch.autograd.grad(loss + found, params, allow_unused=True)
+        loss = output(made, x).square().mean()
+        grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+        expected = 0.3 * sum(g.square().sum() for g in grads if g is not None)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+        for one, other in zip(
+            found_grads,
+            torch.autograd.grad(loss + expected, params, allow_unused=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14)
+        with torch.no_grad():
+            for p in params:
+                p.mul_(1.05)
+    assert penalty.step == penalty.draws == 4
+    return len(taken)
+
+
+@pytest.mark.parametrize("given", ["module", "generator"])
+@pytest.mark.parametrize("name", ["the net", "sequences", "one transpose"])
+def test_a_repeated_call_with_a_loss_does_its_arithmetic_alone(name, given, monkeypatch):
+    assert plain_steps(WAYS[name][0], monkeypatch, given) == 1
+
+
+def test_a_loss_with_another_graph_takes_the_long_way(monkeypatch):
+    calls = []
+
+    def branching(made, x):
+        calls.append(1)
+        return made(x) if len(calls) < 5 else made[4](made[2](torch.tanh(made[0](x))).sin())
+
+    assert plain_steps(branching, monkeypatch) == 2
+
+
+def test_a_part_of_the_parameters_is_not_taken_for_the_whole():
+    made, x, penalty = net(), torch.randn(B, 5).double(), gpkit.weight_grad_norm(1.0)
+    some = [list(made.parameters())[i] for i in (0, 2, 3)]
+    for given in (made, some, made[2:], made, some, made[2:]):
+        params = list(given.parameters()) if isinstance(given, nn.Module) else given
+        loss = made(x).square().mean()
+        sizes = [g.square().sum() for g in torch.autograd.grad(loss, params, retain_graph=True)]
+        torch.testing.assert_close(penalty(loss, given).detach(), sum(sizes), rtol=1e-12, atol=0)

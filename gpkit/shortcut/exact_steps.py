@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,17 +12,14 @@ from torch.compiler import is_compiling
 
 from gpkit import formula
 from gpkit.autodiff import graph
-from gpkit.autodiff.layers.batch import gram_pays, norm_of, wide_calls
-from gpkit.autodiff.layers.norms import sample_norms
-from gpkit.autodiff.layers.places import Place, call_at, place_of
+from gpkit.autodiff.layers.places import place_of, products
 from gpkit.autodiff.layers.recording import Recording
 from gpkit.autodiff.layers.rules import BATCH_NORMS
 from gpkit.autodiff.random import has_ranks
 from gpkit.autodiff.reached import code_of
 from gpkit.autodiff.tracing.calls import RECORDS, TRACES
-from gpkit.axes.parameters import weights
 from gpkit.estimators.base import Recomputable, Target
-from gpkit.estimators.exact import exact
+from gpkit.shortcut.losses import LossGraph, is_loss
 from gpkit.shortcut.net import Choices
 
 MANY = 64
@@ -64,7 +60,9 @@ class ExactSteps:
             f: the loss, with the closure that returned it.
             targets: what the penalty differentiated.
         """
-        if f.layers is None or not has_shortcut(axes, f, targets):
+        if f.layers is None or f.selected or has_ranks() or not is_loss(axes, f.value, targets):
+            return
+        if axes.scope == "sample" and targets[0].layers is None:
             return
         net, (target,) = f.layers.net, targets
         key = id(code_of(f.function)), id(net)
@@ -82,53 +80,22 @@ class ExactSteps:
         self.found[id(code_of(closure)), id(net)].missed = True
 
 
-def has_shortcut(axes: Any, f: Recomputable, targets: Sequence[Target]) -> bool:
-    """Whether a step is the plain case: l2 norms of gradients in a module, one graph."""
-    return (
-        type(axes.estimator) is exact
-        and type(axes.wrt) is weights
-        and axes.of in ("output", "loss")
-        and axes.order == 1
-        and axes.scope in ("batch", "sample")
-        and axes.form.norm == "l2"
-        and not (axes.named or axes.metric or axes.given or axes.subsample or axes.elementary)
-        and len(targets) == 1
-        and targets[0].rows is targets[0].window is targets[0].weights is None
-        and type(f.value) is Tensor
-        and f.value.numel() == (len(f.value) if f.value.ndim else 1)
-        and (axes.scope == "batch" or targets[0].layers is not None)
-        and not (f.selected or has_ranks() or torch.is_autocast_enabled(f.value.device.type))
-    )
-
-
 class ExactStep:
     """How an earlier step went, for steps that repeat it.
 
     Args:
         axes: the penalty.
         net: a reference to the module.
-        make: of the graph of the loss, see `graph.walked`.
-        leaves: of that graph.
-        xs: the variables.
-        places: of the calls of layers whose norms need no gradient in the weights.
+        made: how the graph of the loss was made.
     """
 
     missed = False  # whether a later loss had another graph
 
-    def __init__(
-        self,
-        axes: Any,
-        net: Callable[[], nn.Module | None],
-        make: list[Any],
-        leaves: Sequence[Tensor],
-        xs: Sequence[Tensor],
-        places: Sequence[Place],
-    ) -> None:
-        self.choices, self.net, self.make = Choices(axes), net, make
-        self.leaves, self.xs = [*map(weakref.ref, leaves)], [*map(weakref.ref, xs)]
-        self.places, self.sample = places, axes.scope == "sample"
-        self.with_mode = [p.layer for p in places if isinstance(p.layer(), BATCH_NORMS)]
-        self.modes, self.device = self.modes_now(), xs[0].device.type
+    def __init__(self, axes: Any, net: Callable[[], nn.Module | None], made: LossGraph) -> None:
+        self.choices, self.net, self.made = Choices(axes), net, made
+        self.with_mode = [p.layer for p in made.places if isinstance(p.layer(), BATCH_NORMS)]
+        xs: Any = made.xs
+        self.modes, self.device = self.modes_now(), xs[0]().device.type
 
     @classmethod
     def after(
@@ -152,14 +119,15 @@ class ExactStep:
         leaves = graph.leaves(loss, nodes)
         if not all(isinstance(leaf, nn.Parameter) for leaf in leaves):  # inputs are new each time
             return None
-        calls = [] if target.layers is None else layers.calls
         if axes.scope == "batch":
-            calls = [calls[i] for i in wide_calls(loss, target.xs, layers)] if calls else []
-        at = {node: i for i, node in enumerate(nodes)}
-        places = [place for call in calls if (place := place_of(call, nodes, at)) is not None]
-        if len(places) < len(calls):
+            places: list[Any] = [*products(nodes, target.xs)]
+        else:
+            at = {node: i for i, node in enumerate(nodes)}
+            places = [place_of(call, nodes, at) for call in layers.calls]
+        if not all(places):
             return None
-        return cls(axes, net, make, leaves, target.xs, places)
+        sample = axes.scope == "sample"
+        return cls(axes, net, LossGraph(make, leaves, target.xs, places, sample=sample))
 
     def modes_now(self) -> list[bool]:
         """Return whether the net, and each layer whose rule asks for it, is in training mode."""
@@ -168,20 +136,11 @@ class ExactStep:
 
     def repeats(self, penalty: Any, net: Any, step: int | None) -> bool:
         """Whether the penalty acts, and all that is known before the loss is as it was."""
-        if (
-            self.missed
-            or RECORDS
-            or TRACES
-            or is_compiling()
-            or not torch.is_grad_enabled()
-            or has_ranks()
-        ):
+        if self.missed or RECORDS or TRACES or is_compiling() or not torch.is_grad_enabled():
             return False
-        if self.net() is not net or self.modes_now() != self.modes:
+        if self.net() is not net or self.modes_now() != self.modes or has_ranks():
             return False
-        if torch.is_autocast_enabled(self.device):
-            return False
-        if not self.choices.hold(penalty):
+        if torch.is_autocast_enabled(self.device) or not self.choices.hold(penalty):
             return False
         acts: bool = penalty.acts_at(step)
         return acts
@@ -196,29 +155,11 @@ class ExactStep:
         """
         if type(loss) is not Tensor or (loss.ndim > 1 and loss.numel() != loss.shape[0]):
             return None
-        if self.sample and not loss.ndim:
+        if self.made.sample and not loss.ndim:
             return None
-        nodes, make = graph.walked(loss)
-        if make != self.make:
-            return None
-        leaves, known = graph.leaves(loss, nodes), [ref() for ref in self.leaves]
-        xs: list[Any] = [ref() for ref in self.xs]
-        net: Any = self.net()
-        if not all(map(operator.is_, leaves, known)) or any(x is None for x in xs):
-            return None
-        calls: list[Any] = [call_at(place, nodes) for place in self.places]
-        if not all(calls):
-            return None
-        recording = Recording(net, calls)
         mean = loss.mean() if loss.ndim else loss
-        if self.sample:
-            n2 = sample_norms(loss.reshape(-1), xs, recording)
-            if any(c.delta is None or c.delta.shape[0] != loss.shape[0] for c in calls):
-                return None
-        else:
-            recording.calls = [*filter(gram_pays, calls)]
-            n2 = norm_of(mean, xs, recording)
-        if not n2.requires_grad:
+        n2 = self.made.squared_norms(loss, mean, self.net())
+        if n2 is None:
             return None
         weight = penalty.counted(step)
         penalty.draws += 1  # an exact norm draws nothing

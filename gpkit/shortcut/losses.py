@@ -1,0 +1,191 @@
+"""The shortcut of a weight penalty of a loss, whose graph is compared with earlier ones."""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpkit import formula
+from gpkit.autodiff import graph
+from gpkit.autodiff.layers.batch import gram_pays, norm_of
+from gpkit.autodiff.layers.norms import sample_norms
+from gpkit.autodiff.layers.places import Place, call_at, products
+from gpkit.autodiff.layers.recording import Recording
+from gpkit.autodiff.tracing.calls import RECORDS, TRACES
+from gpkit.axes.parameters import weights
+from gpkit.estimators.base import Target
+from gpkit.estimators.exact import exact
+from gpkit.formula import Terms
+from gpkit.shortcut.net import Choices
+
+MANY = 64
+
+
+class LossGraph:
+    """How the graph of a loss was made, and the norm of its gradient in the weights.
+
+    Args:
+        make: of the graph, see `graph.walked`.
+        leaves: of the graph.
+        xs: the variables.
+        places: of the calls of layers whose norms need no gradient in the weights.
+        sample: whether each sample has a norm.
+    """
+
+    def __init__(
+        self,
+        make: list[Any],
+        leaves: Sequence[Tensor],
+        xs: Sequence[Tensor],
+        places: Sequence[Place],
+        *,
+        sample: bool = False,
+    ) -> None:
+        self.make, self.places, self.sample = make, places, sample
+        self.leaves, self.xs = [*map(weakref.ref, leaves)], [*map(weakref.ref, xs)]
+
+    def squared_norms(self, loss: Tensor, mean: Tensor, net: Any = None) -> Tensor | None:
+        """Return n² ``[G]``; None if the loss has another graph.
+
+        Args:
+            loss: a number, or losses ``[B]``.
+            mean: of the losses.
+            net: the module.
+        """
+        nodes, make = graph.walked(loss)
+        if make != self.make:
+            return None
+        return self.norms_at(nodes, graph.leaves(loss, nodes), loss, mean, net)
+
+    def norms_at(
+        self, nodes: Sequence[Any], leaves: Sequence[Tensor], loss: Tensor, mean: Tensor, net: Any
+    ) -> Tensor | None:
+        """Return the same for a graph of this make, with these nodes and leaves."""
+        xs: list[Any] = [ref() for ref in self.xs]
+        if not all(map(operator.is_, leaves, [ref() for ref in self.leaves])):
+            return None
+        calls: list[Any] = [call_at(place, nodes) for place in self.places]
+        if not all(calls) or any(x is None for x in xs):
+            return None
+        if not self.sample:
+            n2 = norm_of(mean, xs, Recording(net, [*filter(gram_pays, calls)]))
+            return n2 if n2.requires_grad else None
+        n2 = sample_norms(loss.reshape(-1), xs, Recording(net, calls))
+        for call in calls:
+            if call.delta is None or call.delta.shape[0] != loss.shape[0]:
+                return None
+        return n2 if n2.requires_grad else None
+
+
+def is_loss(axes: Any, loss: Any, targets: Sequence[Target]) -> bool:
+    """Whether the formula is its plain case: the l2 norm of one gradient in the weights."""
+    return (
+        type(axes.estimator) is exact
+        and type(axes.wrt) is weights
+        and axes.of in ("output", "loss")
+        and axes.order == 1
+        and axes.form.norm == "l2"
+        and not (axes.named or axes.metric or axes.given or axes.subsample or axes.elementary)
+        and len(targets) == 1
+        and targets[0].rows is targets[0].window is targets[0].weights is None
+        and type(loss) is Tensor
+        and loss.numel() == (len(loss) if loss.ndim else 1)
+        and not torch.is_autocast_enabled(loss.device.type)
+    )
+
+
+class Losses:
+    """The graphs of losses of earlier calls."""
+
+    def __init__(self) -> None:
+        self.known: dict[Any, LossGraph] = {}
+        self.choices: Any = None
+
+    def note(self, axes: Any, loss: Tensor, args: tuple[Any, ...], target: Target) -> None:
+        """Remember a call with a loss.
+
+        Args:
+            axes: the penalty, for which `is_loss`.
+            loss: with its graph.
+            args: the module or its parameters.
+            target: what the penalty has differentiated.
+        """
+        who = who_is(args)
+        if axes.scope != "batch" or loss.grad_fn is None or who is None:
+            return
+        if len(self.known) >= MANY or self.choices is None or not self.choices.hold(axes):
+            self.known.clear()
+        self.choices = Choices(axes)
+        nodes, make = graph.walked(loss)
+        leaves, places = graph.leaves(loss, nodes), products(nodes, target.xs)
+        found = LossGraph(make, leaves, target.xs, places)
+        self.known[(who, *map(id, leaves), *make)] = found
+
+    def squared_norms(
+        self, axes: Any, loss: Tensor, args: tuple[Any, ...], real: Any, fake: Any
+    ) -> Tensor | None:
+        """Return n² ``[1]`` of a call that repeats an earlier one; None if it does not."""
+        who = who_is(args)
+        if who is None or real is not None or fake is not None or not self.choices.hold(axes):
+            return None
+        nodes, make = graph.walked(loss)
+        leaves = graph.leaves(loss, nodes)
+        known = self.known.get((who, *map(id, leaves), *make))
+        if known is None or torch.is_autocast_enabled(loss.device.type):
+            return None
+        mean = loss if loss.ndim == 0 else loss.mean()
+        return known.norms_at(nodes, leaves, loss, mean, None)
+
+    def penalty(
+        self,
+        axes: Any,
+        f: Any,
+        args: tuple[Any, ...],
+        real: Any,
+        fake: Any,
+        weight: float,
+        seed: int,
+    ) -> Tensor | None:
+        """Return the penalty of a call that repeats an earlier one; None if it does not.
+
+        Takes the arguments of `GradientPenalty.evaluate`.
+        """
+        if not weight or axes.adapts or not torch.is_grad_enabled() or RECORDS or TRACES:
+            return None
+        n2 = self.squared_norms(axes, f, args, real, fake)
+        if n2 is None:
+            return None
+        form = axes.form.for_call(n2)
+        axes.form.observe(n2)
+        return formula.reduced(form(n2), axes.reduce) * weight
+
+    def terms(
+        self,
+        axes: Any,
+        f: Any,
+        args: tuple[Any, ...],
+        real: Any,
+        fake: Any,
+        weight: float,
+        seed: int,
+    ) -> Terms | None:
+        """Return the terms of a call that repeats an earlier one; None if it does not.
+
+        Takes the arguments of `GradientPenalty.evaluate`, for a call that is trained on.
+        """
+        n2 = self.squared_norms(axes, f, args, real, fake)
+        return None if n2 is None else formula.terms(axes, n2, weight, observe=True)
+
+
+def who_is(args: tuple[Any, ...]) -> Any:
+    """Return what tells the module or the parameters of a call from others, or None."""
+    if len(args) != 1:
+        return None
+    if isinstance(args[0], nn.Module):
+        return id(args[0])
+    return (*map(id, args[0]),) if type(args[0]) in (list, tuple) else None
