@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from gpkit.autodiff.random import device_of
 from gpkit.autodiff.reached import Reach, reach
@@ -37,6 +38,8 @@ def with_loss(
         TypeError: if a penalty is not a weight penalty, or the closure is not callable.
         ValueError: if a penalty is not of the loss, or the closure returns outputs.
     """
+    if not isinstance(net, Module) and isinstance(net, Iterator):  # net.parameters()
+        net = list(net)
     first: Any = penalties[0] if len(penalties) == 1 else None
     shortcuts = getattr(first, "shortcuts", None)
     if shortcuts is None:
@@ -82,7 +85,6 @@ def _with_loss(
         The scalar.
     """
     in_weights: list[Any] = _in_weights(penalties, closure)
-    net = list(net) if isinstance(net, Iterator) else net
     first = in_weights[0]
     if not torch.is_grad_enabled():
         total = _loss(first, closure()).mean()

@@ -70,7 +70,8 @@ class finite_difference(Estimator):
         step: the length of the step, h·‖v‖. None is 2√ε, or ε^(1/3)/2 for "central",
             where ε is the machine epsilon of the coarsest dtype used (autocast included), times
             the root mean square of the entries that are moved, if that is above 1, and times the
-            factor that the comparison found. In float32 this is 7e-4 and 2e-3. A step of ε∇L, as
+            factor that the comparison found. (Steps of `with_loss` look at it in every eighth step
+            while it is below a half.) In float32 this is 7e-4 and 2e-3. A step of ε∇L, as
             some papers write it, has h = ε‖∇L‖.
         side: "forward", "backward" or "central".
         cross_kinks: whether units may change pieces within the step, as in SAM, whose gradient is

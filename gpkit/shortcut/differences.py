@@ -15,7 +15,7 @@ from gpkit.autodiff.reached import CHECKPOINTS, Reach, code_of
 from gpkit.axes.parameters import weights
 from gpkit.estimators.finite_difference import finite_difference
 from gpkit.shortcut.net import references
-from gpkit.shortcut.step import KNOWN, Step
+from gpkit.shortcut.step import KNOWN, Step, parts_of
 
 MANY = 64
 MISSES = 3  # steps that differ from the one before, after which a net has no shortcut
@@ -42,9 +42,9 @@ class Steps:
 
         Args:
             closure: returns the loss.
-            net: the module.
+            net: the module, or its parameters.
         """
-        return self.found.get((id(code_of(closure)), id(net))) if self.found else None
+        return self.found.get(key_of(closure, net)) if self.found else None
 
     def note(self, axes: Any, closure: Any, net: Any, found: Reach, loss: Tensor) -> None:
         """Remember a step of a penalty that was found to train.
@@ -52,11 +52,11 @@ class Steps:
         Args:
             axes: the penalty.
             closure: that returned the loss.
-            net: the module.
+            net: the module, or its parameters.
             found: what both reach.
             loss: whose gradient was taken.
         """
-        key = id(code_of(closure)), id(net)
+        key = key_of(closure, net)
         if self.misses.get(key, 0) >= MISSES or not has_shortcut(axes, net, found, loss):
             return
         refers = references((closure, net))
@@ -65,22 +65,31 @@ class Steps:
         if refers is not None:
             if len(self.found) >= MANY:
                 self.found.clear()
-            alive = weakref.ref(net, lambda _: self.found.pop(key, None))
+            forget = lambda _: self.found.pop(key, None)  # noqa: E731
+            alive = [weakref.ref(part, forget) for part in parts_of(net)]
             self.found[key] = Step(axes, refers, alive, found, loss)
 
     def missed(self, closure: Any, net: Any) -> None:
         """Forget a step whose loss was made in another way than the one before."""
-        key = id(code_of(closure)), id(net)
+        key = key_of(closure, net)
         del self.found[key]
         if len(self.misses) >= MANY:
             self.misses.clear()
         self.misses[key] = self.misses.get(key, 0) + 1
 
 
+def key_of(closure: Any, net: Any) -> tuple[int, ...]:
+    """Return what tells a step from others: the code of the closure, and the module or tensors."""
+    return id(code_of(closure)), *map(id, parts_of(net))
+
+
 def has_shortcut(axes: Any, net: Any, found: Reach, loss: Tensor) -> bool:
-    """Whether a step is the plain case: one loss, and the l2 norm of its gradient in a module."""
+    """Whether a step is the plain case: one loss, and the l2 norm of its gradient."""
+    parts = parts_of(net)
+    owned = {*map(id, found.parameters()), *map(id, parts)}
+    tensors = all(isinstance(part, Tensor) for part in parts)
     return (
-        isinstance(net, nn.Module)
+        (isinstance(net, nn.Module) or (tensors and bool(parts)))
         and type(axes.estimator) is finite_difference
         and not axes.estimator.check_every
         and type(axes.wrt) is weights
@@ -91,7 +100,7 @@ def has_shortcut(axes: Any, net: Any, found: Reach, loss: Tensor) -> bool:
         and not (axes.named or axes.metric or axes.given or axes.subsample or axes.elementary)
         and loss.numel() == 1
         and loss.dtype in WIDE
-        and {*map(id, graph.leaves(loss))} <= {*map(id, found.parameters())}
+        and {*map(id, graph.leaves(loss))} <= owned
         and found.known.facts >= KNOWN
         and CHECKPOINTS not in found.known.facts
         and not found.streams

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from gpkit import formula
@@ -69,20 +69,26 @@ class Step:
     Args:
         axes: the penalty.
         refers: what the closure refers to.
-        net: a reference to the module.
+        net: references to the module, or to each of the parameters that were given.
         found: what both reach.
         loss: with its graph.
     """
 
-    def __init__(self, axes: Any, refers: list[int], net: Any, found: Reach, loss: Tensor) -> None:
-        owned, fd = found.parameters(), axes.estimator
+    def __init__(
+        self, axes: Any, refers: list[int], net: list[Any], found: Reach, loss: Tensor
+    ) -> None:
+        owned, fd, given = found.parameters(), axes.estimator, [part() for part in net]
+        named: Any = given[0] if isinstance(given[0], nn.Module) else given
+        known = {*map(id, owned)}
+        self.bare = [r for r in net if isinstance(r(), Tensor) and id(r()) not in known]
+        owned += [r() for r in self.bare]
         self.fd = fd
         places = {id(p): i for i, p in enumerate(owned)}
         self.refers, self.net, self.known, self.choices = refers, net, found.known, Choices(axes)
         self.family = [*map(ref, found.family)]
         self.state = State(found.family)
         self.plain = not (found.known.own or any(map(buffers_of, found.family)))
-        self.variables = [places[id(p)] for p in axes.wrt.chosen(net())]
+        self.variables = [places[id(p)] for p in axes.wrt.chosen(named)]
         nodes, self.make = graph.walked(loss)
         self.at = [i for i, node in enumerate(nodes) if hasattr(node, LEAF)]
         self.leaves = [places[id(nodes[i].variable)] for i in self.at]
@@ -102,7 +108,9 @@ class Step:
             return None
         if (known.runs + 1) % LOOK_AGAIN == 0 or not known.facts >= KNOWN:
             return None
-        if self.net() is not net or references((closure, net)) != self.refers:
+        if not all(map(operator.is_, [r() for r in self.net], parts_of(net))):
+            return None
+        if references((closure, net)) != self.refers:
             return None
         if not self.choices.hold(penalty):
             return None
@@ -115,6 +123,8 @@ class Step:
             return None
         found = Reach(family, [], known)
         owned = found.parameters()
+        if self.bare:
+            owned += [r() for r in self.bare]
         device = owned[self.variables[0]].device
         plain = Start(random_state(device), [], {}) if self.plain else None
         return Begun(found, plain or start_of(found, device), owned, at, weight, device)
@@ -241,6 +251,11 @@ class Step:
             self.size = size_of(xs)
         size = self.size
         return self.least * (size.clamp(min=1) if isinstance(size, Tensor) else max(size, 1.0))
+
+
+def parts_of(net: Any) -> Sequence[Any]:
+    """Return what a call names: the module, or each of the tensors."""
+    return net if type(net) is list or type(net) is tuple else (net,)
 
 
 def valued(

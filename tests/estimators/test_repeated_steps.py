@@ -2,7 +2,10 @@
 
 import copy
 import gc
+import random
+import signal
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -279,6 +282,131 @@ def test_a_backward_pass_hands_the_gradient_out_more_than_once():
     total.backward()
     both = torch.cat([p.grad.flatten() for p in net.parameters()])
     torch.testing.assert_close(both, 4 * once)
+
+
+class Training:
+    """What holds a net and a batch, with the loss as a method."""
+
+    def __init__(self, net, x):
+        self.net, self.x = net, x
+
+    def loss(self):
+        return loss_of(self.net, self.x)
+
+
+def loss_of(net, x):
+    return net(x).square().mean()
+
+
+W = torch.ones(3, dtype=torch.float64, requires_grad=True)
+GIVEN = {  # what with_loss is called with, at each step anew: the closure and the parameters
+    "a list": lambda net, x: (lambda: loss_of(net, x), list(net.parameters())),
+    "a generator": lambda net, x: (lambda: loss_of(net, x), net.parameters()),
+    "a method": lambda net, _: (HOLDER[net].loss, net),
+    "a partial": lambda net, x: (partial(loss_of, net, x), net),
+    "a tensor without a net": lambda _, x: (lambda: (x @ W).tanh().square().mean(), [W]),
+    "one tensor": lambda _, x: (lambda: (x @ W).tanh().square().mean(), W),
+    "both": lambda net, x: (lambda: loss_of(net, x * W), [*net.parameters(), W]),
+    "a shape": lambda net, x: (lambda: loss_of(net, x).reshape(1), net),
+}
+HOLDER = weakref.WeakKeyDictionary()
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_whatever_is_given_has_a_shortcut(name, no_long_way):
+    net, x = mlp(nn.Tanh()), data()
+    HOLDER[net] = Training(net, x)
+    penalty = gpkit.weight_grad_norm(0.3, estimator=fd(1e-6))
+    penalty.with_loss(*GIVEN[name](net, x))
+    no_long_way()
+    params = [W] if "tensor" in name else [*net.parameters(), W][: None if name == "both" else -1]
+    for size in (5, 3):
+        HOLDER[net].x = x[:size]
+        closure, of = GIVEN[name](net, x[:size])
+        found, loss = penalty.with_loss(closure, of), closure().reshape(())
+        grads = torch.autograd.grad(loss, params, create_graph=True)
+        exact = loss + 0.3 * sum(g.square().sum() for g in grads)
+        torch.testing.assert_close(found, exact)
+        true = torch.autograd.grad(exact, params)
+        for g, t in zip(torch.autograd.grad(found, params), true, strict=True):
+            assert relative_error(g, t) < 1e-5
+
+
+def test_other_parameters_are_seen():
+    net, x, penalty = mlp(nn.Tanh()), data(), gpkit.weight_grad_norm(0.3, estimator=fd(1e-6))
+    loss = lambda: loss_of(net, x)  # noqa: E731
+    for some in (list(net.parameters()), list(net[0].parameters()), list(net.parameters())[:3]):
+        for _ in range(3):
+            found = penalty.with_loss(loss, some)
+            grads = torch.autograd.grad(loss(), some, create_graph=True)
+            exact = loss() + 0.3 * sum(g.square().sum() for g in grads)
+            torch.testing.assert_close(found, exact)
+            assert relative_error(gradients(found, net), gradients(exact, net)) < 1e-5
+
+
+def test_the_weights_come_back_if_the_second_pass_fails(no_long_way):
+    net, x, penalty, calls = mlp(nn.Tanh()), data(), gpkit.sam(), []
+
+    def closure():
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return loss_of(net, x)
+
+    for _ in range(2):
+        penalty.with_loss(closure, net)
+    no_long_way()
+    before, places = copy.deepcopy(net.state_dict()), [p.data_ptr() for p in net.parameters()]
+    with pytest.raises(KeyboardInterrupt):
+        penalty.with_loss(closure, net)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert places == [p.data_ptr() for p in net.parameters()]
+    assert len(calls) == 6
+
+
+@pytest.mark.slow
+def test_no_signal_leaves_the_weights_moved():
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    net, x, penalty, rng = mlp(nn.Tanh()), data(), gpkit.sam(), random.Random(0)
+    loss = lambda: loss_of(net, x)  # noqa: E731
+    for _ in range(3):
+        penalty.with_loss(loss, net)
+    before, hits = copy.deepcopy(net.state_dict()), 0
+    handler = signal.signal(signal.SIGALRM, interrupt)
+    for _ in range(2000):
+        try:
+            signal.setitimer(signal.ITIMER_REAL, rng.uniform(5e-5, 1e-3))
+            penalty.with_loss(loss, net)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        except KeyboardInterrupt:
+            hits += 1
+        assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    signal.signal(signal.SIGALRM, handler)
+    assert hits > 500
+
+
+def test_weights_that_grow_lengthen_the_step(no_long_way):
+    """While they are small, they are looked at in every eighth step."""
+    net, x = mlp(nn.Tanh()).float(), data().float()
+    penalty = gpkit.weight_grad_norm(0.3, estimator=fd())
+    penalty.with_loss(closure_of(net, x), net)
+    no_long_way()
+    (known,) = penalty.shortcuts.steps.found.values()
+    params, step, lengths = list(net.parameters()), 2 * torch.finfo(torch.float32).eps ** 0.5, []
+    for _ in range(10):
+        lengths.append(known.length_at(params) / step)
+        with torch.no_grad():
+            for p in params:
+                p.mul_(1.5)
+    sizes = torch.cat([p.detach().flatten() for p in params])
+    assert lengths[0] == 1 < lengths[-1]
+    expected = sizes.square().mean().sqrt().item()
+    assert known.length_at(params) / step == pytest.approx(expected, rel=1e-5)
+    found = gradients(penalty.with_loss(closure_of(net, x), net), net)
+    true = by_hand(net, net(x).square().mean(), lambda n: n**2)[1]
+    assert relative_error(found, true) < 0.02
 
 
 def test_a_penalty_keeps_no_net_alive_and_its_copies_know_none():
