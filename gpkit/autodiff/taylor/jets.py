@@ -17,6 +17,9 @@ Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}  # name of an ATen operation -> rule(func, *args, **kwargs) -> result
 
 
+DETACH = torch.ops.aten.detach.default
+
+
 class Jet(Tensor):
     """The truncated Taylor series a_0 + a_1 t + ... + a_k t^k, as a tensor with the value a_0.
 
@@ -67,6 +70,9 @@ class Jet(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Apply the rule of an ATen operation, or raise an error that names it."""
+        if func is DETACH:  # as autograd does with what it saves: without a look at the rules
+            args[0].shares = True
+            return args[0].leading[0].detach()
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
         if not torch.is_grad_enabled():  # under no_grad the result is a constant
             return func(*value(args), **value(kwargs))

@@ -34,18 +34,25 @@ def are_tensors(*coefficients: Any) -> bool:
     return all(isinstance(a, Tensor) for a in coefficients)
 
 
-def dot(a: Series, b: Series, start: Any = None, sign: float = 1) -> Any:
-    """Return start ± Σ a_i b_i, in one operation for each term that is not known to be zero."""
+def dot(a: Series, b: Series, start: Any = None, weights: Sequence[float] | None = None) -> Any:
+    """Return start + Σ w_i a_i b_i, in one operation for each term that is not known to be zero.
+
+    Args:
+        a: factors.
+        b: factors.
+        start: None is zero.
+        weights: w; None is 1 for all. Without a start, a first weight of 1 saves an operation.
+    """
     out = start
-    for x, y in zip(a, b, strict=True):
+    for x, y, w in zip(a, b, weights or [1.0] * len(a), strict=True):
         if any(isinstance(factor, float) and factor == 0 for factor in (x, y)):
             continue
         if out is None:
-            out = x * y
+            out = x * y if w == 1 else w * (x * y)
         elif are_tensors(x, y, out):
-            out = torch.addcmul(out, x, y, value=sign)
+            out = torch.addcmul(out, x, y, value=w)
         else:
-            out = out + sign * (x * y)
+            out = out + w * (x * y)
     return 0.0 if out is None else out
 
 
@@ -63,38 +70,39 @@ def scaled(a: Series, factor: Any, shift: float = 0.0) -> Series:
     return [factor * a[0] + shift, *(factor * x for x in a[1:])]
 
 
-def integral(start: Tensor, slope: Callable[[Series], Any], a: Series) -> Series:
-    """Solve y' = s a' with y_0 = start; ``slope`` returns s_m for y_0, ..., y_m."""
-    y, s = [start], []
-    times = multiplied(a)
+Slope = Callable[[Series], tuple[Any, float]]  # (s, w) for w·s
+
+
+def integral(start: Tensor, slope: Slope, a: Series) -> Series:
+    """Solve y' = s a' with y_0 = start; ``slope`` returns s_m for y_0, ..., y_m, with a factor."""
+    y: Series = [start]
+    s: Series = []
+    factors: list[float] = []
     for n in range(1, len(a)):
-        s.append(slope(y))
-        change = dot(times[:n], s[::-1])
-        y.append(change if n == 1 else change / n)
+        s_m, factor = slope(y)
+        s.append(s_m)
+        factors.append(factor)
+        weights = [factors[n - i] * i / n for i in range(n, 0, -1)]
+        y.append(dot(a[n:0:-1], s, weights=weights))
     return y
 
 
-def multiplied(a: Series) -> Series:
-    """Return i·a_i for i = 1, ..., k: the coefficients of t a'."""
-    return [*a[1:2], *(i * a[i] for i in range(2, len(a)))]
-
-
-def known_slope(s: Series) -> Callable[[Series], Any]:
+def known_slope(s: Series) -> Slope:
     """Return a slope for `integral` that reads its coefficients from the series ``s``."""
-    return lambda y: s[len(y) - 1]
+    return lambda y: (s[len(y) - 1], 1.0)
 
 
 def quotient(a: Series, b: Series) -> Series:
     """Return the coefficients of a / b."""
     c: Series = []
     for n in range(len(a)):
-        c.append(dot(b[1 : n + 1], c[::-1], a[n], -1) / b[0])
+        c.append(dot(b[1 : n + 1], c[::-1], a[n], [-1.0] * n) / b[0])
     return c
 
 
 def exp(a: Series) -> Series:
     """Solve y' = y a'."""
-    return integral(a[0].exp(), lambda y: y[-1], a)
+    return integral(a[0].exp(), lambda y: (y[-1], 1.0), a)
 
 
 def log(a: Series) -> Series:
@@ -120,30 +128,37 @@ def power(a: Series, p: float) -> Series:
 
 def tanh(a: Series) -> Series:
     """Solve y' = (1 - y²) a'."""
-    return integral(a[0].tanh(), lambda y: 1 - y[0] * y[0] if len(y) == 1 else -square_at_end(y), a)
+
+    def slope(y: Series) -> tuple[Any, float]:
+        return (1 - y[0] * y[0], 1.0) if len(y) == 1 else (half_of_square(y), -2.0)
+
+    return integral(a[0].tanh(), slope, a)
 
 
 def sigmoid(a: Series) -> Series:
     """Solve y' = (y - y²) a'."""
-    return integral(a[0].sigmoid(), lambda y: y[-1] - square_at_end(y), a)
+    return integral(a[0].sigmoid(), lambda y: (half_of_square(y, y[-1], -2.0), 1.0), a)
 
 
-def square_at_end(y: Series) -> Any:
-    """Return coefficient m of y², for y_0, ..., y_m: twice the products of unlike ones."""
-    half = len(y) // 2
-    twice = dot(y[:half], y[::-1][:half]) if half else None
-    if twice is None or len(y) % 2 == 0:
-        return y[0] * y[0] if twice is None else 2 * twice
-    return dot([y[half]], [y[half]], 2 * twice)
+def half_of_square(y: Series, start: Any = None, factor: float = 1.0) -> Any:
+    """Return start + factor·c_m/2, where c_m is coefficient m of y², for y_0, ..., y_m.
+
+    The products of unlike coefficients come twice in c_m.
+    """
+    half = (len(y) + 1) // 2
+    weights = [factor] * half
+    if len(y) % 2:
+        weights[-1] = factor / 2
+    return dot(y[:half], y[::-1][:half], start, weights)
 
 
 def sine_and_cosine(a: Series) -> tuple[Series, Series]:
     """Solve s' = c a', c' = -s a'."""
     s, c = [a[0].sin()], [a[0].cos()]
-    times = multiplied(a)
     for n in range(1, len(a)):
-        s_n = dot(times[:n], c[::-1]) / n
-        c.append(dot(times[:n], s[::-1]) / -n)
+        weights = [i / n for i in range(n, 0, -1)]
+        s_n = dot(a[n:0:-1], c, weights=weights)
+        c.append(dot(a[n:0:-1], s, weights=[-w for w in weights]))
         s.append(s_n)
     return s, c
 
