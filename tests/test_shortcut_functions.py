@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 import gpkit
 
@@ -139,22 +140,74 @@ def another_parameter(critic):
     critic.first.bias = nn.Parameter(torch.ones(8, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("change", [frozen, replaced, another_parameter])
-def test_a_change_of_the_net_behind_a_function_takes_the_long_way_once(change, monkeypatch):
-    critic, penalty, looks = net(), gpkit.r1(weight=2.0), []
-    whole = gpkit.GradientPenalty.targets
+def frozen_in_part(critic):
+    critic.first.bias.requires_grad_(False)
+
+
+def evaluated(critic):
+    critic.eval()
+
+
+def hooked(critic):
+    critic.first.register_forward_hook(lambda *_: None)
+
+
+CHANGES = [frozen, replaced, another_parameter, frozen_in_part, evaluated, hooked]
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """The penalties that have taken the long way."""
+    whole, found = gpkit.GradientPenalty.targets, []
     monkeypatch.setattr(
-        gpkit.GradientPenalty, "targets", lambda *a, **k: looks.append(1) or whole(*a, **k)
+        gpkit.GradientPenalty, "targets", lambda p, *a: found.append(p) or whole(p, *a)
     )
+    return found
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, lambda net: lambda z: net(z)])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_a_net_takes_the_long_way(wrap, change, looks):
+    critic, penalty = net(), gpkit.r1(weight=2.0)
+    critic.forward = functools.partial(critic.forward, label=LABELS)
     for _ in range(3):
-        penalty(lambda z: critic(z, LABELS), real=X)
-    before = len(looks)
+        penalty(wrap(critic), real=X)
+    assert len(looks) == 1
     change(critic)
+    taken = []
+    for _ in range(4):
+        found = penalty(wrap(critic), real=X)
+        torch.testing.assert_close(found, by_hand(critic, X, lambda n2: n2))
+        taken.append(len(looks) - 1)
+    assert taken[0] == 1
+    assert taken[1] == taken[3] <= 2  # the second shows that nothing else is new
+
+
+class Once(torch.autograd.Function):
+    """A function of the user's own without a second derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+def test_a_function_that_comes_to_have_no_second_derivative_is_refused():
+    critic, penalty, hard = net(), gpkit.r1(), []
+
+    def f(z):
+        y = critic(z, LABELS)
+        return Once.apply(y) if hard else y
+
     for _ in range(3):
-        f = lambda z: critic(z, LABELS)  # noqa: E731
-        found = penalty(f, real=X)
-        torch.testing.assert_close(found, by_hand(f, X, lambda n2: n2))
-    assert len(looks) == before + 1
+        penalty(f, real=X)
+    hard.append(True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        penalty(f, real=X)
 
 
 def test_a_function_that_comes_to_train_nothing_is_refused():
@@ -216,6 +269,15 @@ def test_scores_whose_graph_or_points_are_others_take_the_long_way():
         penalty(critic(x, LABELS), x)
 
 
+def test_scores_of_another_net_take_the_long_way_once(looks):
+    nets, penalty = [net(), net()], gpkit.r1(weight=2.0)
+    x = X.clone().requires_grad_()
+    for _ in range(3):
+        for critic in nets:
+            penalty(critic(x, LABELS), x)
+    assert len(looks) == 2
+
+
 def test_scores_of_a_moved_input_end_at_it(no_long_way):
     critic, penalty, make = net(), gpkit.r1(weight=2.0), nn.Linear(5, 5).double()
     for step in range(3):
@@ -249,15 +311,11 @@ PENALTIES = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", PENALTIES)
-def test_it_is_the_long_way_to_the_last_bit(name, dtype, monkeypatch):
+def test_it_is_the_long_way_to_the_last_bit(name, dtype, looks, monkeypatch):
     critic = nn.Sequential(nn.Linear(5, 16), nn.SiLU(), nn.Linear(16, 1)).to(dtype)
     x, y = X.to(dtype), Y.to(dtype)
     short, long = (PENALTIES[name](weight=3.0, seed=5) for _ in range(2))
     monkeypatch.setattr(long.shortcuts, "note", lambda *_: None)
-    whole, looks = gpkit.GradientPenalty.targets, []
-    monkeypatch.setattr(
-        gpkit.GradientPenalty, "targets", lambda p, *a: looks.append(p) or whole(p, *a)
-    )
     for _ in range(6):
         found = [p(critic, real=x, fake=y) for p in (short, long)]
         assert torch.equal(*found)
