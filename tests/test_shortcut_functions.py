@@ -183,6 +183,18 @@ def test_a_change_of_a_net_takes_the_long_way(wrap, change, looks):
     assert taken[1] == taken[3] <= 2  # the second shows that nothing else is new
 
 
+def test_another_mode_of_modules_of_torch_takes_the_long_way(looks):
+    critic, penalty = (
+        nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1)).double(),
+        gpkit.r1(),
+    )
+    for _ in range(3):
+        penalty(critic, real=X)
+    critic[1].eval()
+    penalty(critic, real=X)
+    assert len(looks) == 2
+
+
 class Once(torch.autograd.Function):
     """A function of the user's own without a second derivative."""
 
