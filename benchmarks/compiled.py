@@ -6,13 +6,12 @@ python benchmarks/compiled.py taylor        only the cases with this in their na
 
 from __future__ import annotations
 
-import gc
 import sys
 import time
 from collections.abc import Callable
 
 import torch
-from speed import mlp, ratio, times
+from timing import mlp, prepare, ratio, times
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -154,9 +153,7 @@ def series() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    gc.disable()  # a collection would fall on one step or another
+    prepare()
     print(
         f"| case, torch {torch.__version__} | eager | compiled | plain step compiled | first step |"
     )

@@ -20,33 +20,23 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterable
 from datetime import date
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from timing import Step, mlp, prepare, ratios, times
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gpkit
 
-Step = Callable[[], Any]  # leaves its gradients in .grad, or returns norms where it has no gradient
 WEIGHT = 0.1
 SECONDS = 4.0  # of CPU time, for the rounds of one case
+SLOW = ("by hand, a loop", "torch.func vmap")  # a hundred times as long as the others
 HERE = Path(__file__).parent
-
-
-def mlp(*widths: int) -> nn.Sequential:
-    """Return an MLP with SiLU."""
-    torch.manual_seed(0)
-    layers: list[nn.Module] = []
-    for a, b in pairwise(widths):
-        layers += [nn.Linear(a, b), nn.SiLU()]
-    return nn.Sequential(*layers[:-1])
 
 
 def stepping(parameters: Iterable[Tensor], loss: Callable[[], Tensor]) -> Step:
@@ -301,7 +291,9 @@ CASES: dict[str, Callable[[], tuple[nn.Module, dict[str, Step]]]] = {
     "gradient in the weights, width 512, B 64": lambda: weights(512, 64),
     "gradient in the weights, width 1024, B 64": lambda: weights(1024, 64),
     "sharpness and SGD, width 64, B 64": lambda: sharpness(64, 64),
+    "sharpness and SGD, width 64, B 256": lambda: sharpness(64, 256),
     "sharpness and SGD, width 512, B 64": lambda: sharpness(512, 64),
+    "sharpness and SGD, width 1024, B 64": lambda: sharpness(1024, 64),
     "gradients of samples, width 512, B 64": lambda: samples(512, 64),
     "gradients of samples, width 64, B 256": lambda: samples(64, 256),
 }
@@ -324,40 +316,19 @@ def agreement(net: nn.Module, steps: dict[str, Step]) -> dict[str, float]:
     return found
 
 
-def timed(steps: dict[str, Step]) -> dict[str, list[float]]:
-    """Return the CPU times of each step in each round, in plain steps."""
-    for _ in range(3):
-        for name, step in steps.items():
-            if _ == 0 or name not in ("by hand, a loop", "torch.func vmap"):
-                step()
-    ratios: dict[str, list[float]] = {name: [] for name in steps}
-    end, count = time.process_time() + SECONDS, 0
-    while time.process_time() < end or count < 5:
-        count += 1
-        seconds = {}
-        for name, step in steps.items():
-            if count % 5 and name in ("by hand, a loop", "torch.func vmap"):
-                continue  # a hundred times as long
-            start = time.process_time()
-            step()
-            seconds[name] = time.process_time() - start
-        for name, own in seconds.items():
-            ratios[name].append(own / seconds["plain"])
-    return ratios
-
-
 def run() -> dict[str, Any]:
     """Return the figures of one run."""
-    torch.set_num_threads(1)
+    prepare()
     found = {}
     for case, make in CASES.items():
+        torch.manual_seed(0)
         net, steps = make()
         torch.manual_seed(0)
         agrees = {} if "WGAN" in case else agreement(net, steps)  # each draws its own points
         gc.collect()
-        gc.disable()
-        medians = {name: statistics.median(own) for name, own in timed(steps).items()}
-        gc.enable()
+        seconds = times(steps, seconds=SECONDS, slow=SLOW)
+        each = {name: ratios(own, seconds["plain"]) for name, own in seconds.items()}
+        medians = {name: statistics.median(own) for name, own in each.items()}
         found[case] = {n: [m, agrees.get(n)] for n, m in medians.items() if n != "plain"}
         print(case, found[case], file=sys.stderr)
     return {"cases": found, "missing": MISSING}
@@ -434,7 +405,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
 TEXT = """# Beside peers
 
 `python benchmarks/peers.py`: {machine}.
-The machine ran other work at the same time, so steps take turns, CPU time is measured, and each
+Steps take turns, CPU time is measured, memory is kept by the process (see timing.py), and each
 figure is the median of the ratios to the plain step of the same round. There are two runs, in
 processes of their own; both figures are shown. The last column is the relative difference of the
 gradients from those of the loop by hand, which finite differences approximate.

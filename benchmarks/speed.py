@@ -1,52 +1,22 @@
 """What penalties cost beside the same step by hand, in one thread, steps taking turns.
 
-python benchmarks/speed.py       two minutes; prints the rows of speed.md
+python benchmarks/speed.py                a minute; prints the rows of speed.md
+python benchmarks/speed.py taylor         only the cases with this in their names
+python benchmarks/speed.py --give-back    with memory that goes back to the system, see timing.py
 """
 
 from __future__ import annotations
 
-import gc
-import statistics
 import sys
-import time
 from collections.abc import Callable
-from itertools import pairwise
+from functools import partial
 
 import torch
+from timing import Step, mlp, prepare, ratio, times
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gpkit
-
-Step = Callable[[], object]
-
-
-def mlp(*widths: int, act: type[nn.Module] = nn.SiLU) -> nn.Sequential:
-    """Return an MLP of these widths."""
-    layers: list[nn.Module] = []
-    for a, b in pairwise(widths):
-        layers += [nn.Linear(a, b), act()]
-    return nn.Sequential(*layers[:-1])
-
-
-def times(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Return the CPU seconds of each step in each round; the steps of a round take turns."""
-    found: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        for _ in range(3):
-            step()
-    for _ in range(rounds):
-        for name, step in steps.items():
-            start = time.process_time()
-            step()
-            found[name].append(time.process_time() - start)
-    return found
-
-
-def ratio(a: list[float], b: list[float]) -> str:
-    """Return the quartiles of a / b over the rounds, and the ratio of the least of each."""
-    low, middle, high = statistics.quantiles([x / y for x, y in zip(a, b, strict=True)], n=4)
-    return f"{middle:.2f} [{low:.2f}, {high:.2f}], least {min(a) / min(b):.2f}"
 
 
 def call(width: int) -> None:
@@ -137,10 +107,57 @@ def sharpness(width: int, batch: int, rounds: int) -> None:
             print(ratio(found[name], found[base]), "|")
 
 
-def layers(width: int, batch: int, rounds: int) -> None:
-    """Exact norms of the batch's and of each sample's gradient in the weights, by layers."""
-    net, x = mlp(64, width, width, width, 10), torch.randn(batch, 64)
-    t, params = torch.randint(10, (batch,)), list(net.parameters())
+class Block(nn.Module):
+    """A block of a transformer of width d."""
+
+    def __init__(self, d: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.before, self.between = heads, nn.LayerNorm(d), nn.LayerNorm(d)
+        self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.up, self.down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend, and take the MLP."""
+        parts = self.qkv(self.before(x)).unflatten(2, (3, self.heads, -1))
+        q, k, v = parts.permute(2, 0, 3, 1, 4)
+        seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(seen.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.between(x))))
+
+
+class Tokens(nn.Module):
+    """Two blocks on tokens, and a head on their mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.norm = nn.Embedding(100, 128), nn.LayerNorm(128)
+        self.blocks, self.head = nn.Sequential(Block(128, 4), Block(128, 4)), nn.Linear(128, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits."""
+        return self.head(self.norm(self.blocks(self.embedding(x))).mean(1))
+
+
+def images() -> nn.Sequential:
+    """Return a small convolutional net."""
+    layers: list[nn.Module] = []
+    for a, b, stride in ((3, 32, 1), (32, 64, 2), (64, 64, 2)):
+        layers += [nn.Conv2d(a, b, 3, stride, 1), nn.SiLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+def layers(where: str, net: nn.Module, x: Tensor, rounds: int, ghosts: str = "") -> None:
+    """Exact norms of the batch's and of each sample's gradient in the weights, by layers.
+
+    Args:
+        where: the setting in words.
+        net: the net.
+        x: its inputs.
+        rounds: how many.
+        ghosts: whether the net has linear layers on rows alone, for which the norms of samples are
+            a few lines by hand.
+    """
+    t, params = torch.randint(10, (len(x),)), list(net.parameters())
 
     def loss(reduction: str = "mean") -> Tensor:
         return F.cross_entropy(net(x), t, reduction=reduction)
@@ -158,7 +175,7 @@ def layers(width: int, batch: int, rounds: int) -> None:
     def ghost() -> None:
         net.zero_grad()
         calls: list[tuple[Tensor, Tensor]] = []
-        linear = [layer for layer in net if isinstance(layer, nn.Linear)]
+        linear = [layer for layer in net.modules() if isinstance(layer, nn.Linear)]
         record = lambda _, given, z: calls.append((given[0], z))  # noqa: E731
         hooks = [layer.register_forward_hook(record) for layer in linear]
         own = loss("none")
@@ -169,24 +186,35 @@ def layers(width: int, batch: int, rounds: int) -> None:
         n2 = sum(d.square().sum(1) * (a.square().sum(1) + 1) for (a, _), d in pairs)
         (own.mean() + 0.1 * n2.mean()).backward()
 
-    def ours(penalty: gpkit.GradientPenalty, reduction: str) -> Step:
+    def together(penalty: gpkit.GradientPenalty, reduction: str) -> Step:
         def step() -> None:
             net.zero_grad()
             penalty.with_loss(lambda: loss(reduction), net).backward()
 
         return step
 
+    def added(penalty: gpkit.GradientPenalty) -> Step:
+        def step() -> None:
+            net.zero_grad()
+            own = loss()
+            (own + penalty(own, net.parameters())).backward()
+
+        return step
+
     steps = {
         "plain": plain,
         "weight_grad_norm by hand": by_hand,
-        "weight_grad_norm": ours(gpkit.weight_grad_norm(0.1), "mean"),
-        "per_sample_grad_norm by hand, for such a net": ghost,
-        "per_sample_grad_norm": ours(gpkit.per_sample_grad_norm(0.1), "none"),
+        "weight_grad_norm": together(gpkit.weight_grad_norm(0.1), "mean"),
+        "loss + weight_grad_norm(loss, parameters)": added(gpkit.weight_grad_norm(0.1)),
+        "per_sample_grad_norm": together(gpkit.per_sample_grad_norm(0.1), "none"),
     }
-    found = times(steps, rounds)
+    if ghosts:
+        steps[f"per_sample_grad_norm by hand, {ghosts}"] = ghost
+    math = torch.nn.attention.SDPBackend.MATH
+    with torch.nn.attention.sdpa_kernel(math):  # the fused one has no double backward
+        found = times(steps, rounds)
     for name in [*steps][1:]:
-        against = ratio(found[name], found["plain"])
-        print(f"| {name}, width {width}, B {batch}: / plain steps | {against} |")
+        print(f"| {name}, {where}: / plain steps | {ratio(found[name], found['plain'])} |")
 
 
 def part() -> None:
@@ -249,17 +277,28 @@ def series() -> None:
         )
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    gc.disable()  # a collection would fall on one step or another
-    print(f"| case, torch {torch.__version__} | median of the ratios [quartiles] |\n| --- | --- |")
+def cases() -> dict[str, Callable[[], None]]:
+    """Return what is measured, by a name."""
+    found: dict[str, Callable[[], None]] = {}
     for width in (16, 64):
-        call(width)
+        found[f"call width {width}"] = partial(call, width)
     for width, batch, rounds in ((64, 64, 150), (64, 256, 150), (512, 256, 20), (1024, 64, 20)):
-        sharpness(width, batch, rounds)
-    for width, rounds in ((512, 30), (1024, 15)):
-        layers(width, 64, rounds)
-    series()
-    if "--no-part" not in sys.argv:
-        part()
+        found[f"sharpness width {width} B {batch}"] = partial(sharpness, width, batch, rounds)
+    for width, batch, rounds in ((64, 256, 150), (512, 64, 60), (512, 256, 20), (1024, 64, 20)):
+        net, x = mlp(64, width, width, width, 10), torch.randn(batch, 64)
+        where, ghosts = f"width {width}, B {batch}", "for linear layers alone"
+        found[f"layers {where}"] = partial(layers, where, net, x, rounds, ghosts)
+    where = "two transformer blocks, width 128, T 32, B 32"
+    found[where] = partial(layers, where, Tokens(), torch.randint(100, (32, 32)), 8)
+    where = "three convolutions, 32×32, B 32"
+    found[where] = partial(layers, where, images(), torch.randn(32, 3, 32, 32), 8)
+    return {**found, "taylor": series, "part": part}
+
+
+if __name__ == "__main__":
+    prepare()
+    words = [word for word in sys.argv[1:] if not word.startswith("-")]
+    print(f"| case, torch {torch.__version__} | median of the ratios [quartiles] |\n| --- | --- |")
+    for name, case in cases().items():
+        if all(word in name for word in words):
+            case()

@@ -96,10 +96,10 @@ def gradients(y: Tensor, xs: tuple[Tensor, ...], times: Tensor | None = None) ->
 
 
 def gradients_at(y: Tensor, edges: Sequence[Any]) -> tuple[Tensor | None, ...]:
-    """Return the gradients of one number at edges of its graph, differentiable, None if unused.
+    """Return the gradients of a sum at edges of its graph, differentiable, None if unused.
 
     Args:
-        y: one number.
+        y: whose sum is differentiated.
         edges: from `torch.autograd.graph.get_gradient_edge`, or tensors.
 
     Returns:
@@ -110,7 +110,8 @@ def gradients_at(y: Tensor, edges: Sequence[Any]) -> tuple[Tensor | None, ...]:
     """
     with without_autocast(y):
         try:
-            return torch.autograd.grad(y, edges, create_graph=True, allow_unused=True)
+            ones = None if y.numel() == 1 else torch.ones_like(y)
+            return torch.autograd.grad(y, edges, ones, create_graph=True, allow_unused=True)
         except RuntimeError as error:
             raise ExplainedError(error) from error
 

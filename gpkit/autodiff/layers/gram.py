@@ -15,7 +15,7 @@ from torch import Tensor
 from gpkit.autodiff.numerics import widened
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Outer:
     """A gradient of a matrix in each group, ``Σ_t left_t ⊗ right_t``.
 
@@ -50,7 +50,7 @@ class Outer:
         return out.scatter_add(1, index, self.right).flatten(1)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Direct:
     """A gradient in each group, ``[G, n]``."""
 
@@ -61,7 +61,7 @@ class Direct:
         return self.grad
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Product:
     """A gradient of a matrix in each group, ``left ⊗ right``: an `Outer` of one position.
 
@@ -123,8 +123,11 @@ def squared_norm(parts: Sequence[Part], squares: Squares) -> Tensor:
     Returns:
         n² ``[G]``, differentiable.
     """
-    if len(parts) == 1 and isinstance(parts[0], Product):
-        return squares(parts[0].left) * squares(parts[0].right)
+    first = parts[0]
+    if len(parts) == 1 and type(first) is Product:
+        return squares(first.left) * squares(first.right)
+    if len(parts) == 1 and type(first) is Direct:
+        return squares(first.grad)
     others = [part.outer() if isinstance(part, Product) else part for part in parts]
     outers = [part for part in others if isinstance(part, Outer)]
     if len(outers) < len(parts) or not all(part.cheaper for part in outers):

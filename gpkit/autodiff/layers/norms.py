@@ -32,15 +32,16 @@ def sample_norms(losses: Tensor, parameters: Sequence[Tensor], recording: Record
         n² ``[B]``, differentiable, in float32 or better.
     """
     wanted = {id(p) for p in parameters}
-    recording.differentiate(losses.sum())
+    recording.differentiate(losses)
     parts: dict[int, list[Part]] = {}
     for call in recording.calls:
         if call.delta is None:
             continue
+        owned = parameters_of(call.layer)
         for name, part in parts_of(call, call.delta):
-            p = getattr(call.layer, name)
-            if id(p) in wanted:
-                parts.setdefault(id(p), []).append(part)
+            own = id(owned.get(name))
+            if own in wanted:
+                parts.setdefault(own, []).append(part)
     squares = Squares()
     norms = [squared_norm(group, squares) for group in parts.values()]
     return sum(norms[1:], norms[0]) if norms else losses.new_zeros(len(losses), dtype=wide(losses))

@@ -63,10 +63,10 @@ class Recording:
         return Recording(self.net, [self.calls[i] for i in places])
 
     def differentiate(self, y: Tensor, others: Sequence[Tensor] = ()) -> tuple[Tensor | None, ...]:
-        """Take δ of each call, the gradient of a number in its output.
+        """Take δ of each call, the gradient of a number in its output, or of the sum of several.
 
         Args:
-            y: one number.
+            y: the number, or numbers.
             others: further variables.
 
         Returns:
