@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -17,7 +16,7 @@ from gpkit import formula
 from gpkit.autodiff import graph
 from gpkit.autodiff.compat import LEAF, buffers_of, lerp
 from gpkit.autodiff.gates import Gates, kinks, recorded
-from gpkit.autodiff.isolation import isolated, run_again
+from gpkit.autodiff.isolation import RUNNING, isolated, run_again
 from gpkit.autodiff.known_gradient import Number, OwnedGradient, are_apart, fitted, known_gradient
 from gpkit.autodiff.numerics import dense, pairwise_sums
 from gpkit.autodiff.random import has_ranks, random_state
@@ -172,7 +171,6 @@ class Step:
 
         stride = stride_of(length_of(grads), self.length_at(xs), self.top)
         share, value = valued(penalty, stride.n, weight, loss)
-        run = partial(self.run, closure, begun, gates)
         uses, factor = self.fd.factors.recall(xs[0]) if self.adapts else (1, 1.0)
         small = not self.large and isinstance(stride.n, float)  # then a copy is cheap
         if uses and self.fd.side == "forward" and (small or are_apart(base)):
@@ -181,10 +179,11 @@ class Step:
             there, back = ways(xs, grads, h, self.owners)
             try:
                 go(there)
+                y = self.run(closure, begun, gates)
                 if small:
-                    together = lerp(base, self.gradients(run(), leaves), fraction)
+                    together = lerp(base, self.gradients(y, leaves), fraction)
                 else:
-                    together = mixed(run(), leaves, base, fraction, self.gradients)
+                    together = mixed(y, leaves, base, fraction, self.gradients)
             finally:
                 go(back)
         else:
@@ -195,7 +194,7 @@ class Step:
                 there, back = ways(xs, grads, h, self.owners)
                 try:
                     go(there)
-                    return self.gradients(run(), leaves)
+                    return self.gradients(self.run(closure, begun, gates), leaves)
                 finally:
                     go(back)
 
@@ -215,11 +214,23 @@ class Step:
     def run(self, closure: Callable[[], Any], begun: Begun, gates: Gates | None) -> Tensor:
         """Return the loss, computed anew from the same start, and held on gates."""
         y: Tensor
+        found, state, device = begun.found, begun.state, begun.device
         if not self.plain:
-            with isolated(begun.found, begun.state, begun.device, twice=False):
+            with isolated(found, state, device, twice=False):
                 y = closure()
-        else:
-            y = run_again(closure, begun.found, begun.state, begun.device)
+        elif device.type != "cpu":
+            y = run_again(closure, found, state, device)
+        else:  # the same without a call for each step
+            generator = torch.default_generator
+            now = generator.get_state()
+            found.known.runs += 1
+            RUNNING.append(True)
+            try:
+                generator.set_state(state.torch[0])
+                y = closure()
+            finally:
+                RUNNING.pop()
+                generator.set_state(now)
         if gates is not None:
             gates.hold(y)
         return y

@@ -14,6 +14,8 @@ from differenced import data, fd, mlp
 from torch import nn
 
 import gpkit
+from gpkit.estimators.differences import weight_difference
+from gpkit.shortcut import step
 
 PENALTIES = {  # the penalty, and the form of n whose gradient is added
     "squared": (lambda: gpkit.weight_grad_norm(0.3, estimator=fd(1e-5, "central")), lambda n: n**2),
@@ -362,6 +364,25 @@ def test_the_weights_come_back_if_the_second_pass_fails(no_long_way):
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert places == [p.data_ptr() for p in net.parameters()]
     assert len(calls) == 6
+
+
+@pytest.mark.parametrize("name", ["squared", "default step", "norm", "two-sided"])
+def test_numbers_stay_tensors_as_on_other_devices(name, no_long_way, monkeypatch):
+    """No number of the step is read there, since it would be waited for."""
+    build, form = PENALTIES[name]
+    net, x, penalty = mlp(nn.ReLU()), data(), build()
+    penalty.with_loss(closure_of(net, x), net)
+    no_long_way()
+    length = lambda parts: torch.stack([g.detach().norm() for g in parts]).norm()  # noqa: E731
+    monkeypatch.setattr(step, "length_of", length)
+    monkeypatch.setattr(step, "size_of", lambda xs: length(xs) / sum(x.numel() for x in xs) ** 0.5)
+    monkeypatch.setattr(step, "fitted", lambda factor, _: factor)
+    monkeypatch.setattr(weight_difference, "LARGE", 10)
+    for _ in range(2):
+        found = penalty.with_loss(closure_of(net, x), net)
+        total, grads = by_hand(net, net(x).square().mean(), form)
+        torch.testing.assert_close(found.detach(), total)
+        assert relative_error(gradients(found, net), grads) < 1e-5
 
 
 @pytest.mark.slow
