@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gpkit.autodiff.isolation import double_backward, running
-from gpkit.autodiff.random import device_of, seeded
+from gpkit.autodiff.random import device_of, has_ranks, seeded
 from gpkit.autodiff.reached import Reach, reach
 from gpkit.autodiff.state import Start, own_state, own_streams, put_back, start_of
 from gpkit.autodiff.tracing.calls import RECORDS, TRACES, Record, Repeat
@@ -224,17 +224,17 @@ class CompiledLoss:
                 with again(), Repeat(calls):
                     return self.function(*args, **kwargs)
 
-            expected = parity.outcome(lambda: result, None, retain=True)
+            expected = parity.outcome_of(lambda: result, None, retain=True)
             try:
                 with warnings.catch_warnings(action="ignore"):  # of the compiler's own
-                    first = parity.outcome(compiled, None)
+                    first = parity.outcome_of(compiled, None)
             except Exception as error:  # of the compiler: the function has just run
                 self._stop(obstacles.of_error(error))
                 return
             log.info("gpkit.compile: %s took %.1f s to compile", self, first.seconds)
             if not all(fits):  # other values in a batch of another shape
                 return
-            if not self._equal(expected, first):
+            if not self._equal(expected, first, None if has_ranks() else eager):
                 return
             if self.measure and new:
                 leaves = [x for x in first.grads if x is not self._anchor]
@@ -249,10 +249,14 @@ class CompiledLoss:
         self._plans[acting] = plan
         plan.draws[shapes] = draws
 
-    def _equal(self, expected: parity.Outcome, found: parity.Outcome) -> bool:
+    def _equal(self, expected: parity.Outcome, found: parity.Outcome, eager: Any) -> bool:
         """Whether the compiled loss gives what the eager one gave; if not, it is not used."""
         value, gradient = parity.difference(expected, found)
-        if max(value, gradient) <= (allowed := parity.tolerance(expected)):
+        allowed = parity.CLOSE * parity.rounding(expected)
+        if max(value, gradient) <= allowed:
+            return True
+        allowed = parity.allowed(expected, eager)
+        if max(value, gradient) <= allowed:
             return True
         self._stop(
             f"the compiled loss differs: its value by {value:.1e} and its gradient by "

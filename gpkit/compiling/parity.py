@@ -37,7 +37,7 @@ def total_of(result: Any) -> Tensor | None:
     return sum(parts[1:], parts[0]) if parts else None
 
 
-def outcome(
+def outcome_of(
     run: Callable[[], Any], leaves: Sequence[Tensor] | None, *, retain: bool = False
 ) -> Outcome:
     """Run a loss, and take its gradients, without a change of any ``.grad``.
@@ -102,17 +102,50 @@ def relative(pairs: Any) -> float:
     return (apart / own) ** 0.5 if own else apart**0.5
 
 
-def tolerance(outcome: Outcome) -> float:
-    """Return the relative difference that rounding explains: the root of the precision."""
+def rounding(outcome: Outcome) -> float:
+    """Return the relative difference of one rounding, in the coarsest dtype of an outcome."""
     dtypes = {t.dtype for t in (*outcome.values, *outcome.grads)}
     for kind in ("cpu", "cuda"):
         if torch.is_autocast_enabled(kind):
             dtypes.add(torch.get_autocast_dtype(kind))
     floating = [torch.finfo(d).eps for d in dtypes if d.is_floating_point]
-    return max(floating, default=0.0) ** 0.5
+    return max(floating, default=0.0)
+
+
+CLOSE = 8  # roundings; in float32 1e-6
+FACTOR = 16  # of what the rounding of weights changes, for the rounding of all operations
+
+
+def allowed(outcome: Outcome, again: Callable[[], Any] | None) -> float:
+    """Return the relative difference that rounding explains, where it is not `CLOSE`.
+
+    Where large terms cancel, as in a gradient near a minimum, rounding changes more. So the loss is
+    run once more, with weights that differ by one rounding, and compared with itself. It is never
+    more than the root of one rounding.
+
+    Args:
+        outcome: of the eager loss.
+        again: runs it again, from the same start; None if it must not be run again.
+    """
+    epsilon = rounding(outcome)
+    if again is None:
+        return float(epsilon**0.5)
+    leaves = [x for x in outcome.grads if isinstance(x, nn.Parameter)]
+    weights = [x.data for x in leaves]  # writes to them are not counted
+    before = [w.clone() for w in weights]
+    try:
+        for w in filter(torch.is_floating_point, weights):
+            signs = torch.arange(w.numel(), device=w.device).remainder(2).mul(2).sub(1)
+            w += epsilon * signs.reshape(w.shape).to(w.dtype) * w
+        rounded = outcome_of(again, leaves)
+    finally:
+        for w, kept in zip(weights, before, strict=True):
+            w.copy_(kept)
+    apart = max(difference(outcome, rounded))
+    return min(float(epsilon**0.5), max(CLOSE * epsilon, FACTOR * apart))
 
 
 def faster(eager: Callable[[], Any], compiled: Callable[[], Any], leaves: Sequence[Tensor]) -> Any:
     """Return the least times of both in seconds, (eager, compiled), of steps that take turns."""
-    pairs = [[outcome(f, leaves).seconds for f in (eager, compiled)] for _ in range(ROUNDS)]
+    pairs = [[outcome_of(f, leaves).seconds for f in (eager, compiled)] for _ in range(ROUNDS)]
     return tuple(map(min, zip(*pairs, strict=True)))

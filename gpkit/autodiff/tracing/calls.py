@@ -150,10 +150,10 @@ class Repeat(Record):
         self.known = known
 
     def act(self, penalty: Any, evaluate: Callable[..., Any], step: int | None) -> Any:
-        """Return the terms of a call with the weight that it had; None if it did not act."""
-        weight = self.known[len(self.calls)].weight
-        self.calls.append(PenaltyCall(penalty, weight))
-        return evaluate(weight, 0) if weight else None
+        """Return the terms of a call as it was; None if it did not act."""
+        known = self.known[len(self.calls)]
+        self.calls.append(PenaltyCall(penalty, known.weight))
+        return evaluate(known.weight, known.seed) if known.acts else None
 
 
 class Given:

@@ -75,8 +75,8 @@ def replaced(structure: Any, path: Path, value: Tensor) -> Any:
     key = path[0]
     part = replaced(dict(_children(structure))[key], path[1:], value)
     if isinstance(structure, Mapping):
-        if not isinstance(structure, MutableMapping):
-            return {**structure, key: part}
+        if type(structure) is dict or not isinstance(structure, MutableMapping):
+            return {**structure, key: part}  # a copy of a dict is not traced
         changed = copy.copy(structure)
         changed[key] = part
         return changed
