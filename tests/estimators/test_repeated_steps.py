@@ -385,6 +385,40 @@ def test_numbers_stay_tensors_as_on_other_devices(name, no_long_way, monkeypatch
         assert relative_error(gradients(found, net), grads) < 1e-5
 
 
+class Two(nn.Module):
+    """Two layers, a tied one, and two parameters whose gradients are one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+        self.d, self.e = nn.Parameter(torch.ones(3)), nn.Parameter(torch.zeros(3))
+        self.c.weight = self.a.weight
+        self.b.weight.requires_grad_(False)
+        self.double()
+
+    def forward(self, x):
+        return self.c((self.a(x) + self.b(x) + (self.d + self.e)).relu())
+
+
+@pytest.mark.parametrize("least", [1, 5, 100])
+@pytest.mark.parametrize("cross", [True, False])
+def test_large_gradients_are_added_where_they_are_computed(least, cross, no_long_way, monkeypatch):
+    monkeypatch.setattr(step, "LARGE", least)
+    monkeypatch.setattr(weight_difference, "LARGE", least)
+    net, x = Two(), data()
+    penalty = gpkit.weight_grad_norm(0.3, estimator=fd(1e-7, cross_kinks=cross))
+    penalty.with_loss(closure_of(net, x), net)
+    no_long_way()
+    trained = [p for p in net.parameters() if p.requires_grad]
+    for size in (5, 1):
+        found = penalty.with_loss(closure_of(net, x[:size]), net)
+        total, grads = by_hand(net, net(x[:size]).square().mean(), lambda n: n**2)
+        torch.testing.assert_close(found.detach(), total)
+        mine = torch.cat([g.flatten() for g in torch.autograd.grad(found, trained)])
+        assert relative_error(mine, grads) < 1e-5
+
+
 @pytest.mark.slow
 def test_no_signal_leaves_the_weights_moved():
     def interrupt(*_):
