@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Collection
 from itertools import pairwise
+from random import shuffle
 
 import torch
 from torch import nn
@@ -44,7 +45,7 @@ def mlp(*widths: int, act: type[nn.Module] = nn.SiLU) -> nn.Sequential:
 def times(
     steps: dict[str, Step], rounds: int = 5, seconds: float = 0, slow: Collection[str] = ()
 ) -> dict[str, list[float]]:
-    """Return the CPU seconds of each step in each round; the steps of a round take turns.
+    """Return the CPU seconds of each step in each round; the steps take turns, in random order.
 
     Args:
         steps: by name.
@@ -56,9 +57,10 @@ def times(
     for name, step in steps.items():
         for _ in range(1 if name in slow else 3):
             step()
-    end, count = time.process_time() + seconds, 0
+    end, count, order = time.process_time() + seconds, 0, [*steps.items()]
     while count < rounds or time.process_time() < end:
-        for name, step in steps.items():
+        shuffle(order)  # a step finds in the caches what the one before has left
+        for name, step in order:
             if count % 5 and name in slow:
                 found[name].append(float("nan"))
                 continue

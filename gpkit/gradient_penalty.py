@@ -16,7 +16,7 @@ from gpkit.autodiff.tracing.calls import RECORDS, TRACES
 from gpkit.axes import scope as scopes
 from gpkit.axes.activation import activation, as_wrt
 from gpkit.axes.at import At, as_at
-from gpkit.axes.call import Call, listed
+from gpkit.axes.call import Arguments, Call, listed
 from gpkit.axes.form import Form, as_form
 from gpkit.axes.given.given import Given, completed, weights_of
 from gpkit.axes.given.keys import Keys, Metric, as_keys, as_metric
@@ -231,7 +231,7 @@ class GradientPenalty(Penalty):
         train = torch.is_grad_enabled()
         short = acts and train and scale is given is None and not (TRACES or RECORDS)
         earlier = self.shortcuts.of(f) if short and self.shortcuts.known else None
-        terms = earlier and earlier.terms(self, f, args, real, fake, weight, seed)
+        terms = earlier and earlier.terms(self, Arguments(f, args, real, fake, weight, seed))
         if terms is not None:
             return terms
         if given is not None or self.metric is not None or self.given:

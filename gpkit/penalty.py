@@ -13,7 +13,7 @@ from gpkit import checks
 from gpkit.autodiff.distributed import tied
 from gpkit.autodiff.random import derived_seed, device_of, has_ranks, rank
 from gpkit.autodiff.tracing.calls import RECORDS, TRACES
-from gpkit.axes.call import listed
+from gpkit.axes.call import Arguments, listed
 from gpkit.axes.given.given import IS_GIVEN, as_given
 from gpkit.axes.weight import Schedule, Weight, as_weight
 from gpkit.findings.seen import SeenNets
@@ -126,7 +126,7 @@ class Penalty:
         if known is not None and known.known and (earlier := known.of(f)) is not None:
             args = listed(args)
             at, seed = self.step if step is None else step, self._seed_of(self.draws + 1, 0)
-            again = earlier.penalty(self, f, args, real, fake, self.weight_at(at), seed)
+            again = earlier.penalty(self, Arguments(f, args, real, fake, self.weight_at(at), seed))
             if again is not None:
                 self.evaluated_at, self.step, self.draws = at, at + 1, self.draws + 1
                 return again

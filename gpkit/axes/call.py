@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -305,6 +305,17 @@ def _hint(error: Exception, function: Any, xs: Points, given: int | None) -> str
             f"it holds labels or latents, let them follow, labels.repeat({times})"
         )
     return None
+
+
+class Arguments(NamedTuple):
+    """The arguments of a call, see `gpkit.penalty.Penalty.evaluate`."""
+
+    f: Any
+    args: tuple[Any, ...]
+    real: Any
+    fake: Any
+    weight: float
+    seed: int
 
 
 def listed(args: tuple[Any, ...]) -> tuple[Any, ...]:

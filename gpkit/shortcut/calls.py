@@ -18,11 +18,11 @@ from gpkit.axes.wrt import inputs
 from gpkit.estimators.base import Recomputable, Target
 from gpkit.estimators.exact import exact
 from gpkit.shortcut.differences import Steps
+from gpkit.shortcut.earlier import Earlier
 from gpkit.shortcut.exact_steps import ExactSteps
 from gpkit.shortcut.functions import Function
 from gpkit.shortcut.losses import Losses, is_loss
 from gpkit.shortcut.net import needs_more, references
-from gpkit.shortcut.repeated import Repeated
 from gpkit.shortcut.scores import Scores
 
 MANY = 64  # functions, or closures of one function
@@ -50,7 +50,7 @@ class Shortcuts:
         """Copy and pickle as empty: the nets of a copy are other nets."""
         return Shortcuts, ()
 
-    def of(self, f: Any) -> Repeated | Losses | None:
+    def of(self, f: Any) -> Earlier | None:
         """Return how earlier calls with this function, with scores or with losses went, or None."""
         if type(f) is Tensor:
             scores = self.scores if self.scores.known else None

@@ -10,17 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpkit import formula
 from gpkit.autodiff import graph
 from gpkit.autodiff.layers.batch import gram_pays, norm_of
 from gpkit.autodiff.layers.norms import sample_norms
 from gpkit.autodiff.layers.places import Place, call_at, products
 from gpkit.autodiff.layers.recording import Recording
-from gpkit.autodiff.tracing.calls import RECORDS, TRACES
+from gpkit.axes.call import Arguments
 from gpkit.axes.parameters import weights
 from gpkit.estimators.base import Target
 from gpkit.estimators.exact import exact
-from gpkit.formula import Terms
+from gpkit.shortcut.earlier import Earlier
 from gpkit.shortcut.net import Choices
 
 MANY = 64
@@ -99,7 +98,7 @@ def is_loss(axes: Any, loss: Any, targets: Sequence[Target]) -> bool:
     )
 
 
-class Losses:
+class Losses(Earlier):
     """The graphs of losses of earlier calls."""
 
     def __init__(self) -> None:
@@ -126,60 +125,20 @@ class Losses:
         found = LossGraph(make, leaves, target.xs, places)
         self.known[(who, *map(id, leaves), *make)] = found
 
-    def squared_norms(
-        self, axes: Any, loss: Tensor, args: tuple[Any, ...], real: Any, fake: Any
-    ) -> Tensor | None:
+    def squared_norms(self, axes: Any, call: Arguments) -> Tensor | None:
         """Return n² ``[1]`` of a call that repeats an earlier one; None if it does not."""
-        who = who_is(args)
-        if who is None or real is not None or fake is not None or not self.choices.hold(axes):
+        loss, who = call.f, who_is(call.args)
+        if who is None or call.real is not None or call.fake is not None:
+            return None
+        if not self.choices.hold(axes) or torch.is_autocast_enabled(loss.device.type):
             return None
         nodes, make = graph.walked(loss)
         leaves = graph.leaves(loss, nodes)
         known = self.known.get((who, *map(id, leaves), *make))
-        if known is None or torch.is_autocast_enabled(loss.device.type):
+        if known is None:
             return None
         mean = loss if loss.ndim == 0 else loss.mean()
         return known.norms_at(nodes, leaves, loss, mean, None)
-
-    def penalty(
-        self,
-        axes: Any,
-        f: Any,
-        args: tuple[Any, ...],
-        real: Any,
-        fake: Any,
-        weight: float,
-        seed: int,
-    ) -> Tensor | None:
-        """Return the penalty of a call that repeats an earlier one; None if it does not.
-
-        Takes the arguments of `GradientPenalty.evaluate`.
-        """
-        if not weight or axes.adapts or not torch.is_grad_enabled() or RECORDS or TRACES:
-            return None
-        n2 = self.squared_norms(axes, f, args, real, fake)
-        if n2 is None:
-            return None
-        form = axes.form.for_call(n2)
-        axes.form.observe(n2)
-        return formula.reduced(form(n2), axes.reduce) * weight
-
-    def terms(
-        self,
-        axes: Any,
-        f: Any,
-        args: tuple[Any, ...],
-        real: Any,
-        fake: Any,
-        weight: float,
-        seed: int,
-    ) -> Terms | None:
-        """Return the terms of a call that repeats an earlier one; None if it does not.
-
-        Takes the arguments of `GradientPenalty.evaluate`, for a call that is trained on.
-        """
-        n2 = self.squared_norms(axes, f, args, real, fake)
-        return None if n2 is None else formula.terms(axes, n2, weight, observe=True)
 
 
 def who_is(args: tuple[Any, ...]) -> Any:

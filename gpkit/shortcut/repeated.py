@@ -10,14 +10,15 @@ from torch import Tensor
 from gpkit import formula
 from gpkit.autodiff.derivatives import as_rows, gradients
 from gpkit.autodiff.numerics import WIDE, is_positive, note_positive, reduce_rows, root
+from gpkit.axes.call import Arguments
 from gpkit.axes.form import Rooted, one_sided, two_sided
-from gpkit.formula import Terms
 from gpkit.hints import ExplainedError
 from gpkit.shortcut.compat import gradient
+from gpkit.shortcut.earlier import Earlier
 
 
-class Repeated:
-    """How earlier calls went. A subclass defines `output`, and `forget` if it looks at graphs.
+class Repeated(Earlier):
+    """How earlier calls with samples went. A subclass defines `output`, and maybe `forget`.
 
     Args:
         device: of the samples.
@@ -46,62 +47,31 @@ class Repeated:
     def forget(self) -> None:
         """Forget an earlier call, as this one is another."""
 
-    def penalty(
-        self,
-        axes: Any,
-        f: Any,
-        args: tuple[Any, ...],
-        real: Any,
-        fake: Any,
-        weight: float,
-        seed: int,
-    ) -> Tensor | None:
-        """Return the penalty of a call that repeats an earlier one; None if it does not.
-
-        Takes the arguments of `GradientPenalty.evaluate`.
-        """
-        if not weight or axes.adapts or not torch.is_grad_enabled():
-            return None
-        g = self.gradient(axes, f, args, real, fake, seed)
-        if g is None:
-            return None
+    def penalty(self, axes: Any, call: Arguments) -> Tensor | None:
+        """Return the penalty, by the root of n² where the form has it; see `Earlier.penalty`."""
         form = axes.form
         if form is not self.form:
             self.form, self.rooted = form, is_rooted(form)
-        if self.rooted and g.dtype in WIDE:
-            n2 = lengths(g)
-            values = form.of_root(n2.sqrt() if is_positive(n2) else root(n2))
-            values = values if form.scale == 1 else values * form.scale
-        else:
-            n2 = squares(g, form)
-            own = form.for_call(n2)
-            form.observe(n2)
-            values = own(n2)
-        return formula.reduced(values, axes.reduce) * weight
-
-    def terms(
-        self,
-        axes: Any,
-        f: Any,
-        args: tuple[Any, ...],
-        real: Any,
-        fake: Any,
-        weight: float,
-        seed: int,
-    ) -> Terms | None:
-        """Return the terms of a call that repeats an earlier one; None if it does not.
-
-        Takes the arguments of `GradientPenalty.evaluate`, for a call that is trained on.
-        """
-        g = self.gradient(axes, f, args, real, fake, seed)
+        if not self.rooted:
+            return super().penalty(axes, call)
+        if not call.weight or axes.adapts or not torch.is_grad_enabled():
+            return None
+        g = self.gradient(axes, call)
         if g is None:
             return None
-        return formula.terms(axes, squares(g, axes.form), weight, observe=True)
+        n2 = lengths(g) if g.dtype in WIDE else squares(g, form)
+        values = form.of_root(n2.sqrt() if is_positive(n2) else root(n2))
+        values = values if form.scale == 1 else values * form.scale
+        return formula.reduced(values, axes.reduce) * call.weight
 
-    def gradient(
-        self, axes: Any, f: Any, args: tuple[Any, ...], real: Any, fake: Any, seed: int
-    ) -> Tensor | None:
+    def squared_norms(self, axes: Any, call: Arguments) -> Tensor | None:
+        """Return n² ``[B]`` of a call that repeats an earlier one; None if it does not."""
+        g = self.gradient(axes, call)
+        return None if g is None else squares(g, axes.form)
+
+    def gradient(self, axes: Any, call: Arguments) -> Tensor | None:
         """Return the gradient ``[B, *S]``, with a graph, of a call that repeats an earlier one."""
+        f, args, real, fake, _, seed = call
         if args:
             if len(args) > 1 or real is not None or fake is not None:
                 return None
