@@ -211,6 +211,23 @@ def test_taylor_mode_has_the_derivatives_of_nested_gradients():
     assert step.obstacle is None
 
 
+def test_norms_of_samples_are_those_of_a_loop():
+    net, penalty, x = critic().double(), gpkit.per_sample_grad_norm(0.5), samples(5)[0].double()
+    step = gpkit.compile(
+        lambda x: penalty.with_loss(lambda: net(x)[:, 0].square(), net), measure=False
+    )
+    params = [*net.parameters()]
+    for _ in range(2):
+        losses = net(x)[:, 0].square()
+        grads = [torch.autograd.grad(own, params, create_graph=True) for own in losses]
+        n2 = torch.stack([sum(g.square().sum() for g in own) for own in grads])
+        expected, found = losses.mean() + 0.5 * n2.mean(), step(x)
+        torch.testing.assert_close(found, expected)
+        own = [torch.autograd.grad(total, params) for total in (found, expected)]
+        torch.testing.assert_close(*own)
+    assert step.obstacle is None
+
+
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()

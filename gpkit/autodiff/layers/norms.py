@@ -37,9 +37,10 @@ def sample_norms(losses: Tensor, parameters: Sequence[Tensor], recording: Record
     for call in recording.calls:
         if call.delta is None:
             continue
-        owned = parameters_of(call.layer)
         for name, part in parts_of(call, call.delta):
-            own = id(owned.get(name))
+            own = id(
+                getattr(call.layer, name)
+            )  # in a graph too, where `parameters_of` is not traced
             if own in wanted:
                 parts.setdefault(own, []).append(part)
     squares = Squares()
