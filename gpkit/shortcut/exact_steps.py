@@ -21,6 +21,7 @@ from gpkit.autodiff.tracing.calls import RECORDS, TRACES
 from gpkit.estimators.base import Recomputable, Target
 from gpkit.shortcut.losses import LossGraph, is_loss
 from gpkit.shortcut.net import Choices
+from gpkit.shortcut.one_product import in_one_product, joining
 
 MANY = 64
 
@@ -157,11 +158,18 @@ class ExactStep:
             return None
         if self.made.sample and not loss.ndim:
             return None
-        mean = loss.mean() if loss.ndim else loss
-        n2 = self.made.squared_norms(loss, mean, self.net())
+        nodes, make = graph.walked(loss)
+        if make != self.made.make:
+            return None
+        leaves, mean = graph.leaves(loss, nodes), loss.mean() if loss.ndim else loss
+        calls = self.made.calls_at(nodes, leaves)
+        if calls is None:
+            return None
+        joining(calls, self.made.variables)
+        n2 = self.made.squared_norms(calls, loss, mean, self.net())
         if n2 is None:
             return None
         weight = penalty.counted(step)
         penalty.draws += 1  # an exact norm draws nothing
         terms = penalty.observed(formula.terms(penalty, n2, weight, observe=True))
-        return terms.added_to(mean)
+        return in_one_product(terms.added_to(mean), calls, leaves)

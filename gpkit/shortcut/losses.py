@@ -14,7 +14,7 @@ from gpkit.autodiff import graph
 from gpkit.autodiff.layers.batch import gram_pays, norm_of
 from gpkit.autodiff.layers.norms import sample_norms
 from gpkit.autodiff.layers.places import Place, call_at, products
-from gpkit.autodiff.layers.recording import Recording
+from gpkit.autodiff.layers.recording import LayerCall, Recording
 from gpkit.axes.call import Arguments
 from gpkit.axes.parameters import weights
 from gpkit.estimators.base import Target
@@ -47,32 +47,36 @@ class LossGraph:
     ) -> None:
         self.make, self.places, self.sample = make, places, sample
         self.leaves, self.xs = [*map(weakref.ref, leaves)], [*map(weakref.ref, xs)]
+        self.variables = {*map(id, xs)}
 
-    def squared_norms(self, loss: Tensor, mean: Tensor, net: Any = None) -> Tensor | None:
-        """Return n² ``[G]``; None if the loss has another graph.
+    def calls_at(self, nodes: Sequence[Any], leaves: Sequence[Tensor]) -> list[LayerCall] | None:
+        """Return the calls of layers in a graph of this make; None if it has other leaves.
 
         Args:
+            nodes: of the graph.
+            leaves: of the graph.
+        """
+        if not all(map(operator.is_, leaves, [ref() for ref in self.leaves])):
+            return None
+        calls: list[Any] = [call_at(place, nodes) for place in self.places]
+        if not all(calls) or any(ref() is None for ref in self.xs):
+            return None
+        return calls if self.sample else [*filter(gram_pays, calls)]
+
+    def squared_norms(
+        self, calls: list[LayerCall], loss: Tensor, mean: Tensor, net: Any
+    ) -> Tensor | None:
+        """Return n² ``[G]``, by these calls of layers; None if these are not what they were.
+
+        Args:
+            calls: of layers in the graph.
             loss: a number, or losses ``[B]``.
             mean: of the losses.
             net: the module.
         """
-        nodes, make = graph.walked(loss)
-        if make != self.make:
-            return None
-        return self.norms_at(nodes, graph.leaves(loss, nodes), loss, mean, net)
-
-    def norms_at(
-        self, nodes: Sequence[Any], leaves: Sequence[Tensor], loss: Tensor, mean: Tensor, net: Any
-    ) -> Tensor | None:
-        """Return the same for a graph of this make, with these nodes and leaves."""
         xs: list[Any] = [ref() for ref in self.xs]
-        if not all(map(operator.is_, leaves, [ref() for ref in self.leaves])):
-            return None
-        calls: list[Any] = [call_at(place, nodes) for place in self.places]
-        if not all(calls) or any(x is None for x in xs):
-            return None
         if not self.sample:
-            n2 = norm_of(mean, xs, Recording(net, [*filter(gram_pays, calls)]))
+            n2 = norm_of(mean, xs, Recording(net, calls))
             return n2 if n2.requires_grad else None
         n2 = sample_norms(loss.reshape(-1), xs, Recording(net, calls))
         for call in calls:
@@ -137,8 +141,8 @@ class Losses(Earlier):
         known = self.known.get((who, *map(id, leaves), *make))
         if known is None:
             return None
-        mean = loss if loss.ndim == 0 else loss.mean()
-        return known.norms_at(nodes, leaves, loss, mean, None)
+        mean, calls = loss if loss.ndim == 0 else loss.mean(), known.calls_at(nodes, leaves)
+        return None if calls is None else known.squared_norms(calls, loss, mean, None)
 
 
 def who_is(args: tuple[Any, ...]) -> Any:

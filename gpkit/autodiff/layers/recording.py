@@ -29,6 +29,8 @@ class LayerCall:
         version: the number of in-place writes to ``a`` before the call.
         dtype: of its output, which autocast may have changed.
         delta: δ, the gradient of the loss in the output, when it was taken.
+        joins: whether g is taken with δ.
+        g: the gradient in ``a``, if it was taken.
     """
 
     layer: Any
@@ -37,6 +39,8 @@ class LayerCall:
     version: int
     dtype: torch.dtype
     delta: Tensor | None = None
+    joins: bool = False
+    g: Tensor | None = None
 
     @property
     def intact(self) -> bool:
@@ -63,7 +67,7 @@ class Recording:
         return Recording(self.net, [self.calls[i] for i in places])
 
     def differentiate(self, y: Tensor, others: Sequence[Tensor] = ()) -> tuple[Tensor | None, ...]:
-        """Take δ of each call, the gradient of a number in its output, or of the sum of several.
+        """Take δ of each call, the gradient of a number or of a sum, and g of those that join.
 
         Args:
             y: the number, or numbers.
@@ -72,10 +76,14 @@ class Recording:
         Returns:
             The gradients in the others, differentiable; None if unused.
         """
-        found = gradients_at(y, [*(call.z for call in self.calls), *others])
+        inner = [call for call in self.calls if call.joins and call.a.grad_fn is not None]
+        ends = [*(call.z for call in self.calls), *(call.a for call in inner), *others]
+        found = gradients_at(y, ends)
         for call, delta in zip(self.calls, found, strict=False):
             call.delta = delta
-        return found[len(self.calls) :]
+        for call, g in zip(inner, found[len(self.calls) :], strict=False):
+            call.g = g
+        return found[len(self.calls) + len(inner) :]
 
 
 class recorded_layers:
