@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpkit.autodiff import compat
 from gpkit.autodiff.reached import SEEN_ONCE, Reach
@@ -167,12 +167,16 @@ class Fingerprint(NamedTuple):
     kinds: frozenset[str]
 
 
-def fingerprint(y: Tensor, xs: tuple[Tensor, ...]) -> Fingerprint:
+def fingerprint(
+    y: Tensor, xs: tuple[Tensor, ...], *, parameters_alone: bool = False
+) -> Fingerprint:
     """Return what tells one net from another.
 
     Args:
         y: the output of a net.
-        xs: its inputs, which are new at every step and do not count.
+        xs: its inputs, which are new at every step and do not count; or its weights.
+        parameters_alone: whether no leaf counts that is not an ``nn.Parameter``. Where xs are
+            weights, such a leaf is an input that needs a gradient for something else.
     """
     kinds: set[Any] = set()
     leaves: dict[int, Tensor] = {}
@@ -181,6 +185,8 @@ def fingerprint(y: Tensor, xs: tuple[Tensor, ...]) -> Fingerprint:
         leaf = getattr(node, compat.LEAF, None)
         if leaf is None:
             kinds.add(type(node))
+        elif parameters_alone and not isinstance(leaf, nn.Parameter):
+            continue
         elif id(leaf) not in given or not leaf.is_leaf:
             leaves[id(leaf)] = leaf
     computing = frozenset(kind for kind in kinds if kind.__name__ != "ViewBackward0")
@@ -194,13 +200,14 @@ class Differentiated(Protocol):
 
     y: Tensor
     xs: tuple[Tensor, ...]
+    batched: bool
     made: Made | None
 
 
 def fingerprint_of(target: Differentiated) -> Fingerprint:
     """Return what tells the net of a target from another."""
     if target.made is None:
-        return fingerprint(target.y, target.xs)
+        return fingerprint(target.y, target.xs, parameters_alone=not target.batched)
     return target.made.fingerprint(target.y, target.xs)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -46,8 +45,8 @@ class LossGraph:
         sample: bool = False,
     ) -> None:
         self.make, self.places, self.sample = make, places, sample
-        self.leaves, self.xs = [*map(weakref.ref, leaves)], [*map(weakref.ref, xs)]
-        self.variables = {*map(id, xs)}
+        self.variables, self.xs = {*map(id, xs)}, [*map(weakref.ref, xs)]
+        self.leaves = [*map(weakref.ref, weights_among(leaves, self.variables))]
 
     def calls_at(self, nodes: Sequence[Any], leaves: Sequence[Tensor]) -> list[LayerCall] | None:
         """Return the calls of layers in a graph of this make; None if it has other leaves.
@@ -56,7 +55,8 @@ class LossGraph:
             nodes: of the graph.
             leaves: of the graph.
         """
-        if not all(map(operator.is_, leaves, [ref() for ref in self.leaves])):
+        owned = weights_among(leaves, self.variables)
+        if [*map(id, owned)] != [id(ref()) for ref in self.leaves]:
             return None
         calls: list[Any] = [call_at(place, nodes) for place in self.places]
         if not all(calls) or any(ref() is None for ref in self.xs):
@@ -83,6 +83,16 @@ class LossGraph:
             if call.delta is None or call.delta.shape[0] != loss.shape[0]:
                 return None
         return n2 if n2.requires_grad else None
+
+
+def weights_among(leaves: Sequence[Tensor], variables: Collection[int]) -> list[Tensor]:
+    """Return the leaves of a graph that are weights; an input that needs a gradient is none.
+
+    Args:
+        leaves: of the graph.
+        variables: the ids of parameters, which may be no ``nn.Parameter``.
+    """
+    return [leaf for leaf in leaves if isinstance(leaf, nn.Parameter) or id(leaf) in variables]
 
 
 def is_loss(axes: Any, loss: Any, targets: Sequence[Target]) -> bool:
@@ -126,8 +136,7 @@ class Losses(Earlier):
         self.choices = Choices(axes)
         nodes, make = graph.walked(loss)
         leaves, places = graph.leaves(loss, nodes), products(nodes, target.xs)
-        found = LossGraph(make, leaves, target.xs, places)
-        self.known[(who, *map(id, leaves), *make)] = found
+        self.known[(who, *make)] = LossGraph(make, leaves, target.xs, places)
 
     def squared_norms(self, axes: Any, call: Arguments) -> Tensor | None:
         """Return n² ``[1]`` of a call that repeats an earlier one; None if it does not."""
@@ -138,7 +147,7 @@ class Losses(Earlier):
             return None
         nodes, make = graph.walked(loss)
         leaves = graph.leaves(loss, nodes)
-        known = self.known.get((who, *map(id, leaves), *make))
+        known = self.known.get((who, *make))
         if known is None:
             return None
         mean, calls = loss if loss.ndim == 0 else loss.mean(), known.calls_at(nodes, leaves)

@@ -253,3 +253,20 @@ def test_layer_norm_inside_of_a_second_derivative_is_right_in_a_function():
     z = x.clone().requires_grad_()
     with pytest.raises(RuntimeError, match=r"layer norm.* is wrong: give the penalty a callable"):
         gpkit.input_grad_norm()(residual(z), z)
+
+
+def test_inputs_that_need_a_gradient_are_no_new_net(monkeypatch):
+    """As where a step has a penalty in its inputs as well: the net is looked at once."""
+    looked, trains = [], gpkit.gradient_penalty.trains
+    noting = lambda *args, **options: looked.append(1) or trains(*args, **options)  # noqa: E731
+    monkeypatch.setattr(gpkit.gradient_penalty, "trains", noting)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    penalty = gpkit.weight_grad_norm(form=gpkit.power(2.0, norm="l1"))  # which has no shortcut
+    for _ in range(3):
+        x = torch.randn(5, 3, requires_grad=True)
+        penalty(net(x).square().mean(), net).backward()
+    assert len(looked) == 1
+    other = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 1))
+    penalty(other(x).square().mean(), other)
+    assert len(looked) == 2
