@@ -368,38 +368,43 @@ def machine() -> str:
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
-    """Draw the figures as bars, one panel a case, with both runs as dots."""
+    """Draw the figures as bars, one panel a case, in two columns, with both runs as dots."""
     import matplotlib.pyplot as plt
 
-    cases = runs[0]["cases"]
-    heights = [len(own) for own in cases.values()]
-    figure, panels = plt.subplots(
-        len(cases), 1, figsize=(8, 0.32 * sum(heights) + 0.55 * len(cases)),
-        height_ratios=heights, layout="constrained",
-    )  # fmt: skip
-    for panel, (case, first) in zip(panels, cases.items(), strict=True):
-        names = list(first)
-        each = [[own["cases"][case][name][0] for own in runs] for name in names]
-        middle = [statistics.mean(own) for own in each]
-        hues = ["tab:blue" if name.startswith("gpkit") else "0.75" for name in names]
-        panel.barh(range(len(names)), middle, color=hues)
-        for i, own in enumerate(each):
-            panel.plot(own, [i] * len(own), ".k", markersize=4)
-            panel.text(max(own) * 1.03, i, f"{middle[i]:.3g}", va="center", fontsize=8)
-        panel.set_yticks(range(len(names)), names, fontsize=8)
-        panel.invert_yaxis()
-        panel.set_title(case, fontsize=9, loc="left")
-        panel.axvline(1, color="0.5", linewidth=0.8)
-        if max(middle) > 20:
-            panel.set_xscale("log")
-            panel.set_xlim(0.8, max(map(max, each)) * 2)
-        else:
-            panel.set_xlim(0, max(map(max, each)) * 1.15)
-        for side in ("top", "right"):
-            panel.spines[side].set_visible(False)
-        panel.tick_params(axis="x", labelsize=8)
-    panels[-1].set_xlabel("CPU time of a step, in plain steps (the line is at one)", fontsize=9)
-    figure.savefig(path, dpi=130)
+    cases = list(runs[0]["cases"].items())
+    half = (len(cases) + 1) // 2
+    columns = [cases[:half], cases[half:]]
+    figure = plt.figure(figsize=(11, 8), layout="constrained")
+    for sub, own in zip(figure.subfigures(1, 2, wspace=0.03), columns, strict=True):
+        heights = [len(first) + 1.2 for _, first in own]
+        panels = sub.subplots(len(own), 1, height_ratios=heights)
+        for panel, (case, first) in zip(panels, own, strict=True):
+            bars(panel, case, {name: [r["cases"][case][name][0] for r in runs] for name in first})
+        panels[-1].set_xlabel("CPU time in plain steps (the line is at one)", fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def bars(panel: Any, case: str, found: dict[str, list[float]]) -> None:
+    """Draw the bars of a case."""
+    names, each = list(found), list(found.values())
+    middle = [statistics.mean(own) for own in each]
+    hues = ["tab:blue" if name.startswith("gpkit") else "0.75" for name in names]
+    panel.barh(range(len(names)), middle, color=hues)
+    for i, own in enumerate(each):
+        panel.plot(own, [i] * len(own), ".k", markersize=3)
+        panel.text(max(own) * 1.04, i, f"{middle[i]:.3g}", va="center", fontsize=7)
+    panel.set_yticks(range(len(names)), names, fontsize=7)
+    panel.invert_yaxis()
+    panel.set_title(case, fontsize=8, loc="left")
+    panel.axvline(1, color="0.5", linewidth=0.8)
+    if max(middle) > 20:
+        panel.set_xscale("log")
+        panel.set_xlim(0.8, max(map(max, each)) * 2.5)
+    else:
+        panel.set_xlim(0, max(map(max, each)) * 1.15)
+    for side in ("top", "right"):
+        panel.spines[side].set_visible(False)
+    panel.tick_params(axis="x", labelsize=7)
 
 
 TEXT = """# Beside peers
