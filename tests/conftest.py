@@ -8,6 +8,8 @@ from functools import partial
 import pytest
 import torch
 
+import gpkit
+
 collect_ignore = ["typing"]  # programs for the type checker, which nothing runs
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of processes for one graph
 torch.set_num_threads(1)
@@ -25,6 +27,26 @@ def graphs_alone(monkeypatch):
     """Let torch.compile trace the graphs, forward and backward, and run them without a compiler."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr("gpkit.compiling.parity.faster", lambda *_: (1.0, 0.0))
+
+
+@pytest.fixture
+def no_long_way(monkeypatch):
+    """Return a function that makes the long way of a call an error."""
+
+    def close(*_, **__):
+        raise AssertionError("the long way was taken")
+
+    return lambda: monkeypatch.setattr(gpkit.GradientPenalty, "targets", close)
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """The penalties that have taken the long way."""
+    whole, found = gpkit.GradientPenalty.targets, []
+    monkeypatch.setattr(
+        gpkit.GradientPenalty, "targets", lambda p, *a: found.append(p) or whole(p, *a)
+    )
+    return found
 
 
 def pytest_terminal_summary(terminalreporter):

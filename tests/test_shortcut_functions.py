@@ -1,32 +1,15 @@
-"""A repeated call with a function, or with scores, takes the shortcut and is right."""
+"""A repeated call with a function takes the shortcut and is right."""
 
 import functools
 import weakref
 
 import pytest
 import torch
+from critics import LABELS, X, Y, by_hand, net, require_right
 from torch import nn
 from torch.autograd.function import once_differentiable
 
 import gpkit
-
-X = torch.randn(6, 5, generator=torch.Generator().manual_seed(1)).double()
-X = X * torch.linspace(0.2, 3, 6, dtype=torch.float64)[:, None]
-Y = X.flip(0) - 1
-
-
-class Labelled(nn.Module):
-    """A critic with labels."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 1)
-
-    def forward(self, z, label):
-        return self.last(torch.tanh(self.first(torch.cat([z, label], 1))))
-
-    def scaled(self, z):
-        return 2 * self(z, z[:, :1])
 
 
 class Holder:
@@ -39,13 +22,7 @@ class Holder:
         return self.scale * self.net(z, z[:, :1])
 
 
-def net():
-    torch.manual_seed(0)
-    return Labelled().double()
-
-
 HOLDERS = weakref.WeakKeyDictionary()
-LABELS = torch.arange(6.0, dtype=torch.float64)[:, None]
 FUNCTIONS = {
     "a lambda made anew": lambda critic: lambda z: critic(z, LABELS),
     "a method": lambda critic: critic.scaled,
@@ -53,37 +30,6 @@ FUNCTIONS = {
     "an object": lambda critic: HOLDERS.setdefault(critic, Holder(critic)),
     "a default": lambda critic: lambda z, critic=critic: critic(z, LABELS),
 }
-
-
-@pytest.fixture
-def no_long_way(monkeypatch):
-    """Return a function that makes the long way an error."""
-
-    def close(*_, **__):
-        raise AssertionError("the long way was taken")
-
-    return lambda: monkeypatch.setattr(gpkit.GradientPenalty, "targets", close)
-
-
-def by_hand(f, z, value):
-    """Return the penalty of a function at points, sample by sample."""
-    total = 0
-    for i in range(len(z)):
-        x = z.detach().clone().requires_grad_()
-        (g,) = torch.autograd.grad(f(x)[i].sum(), x, create_graph=True)
-        total = total + value(g[i].square().sum())
-    return total / len(z)
-
-
-def require_right(penalty, call, critic, f, z, value):
-    expected, found = by_hand(f, z, value), call()
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
-    parameters = list(critic.parameters())
-    grads = [torch.autograd.grad(t, parameters, allow_unused=True) for t in (found, expected)]
-    for a, b in zip(*grads, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -153,16 +99,6 @@ def hooked(critic):
 
 
 CHANGES = [frozen, replaced, another_parameter, frozen_in_part, evaluated, hooked]
-
-
-@pytest.fixture
-def looks(monkeypatch):
-    """The penalties that have taken the long way."""
-    whole, found = gpkit.GradientPenalty.targets, []
-    monkeypatch.setattr(
-        gpkit.GradientPenalty, "targets", lambda p, *a: found.append(p) or whole(p, *a)
-    )
-    return found
 
 
 @pytest.mark.parametrize("wrap", [lambda net: net, lambda net: lambda z: net(z)])
@@ -250,55 +186,6 @@ def test_a_function_leaves_no_trace_in_a_repeated_call(no_long_way):
     assert len(found) == 3  # each has masks of its own
     assert all(drawn)
     assert all(p.grad is None for p in critic.parameters())
-
-
-def test_scores_of_the_same_graph_are_differentiated_at_once(no_long_way):
-    critic, penalty = net(), gpkit.r1(weight=2.0)
-    for step in range(3):
-        x = (X + step).requires_grad_()
-        call = lambda x=x: penalty(critic(x, LABELS), x)  # noqa: E731
-        f = lambda z: critic(z, LABELS)  # noqa: E731
-        require_right(penalty, call, critic, f, X + step, lambda n2: n2)
-        if step == 0:
-            no_long_way()
-
-
-def test_scores_whose_graph_or_points_are_others_take_the_long_way():
-    critic, penalty = net(), gpkit.r1()
-    x = X.clone().requires_grad_()
-    for _ in range(2):
-        penalty(critic(x, LABELS), x)
-    with pytest.raises(ValueError, match="was not used to compute"):
-        penalty(critic(x, LABELS), x[:, :3])
-    with pytest.raises(ValueError, match="do not require grad"):
-        penalty(critic(x, LABELS), X)
-    with pytest.raises(RuntimeError, match="no graph"):
-        penalty(critic(x, LABELS).detach(), x)
-    with pytest.raises(ValueError, match="got a scalar"):
-        penalty(critic(x, LABELS).mean(), x)
-    critic.requires_grad_(False)
-    with pytest.raises(RuntimeError, match="frozen"):
-        penalty(critic(x, LABELS), x)
-
-
-def test_scores_of_another_net_take_the_long_way_once(looks):
-    nets, penalty = [net(), net()], gpkit.r1(weight=2.0)
-    x = X.clone().requires_grad_()
-    for _ in range(3):
-        for critic in nets:
-            penalty(critic(x, LABELS), x)
-    assert len(looks) == 2
-
-
-def test_scores_of_a_moved_input_end_at_it(no_long_way):
-    critic, penalty, make = net(), gpkit.r1(weight=2.0), nn.Linear(5, 5).double()
-    for step in range(3):
-        x = make(X + step)
-        found = penalty(critic(x, LABELS), x)
-        expected = by_hand(lambda z: critic(z, LABELS), x, lambda n2: n2)
-        torch.testing.assert_close(found, expected)
-        if step == 0:
-            no_long_way()
 
 
 PENALTIES = {
