@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from gpkit.hints import ExplainedError
 
 # parts_of(module): the dictionaries of its own children, parameters, buffers and forward hooks.
 # torch's iterators over them take a hundred times as long.
@@ -66,6 +68,25 @@ def gradients(y: Tensor, xs: tuple[Tensor, ...], ones: Tensor) -> tuple[Tensor |
         The gradients.
     """
     return RUN((y,), (ones,), False, False, xs, True, accumulate_grad=False)
+
+
+def differentiable(y: Tensor, xs: Sequence[Any]) -> tuple[Tensor | None, ...]:
+    """Return the gradient of Σ y in each x, with a graph; None where y does not depend on x.
+
+    Args:
+        y: the output, which has a graph.
+        xs: the variables, or edges of the graph.
+
+    Returns:
+        The gradients.
+
+    Raises:
+        ExplainedError: if an operation has no derivative; the message says what to do.
+    """
+    try:
+        return RUN((y,), (torch.ones_like(y),), True, True, (*xs,), True, accumulate_grad=False)
+    except RuntimeError as error:
+        raise ExplainedError(error) from error
 
 
 # The base class of autograd Functions, whose `apply` does what theirs does after a look for

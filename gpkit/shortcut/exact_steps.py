@@ -21,7 +21,7 @@ from gpkit.autodiff.tracing.calls import RECORDS, TRACES
 from gpkit.estimators.base import Recomputable, Target
 from gpkit.shortcut.losses import LossGraph, is_loss
 from gpkit.shortcut.net import Choices
-from gpkit.shortcut.one_product import in_one_product, joining
+from gpkit.shortcut.one_product import in_one_product, note_joins, wide_places
 
 MANY = 64
 
@@ -95,6 +95,7 @@ class ExactStep:
     def __init__(self, axes: Any, net: Callable[[], nn.Module | None], made: LossGraph) -> None:
         self.choices, self.net, self.made = Choices(axes), net, made
         self.with_mode = [p.layer for p in made.places if isinstance(p.layer(), BATCH_NORMS)]
+        self.wide = wide_places(made.places, made.variables)
         xs: Any = made.xs
         self.modes, self.device = self.modes_now(), xs[0]().device.type
 
@@ -163,7 +164,8 @@ class ExactStep:
         calls = self.made.calls_at(nodes, leaves)
         if calls is None:
             return None
-        joining(calls, self.made.variables)
+        note_joins(calls, self.wide)
+        calls = self.made.that_pay(calls)
         n2 = self.made.squared_norms(calls, loss, mean, self.net())
         if n2 is None:
             return None

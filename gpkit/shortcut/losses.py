@@ -18,6 +18,7 @@ from gpkit.axes.call import Arguments
 from gpkit.axes.parameters import weights
 from gpkit.estimators.base import Target
 from gpkit.estimators.exact import exact
+from gpkit.shortcut.compat import differentiable
 from gpkit.shortcut.earlier import Earlier
 from gpkit.shortcut.net import Choices
 
@@ -61,6 +62,10 @@ class LossGraph:
         calls: list[Any] = [call_at(place, nodes) for place in self.places]
         if not all(calls) or any(ref() is None for ref in self.xs):
             return None
+        return calls
+
+    def that_pay(self, calls: list[LayerCall]) -> list[LayerCall]:
+        """Return the calls that spare the gradient in the weights."""
         return calls if self.sample else [*filter(gram_pays, calls)]
 
     def squared_norms(
@@ -76,9 +81,9 @@ class LossGraph:
         """
         xs: list[Any] = [ref() for ref in self.xs]
         if not self.sample:
-            n2 = norm_of(mean, xs, Recording(net, calls))
+            n2 = norm_of(mean, xs, Recording(net, calls), differentiable)
             return n2 if n2.requires_grad else None
-        n2 = sample_norms(loss.reshape(-1), xs, Recording(net, calls))
+        n2 = sample_norms(loss.reshape(-1), xs, Recording(net, calls), differentiable)
         for call in calls:
             if call.delta is None or call.delta.shape[0] != loss.shape[0]:
                 return None
@@ -151,7 +156,9 @@ class Losses(Earlier):
         if known is None:
             return None
         mean, calls = loss if loss.ndim == 0 else loss.mean(), known.calls_at(nodes, leaves)
-        return None if calls is None else known.squared_norms(calls, loss, mean, None)
+        if calls is None:
+            return None
+        return known.squared_norms(known.that_pay(calls), loss, mean, None)
 
 
 def who_is(args: tuple[Any, ...]) -> Any:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gpkit.autodiff.compat import keeps_graph
-from gpkit.autodiff.layers.places import Matrix
+from gpkit.autodiff.layers.places import Matrix, Place
 from gpkit.autodiff.layers.recording import LayerCall
 from gpkit.autodiff.numerics import without_autocast
 from gpkit.shortcut.compat import RUN, applied
@@ -23,24 +23,29 @@ from gpkit.shortcut.compat import RUN, applied
 LARGE = 2**18  # entries of a weight; below, the products cost less than what is around them
 
 
-def joining(calls: Sequence[LayerCall], variables: Collection[int]) -> None:
-    """Note which calls join their products: of a wide linear layer, used once, on a few rows.
+def wide_places(places: Sequence[Place], variables: Collection[int]) -> list[tuple[int, int, int]]:
+    """Return which places are of wide linear layers that are used once, and their p and q.
 
     Args:
-        calls: of layers.
+        places: of the calls of layers.
         variables: the ids of the parameters that are known to be used in these calls alone.
     """
-    wide = []
-    for call in calls:
-        layer, a = call.layer, call.a
+    layers = [place.layer() for place in places]
+    uses = Counter([id(layer.weight) for layer in layers])
+    found = []
+    for i, layer in enumerate(layers):
+        weight = layer.weight
         linear = type(layer) is nn.Linear or type(layer) is Matrix
-        if linear and a.ndim == 2 and id(layer.weight) in variables:
-            p, q = layer.weight.shape
-            if p * q >= LARGE and a.shape[0] * (p + q) < p * q:
-                wide.append(call)
-    uses = Counter([id(call.layer.weight) for call in calls]) if wide else {}
-    for call in wide:
-        call.joins = uses[id(call.layer.weight)] == 1
+        if linear and id(weight) in variables and uses[id(weight)] == 1 and weight.numel() >= LARGE:
+            found.append((i, *weight.shape))
+    return found
+
+
+def note_joins(calls: Sequence[LayerCall], wide: Sequence[tuple[int, int, int]]) -> None:
+    """Note which calls join their products: those at wide places with a few rows."""
+    for i, p, q in wide:
+        a = calls[i].a
+        calls[i].joins = a.ndim == 2 and a.shape[0] * (p + q) < p * q
 
 
 def in_one_product(total: Tensor, calls: Sequence[LayerCall], leaves: Sequence[Tensor]) -> Tensor:
@@ -107,10 +112,9 @@ class _OneProduct(torch.autograd.Function):
 
 def product(call: LayerCall, at_z: Tensor | None, at_g: Tensor | None) -> Tensor | None:
     """Return ẑᵀ a + δᵀ ĝ, without a graph; a part that is None is zero."""
-    pairs = [(at_z, call.a), (call.delta, at_g)]
-    found = [(left, right) for left, right in pairs if left is not None and right is not None]
-    if not found:
-        return None
-    sides = [[t.flatten(0, -2) for t in side] for side in zip(*found, strict=True)]
-    left, right = (side[0] if len(side) == 1 else torch.cat(side) for side in sides)
-    return left.t() @ right
+    found = None
+    for left, right in ((at_z, call.a), (call.delta, at_g)):
+        if left is not None and right is not None:
+            left = left.t()
+            found = left @ right if found is None else found.addmm_(left, right)
+    return found

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from gpkit.autodiff import graph
+from gpkit.autodiff.derivatives import gradients_at
 from gpkit.autodiff.layers.gram import gram_is_cheaper, gram_product, may_pay
 from gpkit.autodiff.layers.places import Matrix
-from gpkit.autodiff.layers.recording import LayerCall, Recording
+from gpkit.autodiff.layers.recording import Gradients, LayerCall, Recording
 from gpkit.autodiff.numerics import squared_length
 from gpkit.autodiff.tracing.calls import noted
 
@@ -45,10 +46,22 @@ def batch_norm(loss: Tensor, parameters: Sequence[Tensor], recording: Recording)
     return norm_of(loss, parameters, recording.only(wide))
 
 
-def norm_of(loss: Tensor, parameters: Sequence[Tensor], wide: Recording) -> Tensor:
-    """Return the same for a recording of calls in which Gram matrices are right, and pay."""
+def norm_of(
+    loss: Tensor, parameters: Sequence[Tensor], wide: Recording, by: Gradients = gradients_at
+) -> Tensor:
+    """Return the same for a recording of calls in which Gram matrices are right, and pay.
+
+    Args:
+        loss: L, one number.
+        parameters: θ.
+        wide: the recording.
+        by: what takes the gradients.
+
+    Returns:
+        n² ``[1]``, differentiable, in float32 or better.
+    """
     covered = {id(call.layer.weight) for call in wide.calls}
-    grads = wide.differentiate(loss, [p for p in parameters if id(p) not in covered])
+    grads = wide.differentiate(loss, [p for p in parameters if id(p) not in covered], by)
     found = tuple(g for g in grads if g is not None)
     total = squared_length(found) if found else loss.new_zeros(1)
     for call in wide.calls:

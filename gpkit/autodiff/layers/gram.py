@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
+from gpkit.autodiff.compat import times
 from gpkit.autodiff.numerics import widened
 
 
@@ -81,58 +83,88 @@ class Product:
 Part = Outer | Direct | Product
 
 
-class Squares:
-    """The sums ``[G]`` of the squares of rows ``[G, n]``, once for each tensor."""
-
-    def __init__(self) -> None:
-        self.found: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Return the sums of the squares."""
-        known = self.found.get(id(rows))
-        if known is None:
-            squares = _Squares.apply(rows) if rows.numel() >= LARGE else rows.square().sum(1)
-            known = self.found[id(rows)] = rows, squares  # with the rows, so that ids stay
-        return known[1]
+Rows = tuple[Tensor, Tensor | None]  # l and r, whose outer products are gradients; or gradients
 
 
-LARGE = 2**17  # entries, from which on a product less pays for a backward pass in Python
+def rows_of(parts: Sequence[Part]) -> Rows | None:
+    """Return the rows that the norm of a parameter's gradient is one of; None if Gram matrices pay.
+
+    Args:
+        parts: from every call of the layers that share the parameter; their sum is the gradient.
+    """
+    if len(parts) == 1:
+        first = parts[0]
+        if isinstance(first, Product):
+            return first.left, first.right
+        if isinstance(first, Direct):
+            return first.grad, None
+    others = [part.outer() if isinstance(part, Product) else part for part in parts]
+    if all(isinstance(part, Outer) and part.cheaper for part in others):
+        return None
+    grads = [part.dense() for part in others]
+    return torch.stack(grads).sum(0) if len(grads) > 1 else grads[0], None
 
 
-class _Squares(torch.autograd.Function):
-    """Its backward takes one product; autograd's own of a power takes three operations."""
+def rows_norm(rows: Sequence[Rows]) -> Tensor:
+    """Return Σ_k ‖l_k‖²·‖r_k‖² ``[G]`` of pairs of rows l_k ``[G, p]`` and r_k ``[G, q]``.
+
+    Args:
+        rows: the pairs; where r is None, it counts as a row of norm one.
+    """
+    if is_compiling():  # the compiler joins these operations itself
+        each = [_squares(left) * (1 if r is None else _squares(r)) for left, r in rows]
+        return sum(each[1:], each[0])
+    found = {id(t): t for pair in rows for t in pair if t is not None}
+    at = {own: i for i, own in enumerate(found)}
+    places = [(at[id(left)], None if r is None else at[id(r)]) for left, r in rows]
+    total: Tensor = _RowsNorm.apply(places, *found.values())
+    return total
+
+
+class _RowsNorm(torch.autograd.Function):
+    """Its backward takes one product for each tensor; autograd's own takes three, and sums."""
 
     @staticmethod
-    def forward(ctx, rows):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(rows)
-        return rows.square().sum(1)
+    def forward(ctx, places, *rows):  # type: ignore[no-untyped-def]
+        squares = [_squares(t) for t in rows]
+        ctx.save_for_backward(*rows, *squares)
+        ctx.places = places
+        each = [squares[i] if j is None else squares[i] * squares[j] for i, j in places]
+        return sum(each[1:], each[0])
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        (rows,) = ctx.saved_tensors
-        return rows * (2 * grad).unsqueeze(1)
+        half = len(ctx.saved_tensors) // 2
+        rows, squares = ctx.saved_tensors[:half], ctx.saved_tensors[half:]
+        if torch.is_grad_enabled():  # a third derivative: the saved squares have no graph
+            squares = [_squares(t) for t in rows]
+        double, needed = 2 * grad, ctx.needs_input_grad[1:]
+        factors: dict[int, Tensor] = {}
+        for i, j in ctx.places:
+            for own, other in ((i, j),) if j is None else ((i, j), (j, i)):
+                if needed[own]:
+                    factor = double if other is None else double * squares[other]
+                    factors[own] = factors[own] + factor if own in factors else factor
+        columns = [f.unsqueeze(1) for f in factors.values()]
+        found = dict(zip(factors, times([rows[i] for i in factors], columns), strict=True))
+        return None, *map(found.get, range(half))
 
 
-def squared_norm(parts: Sequence[Part], squares: Squares) -> Tensor:
-    """Return the squared norm ``[G]`` of the sum of several parts of one parameter's gradient.
+def _squares(rows: Tensor) -> Tensor:
+    return widened(rows).square().sum(1)
+
+
+def gram_norm(parts: Sequence[Part]) -> Tensor:
+    """Return the squared norm ``[G]`` of the sum of several parts by Gram matrices.
 
     Args:
-        parts: from every call of the layers that share the parameter.
-        squares: of rows, which other parameters may have asked for.
+        parts: from every call of the layers that share the parameter; none is a `Direct`.
 
     Returns:
         n² ``[G]``, differentiable.
     """
-    first = parts[0]
-    if len(parts) == 1 and type(first) is Product:
-        return squares(first.left) * squares(first.right)
-    if len(parts) == 1 and type(first) is Direct:
-        return squares(first.grad)
-    others = [part.outer() if isinstance(part, Product) else part for part in parts]
-    outers = [part for part in others if isinstance(part, Outer)]
-    if len(outers) < len(parts) or not all(part.cheaper for part in outers):
-        grads = [part.dense() for part in others]
-        return torch.stack(grads).sum(0).square().sum(1) if len(grads) > 1 else squares(grads[0])
+    products = [part for part in parts if not isinstance(part, Direct)]
+    outers = [part.outer() if isinstance(part, Product) else part for part in products]
     matrices = [part for part in outers if not part.sparse]
     tokens = [part for part in outers if part.sparse]
     joined = [_joined(group) for group in (matrices, tokens) if group]
@@ -177,10 +209,6 @@ def _square(part: Outer) -> Tensor:
         right = _squares(part.right.flatten(1))
         return right if part.sparse else right * _squares(part.left.flatten(1))
     return _product(part, part)
-
-
-def _squares(rows: Tensor) -> Tensor:
-    return rows.square().sum(1)
 
 
 def _product(one: Outer, other: Outer) -> Tensor:

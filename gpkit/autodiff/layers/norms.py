@@ -13,38 +13,50 @@ from torch import Tensor
 
 from gpkit.autodiff import graph
 from gpkit.autodiff.compat import parameters_of
-from gpkit.autodiff.derivatives import first_gradients
-from gpkit.autodiff.layers.gram import Part, Squares, squared_norm
-from gpkit.autodiff.layers.recording import Recording
+from gpkit.autodiff.derivatives import first_gradients, gradients_at
+from gpkit.autodiff.layers.gram import Part, Rows, gram_norm, rows_norm, rows_of
+from gpkit.autodiff.layers.recording import Gradients, Recording
 from gpkit.autodiff.layers.rules import has_rule, parts_of
 from gpkit.autodiff.numerics import as_real, wide, widened
 
 
-def sample_norms(losses: Tensor, parameters: Sequence[Tensor], recording: Recording) -> Tensor:
+def sample_norms(
+    losses: Tensor,
+    parameters: Sequence[Tensor],
+    recording: Recording,
+    by: Gradients = gradients_at,
+) -> Tensor:
     """Return ‖∂ℓ_i/∂θ‖² of each sample, from one gradient in the outputs of the layers.
 
     Args:
         losses: ℓ, ``[B]``; sample i must depend on row i of each layer's input only.
         parameters: θ.
         recording: of the forward pass.
+        by: what takes the gradient.
 
     Returns:
         n² ``[B]``, differentiable, in float32 or better.
     """
     wanted = {id(p) for p in parameters}
-    recording.differentiate(losses)
+    recording.differentiate(losses, by=by)
     parts: dict[int, list[Part]] = {}
     for call in recording.calls:
         if call.delta is None:
             continue
         for name, part in parts_of(call, call.delta):
-            own = id(
-                getattr(call.layer, name)
-            )  # in a graph too, where `parameters_of` is not traced
+            own = id(getattr(call.layer, name))  # `parameters_of` is not traced in a graph
             if own in wanted:
                 parts.setdefault(own, []).append(part)
-    squares = Squares()
-    norms = [squared_norm(group, squares) for group in parts.values()]
+    rows: list[Rows] = []
+    norms = []
+    for group in parts.values():
+        pair = rows_of(group)
+        if pair is None:
+            norms.append(gram_norm(group))
+        else:
+            rows.append(pair)
+    if rows:
+        norms.append(rows_norm(rows))
     return sum(norms[1:], norms[0]) if norms else losses.new_zeros(len(losses), dtype=wide(losses))
 
 

@@ -15,6 +15,8 @@ from gpkit.autodiff.derivatives import gradients_at
 from gpkit.autodiff.tracing.calls import TRACES
 from gpkit.autodiff.tracing.hooks import hooked
 
+Gradients = Callable[[Tensor, Sequence[Any]], tuple[Tensor | None, ...]]
+
 
 @dataclass(eq=False)
 class LayerCall:
@@ -66,19 +68,22 @@ class Recording:
         """Return a recording of some of the calls."""
         return Recording(self.net, [self.calls[i] for i in places])
 
-    def differentiate(self, y: Tensor, others: Sequence[Tensor] = ()) -> tuple[Tensor | None, ...]:
+    def differentiate(
+        self, y: Tensor, others: Sequence[Tensor] = (), by: Gradients = gradients_at
+    ) -> tuple[Tensor | None, ...]:
         """Take δ of each call, the gradient of a number or of a sum, and g of those that join.
 
         Args:
             y: the number, or numbers.
             others: further variables.
+            by: what takes the gradients.
 
         Returns:
             The gradients in the others, differentiable; None if unused.
         """
         inner = [call for call in self.calls if call.joins and call.a.grad_fn is not None]
         ends = [*(call.z for call in self.calls), *(call.a for call in inner), *others]
-        found = gradients_at(y, ends)
+        found = by(y, ends)
         for call, delta in zip(self.calls, found, strict=False):
             call.delta = delta
         for call, g in zip(inner, found[len(self.calls) :], strict=False):

@@ -59,11 +59,47 @@ def for_steps(options: dict[str, Any]) -> dict[str, Any]:
     own: dict[str, Any] = {"guard_filter_fn": may_change}
     if options.get("backend", "inductor") == "inductor":
         own["fallback_random"] = True
+        own["joint_custom_pre_pass"] = sums_of_transposes()
         own |= torch._inductor.list_mode_options(mode) if mode else {}
     elif mode:
         return options
     others = {name: option for name, option in options.items() if name != "mode"}
     return {**others, "options": {**own, **(given or {})}}
+
+
+@cache
+def sums_of_transposes() -> Any:
+    """Return a pass over graphs of torch's own compiler that makes aᵀ + bᵀ into (a + b)ᵀ.
+
+    The gradient in a weight has two parts, the products from z = a Wᵀ and from g = δ W. The first
+    is of Wᵀ, so both are transposed and summed there. Summed as they are, the compiler adds one
+    product to the other, without a pass over both.
+    """
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    add, permute = torch.ops.aten.add.Tensor, torch.ops.aten.permute.default
+
+    class SumsOfTransposes(CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            for node in graph.find_nodes(op="call_function", target=add):
+                pair = node.args
+                if node.kwargs or any(getattr(x, "target", None) is not permute for x in pair):
+                    continue
+                (a, order), (b, other) = (x.args for x in pair)
+                if order == other and all(len(x.users) == 1 for x in pair):
+                    with graph.inserting_before(node):
+                        total = graph.call_function(add, (a, b))
+                        total.meta["val"] = a.meta["val"] + b.meta["val"]
+                        swapped = graph.call_function(permute, (total, order))
+                        swapped.meta.update(node.meta)
+                    node.replace_all_uses_with(swapped)
+                    for left in (node, *dict.fromkeys(pair)):
+                        graph.erase_node(left)
+
+        def uuid(self) -> str:
+            return "gpkit: sums of transposes, 1"
+
+    return SumsOfTransposes()
 
 
 # What guards of gpkit's own code, and of Python's, are about: functions, classes and constants.

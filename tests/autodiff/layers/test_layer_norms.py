@@ -5,11 +5,11 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.autograd import gradgradcheck
+from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
 import gpkit
-from gpkit.autodiff.layers.gram import gram_product
+from gpkit.autodiff.layers.gram import gram_product, rows_norm
 
 B = 5
 
@@ -280,3 +280,34 @@ def test_gram_product_has_a_third_derivative():
         gram_product(left, right), (left.transpose(1, 2) @ right).flatten(1).square().sum(1)
     )
     assert gradgradcheck(gram_product, (left, right))
+
+
+def test_rows_norm_has_a_third_derivative():
+    torch.manual_seed(0)
+    d, a, e = (torch.randn(3, n, dtype=torch.float64, requires_grad=True) for n in (2, 4, 5))
+    given = torch.randn(3, 2, dtype=torch.float64)  # an input of a net, without a gradient
+
+    def norm(d, a, e):  # d and a are in several terms, and the first of them in a weight and a bias
+        return rows_norm([(d, a), (d, None), (e, given), (a, e)])
+
+    def by_hand(d, a, e):
+        length = lambda rows: (rows**2).sum(1)  # noqa: E731
+        own = length(d) * (length(a) + 1)
+        return own + length(e) * length(given) + length(a) * length(e)
+
+    torch.testing.assert_close(norm(d, a, e), by_hand(d, a, e))
+    assert gradcheck(norm, (d, a, e))
+    assert gradgradcheck(norm, (d, a, e))
+    share = torch.randn(3, dtype=torch.float64)
+    found, expected = (torch.autograd.grad(f(d, a, e), (d, a, e), share) for f in (norm, by_hand))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_rows_norm_is_wide_in_half_precision():
+    rows = torch.full((2, 300), 0.1, dtype=torch.bfloat16, requires_grad=True)
+    n2 = rows_norm([(rows, rows)])
+    assert n2.dtype == torch.float32
+    torch.testing.assert_close(n2, (rows.double() ** 2).sum(1).square().float())
+    n2.sum().backward()
+    assert rows.grad.dtype == torch.bfloat16
