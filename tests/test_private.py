@@ -10,6 +10,7 @@ COMPAT = {
     "autodiff/compat.py",
     "autodiff/sharding/compat.py",
     "findings/compat.py",
+    "autodiff/taylor/compat.py",
     "autodiff/tracing/compat.py",
     "shortcut/compat.py",
     "lightning/compat.py",

@@ -6,7 +6,7 @@ one, `tests/autodiff/test_torch_compat.py` fails with its name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from operator import attrgetter
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
 # Trees of tensors, such as batches. torch has no public module for them, and optree would be one
 # more dependency. torch itself uses this module everywhere.
@@ -244,6 +245,33 @@ parameters_of: Callable[[nn.Module], dict[str, Tensor | None]] = attrgetter("_pa
 hooks_of: Callable[[nn.Module], Any] = attrgetter("_forward_hooks", "_forward_pre_hooks")
 
 
+class unhooked:
+    """A context in which gradients do not pass through the hooks on leaf tensors.
+
+    A hook on a parameter, of ``Tensor.register_hook``, is for the gradient that trains. Torch calls
+    it for each gradient in the parameter, also for one that a penalty differentiates or adds up,
+    and there is no public way to ask for the hooks.
+
+    Args:
+        tensors: of which leaves have no hooks meanwhile. A hook on another tensor is a part of the
+            graph.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        leaves: Iterable[Any] = () if is_compiling() else filter(IS_LEAF, tensors)
+        self.hooks = [(own, [*own.items()]) for own in filter(None, map(HOOKS, leaves))]
+
+    def __enter__(self) -> None:
+        for own, _ in self.hooks:
+            own.clear()
+
+    def __exit__(self, *exception: object) -> None:
+        for own, kept in self.hooks:
+            own.update(kept)
+
+
+HOOKS, IS_LEAF = attrgetter("_backward_hooks"), attrgetter("is_leaf")
+
 # base_of(tensor): what a view is a view of, or None. There is no public way to ask.
 base_of: Callable[[Tensor], Tensor | None] = attrgetter("_base")
 
@@ -299,31 +327,3 @@ _NAMES = [
     f"_foreach_{name}" for name in ("norm", "mul", "add", "lerp", "add_", "sub_", "mul_", "lerp_")
 ]
 norms_of, times, plus, lerp, add_to, subtract_from, scale_by, lerp_to = attrgetter(*_NAMES)(torch)
-
-# Tensor subclasses: "Extending PyTorch" documents these, though the names have an underscore.
-
-
-def wrapper_tensor(cls: type, like: Tensor) -> Any:
-    """Return a tensor of a subclass without storage, with the shape and strides of ``like``."""
-    options: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
-    return Tensor._make_wrapper_subclass(cls, like.shape, strides=like.stride(), **options)
-
-
-def no_torch_function() -> Any:
-    """Return the ``__torch_function__`` of a subclass that only uses ``__torch_dispatch__``.
-
-    torch recognises this one and does not call it. A function that runs the operation unchanged is
-    slower; it is the fallback if a release renames this one.
-    """
-    return getattr(torch._C, "_disabled_torch_function_impl", classmethod(_as_it_is))
-
-
-def _as_it_is(
-    cls: type,
-    func: Callable[..., Any],
-    types: Sequence[type],
-    args: tuple[Any, ...] = (),
-    kwargs: dict[str, Any] | None = None,
-) -> Any:
-    with torch._C.DisableTorchFunctionSubclass():
-        return func(*args, **(kwargs or {}))

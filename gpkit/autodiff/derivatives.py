@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpkit.autodiff import graph
-from gpkit.autodiff.compat import LEAF, class_of, packs_saved, saved, saved_input
+from gpkit.autodiff.compat import LEAF, class_of, packs_saved, saved, saved_input, unhooked
 from gpkit.autodiff.numerics import as_real, dense, widened, without_autocast
 from gpkit.autodiff.random import has_ranks
 from gpkit.autodiff.sharding.gathering import regathered
@@ -88,7 +88,8 @@ def gradients(y: Tensor, xs: tuple[Tensor, ...], times: Tensor | None = None) ->
             return gradients(y, xs, times)
     grads: tuple[Tensor | None, ...]
     try:
-        grads = torch.autograd.grad(y, xs, times, create_graph=True, allow_unused=True)
+        with unhooked(xs):
+            grads = torch.autograd.grad(y, xs, times, create_graph=True, allow_unused=True)
     except RuntimeError as error:
         raise ExplainedError(error) from error
     grads = regathered(y, grads) if has_ranks() else grads
@@ -108,7 +109,8 @@ def gradients_at(y: Tensor, edges: Sequence[Any]) -> tuple[Tensor | None, ...]:
     Raises:
         ExplainedError: if an operation has no derivative; the message says what to do.
     """
-    with without_autocast(y):
+    tensors = [x for x in edges if isinstance(x, Tensor)]
+    with without_autocast(y), unhooked(tensors):
         try:
             ones = None if y.numel() == 1 else torch.ones_like(y)
             return torch.autograd.grad(y, edges, ones, create_graph=True, allow_unused=True)
@@ -134,7 +136,7 @@ def first_gradients(
     """
     if not y.requires_grad:
         return (None,) * len(xs)
-    with without_autocast(y):
+    with without_autocast(y), unhooked(xs):
         try:
             total = y if y.ndim == 0 else y.sum()
             grads = torch.autograd.grad(total, xs, retain_graph=retain, allow_unused=True)
@@ -151,7 +153,7 @@ def products(
     grads: Sequence[Tensor | None] = [None] * len(xs)
     if pairs:
         ys, vs = zip(*pairs, strict=True)
-        with without_autocast(ys[0]):
+        with without_autocast(ys[0]), unhooked(xs):
             try:
                 grads = torch.autograd.grad(ys, xs, vs, retain_graph=True, allow_unused=True)
             except RuntimeError as error:
@@ -161,7 +163,8 @@ def products(
 
 def gradient_norm(value: Tensor, parameters: list[Tensor]) -> Tensor:
     """Return the norm of the gradient in all parameters together, not differentiable."""
-    grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+    with unhooked(parameters):
+        grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
     squares = [as_real(widened(g.detach())).square().sum() for g in grads if g is not None]
     return torch.stack(squares).sum().sqrt() if squares else value.new_zeros(())
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gpkit.autodiff import graph
+from gpkit.autodiff.compat import unhooked
 from gpkit.autodiff.derivatives import as_rows, first_gradients, gradients
 from gpkit.autodiff.gates import Gates, carry, recorded
 from gpkit.autodiff.known_gradient import known_gradient
@@ -178,7 +179,7 @@ def summarised(
     """
     nodes = list(graph.nodes(loss))
     leaves = graph.leaves(loss, nodes)
-    with without_autocast(loss), recorded(loss, nodes) as gates:
+    with without_autocast(loss), unhooked(leaves), recorded(loss, nodes) as gates:
         y = loss.sum() if scale is None else loss.sum() * scale
         grads = torch.autograd.grad(y, leaves, retain_graph=retain)
     grads = tuple(g.to_dense() if g.is_sparse else g for g in grads)

@@ -8,6 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from gpkit.autodiff.compat import unhooked
 from gpkit.autodiff.numerics import as_real, wide, widened
 from gpkit.autodiff.random import has_ranks
 from gpkit.autodiff.sharding.compat import as_in_graphs
@@ -103,7 +104,8 @@ def weight_norm(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
     trained = as_in_graphs(trained) if has_ranks() else trained
     if not trained or not loss.requires_grad:
         return loss.new_zeros(())
-    grads = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
+    with unhooked(trained):
+        grads = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
     squares = [as_real(widened(g)).square().sum() for g in grads if g is not None]
     return torch.stack(squares).sum().sqrt() if squares else loss.new_zeros(())
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gpkit.autodiff.compat import unhooked
 from gpkit.hints import ExplainedError
 
 # parts_of(module): the dictionaries of its own children, parameters, buffers and forward hooks.
@@ -50,14 +51,15 @@ def gradient(y: Tensor, x: Tensor, times: Tensor) -> Tensor | None:
     Returns:
         The gradient, in the shape of x.
     """
-    (g,) = RUN((y,), (times,), True, True, (x,), True, accumulate_grad=False)
+    with unhooked((x,)):
+        (g,) = RUN((y,), (times,), True, True, (x,), True, accumulate_grad=False)
     return g
 
 
 def gradients(y: Tensor, xs: tuple[Tensor, ...], ones: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradient of Σ y in each x, without a graph; None where y does not depend on x.
 
-    The graph of y is freed.
+    The graph of y is freed. Hooks on x are called; see `unhooked`.
 
     Args:
         y: the output, which has a graph.
@@ -83,8 +85,10 @@ def differentiable(y: Tensor, xs: Sequence[Any]) -> tuple[Tensor | None, ...]:
     Raises:
         ExplainedError: if an operation has no derivative; the message says what to do.
     """
+    ones, tensors = torch.ones_like(y), [x for x in xs if isinstance(x, Tensor)]
     try:
-        return RUN((y,), (torch.ones_like(y),), True, True, (*xs,), True, accumulate_grad=False)
+        with unhooked(tensors):
+            return RUN((y,), (ones,), True, True, (*xs,), True, accumulate_grad=False)
     except RuntimeError as error:
         raise ExplainedError(error) from error
 

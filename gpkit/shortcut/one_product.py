@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpkit.autodiff.compat import keeps_graph
+from gpkit.autodiff.compat import keeps_graph, unhooked
 from gpkit.autodiff.layers.places import Matrix, Place
 from gpkit.autodiff.layers.recording import LayerCall
 from gpkit.autodiff.numerics import without_autocast
@@ -94,13 +94,15 @@ class _OneProduct(torch.autograd.Function):
             )
         if torch.is_grad_enabled():  # create_graph=True
             xs = [*(call.layer.weight for call in calls), *others]
-            return None, *torch.autograd.grad(total, xs, grad, create_graph=True, allow_unused=True)
+            options: dict[str, Any] = {"create_graph": True, "allow_unused": True}
+            with unhooked(xs):
+                return None, *torch.autograd.grad(total, xs, grad, **options)
         keep = keeps_graph()
         if not keep:
             held.total, held.calls = None, []
         behind = [call.g for call in calls if call.g is not None]
         ends: Any = (*(call.z for call in calls), *behind, *others)
-        with without_autocast(total):
+        with without_autocast(total), unhooked(others):
             found = RUN((total,), (grad,), keep, False, ends, True, accumulate_grad=False)
         at_g = iter(found[len(calls) : len(calls) + len(behind)])
         products = [

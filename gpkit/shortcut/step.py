@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -14,7 +15,7 @@ from torch.compiler import is_compiling
 
 from gpkit import formula
 from gpkit.autodiff import graph
-from gpkit.autodiff.compat import LEAF, buffers_of, lerp
+from gpkit.autodiff.compat import LEAF, buffers_of, lerp, unhooked
 from gpkit.autodiff.gates import Gates, kinks, recorded
 from gpkit.autodiff.isolation import RUNNING, isolated, run_again
 from gpkit.autodiff.known_gradient import Number, OwnedGradient, are_apart, fitted, known_gradient
@@ -157,20 +158,49 @@ class Step:
             penalty.next_seed()
         else:  # nothing is drawn from it
             penalty.draws += 1
-        gates = None
-        if self.kinked:
-            with recorded(loss, nodes) as gates:
+        with unhooked(leaves):
+            with recorded(loss, nodes) if self.kinked else nullcontext() as gates:
                 base = self.gradients(loss, leaves)
-        else:
-            base = self.gradients(loss, leaves)
-        del nodes
+            del nodes
+            together, value = self.together(
+                penalty, closure, begun, gates, (loss, base), leaves, xs
+            )
+        plus = value() * weight
+        total = loss.detach() if loss.ndim == 0 else loss.detach().reshape(())
+        if isinstance(plus, Tensor) and plus.requires_grad:  # of what the form is made of
+            total, plus = total + plus.detach(), plus - plus.detach()
+            return known_gradient(total, leaves, together, owned=True) + plus
+        return applied(OwnedGradient, total, plus, [*together], *leaves)
+
+    def together(
+        self,
+        penalty: Any,
+        closure: Callable[[], Any],
+        begun: Begun,
+        gates: Gates | None,
+        at_loss: tuple[Tensor, list[Tensor]],
+        leaves: list[Tensor],
+        xs: list[Tensor],
+    ) -> tuple[Sequence[Tensor], Callable[[], Number]]:
+        """Return the gradient of loss and penalty in all leaves, and how its value is noted.
+
+        Args:
+            penalty: the penalty.
+            closure: returns the loss.
+            begun: what the forward pass of the loss started from.
+            gates: of the loss.
+            at_loss: the loss, and its gradient in all leaves.
+            leaves: the leaves.
+            xs: the weights that the penalty is of.
+        """
+        loss, base = at_loss
         grads: Sequence[Tensor] = base
-        if not same:
+        if self.variables != self.leaves:
             by_leaf = {id(leaf): g for leaf, g in zip(leaves, base, strict=True)}
             grads = dense([by_leaf.get(id(x)) for x in xs], xs)
 
         stride = stride_of(length_of(grads), self.length_at(xs), self.top)
-        share, value = valued(penalty, stride.n, weight, loss)
+        share, value = valued(penalty, stride.n, begun.weight, loss)
         uses, factor = self.fd.factors.recall(xs[0]) if self.adapts else (1, 1.0)
         small = not self.large and isinstance(stride.n, float)  # then a copy is cheap
         if uses and self.fd.side == "forward" and (small or are_apart(base)):
@@ -204,12 +234,7 @@ class Step:
                 together = difference.added_to(base, share, overwrite=True)
             else:  # the two ends of a difference are others than this point
                 together = pairwise_sums(base, [g * share for g in difference.computed()])
-        plus = value() * weight
-        total = loss.detach() if loss.ndim == 0 else loss.detach().reshape(())
-        if isinstance(plus, Tensor) and plus.requires_grad:  # of what the form is made of
-            total, plus = total + plus.detach(), plus - plus.detach()
-            return known_gradient(total, leaves, together, owned=True) + plus
-        return applied(OwnedGradient, total, plus, [*together], *leaves)
+        return together, value
 
     def run(self, closure: Callable[[], Any], begun: Begun, gates: Gates | None) -> Tensor:
         """Return the loss, computed anew from the same start, and held on gates."""

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gpkit
 from gpkit.autodiff import compat, graph, isolation
+from gpkit.autodiff.taylor import compat as taylor
 from gpkit.autodiff.taylor.directional import directional_derivative
 from gpkit.autodiff.taylor.jets import RULES, Jet
 from gpkit.autodiff.tracing import compat as tracing
@@ -252,14 +253,14 @@ def test_the_option_that_a_hint_names():
 
 def test_wrapper_tensor():
     like = torch.zeros(2, 3).double().t()
-    jet = compat.wrapper_tensor(Jet, like)
+    jet = taylor.wrapper_tensor(Jet, like)
     found = type(jet), jet.shape, jet.stride(), jet.dtype, jet.device
     assert found == (Jet, like.shape, like.stride(), like.dtype, like.device)
 
 
 def test_no_torch_function():
     require(
-        compat.no_torch_function() is torch._C._disabled_torch_function_impl,
+        taylor.no_torch_function() is torch._C._disabled_torch_function_impl,
         "no_torch_function",
         "Taylor mode runs each operation through Python once more, right and slower",
     )
@@ -270,7 +271,7 @@ def test_no_torch_function_falls_back(monkeypatch):
     expected = directional_derivative(torch.sin, x, x, 3)
     with monkeypatch.context() as without:
         without.delattr(torch._C, "_disabled_torch_function_impl")
-        other = compat.no_torch_function()
+        other = taylor.no_torch_function()
     calls = []
 
     def counted(cls, func, *args, **kwargs):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.overrides import enable_reentrant_dispatch
 
-from gpkit.autodiff.compat import no_torch_function, tree_leaves, tree_map, wrapper_tensor
+from gpkit.autodiff.compat import tree_leaves, tree_map
+from gpkit.autodiff.taylor.compat import no_torch_function, wrapper_tensor
 
 Rule = Callable[..., Any]
 

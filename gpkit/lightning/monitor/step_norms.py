@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpkit.autodiff.compat import unscales_in_its_step
+from gpkit.autodiff.compat import unhooked, unscales_in_its_step
 from gpkit.autodiff.numerics import widened
 from gpkit.lightning.compat import scale_of, scaler_of
 from gpkit.lightning.monitor.groups import by_group, by_layer
@@ -85,7 +85,7 @@ class StepNorms:
         wanted = validating and self.weights is not None
         weights = [p for p in module.parameters() if p.requires_grad] if wanted else []
         scale = _scale(trainer, loss.device)
-        with torch.autocast(loss.device.type, enabled=False):
+        with torch.autocast(loss.device.type, enabled=False), unhooked(weights):
             grads = torch.autograd.grad(
                 widened(loss) * scale,
                 [*xs, *weights],
