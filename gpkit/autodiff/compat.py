@@ -6,7 +6,7 @@ one, `tests/autodiff/test_torch_compat.py` fails with its name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
@@ -14,7 +14,6 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.compiler import is_compiling
 
 # Trees of tensors, such as batches. torch has no public module for them, and optree would be one
 # more dependency. torch itself uses this module everywhere.
@@ -245,32 +244,8 @@ parameters_of: Callable[[nn.Module], dict[str, Tensor | None]] = attrgetter("_pa
 hooks_of: Callable[[nn.Module], Any] = attrgetter("_forward_hooks", "_forward_pre_hooks")
 
 
-class unhooked:
-    """A context in which gradients do not pass through the hooks on leaf tensors.
-
-    A hook on a parameter, of ``Tensor.register_hook``, is for the gradient that trains. Torch calls
-    it for each gradient in the parameter, also for one that a penalty differentiates or adds up,
-    and there is no public way to ask for the hooks.
-
-    Args:
-        tensors: of which leaves have no hooks meanwhile. A hook on another tensor is a part of the
-            graph.
-    """
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        leaves: Iterable[Any] = () if is_compiling() else filter(IS_LEAF, tensors)
-        self.hooks = [(own, [*own.items()]) for own in filter(None, map(HOOKS, leaves))]
-
-    def __enter__(self) -> None:
-        for own, _ in self.hooks:
-            own.clear()
-
-    def __exit__(self, *exception: object) -> None:
-        for own, kept in self.hooks:
-            own.update(kept)
-
-
-HOOKS, IS_LEAF = attrgetter("_backward_hooks"), attrgetter("is_leaf")
+# hooks_on(tensor): the hooks of Tensor.register_hook in a dictionary, or None; torch only adds to it.
+hooks_on: Callable[[Tensor], Any] = attrgetter("_backward_hooks")
 
 # base_of(tensor): what a view is a view of, or None. There is no public way to ask.
 base_of: Callable[[Tensor], Tensor | None] = attrgetter("_base")

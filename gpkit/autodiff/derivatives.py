@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from gpkit.autodiff import graph
-from gpkit.autodiff.compat import LEAF, class_of, packs_saved, saved, saved_input, unhooked
+from gpkit.autodiff.compat import LEAF, class_of, hooks_on, packs_saved, saved, saved_input
 from gpkit.autodiff.numerics import as_real, dense, widened, without_autocast
 from gpkit.autodiff.random import has_ranks
 from gpkit.autodiff.sharding.gathering import regathered
@@ -64,6 +65,30 @@ def as_rows(x: Tensor, batched: bool) -> Tensor:
     if batched and x.ndim == 2:
         return x
     return x.flatten(1) if batched and x.ndim > 1 else x.reshape(len(x) if batched else 1, -1)
+
+
+class unhooked:
+    """A context in which gradients do not pass through the hooks on leaf tensors.
+
+    A hook on a parameter, of ``Tensor.register_hook``, is for the gradient that trains. Torch calls
+    it for each gradient in the parameter, also for one that a penalty differentiates or adds up.
+
+    Args:
+        tensors: of which leaves have no hooks meanwhile. A hook on another tensor is a part of the
+            graph.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        leaves: Iterable[Any] = () if is_compiling() else (x for x in tensors if x.is_leaf)
+        self.hooks = [(own, [*own.items()]) for own in filter(None, map(hooks_on, leaves))]
+
+    def __enter__(self) -> None:
+        for own, _ in self.hooks:
+            own.clear()
+
+    def __exit__(self, *exception: object) -> None:
+        for own, kept in self.hooks:
+            own.update(kept)
 
 
 def gradients(y: Tensor, xs: tuple[Tensor, ...], times: Tensor | None = None) -> tuple[Tensor, ...]:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from gpkit.autodiff import graph
-from gpkit.autodiff.compat import unhooked
-from gpkit.autodiff.derivatives import as_rows, first_gradients, gradients
+from gpkit.autodiff.derivatives import as_rows, first_gradients, gradients, unhooked
 from gpkit.autodiff.gates import Gates, carry, recorded
 from gpkit.autodiff.known_gradient import known_gradient
 from gpkit.autodiff.numerics import (

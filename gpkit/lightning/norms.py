@@ -8,7 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from gpkit.autodiff.compat import unhooked
+from gpkit.autodiff.derivatives import unhooked
 from gpkit.autodiff.numerics import as_real, wide, widened
 from gpkit.autodiff.random import has_ranks
 from gpkit.autodiff.sharding.compat import as_in_graphs

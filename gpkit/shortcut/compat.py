@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpkit.autodiff.compat import unhooked
+from gpkit.autodiff.derivatives import unhooked
 from gpkit.hints import ExplainedError
 
 # parts_of(module): the dictionaries of its own children, parameters, buffers and forward hooks.

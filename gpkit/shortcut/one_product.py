@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpkit.autodiff.compat import keeps_graph, unhooked
+from gpkit.autodiff.compat import keeps_graph
+from gpkit.autodiff.derivatives import unhooked
 from gpkit.autodiff.layers.places import Matrix, Place
 from gpkit.autodiff.layers.recording import LayerCall
 from gpkit.autodiff.numerics import without_autocast

@@ -15,7 +15,8 @@ from torch.compiler import is_compiling
 
 from gpkit import formula
 from gpkit.autodiff import graph
-from gpkit.autodiff.compat import LEAF, buffers_of, lerp, unhooked
+from gpkit.autodiff.compat import LEAF, buffers_of, lerp
+from gpkit.autodiff.derivatives import unhooked
 from gpkit.autodiff.gates import Gates, kinks, recorded
 from gpkit.autodiff.isolation import RUNNING, isolated, run_again
 from gpkit.autodiff.known_gradient import Number, OwnedGradient, are_apart, fitted, known_gradient

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpkit.autodiff.compat import unhooked, unscales_in_its_step
+from gpkit.autodiff.compat import unscales_in_its_step
+from gpkit.autodiff.derivatives import unhooked
 from gpkit.autodiff.numerics import widened
 from gpkit.lightning.compat import scale_of, scaler_of
 from gpkit.lightning.monitor.groups import by_group, by_layer
