@@ -244,7 +244,8 @@ parameters_of: Callable[[nn.Module], dict[str, Tensor | None]] = attrgetter("_pa
 hooks_of: Callable[[nn.Module], Any] = attrgetter("_forward_hooks", "_forward_pre_hooks")
 
 
-# hooks_on(tensor): the hooks of Tensor.register_hook in a dictionary, or None; torch only adds to it.
+# hooks_on(tensor): the hooks of `Tensor.register_hook` in a dictionary, or None.
+# Torch has no public way to ask for them.
 hooks_on: Callable[[Tensor], Any] = attrgetter("_backward_hooks")
 
 # base_of(tensor): what a view is a view of, or None. There is no public way to ask.
