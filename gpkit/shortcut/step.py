@@ -190,15 +190,14 @@ class Step:
             closure: returns the loss.
             begun: what the forward pass of the loss started from.
             gates: of the loss.
-            at_loss: the loss, and its gradient in all leaves.
-            leaves: the leaves.
+            at_loss: the loss, and its gradient in the leaves.
+            leaves: all of them.
             xs: the weights that the penalty is of.
         """
-        loss, base = at_loss
-        grads: Sequence[Tensor] = base
+        (loss, base), grads = at_loss, at_loss[1]
         if self.variables != self.leaves:
             by_leaf = {id(leaf): g for leaf, g in zip(leaves, base, strict=True)}
-            grads = dense([by_leaf.get(id(x)) for x in xs], xs)
+            grads = [*dense([by_leaf.get(id(x)) for x in xs], xs)]
 
         stride = stride_of(length_of(grads), self.length_at(xs), self.top)
         share, value = valued(penalty, stride.n, begun.weight, loss)
