@@ -20,11 +20,11 @@ from torch.compiler import is_compiling
 from gpkit.autodiff import graph
 from gpkit.autodiff.derivatives import MENDED, mended
 from gpkit.autodiff.distributed import require_dynamic_graph
-from gpkit.autodiff.known_gradient import Difference, known_gradient, node_of
+from gpkit.autodiff.known_gradient import Difference, Number, known_gradient, node_of
 from gpkit.autodiff.numerics import root
 from gpkit.autodiff.random import Source, has_ranks
 from gpkit.autodiff.tracing.calls import TRACES
-from gpkit.axes.form import Form
+from gpkit.axes.form import Form, norm, squared
 from gpkit.axes.given.sample_weight import weighted_mean, weighted_sum
 from gpkit.estimators.base import Estimator, Target
 
@@ -203,6 +203,48 @@ def reduced(values: Tensor, how: str = "mean", weights: Tensor | None = None) ->
     if weights is not None:
         return weighted_mean(values, weights) if how == "mean" else weighted_sum(values, weights)
     return values.reshape(()) if values.shape[0] == 1 else REDUCTIONS[how](values)
+
+
+def of_one_norm(
+    penalty: Any, n: Number, weight: float, like: Tensor
+) -> tuple[Number, Callable[[], tuple[Number, Callable[[], Terms]]]]:
+    """Return the derivative of a penalty in n², for one norm n, and how its value is noted.
+
+    Args:
+        penalty: the penalty.
+        n: the norm, without a graph.
+        weight: λ.
+        like: a tensor of the dtype and device of the loss.
+
+    Returns:
+        λ times the derivative; and a function that lets the penalty see n, when it is known that
+        the step succeeds, and returns the reduced value, and what makes the terms.
+    """
+    form = penalty.form
+    if isinstance(n, float) and not callable(penalty.weight):
+
+        def alone() -> Terms:
+            return terms(penalty, torch.as_tensor([n * n], dtype=like.dtype), weight)
+
+        if type(form) is squared:
+            return weight * form.scale, lambda: (form.scale * n * n, alone)
+        if type(form) is norm and form.eps == 0:
+            share = weight * form.scale / (2 * n) if n else 0.0
+            return share, lambda: (form.scale * n, alone)
+    n2 = torch.as_tensor(n, dtype=like.dtype).square().reshape(1).requires_grad_()
+    called = form.for_call(n2)
+    values = called(n2)
+    whole = reduced(values, penalty.reduce)
+    own = any(leaf is not n2 for leaf in graph.leaves(whole))  # a graph of its own
+    (slope,) = torch.autograd.grad(whole * weight, n2, retain_graph=True)
+
+    def noted() -> tuple[Number, Callable[[], Terms]]:
+        form.observe(n2)
+        found = penalty.observed(Terms(n2, values, weight, whole))
+        value = reduced(called(n2.detach()), penalty.reduce) if own else whole.detach()
+        return value, found.detached
+
+    return slope.sum(), noted
 
 
 def recording(train: bool) -> AbstractContextManager[Any]:

@@ -323,7 +323,7 @@ class GradientPenalty(Penalty):
             RuntimeError: if the penalty depends on no trained parameter, or torch has no correct
                 derivative through the net.
         """
-        return with_loss([self], closure, net, step)
+        return with_loss([self], closure, net, step).total
 
     def axes(self) -> dict[str, Any]:
         """Return the choices on the axes by name."""

@@ -112,7 +112,7 @@ class PenaltySum(Mapping[str, Penalty]):
         Returns:
             The scalar loss + Σ penalties.
         """
-        return with_loss(list(self.parts.values()), closure, net, step)
+        return with_loss(list(self.parts.values()), closure, net, step).total
 
     def total(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,12 +17,27 @@ from gpkit.autodiff.tracing.calls import TRACES
 from gpkit.axes.parameters import layers_for
 from gpkit.estimators.base import Recomputable
 from gpkit.estimators.window import summarised
+from gpkit.formula import Terms
 from gpkit.penalty import Penalty
+
+
+class Taken(NamedTuple):
+    """What a step of `with_loss` gives.
+
+    Args:
+        total: the loss + Σ penalties, one number.
+        loss: the loss alone, without a graph of its own.
+        terms: returns the terms of the last penalty; None if it does not act.
+    """
+
+    total: Tensor
+    loss: Tensor
+    terms: Callable[[], Terms | None]
 
 
 def with_loss(
     penalties: Sequence[Penalty], closure: Callable[[], Any], net: Any, step: int | None = None
-) -> Tensor:
+) -> Taken:
     """Return the loss and weight penalties as one scalar, from one training forward pass.
 
     Args:
@@ -32,7 +47,7 @@ def with_loss(
         step: the optimiser step; None counts the calls.
 
     Returns:
-        The scalar loss + Σ penalties.
+        The scalar loss + Σ penalties, with its parts.
 
     Raises:
         TypeError: if a penalty is not a weight penalty, or the closure is not callable.
@@ -50,16 +65,16 @@ def with_loss(
     start = None if known is None else known.begin(first, closure, net, step)
     if exact is not None:
         given = closure()
-        total = exact.total(first, given, step)
-        if total is not None:
-            return total
+        taken = exact.taken(first, given, step)
+        if taken is not None:
+            return Taken(*taken)
         shortcuts.exact_steps.missed(closure, net)
         begun = None, (), given
     elif known is not None and start is not None:
         given = closure()
-        total = known.total(first, closure, start, given)
-        if total is not None:
-            return total
+        taken = known.taken(first, closure, start, given)
+        if taken is not None:
+            return Taken(*taken)
         shortcuts.steps.missed(closure, net)
         begun = start.found, start.state, given
     return _with_loss(penalties, closure, net, step, begun)
@@ -71,7 +86,7 @@ def _with_loss(
     net: Any,
     step: int | None,
     begun: tuple[Reach | None, Any, Any] | None = None,
-) -> Tensor:
+) -> Taken:
     """Do the same, for a step that does not repeat an earlier one.
 
     Args:
@@ -82,15 +97,15 @@ def _with_loss(
         begun: what the closure reaches, what it started from, and what it has returned.
 
     Returns:
-        The scalar.
+        The scalar, with its parts.
     """
     in_weights: list[Any] = _in_weights(penalties, closure)
     first = in_weights[0]
     if not torch.is_grad_enabled():
-        total = _loss(first, closure()).mean()
+        total = mean = _loss(first, closure()).mean()
         for penalty in in_weights:
             total = total + penalty(closure, net, step=step)
-        return total
+        return Taken(total, mean, lambda: None)
     layers, given = None, None
     if begun is None:
         reruns = not (TRACES or all(p.estimator.reuses_graph for p in in_weights))
@@ -106,6 +121,7 @@ def _with_loss(
         given = y = summarised(y) if y.numel() == 1 and y.requires_grad else y
         selected = True
     total = y.reshape(()) if y.numel() == 1 else y.mean()
+    mean, terms = total.detach(), None
     for penalty in in_weights:
         plain = penalty.estimator.reuses_graph and layers is None
         again = partial(Recomputable, function=closure, state=state, layers=layers, reach=found)
@@ -114,7 +130,7 @@ def _with_loss(
         total = total if terms is None else terms.added_to(total, overwrite=True)
     if selected and found and terms is not None and first.shortcuts is not None:
         first.shortcuts.steps.note(first, closure, net, found, loss)
-    return total
+    return Taken(total, mean, lambda: terms)
 
 
 def _in_weights(penalties: Sequence[Penalty], closure: Any) -> list[Any]:

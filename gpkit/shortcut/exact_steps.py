@@ -145,8 +145,10 @@ class ExactStep:
         acts: bool = penalty.acts_at(step)
         return acts
 
-    def total(self, penalty: Any, loss: Any, step: int | None) -> Tensor | None:
-        """Return the loss and the penalty as one scalar; None if the loss has another graph.
+    def taken(
+        self, penalty: Any, loss: Any, step: int | None
+    ) -> tuple[Tensor, Tensor, Callable[[], Any]] | None:
+        """Return the step, see `with_loss`; None if the loss has another graph.
 
         Args:
             penalty: the penalty.
@@ -172,4 +174,5 @@ class ExactStep:
         weight = penalty.counted(step)
         penalty.draws += 1  # an exact norm draws nothing
         terms = penalty.observed(formula.terms(penalty, n2, weight, observe=True))
-        return in_one_product(terms.added_to(mean), calls, leaves)
+        total = in_one_product(terms.added_to(mean), calls, leaves)
+        return total, mean.detach(), lambda: terms

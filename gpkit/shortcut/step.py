@@ -25,7 +25,6 @@ from gpkit.autodiff.random import has_ranks, random_state
 from gpkit.autodiff.reached import LOOK_AGAIN, SEEN_ONCE, Reach
 from gpkit.autodiff.state import Start, start_of
 from gpkit.autodiff.tracing.calls import RECORDS, TRACES
-from gpkit.axes.form import norm, squared
 from gpkit.estimators.differences.moves import Owners, go, ways
 from gpkit.estimators.differences.step_factor import FINE, length_for, look
 from gpkit.estimators.differences.weight_difference import (
@@ -130,10 +129,10 @@ class Step:
         plain = Start(random_state(device), [], {}) if self.plain else None
         return Begun(found, plain or start_of(found, device), owned, at, weight, device)
 
-    def total(
+    def taken(
         self, penalty: Any, closure: Callable[[], Any], begun: Begun, loss: Any
-    ) -> Tensor | None:
-        """Return the loss and the penalty as one scalar; None if the loss has another graph.
+    ) -> tuple[Tensor, Tensor, Callable[[], Any]] | None:
+        """Return the step, see `with_loss`; None if the loss has another graph.
 
         Args:
             penalty: the penalty.
@@ -166,12 +165,15 @@ class Step:
             together, value = self.together(
                 penalty, closure, begun, gates, (loss, base), leaves, xs
             )
-        plus = value() * weight
-        total = loss.detach() if loss.ndim == 0 else loss.detach().reshape(())
+        reduced, terms = value()
+        plus, mean = (
+            reduced * weight,
+            loss.detach() if loss.ndim == 0 else loss.detach().reshape(()),
+        )
         if isinstance(plus, Tensor) and plus.requires_grad:  # of what the form is made of
-            total, plus = total + plus.detach(), plus - plus.detach()
-            return known_gradient(total, leaves, together, owned=True) + plus
-        return applied(OwnedGradient, total, plus, [*together], *leaves)
+            known = known_gradient(mean + plus.detach(), leaves, together, owned=True)
+            return known + (plus - plus.detach()), mean, terms
+        return applied(OwnedGradient, mean, plus, [*together], *leaves), mean, terms
 
     def together(
         self,
@@ -182,7 +184,7 @@ class Step:
         at_loss: tuple[Tensor, list[Tensor]],
         leaves: list[Tensor],
         xs: list[Tensor],
-    ) -> tuple[Sequence[Tensor], Callable[[], Number]]:
+    ) -> tuple[Sequence[Tensor], Callable[[], tuple[Number, Callable[[], Any]]]]:
         """Return the gradient of loss and penalty in all leaves, and how its value is noted.
 
         Args:
@@ -200,7 +202,7 @@ class Step:
             grads = [*dense([by_leaf.get(id(x)) for x in xs], xs)]
 
         stride = stride_of(length_of(grads), self.length_at(xs), self.top)
-        share, value = valued(penalty, stride.n, begun.weight, loss)
+        share, value = formula.of_one_norm(penalty, stride.n, begun.weight, loss)
         uses, factor = self.fd.factors.recall(xs[0]) if self.adapts else (1, 1.0)
         small = not self.large and isinstance(stride.n, float)  # then a copy is cheap
         if uses and self.fd.side == "forward" and (small or are_apart(base)):
@@ -292,39 +294,3 @@ class Step:
 def parts_of(net: Any) -> Sequence[Any]:
     """Return what a call names: the module, or each of the tensors."""
     return net if type(net) is list or type(net) is tuple else (net,)
-
-
-def valued(
-    penalty: Any, n: Number, weight: float, like: Tensor
-) -> tuple[Number, Callable[[], Number]]:
-    """Return λ times the derivative of a penalty in n², for one norm n, and how its value is noted.
-
-    Args:
-        penalty: the penalty.
-        n: the norm.
-        weight: λ.
-        like: a tensor of the dtype and device of the loss.
-
-    Returns:
-        The derivative, and a function that lets the penalty see n, when it is known that the step
-        succeeds, and returns the reduced value.
-    """
-    form = penalty.form
-    if isinstance(n, float) and not callable(penalty.weight):
-        if type(form) is squared:
-            return weight * form.scale, lambda: form.scale * n * n
-        if type(form) is norm and form.eps == 0:
-            return weight * form.scale / (2 * n) if n else 0.0, lambda: form.scale * n
-    n2 = torch.as_tensor(n, dtype=like.dtype).square().reshape(1).requires_grad_()
-    called = form.for_call(n2)
-    values = called(n2)
-    reduced = formula.reduced(values, penalty.reduce)
-    own = any(leaf is not n2 for leaf in graph.leaves(reduced))  # a graph of its own
-    (share,) = torch.autograd.grad(reduced * weight, n2, retain_graph=True)
-
-    def value() -> Number:
-        form.observe(n2)
-        penalty.observed(formula.Terms(n2, values, weight, reduced))
-        return formula.reduced(called(n2.detach()), penalty.reduce) if own else reduced.detach()
-
-    return share.sum(), value

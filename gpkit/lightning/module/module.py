@@ -22,6 +22,7 @@ from gpkit.findings.located import locating
 from gpkit.formula import Terms
 from gpkit.lightning.batches import Batch, Keys, entries, unpack
 from gpkit.lightning.compat import logs_now, scale_of, scaler_of, trainer_of
+from gpkit.lightning.module.alone import fits, is_alone, penalised
 from gpkit.lightning.module.forward import ForwardPass, ForwardRunner, require_fit
 from gpkit.lightning.module.logged import TOTAL, StepLog, log_norms_of
 from gpkit.lightning.module.metrics import as_metrics, prediction
@@ -136,6 +137,7 @@ class PenalizedModule(pl.LightningModule):
         self._unseen = set(self.penalties) if examined(self.penalties, doctor) else set()
         self.needs = {name: needs_of(part) for name, part in self.penalties.items()}
         require_fit(self.needs)
+        self.is_alone = is_alone(self.needs)
         require_functions(optimizer=optimizer, scheduler=scheduler)
         self.make_optimizer, self.make_scheduler = optimizer or torch.optim.Adam, scheduler
         self.val_metrics = as_metrics(metrics, loss).clone()
@@ -227,10 +229,13 @@ class PenalizedModule(pl.LightningModule):
         options: dict[str, Any] = {"scale": scale_of(scaler_of(trainer_of(self)), read.x.device)}
         step = self._optimizer_step()
         if compiled is None or compiled.obstacle or not torch.is_grad_enabled():
-            options["step"] = step
             new = {n for n in self._unseen if self.penalties[n].acts_at(step)}
             self._unseen -= new
+            alone = self.is_alone and not log_norms and options["scale"] is None and fits(read)
             with locating(self.net) if new else nullcontext():
+                if alone:
+                    return penalised(self.penalties, needs, self.net, self.loss, read, step)
+                options["step"] = step
                 forward, terms = self._act(read, needs, given, options, log_norms=log_norms)
         else:
             begin(self.penalties, step)

@@ -1,0 +1,119 @@
+"""One penalty of the loss in the weights: a step of the module is one of `with_loss`."""
+
+import copy
+
+import by_hand
+import pytest
+import torch
+from penalised import SGD, classes, mlp, trainer
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+import gpkit
+
+LAMBDA = 0.3
+ESTIMATORS = {
+    "exact": (lambda: "exact", by_hand.weight_exact),
+    "difference": (lambda: gpkit.finite_difference(by_hand.STEP), by_hand.weight_difference),
+}
+
+
+def wide():
+    torch.manual_seed(0)
+    layers = nn.Linear(5, 90), nn.Tanh(), nn.Linear(90, 80), nn.SiLU(), nn.Linear(80, 3)
+    return nn.Sequential(*layers).double()
+
+
+@pytest.fixture
+def long_way(monkeypatch):
+    """Return a list with an entry for each evaluation that takes the long way."""
+    taken, evaluate = [], gpkit.GradientPenalty.evaluate
+    counting = lambda self, *a, **k: taken.append(1) or evaluate(self, *a, **k)  # noqa: E731
+    monkeypatch.setattr(gpkit.GradientPenalty, "evaluate", counting)
+    return taken
+
+
+def loss_and_norm(net, x, y):
+    loss = F.cross_entropy(net(x), y)
+    grads = torch.autograd.grad(loss, list(net.parameters()))
+    return loss.detach(), by_hand.squares(grads).sqrt()
+
+
+def gradients(total, net, x, y, weight):
+    params = list(net.parameters())
+    return torch.autograd.grad(total(net, x, y, weight, 1.0), params)
+
+
+def close(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("make", [mlp, wide])
+def test_steps_that_repeat_an_earlier_one_are_right(make, estimator, long_way):
+    net, (of, total) = make(), ESTIMATORS[estimator]
+    penalty = gpkit.weight_grad_norm(LAMBDA, estimator=of())
+    module = gpkit.PenalizedModule(net, F.cross_entropy, penalty)
+    x, y = classes(12).tensors
+    params = list(net.parameters())
+    for size in (6, 6, 12, 1):
+        net.zero_grad()
+        batch = x[:size], y[:size]
+        value = module.penalized_loss(batch)
+        value.backward()
+        loss, norm = loss_and_norm(net, *batch)
+        torch.testing.assert_close(value.detach(), loss + LAMBDA * norm**2)
+        close([p.grad for p in params], gradients(total, net, *batch, LAMBDA))
+        with torch.no_grad():
+            for p in params:
+                p.mul_(1.03)
+    assert len(long_way) == (1 if estimator == "exact" else 2)
+    assert penalty.step == 4
+
+
+def grows(step):
+    return 0.1 * min(step, 4)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_fit_trains_and_logs_as_the_loop_by_hand(estimator):
+    of, total = ESTIMATORS[estimator]
+    penalty = gpkit.weight_grad_norm(grows, estimator=of())
+    net, seen = wide(), []
+    module = gpkit.PenalizedModule(copy.deepcopy(net), F.cross_entropy, penalty, optimizer=SGD)
+
+    class Look(gpkit.lightning.compat.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            seen.append({n: float(v) for n, v in module.latest_step.scalars.items()})
+
+    data = classes(10)
+    options = {"callbacks": [Look()], "log_every_n_steps": 4}  # of which norms are logged
+    trainer(**options).fit(module, DataLoader(data, 4))  # the last of an epoch has two samples
+    batches, optimizer = [*DataLoader(data, 4)] * 2, SGD(net.parameters())
+    assert len(seen) == len(batches)
+    for step, (x, y) in enumerate(batches):
+        weight, (loss, norm) = grows(step), loss_and_norm(net, x, y)
+        got = seen[step]
+        assert got["train/loss"] == pytest.approx(loss.item(), rel=1e-9)
+        assert got["penalty/weight_grad_norm"] == pytest.approx(weight * float(norm) ** 2, rel=1e-6)
+        if weight:
+            assert got["penalty/weight_grad_norm/norm"] == pytest.approx(float(norm), rel=1e-6)
+        optimizer.zero_grad()
+        (total(net, x, y, weight, 1.0) if weight else F.cross_entropy(net(x), y)).backward()
+        optimizer.step()
+    close(module.net.parameters(), net.parameters())
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_rescaled_weight_divides_the_total(estimator):
+    net, (of, total) = wide(), ESTIMATORS[estimator]
+    penalty = gpkit.weight_grad_norm(gpkit.rescaled(4.0), estimator=of())
+    module = gpkit.PenalizedModule(net, F.cross_entropy, penalty)
+    x, y = classes(6).tensors
+    params = list(net.parameters())
+    for _ in range(3):
+        net.zero_grad()
+        module.penalized_loss((x, y)).backward()
+        close([p.grad for p in params], [g / 4.0 for g in gradients(total, net, x, y, 4.0)])
