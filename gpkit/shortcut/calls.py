@@ -55,6 +55,10 @@ class Shortcuts:
         if type(f) is Tensor:
             scores = self.scores if self.scores.known else None
             return None if scores is None or is_compiling() or has_ranks() else scores
+        if type(f) is Recomputable:
+            losses = isinstance(self.scores, Losses) and type(f.value) is Tensor
+            whole = f.layers is not None and f.window is None and not is_compiling()
+            return self.scores if losses and whole and not has_ranks() else None
         found = self.found.get(key_of(f)) if self.found else None
         if found is None or found.forgotten or is_compiling() or has_ranks():
             return None
@@ -82,14 +86,17 @@ class Shortcuts:
 
     def note_loss(self, axes: Any, f: Any, args: Any, targets: Sequence[Target]) -> None:
         """Remember a call with a loss."""
+        layers = None
         if isinstance(f, Recomputable):
-            if f.layers is not None:
-                self.exact_steps.note(axes, f, targets)
-        elif is_loss(axes, f, targets) and not has_ranks():
+            if f.layers is None or f.selected or f.window is not None:
+                return
+            self.exact_steps.note(axes, f, targets)
+            f, layers = f.value, targets[0].layers if axes.scope == "sample" else None
+        if is_loss(axes, f, targets) and not has_ranks():
             self.known = True
             if not isinstance(self.scores, Losses):
                 self.scores = Losses()
-            self.scores.note(axes, f, args, targets[0])
+            self.scores.note(axes, f, args, targets[0], layers)
 
     def note_function(self, axes: Any, f: Any, target: Target, made: Made) -> None:
         """Remember a call with a function or a module, unless earlier ones were of no use."""

@@ -12,14 +12,13 @@ from torch.compiler import is_compiling
 
 from gpkit import formula
 from gpkit.autodiff import graph
-from gpkit.autodiff.layers.places import place_of, products
+from gpkit.autodiff.layers.places import products
 from gpkit.autodiff.layers.recording import Recording
-from gpkit.autodiff.layers.rules import BATCH_NORMS
 from gpkit.autodiff.random import has_ranks
 from gpkit.autodiff.reached import code_of
 from gpkit.autodiff.tracing.calls import RECORDS, TRACES
 from gpkit.estimators.base import Recomputable, Target
-from gpkit.shortcut.losses import LossGraph, is_loss
+from gpkit.shortcut.losses import LossGraph, is_loss, layers_in
 from gpkit.shortcut.net import Choices
 from gpkit.shortcut.one_product import in_one_product, note_joins, wide_places
 
@@ -94,10 +93,9 @@ class ExactStep:
 
     def __init__(self, axes: Any, net: Callable[[], nn.Module | None], made: LossGraph) -> None:
         self.choices, self.net, self.made = Choices(axes), net, made
-        self.with_mode = [p.layer for p in made.places if isinstance(p.layer(), BATCH_NORMS)]
         self.wide = wide_places(made.places, made.variables)
         xs: Any = made.xs
-        self.modes, self.device = self.modes_now(), xs[0]().device.type
+        self.modes, self.device = made.modes_of(net()), xs[0]().device.type
 
     @classmethod
     def after(
@@ -119,26 +117,17 @@ class ExactStep:
         """
         nodes, make = graph.walked(loss)
         leaves = graph.leaves(loss, nodes)
-        if axes.scope == "batch":
-            places: list[Any] = [*products(nodes, target.xs)]
-        else:
-            at = {node: i for i, node in enumerate(nodes)}
-            places = [place_of(call, nodes, at) for call in layers.calls]
-        if not all(places):
+        batch = axes.scope == "batch"
+        places = products(nodes, target.xs) if batch else layers_in(nodes, layers)
+        if places is None:
             return None
-        sample = axes.scope == "sample"
-        return cls(axes, net, LossGraph(make, leaves, target.xs, places, sample=sample))
-
-    def modes_now(self) -> list[bool]:
-        """Return whether the net, and each layer whose rule asks for it, is in training mode."""
-        modules: list[Any] = [self.net(), *(ref() for ref in self.with_mode)]
-        return [module is not None and module.training for module in modules]
+        return cls(axes, net, LossGraph(make, leaves, target.xs, places, sample=not batch))
 
     def repeats(self, penalty: Any, net: Any, step: int | None) -> bool:
         """Whether the penalty acts, and all that is known before the loss is as it was."""
         if self.missed or RECORDS or TRACES or is_compiling() or not torch.is_grad_enabled():
             return False
-        if self.net() is not net or self.modes_now() != self.modes or has_ranks():
+        if self.net() is not net or self.made.modes_of(net) != self.modes or has_ranks():
             return False
         if torch.is_autocast_enabled(self.device) or not self.choices.hold(penalty):
             return False

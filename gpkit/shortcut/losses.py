@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from gpkit.autodiff import graph
 from gpkit.autodiff.layers.batch import gram_pays, norm_of
 from gpkit.autodiff.layers.norms import sample_norms
-from gpkit.autodiff.layers.places import Place, call_at, products
+from gpkit.autodiff.layers.places import Place, call_at, place_of, products
 from gpkit.autodiff.layers.recording import LayerCall, Recording
+from gpkit.autodiff.layers.rules import BATCH_NORMS
 from gpkit.axes.call import Arguments
 from gpkit.axes.parameters import weights
-from gpkit.estimators.base import Target
+from gpkit.estimators.base import Recomputable, Target
 from gpkit.estimators.exact import exact
 from gpkit.shortcut.compat import differentiable
 from gpkit.shortcut.earlier import Earlier
@@ -46,8 +47,14 @@ class LossGraph:
         sample: bool = False,
     ) -> None:
         self.make, self.places, self.sample = make, places, sample
+        self.with_mode = [p.layer for p in places if isinstance(p.layer(), BATCH_NORMS)]
         self.variables, self.xs = {*map(id, xs)}, [*map(weakref.ref, xs)]
         self.leaves = [*map(weakref.ref, weights_among(leaves, self.variables))]
+
+    def modes_of(self, net: Any) -> list[bool]:
+        """Return whether the net, and each layer whose rule asks for it, is in training mode."""
+        modules: list[Any] = [net, *(ref() for ref in self.with_mode)]
+        return [module is not None and module.training for module in modules]
 
     def calls_at(self, nodes: Sequence[Any], leaves: Sequence[Tensor]) -> list[LayerCall] | None:
         """Return the calls of layers in a graph of this make; None if it has other leaves.
@@ -121,10 +128,17 @@ class Losses(Earlier):
     """The graphs of losses of earlier calls."""
 
     def __init__(self) -> None:
-        self.known: dict[Any, LossGraph] = {}
+        self.known: dict[Any, tuple[LossGraph, list[bool]]] = {}
         self.choices: Any = None
 
-    def note(self, axes: Any, loss: Tensor, args: tuple[Any, ...], target: Target) -> None:
+    def note(
+        self,
+        axes: Any,
+        loss: Tensor,
+        args: tuple[Any, ...],
+        target: Target,
+        layers: Recording | None = None,
+    ) -> None:
         """Remember a call with a loss.
 
         Args:
@@ -132,33 +146,49 @@ class Losses(Earlier):
             loss: with its graph.
             args: the module or its parameters.
             target: what the penalty has differentiated.
+            layers: the calls of the net's layers, if norms of samples were taken from them.
         """
-        who = who_is(args)
-        if axes.scope != "batch" or loss.grad_fn is None or who is None:
+        who, sample = who_is(args), axes.scope == "sample"
+        if loss.grad_fn is None or who is None or sample == (layers is None):
             return
         if len(self.known) >= MANY or self.choices is None or not self.choices.hold(axes):
             self.known.clear()
         self.choices = Choices(axes)
         nodes, make = graph.walked(loss)
-        leaves, places = graph.leaves(loss, nodes), products(nodes, target.xs)
-        self.known[(who, *make)] = LossGraph(make, leaves, target.xs, places)
+        leaves = graph.leaves(loss, nodes)
+        places = products(nodes, target.xs) if layers is None else layers_in(nodes, layers)
+        if places is None:
+            return
+        made = LossGraph(make, leaves, target.xs, places, sample=sample)
+        self.known[(who, *make)] = made, made.modes_of(args[0]) if sample else []
 
     def squared_norms(self, axes: Any, call: Arguments) -> Tensor | None:
-        """Return n² ``[1]`` of a call that repeats an earlier one; None if it does not."""
+        """Return n² ``[G]`` of a call that repeats an earlier one; None if it does not."""
         loss, who = call.f, who_is(call.args)
+        loss = loss.value if type(loss) is Recomputable else loss
         if who is None or call.real is not None or call.fake is not None:
             return None
         if not self.choices.hold(axes) or torch.is_autocast_enabled(loss.device.type):
             return None
         nodes, make = graph.walked(loss)
-        leaves = graph.leaves(loss, nodes)
-        known = self.known.get((who, *make))
+        known, modes = self.known.get((who, *make), (None, []))
         if known is None:
             return None
+        net = call.args[0] if known.sample else None
+        if known.sample and (loss.ndim == 0 or known.modes_of(net) != modes):
+            return None
+        leaves = graph.leaves(loss, nodes)
         mean, calls = loss if loss.ndim == 0 else loss.mean(), known.calls_at(nodes, leaves)
         if calls is None:
             return None
-        return known.squared_norms(known.that_pay(calls), loss, mean, None)
+        return known.squared_norms(known.that_pay(calls), loss, mean, net)
+
+
+def layers_in(nodes: Sequence[Any], layers: Recording) -> list[Place] | None:
+    """Return the places of recorded calls in a graph; None if what one was given is not in it."""
+    at = {node: i for i, node in enumerate(nodes)}
+    places: list[Any] = [place_of(call, nodes, at) for call in layers.calls]
+    return places if all(places) else None
 
 
 def who_is(args: tuple[Any, ...]) -> Any:

@@ -1,6 +1,7 @@
-"""One penalty of the loss in the weights: a step of the module is one of `with_loss`."""
+"""Steps of a module with weight penalties that repeat an earlier one are right, and are short."""
 
 import copy
+import warnings
 
 import by_hand
 import pytest
@@ -28,9 +29,9 @@ def wide():
 @pytest.fixture
 def long_way(monkeypatch):
     """Return a list with an entry for each evaluation that takes the long way."""
-    taken, evaluate = [], gpkit.GradientPenalty.evaluate
-    counting = lambda self, *a, **k: taken.append(1) or evaluate(self, *a, **k)  # noqa: E731
-    monkeypatch.setattr(gpkit.GradientPenalty, "evaluate", counting)
+    taken, targets = [], gpkit.GradientPenalty.targets
+    counting = lambda self, *args: taken.append(1) or targets(self, *args)  # noqa: E731
+    monkeypatch.setattr(gpkit.GradientPenalty, "targets", counting)
     return taken
 
 
@@ -117,3 +118,58 @@ def test_a_rescaled_weight_divides_the_total(estimator):
         net.zero_grad()
         module.penalized_loss((x, y)).backward()
         close([p.grad for p in params], [g / 4.0 for g in gradients(total, net, x, y, 4.0)])
+
+
+def norms_by_hand(net, x, y):
+    """Return the losses, and the mean of the squared norms of each one's gradient."""
+    losses = F.cross_entropy(net(x), y, reduction="none")
+    every = [torch.autograd.grad(own, list(net.parameters()), create_graph=True) for own in losses]
+    return losses, sum(map(by_hand.squares, every)) / len(x)
+
+
+def with_norms():
+    torch.manual_seed(0)
+    layers = nn.Linear(5, 8), nn.BatchNorm1d(8), nn.SiLU(), nn.Linear(8, 3)
+    net = nn.Sequential(*layers).double()
+    net(torch.randn(20, 5).double())
+    return net
+
+
+@pytest.mark.parametrize("make", [wide, with_norms])
+def test_norms_of_samples_in_both_modes(make, long_way):
+    net, penalty = make(), gpkit.per_sample_grad_norm(LAMBDA)
+    module = gpkit.PenalizedModule(net, F.cross_entropy, penalty)
+    (x, y), params = classes(12).tensors, list(net.parameters())
+    for training in (False, True, False):  # in training mode the samples of batch norm are no rows
+        net.train(training)
+        for size in (6, 12, 5):
+            kept = copy.deepcopy(net.state_dict())
+            losses, n2 = norms_by_hand(net, x[:size], y[:size])
+            expected = losses.mean() + LAMBDA * n2
+            grads = torch.autograd.grad(expected, params)
+            net.load_state_dict(kept)
+            net.zero_grad()
+            with warnings.catch_warnings(action="ignore"):
+                value = module.penalized_loss((x[:size], y[:size]))
+            value.backward()
+            torch.testing.assert_close(value.detach(), expected.detach(), rtol=1e-10, atol=0)
+            close([p.grad for p in params], grads)
+    assert len(long_way) == (3 if make is wide else 4)  # the first in each mode; all without rows
+
+
+def test_two_penalties_of_one_loss(long_way):
+    net = wide()
+    penalties = gpkit.weight_grad_norm(LAMBDA), gpkit.per_sample_grad_norm(LAMBDA)
+    module = gpkit.PenalizedModule(net, F.cross_entropy, [*penalties])
+    (x, y), params = classes(6).tensors, list(net.parameters())
+    losses, n2 = norms_by_hand(net, x, y)
+    both = losses.mean() + LAMBDA * n2
+    both = both + LAMBDA * by_hand.squares(
+        torch.autograd.grad(losses.mean(), params, create_graph=True)
+    )
+    grads = torch.autograd.grad(both, params)
+    for _ in range(3):
+        net.zero_grad()
+        module.penalized_loss((x, y)).backward()
+        close([p.grad for p in params], grads)
+    assert len(long_way) == 2
