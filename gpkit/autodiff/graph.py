@@ -64,6 +64,21 @@ def leaves(tensor: Tensor, found: Iterable[Any] | None = None) -> list[Tensor]:
     return [leaf for leaf in every if leaf is not None]
 
 
+def leaves_outside(tensor: Tensor, ends: Iterable[Tensor]) -> list[Tensor]:
+    """Return the leaf tensors in the graph of ``tensor`` that are not behind some other tensors."""
+    seen = {None, *(end.grad_fn for end in ends)}
+    stack, found = [tensor.grad_fn], []
+    while stack:
+        node: Any = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            leaf = getattr(node, compat.LEAF, None)
+            if leaf is not None:
+                found.append(leaf)
+            stack += [parent for parent, _ in node.next_functions]
+    return found
+
+
 def uses(tensor: Tensor) -> Counter[int]:
     """Return how many operations in the graph of ``tensor`` take each leaf, by the leaf's id."""
     found: Counter[int] = Counter()

@@ -163,5 +163,5 @@ class ExactStep:
         weight = penalty.counted(step)
         penalty.draws += 1  # an exact norm draws nothing
         terms = penalty.observed(formula.terms(penalty, n2, weight, observe=True))
-        total = in_one_product(terms.added_to(mean), calls, leaves)
+        total = in_one_product(terms.added_to(mean), calls, leaves, (mean, n2))
         return total, mean.detach(), lambda: terms

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gpkit.autodiff import graph
 from gpkit.autodiff.compat import keeps_graph
 from gpkit.autodiff.derivatives import unhooked
 from gpkit.autodiff.layers.places import Matrix, Place
@@ -49,23 +50,29 @@ def note_joins(calls: Sequence[LayerCall], wide: Sequence[tuple[int, int, int]])
         calls[i].joins = a.ndim == 2 and a.shape[0] * (p + q) < p * q
 
 
-def in_one_product(total: Tensor, calls: Sequence[LayerCall], leaves: Sequence[Tensor]) -> Tensor:
+def in_one_product(
+    total: Tensor, calls: Sequence[LayerCall], leaves: Sequence[Tensor], parts: Sequence[Tensor]
+) -> Tensor:
     """Return a number whose backward pass takes one product for each weight of calls that join.
 
     A backward pass with ``create_graph=True`` goes through the graph of the number itself.
 
     Args:
         total: T, a number with a graph.
-        calls: the calls of layers; T uses the weights of those that join in these calls and their
-            backward passes alone.
-        leaves: of the graph of T.
+        calls: the calls of layers; the parts use the weights of those that join in these calls and
+            their backward passes alone.
+        leaves: of the graphs of the parts.
+        parts: what T is made of, and maybe of other leaves, such as those of a form.
     """
     joined = [call for call in calls if call.joins]
     if not joined:
         return total
     weights = [call.layer.weight for call in joined]
     own = {*map(id, weights)}
-    others = [leaf for leaf in leaves if id(leaf) not in own]
+    added = graph.leaves_outside(total, parts)
+    if any(id(leaf) in own for leaf in added):
+        return total
+    others = [*{id(x): x for x in (*leaves, *added) if id(x) not in own}.values()]
     return applied(_OneProduct, Held(total, joined, others), *weights, *others)
 
 

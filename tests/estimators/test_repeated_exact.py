@@ -286,6 +286,28 @@ def test_a_backward_pass_by_one_product_runs_again_where_it_may(scope, joined):
     torch.testing.assert_close(only, expected[2], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("own", ["own", "a bias", "a wide weight"])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_what_a_form_is_made_of_has_its_gradient(scope, own, joined, long_way):
+    net, batch = built("wide")
+    given = {"own": torch.tensor(2.0).double().requires_grad_(), "a bias": net[2].bias}
+    factor = given.get(own, net[2].weight)
+    form = lambda n: n * factor.square().sum()  # noqa: E731
+    penalty, params = SCOPES[scope][0](0.3, form=form), [*net.parameters()]
+    params += [factor] if own == "own" else []
+    for _ in range(3):
+        x, t = batch(6)
+        found = torch.autograd.grad(penalty.with_loss(loss_of(net, x, t, scope), net), params)
+        losses, n2 = F.cross_entropy(net(x), t, reduction="none"), []
+        for y in losses.unbind() if scope == "sample" else [losses.mean()]:
+            grads = torch.autograd.grad(y, list(net.parameters()), create_graph=True)
+            n2.append(sum(g.square().sum() for g in grads))
+        total = losses.mean() + 0.3 * form(torch.stack(n2).sqrt()).mean()
+        for one, other in zip(found, torch.autograd.grad(total, params), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    assert len(joined) == (0 if own == "a wide weight" else 2)
+
+
 class Tied(nn.Module):
     """A net that uses the weight of one of its layers once more, elsewhere."""
 
