@@ -248,7 +248,7 @@ class GradientPenalty(Penalty):
                 weights = weights_of(given, targets, self)
             for target in () if TRACES else targets:
                 target.step = self.evaluated_at
-            known = bool(TRACES) or targets[0] in self.seen  # the eager step before has looked
+            known = bool(TRACES) or targets[0] in self.seen.by(self)  # as the eager step has
             observe = acts and train
             if not (known or self.estimator.first_order):
                 try:

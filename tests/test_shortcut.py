@@ -268,6 +268,69 @@ def test_arguments_of_another_kind_take_the_long_way():
     torch.testing.assert_close(half, gpkit.r1()(net, real=samples(4, 5)[:1]))
 
 
+class TwoPoints(nn.Module):
+    """A net that compares a point with a second one, if it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 8), nn.Linear(8, 1)
+
+    def forward(self, x, y=0):
+        return self.down(torch.tanh(self.up(x) + self.up(x + y)))
+
+
+def test_points_of_your_own_that_come_to_be_two_are_both_differentiated():
+    net, second = TwoPoints().double(), []
+    penalty = gpkit.GradientPenalty(at=lambda real, fake: (real, *second))
+    for _ in range(3):
+        require_right(penalty, net, samples(4, 5), lambda n2: n2)
+    second.append(samples(4, 5) + 1)
+    for _ in range(2):
+        x, y = samples(4, 5).requires_grad_(), second[0].clone().requires_grad_()
+        grads = torch.autograd.grad(net(x, y).sum(), (x, y), create_graph=True)
+        expected = sum(g.square().sum(1) for g in grads).mean()
+        found = penalty(net, real=samples(4, 5))
+        torch.testing.assert_close(found, expected)
+        own = [torch.autograd.grad(n, net.up.weight)[0] for n in (found, expected)]
+        torch.testing.assert_close(*own)
+
+
+def test_a_default_device_does_not_move_what_is_drawn_for_samples_on_the_cpu():
+    net, x = critic(), samples(4, 5)
+    for make in (gpkit.wgan_gp, gpkit.dragan):
+        plain, moved = make(seed=1), make(seed=1)
+        for _ in range(3):
+            expected = plain(net, real=x, fake=x - 1)
+            with torch.device("meta"):
+                assert torch.equal(moved(net, real=x, fake=x - 1), expected)
+
+
+OUTSIDE = torch.linspace(-1, 1, 40, dtype=torch.float64).reshape(5, 8).requires_grad_()
+
+
+class Frozen(nn.Module):
+    """A net whose own parameters are frozen; it trains one that it does not own."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(8, 1).double().requires_grad_(False)
+
+    def forward(self, x):
+        return self.head(torch.tanh(x @ OUTSIDE))
+
+
+def test_a_parameter_that_the_net_does_not_own_is_found_frozen(no_long_way):
+    net, penalty = Frozen(), gpkit.r1()
+    for _ in range(3):
+        penalty(net, real=samples(4, 5))
+    OUTSIDE.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="frozen"):
+        penalty(net, real=samples(4, 5))
+    OUTSIDE.requires_grad_()
+    no_long_way()
+    assert penalty(net, real=samples(4, 5)).requires_grad
+
+
 def test_a_penalty_keeps_no_net_alive_and_its_copies_know_none():
     net, penalty = critic(), gpkit.r1()
     for _ in range(3):

@@ -239,6 +239,18 @@ def test_a_forward_that_is_replaced_later_moves_no_stream():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_function_that_comes_to_be_complex_is_refused():
+    critic, penalty = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1)), gpkit.r1()
+    f = lambda z: critic(z.to(critic[0].weight.dtype))  # noqa: E731
+    critic.double()
+    for _ in range(3):
+        penalty(f, real=X.float())
+    with pytest.warns(UserWarning, match="Complex modules"):
+        critic.to(torch.complex64)
+    with pytest.raises(RuntimeError, match="complex64"):
+        penalty(f, real=X.float())
+
+
 def test_fakes_with_a_graph_and_samples_of_another_size_or_dtype():
     critic, make = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1)), nn.Linear(5, 5)
     short, long = gpkit.wgan_gp(seed=1), gpkit.wgan_gp(seed=1)

@@ -1,5 +1,7 @@
 """A repeated call with scores takes the shortcut and is right."""
 
+import warnings
+
 import pytest
 import torch
 from critics import LABELS, X, by_hand, net, require_right
@@ -35,6 +37,20 @@ def test_scores_whose_graph_or_points_are_others_take_the_long_way():
     critic.requires_grad_(False)
     with pytest.raises(RuntimeError, match="frozen"):
         penalty(critic(x, LABELS), x)
+
+
+def test_complex_samples_are_refused_as_in_the_first_call():
+    critic, penalty = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1)), gpkit.r1()
+    for dtype in (torch.float32, torch.float32, torch.complex64):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # complex modules are new
+            critic.to(dtype)
+        x = X.to(dtype).requires_grad_()
+        if x.is_complex():
+            with pytest.raises(TypeError, match="takes real samples"):
+                penalty(critic(x).abs(), x)
+        else:
+            penalty(critic(x).abs(), x)
 
 
 def test_scores_of_another_net_take_the_long_way_once(looks):

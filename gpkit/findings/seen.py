@@ -16,11 +16,13 @@ class SeenNets:
     """The nets that a penalty has been found to train, told apart by their graphs.
 
     A net is known by the kinds of operations in its graph, and by its parameters. So another net,
-    other layers, and a parameter that was frozen or released since count as new.
+    other layers, and a parameter that was frozen or released since count as new. So does a net
+    that was looked at for another derivative, as of a penalty whose order was changed since.
     """
 
     def __init__(self) -> None:
         self.found: dict[Any, dict[int, weakref.ref[Tensor]]] = {}
+        self.taken: tuple[Any, ...] = ()  # what the derivative is, see `by`
 
     def __bool__(self) -> bool:
         return bool(self.found)
@@ -30,9 +32,14 @@ class SeenNets:
 
     __hash__ = None  # type: ignore[assignment]
 
+    def by(self, axes: Any) -> SeenNets:
+        """Return it, to ask for nets with the derivative that a penalty takes now."""
+        self.taken = axes.order, type(axes.wrt), type(axes.estimator), type(axes.form)
+        return self
+
     def __contains__(self, target: Target) -> bool:
         key, leaves, _ = target.fingerprint
-        found = self.found.get(key)
+        found = self.found.get((self.taken, key))
         return found is not None and all(found[id(leaf)]() is leaf for leaf in leaves)
 
     def add(self, target: Target) -> None:
@@ -40,7 +47,7 @@ class SeenNets:
         if len(self.found) >= MANY:  # such as parameters that are made anew at every step
             self.found.clear()
         key, leaves, _ = target.fingerprint
-        self.found[key] = {id(leaf): weakref.ref(leaf) for leaf in leaves}
+        self.found[self.taken, key] = {id(leaf): weakref.ref(leaf) for leaf in leaves}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle as empty: the nets of a copy are other nets."""

@@ -43,6 +43,8 @@ class Function(Repeated):
         self.state = State(found.family, found.known.own)
         self.still = not code and are_still(found.family)
         self.sizes = sizes_of(found.family)
+        owned = {*map(id, found.parameters())}
+        self.others = [weakref.ref(p) for p in target.fingerprint.leaves if id(p) not in owned]
         last = target.y.grad_fn
         before = last.next_functions[0][0] if target.y.ndim == 2 and last is not None else None
         self.made = {2: (made.nodes, type(last)), 1: (made.nodes, type(before))}
@@ -59,10 +61,14 @@ class Function(Repeated):
             return None
         if (known.runs + 1) % LOOK_AGAIN == 0 or not self.choices.hold(axes):  # a closer look
             return None
+        if self.others and not all(map(is_trained, self.others)):
+            return None
         if not self.state.holds(family) or type(axes.at).weights is not At.weights:
             return None
         kept = [(family[i], {**vars(family[i])}) for i in known.own]
         points = self.drawing.points(axes.at, real, fake, seed)
+        if len(points) > 1:  # from a function of the user's own
+            return None
         samples: Any = fake if real is None else real
         arguments = f, points, samples.shape[0]
         try:
@@ -92,6 +98,12 @@ class Function(Repeated):
         if type(y) is not Tensor or (y.shape != (batch, 1) and y.shape != (batch,)):
             return False
         return (nodes, type(y.grad_fn)) == self.made[y.ndim]
+
+
+def is_trained(ref: weakref.ref[Tensor]) -> bool:
+    """Whether a leaf of a graph is there and is trained."""
+    leaf = ref()
+    return leaf is not None and leaf.requires_grad
 
 
 def are_same(now: dict[str, Any], before: dict[str, Any]) -> bool:

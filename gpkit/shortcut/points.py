@@ -57,7 +57,8 @@ class Drawing:
             return True
         if x.dtype in WIDE:
             self.shape, self.dtype = x.shape, x.dtype
-            self.alpha = torch.empty(len(x), *[1] * (x.ndim - 1), dtype=torch.float32)
+            sizes = len(x), *[1] * (x.ndim - 1)
+            self.alpha = torch.empty(sizes, dtype=torch.float32, device=CPU)
         return False
 
     def between(self, real: Tensor, fake: Tensor, seed: int) -> Tensor:

@@ -91,6 +91,9 @@ class Repeated(Earlier):
         else:
             ones = self.ones
             if ones.shape != y.shape or ones.dtype != y.dtype or ones.device != y.device:
+                if y.is_complex():
+                    self.forget()
+                    return None
                 ones = self.ones = torch.ones_like(y)
             try:  # in one operation less than the derivative of the sum
                 g = gradient(y, x, ones)

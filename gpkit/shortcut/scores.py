@@ -59,7 +59,7 @@ def graph_of(y: Tensor, x: Tensor) -> tuple[Any, ...]:
     end = x.grad_fn
     stack: list[Any] = [y.grad_fn]
     seen: set[Any] = set()
-    found: list[Any] = [x.is_leaf, y.dtype]
+    found: list[Any] = [x.is_leaf, x.dtype, y.dtype]
     while stack:
         node = stack.pop()
         if node in seen:

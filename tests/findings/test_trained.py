@@ -89,6 +89,22 @@ def test_a_known_net_is_not_looked_at_again():
     assert not copy.deepcopy(penalty).seen
 
 
+def test_a_known_net_is_looked_at_again_for_another_derivative():
+    x = X.clone().requires_grad_()
+    net, penalty = mlp(nn.Tanh(), nn.LayerNorm(8)), gpkit.r1()
+    penalty(net(x), x)
+    penalty.order = 2
+    with pytest.raises(RuntimeError, match="layer norm"):
+        penalty(net(x), x)
+    net, penalty = mlp(nn.LeakyReLU()), gpkit.r1()
+    penalty(net, real=X)
+    penalty.order = 2
+    with pytest.raises(RuntimeError, match="piecewise-linear"):
+        penalty(net, real=X)
+    penalty.order = 1
+    assert penalty(net, real=X).requires_grad
+
+
 @pytest.mark.parametrize("freeze_later", [False, True])
 @pytest.mark.parametrize("wrap", [lambda net: net, lambda net: lambda z: net(z)])
 def test_a_frozen_critic_is_refused(freeze_later, wrap):
