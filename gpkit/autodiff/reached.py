@@ -27,6 +27,7 @@ class Known:
     Args:
         own: the places in the family of modules of the user's own types.
         may_draw: whether it may draw from NumPy or Python.
+        may_meet: whether its modules hold others, which they may run.
         facts: such as that it draws from torch alone.
         runs: how often it has run.
         graphs: what tells its graphs from those of other nets, by what they were made of.
@@ -35,6 +36,7 @@ class Known:
 
     own: tuple[int, ...]
     may_draw: bool = False
+    may_meet: bool = False
     facts: set[str] = field(default_factory=set)
     runs: int = 0
     graphs: dict[Any, Any] = field(default_factory=dict)
@@ -117,7 +119,8 @@ def reach(function: Any) -> Reach:
     if found is None:
         refs = [weakref.ref(part, lambda _: _KNOWN.pop(key, None)) for part in (*codes, *family)]
         own = tuple(i for i, module in enumerate(family) if not is_torchs(module))
-        found = _KNOWN[key] = Known(own, may_draw([function, *family])), refs
+        known = Known(own, may_draw([function, *family]), holds_others(family))
+        found = _KNOWN[key] = known, refs
     found[0].look_at(hook for module in family for own in hooks_of(module) for hook in own.items())
     return Reach(family, streams, found[0])
 
@@ -163,6 +166,12 @@ def own_attributes(module: nn.Module) -> dict[str, Any]:
     if is_torchs(module):
         return {}
     return {k: v for k, v in vars(module).items() if k not in OF_EVERY_MODULE}
+
+
+def holds_others(family: list[nn.Module]) -> bool:
+    """Whether modules hold others that they do not own, such as in a tuple, and so may run them."""
+    held = [[*own_attributes(module).values()] for module in family]
+    return not {*map(id, reached(held)[0])} <= {*map(id, family)}
 
 
 def reached(function: Any) -> tuple[list[nn.Module], list[Any], list[Any]]:

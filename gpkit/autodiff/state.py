@@ -133,7 +133,7 @@ def own_state(
     Modules that the function refers to get copies before it runs, and get their originals back even
     if the forward pass replaced a buffer. A global hook finds other modules when they are called.
     Such a hook slows every module down, so it is left out once a run has called no others, until
-    something changes, and looks again now and then. torch.compile would trace it, so it is left
+    something changes, unless a module holds others; and it looks again now and then. torch.compile would trace it, so it is left
     out as well if the function refers to a compiled module.
 
     Args:
@@ -183,7 +183,8 @@ def own_state(
         swap(found.family, found.attributes)
         known = len(swapped)
         yield
-        if hook is not None and len(seen) == len(found.family):
+        met = len(seen) > len(found.family)
+        if hook is not None and not (met or found.known.may_meet):
             found.known.facts.add(NO_OTHERS)
     finally:
         if hook is not None:

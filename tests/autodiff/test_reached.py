@@ -120,6 +120,30 @@ def test_a_module_that_a_function_does_not_refer_to(late):
     assert hidden[0].num_batches_tracked == int(late)
 
 
+class Holding(nn.Module):
+    """A net that holds a module which it does not own, and runs it at times."""
+
+    def __init__(self, held):
+        super().__init__()
+        self.body, self.held, self.on = mlp(), held, False
+
+    def forward(self, z):
+        return self.body(self.held[0](z) if self.on or z.detach().sum() > 0 else z)
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, lambda net: lambda z: net(z)])
+@pytest.mark.parametrize("branch", ["attribute", "data"])
+def test_a_module_that_is_held_and_runs_later_keeps_its_statistics(wrap, branch):
+    hidden = nn.BatchNorm1d(4).double()
+    net, penalty = Holding((hidden,)), gpkit.r1()
+    for _ in range(3):
+        penalty(wrap(net), real=-X.abs())
+    net.on = branch == "attribute"
+    penalty(wrap(net), real=-X.abs() if net.on else X.abs())
+    assert hidden.num_batches_tracked == 0
+    assert not hidden.running_mean.any()
+
+
 def counted(module, _):
     module.calls += 1
 
