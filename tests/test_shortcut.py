@@ -3,12 +3,14 @@
 import copy
 import gc
 import weakref
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
 import gpkit
+from gpkit.axes.at import At
 
 FORMS = {
     "r1": (gpkit.r1, lambda n2: n2 / 2),
@@ -293,6 +295,29 @@ def test_points_of_your_own_that_come_to_be_two_are_both_differentiated():
         torch.testing.assert_close(found, expected)
         own = [torch.autograd.grad(n, net.up.weight)[0] for n in (found, expected)]
         torch.testing.assert_close(*own)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noisy(At):
+    """Points that are drawn, of a class that does not say that they move."""
+
+    def choose(self, real, fake, rng):
+        return tuple(x + torch.randn(x.shape, generator=rng, dtype=x.dtype) for x in real)
+
+
+def test_points_of_your_own_are_drawn_from_the_numbers_of_the_penalty(no_long_way):
+    net = critic()
+    penalties = [gpkit.GradientPenalty(at=Noisy(), seed=3) for _ in range(2)]
+    before = torch.get_rng_state()
+    expected = []
+    for _ in range(3):
+        penalties[0].shortcuts.found.clear()
+        expected.append(penalties[0](net, real=samples(4, 5)))
+    found = [penalties[1](net, real=samples(4, 5))]
+    no_long_way()
+    found += [penalties[1](net, real=samples(4, 5)) for _ in range(2)]
+    assert found == expected
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_default_device_does_not_move_what_is_drawn_for_samples_on_the_cpu():

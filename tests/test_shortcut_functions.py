@@ -1,6 +1,7 @@
 """A repeated call with a function takes the shortcut and is right."""
 
 import functools
+import random
 import weakref
 
 import pytest
@@ -249,6 +250,23 @@ def test_a_function_that_comes_to_be_complex_is_refused():
         critic.to(torch.complex64)
     with pytest.raises(RuntimeError, match="complex64"):
         penalty(f, real=X.float())
+
+
+def test_a_hook_with_the_id_of_one_that_is_gone_is_seen():
+    critic, penalty = (
+        nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1)).double(),
+        gpkit.r1(),
+    )
+    handle = critic[1].register_forward_hook(lambda module, args, out: 2 * out)
+    for _ in range(3):
+        penalty(critic, real=X)
+    handle.remove()
+    critic[1].register_forward_hook(lambda module, args, out: random.random() * out)
+    before, found = random.getstate(), set()
+    for _ in range(3):
+        found.add(penalty(critic, real=X).item())
+        assert random.getstate() == before
+    assert len(found) == 3
 
 
 def test_fakes_with_a_graph_and_samples_of_another_size_or_dtype():

@@ -133,8 +133,8 @@ def own_state(
     Modules that the function refers to get copies before it runs, and get their originals back even
     if the forward pass replaced a buffer. A global hook finds other modules when they are called.
     Such a hook slows every module down, so it is left out once a run has called no others, until
-    something changes, unless a module holds others; and it looks again now and then. torch.compile would trace it, so it is left
-    out as well if the function refers to a compiled module.
+    something changes, unless a module holds others; and it looks again now and then. torch.compile
+    would trace it, so it is left out as well if the function refers to a compiled module.
 
     Args:
         found: the modules that the function refers to.

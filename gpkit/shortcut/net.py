@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import chain
@@ -44,7 +45,8 @@ class State:
     """What a net consists of, to tell whether it is as it was.
 
     These are its children, parameters, which of them are trained, buffers, hooks, modes and
-    attributes. Nothing of it is kept alive.
+    attributes. Nothing of it is kept alive, so a hook or an attribute may be another object with
+    the id of one that is gone.
 
     Args:
         family: the net with all its children, each once.
@@ -59,6 +61,8 @@ class State:
         self.trained = [parts[i].requires_grad for i in self.tensors]
         self.own = own
         self.attributes = [*map(id, self.attributes_of(family))]
+        held = [*chain.from_iterable(map(hooks_of, family)), *map(own_attributes, family)]
+        self.refs = [*filter(None, map(ref_to, chain.from_iterable(map(dict.values, held))))]
 
     def holds(self, family: Sequence[nn.Module]) -> bool:
         """Whether the net with these modules is as it was."""
@@ -67,11 +71,21 @@ class State:
             return False
         if [parts[i].requires_grad for i in self.tensors] != self.trained:
             return False
+        if self.refs and None in [ref() for ref in self.refs]:
+            return False
         return not self.own or [*map(id, self.attributes_of(family))] == self.attributes
 
     def attributes_of(self, family: Sequence[nn.Module]) -> Iterable[Any]:
         """Return all attributes of modules of the user's own types."""
         return chain.from_iterable([vars(family[i]).values() for i in self.own])
+
+
+def ref_to(value: Any) -> weakref.ref[Any] | None:
+    """Return a weak reference to a function or an object; None if it can have none."""
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return None
 
 
 def parts_of_all(family: Sequence[nn.Module]) -> list[Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -48,7 +46,7 @@ class Drawing:
                 return (self.between(real.detach(), fake.detach(), seed),)
             if type(at) is perturb:
                 return (self.around(at, real.detach(), seed),)
-        rng: Any = self.generator.manual_seed(seed) if at.moves else None
+        rng = self.generator.manual_seed(seed)
         return at(None if real is None else (real,), None if fake is None else (fake,), rng)
 
     def fits(self, x: Tensor) -> bool:
