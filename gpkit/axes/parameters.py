@@ -93,6 +93,8 @@ class weights(Variables):
             pooled = isinstance(call.f, Recomputable) and call.f.window is not None
             if call.is_unproven(reruns=pooled):
                 call.prove(y, rerun())
+            if layers is not None and reads_graph(call.axes):
+                layers = read(y, params)
         if any(p.grad_fn is not None for p in params):
             graph.require_within(y, params)
         weights = None if call.given is None else call.given.sample_weight
@@ -262,4 +264,6 @@ def layers_for(penalties: Iterable[Axes], net: Any) -> AbstractContextManager[Re
     scopes = {axes.scope for axes in penalties if reads_layers(axes)}
     if not scopes or not isinstance(net, nn.Module):
         return nullcontext()
+    if scopes == {"batch"} and not (TRACES or RECORDS or has_ranks()):
+        return nullcontext(Recording(net))  # the graph tells the same, see `reads_graph`
     return recorded_layers(net, None if "sample" in scopes else may_be_wide)

@@ -22,7 +22,7 @@ from gpkit.shortcut.earlier import Earlier
 from gpkit.shortcut.exact_steps import ExactSteps
 from gpkit.shortcut.functions import Function
 from gpkit.shortcut.losses import Losses, is_loss
-from gpkit.shortcut.net import needs_more, references
+from gpkit.shortcut.net import is_overridden, needs_more, references
 from gpkit.shortcut.scores import Scores
 
 MANY = 64  # functions, or closures of one function
@@ -56,9 +56,9 @@ class Shortcuts:
             scores = self.scores if self.scores.known else None
             return None if scores is None or is_compiling() or has_ranks() else scores
         if type(f) is Recomputable:
-            losses = isinstance(self.scores, Losses) and type(f.value) is Tensor
-            whole = f.layers is not None and f.window is None and not is_compiling()
-            return self.scores if losses and whole and not has_ranks() else None
+            losses = isinstance(self.scores, Losses) and self.scores.known
+            whole = f.layers is not None and f.window is None and type(f.value) is Tensor
+            return self.scores if losses and whole and not (is_compiling() or has_ranks()) else None
         found = self.found.get(key_of(f)) if self.found else None
         if found is None or found.forgotten or is_compiling() or has_ranks():
             return None
@@ -66,6 +66,8 @@ class Shortcuts:
 
     def note(self, axes: Any, f: Any, args: tuple[Any, ...], targets: Sequence[Target]) -> None:
         """Remember the call that made these targets, of a penalty that was found to train."""
+        if is_overridden(axes):
+            return
         if not axes.wrt.batched:
             self.note_loss(axes, f, args, targets)
             return

@@ -14,7 +14,7 @@ from gpkit.autodiff.random import has_ranks
 from gpkit.autodiff.reached import CHECKPOINTS, Reach, code_of
 from gpkit.axes.parameters import weights
 from gpkit.estimators.finite_difference import finite_difference
-from gpkit.shortcut.net import references
+from gpkit.shortcut.net import is_overridden, references
 from gpkit.shortcut.step import KNOWN, Step, parts_of
 
 MANY = 64
@@ -106,4 +106,5 @@ def has_shortcut(axes: Any, net: Any, found: Reach, loss: Tensor) -> bool:
         and not found.streams
         and not any(isinstance(module, torch.jit.ScriptModule) for module in found.family)
         and not has_ranks()
+        and not is_overridden(axes)
     )

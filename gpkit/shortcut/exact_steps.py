@@ -12,13 +12,13 @@ from torch.compiler import is_compiling
 
 from gpkit import formula
 from gpkit.autodiff import graph
-from gpkit.autodiff.layers.places import products
+from gpkit.autodiff.layers.norms import is_proven
 from gpkit.autodiff.layers.recording import Recording
 from gpkit.autodiff.random import has_ranks
 from gpkit.autodiff.reached import code_of
 from gpkit.autodiff.tracing.calls import RECORDS, TRACES
 from gpkit.estimators.base import Recomputable, Target
-from gpkit.shortcut.losses import LossGraph, is_loss, layers_in
+from gpkit.shortcut.losses import LossGraph, is_loss, layers_in, products_in
 from gpkit.shortcut.net import Choices
 from gpkit.shortcut.one_product import in_one_product, note_joins, wide_places
 
@@ -62,9 +62,9 @@ class ExactSteps:
         """
         if f.layers is None or f.selected or has_ranks() or not is_loss(axes, f.value, targets):
             return
-        if axes.scope == "sample" and targets[0].layers is None:
-            return
         net, (target,) = f.layers.net, targets
+        if axes.scope == "sample" and not (target.layers and is_proven(net)):
+            return
         key = id(code_of(f.function)), id(net)
         if key in self.found and self.found[key].missed:
             return
@@ -95,7 +95,7 @@ class ExactStep:
         self.choices, self.net, self.made = Choices(axes), net, made
         self.wide = wide_places(made.places, made.variables)
         xs: Any = made.xs
-        self.modes, self.device = made.modes_of(net()), xs[0]().device.type
+        self.state, self.device = made.state_of(net()), xs[0]().device.type
 
     @classmethod
     def after(
@@ -118,16 +118,17 @@ class ExactStep:
         nodes, make = graph.walked(loss)
         leaves = graph.leaves(loss, nodes)
         batch = axes.scope == "batch"
-        places = products(nodes, target.xs) if batch else layers_in(nodes, layers)
+        places = products_in(nodes, target) if batch else layers_in(nodes, layers)
         if places is None:
             return None
-        return cls(axes, net, LossGraph(make, leaves, target.xs, places, sample=not batch))
+        made = LossGraph(make, leaves, target.xs, places, net=None if batch else net())
+        return cls(axes, net, made)
 
     def repeats(self, penalty: Any, net: Any, step: int | None) -> bool:
         """Whether the penalty acts, and all that is known before the loss is as it was."""
         if self.missed or RECORDS or TRACES or is_compiling() or not torch.is_grad_enabled():
             return False
-        if self.net() is not net or self.made.modes_of(net) != self.modes or has_ranks():
+        if self.net() is not net or self.made.state_of(net) != self.state or has_ranks():
             return False
         if torch.is_autocast_enabled(self.device) or not self.choices.hold(penalty):
             return False

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from gpkit.autodiff import graph
+from gpkit.autodiff.compat import children_of
+from gpkit.autodiff.derivatives import MENDED
 from gpkit.autodiff.layers.batch import gram_pays, norm_of
-from gpkit.autodiff.layers.norms import sample_norms
+from gpkit.autodiff.layers.norms import is_proven, sample_norms
 from gpkit.autodiff.layers.places import Place, call_at, place_of, products
 from gpkit.autodiff.layers.recording import LayerCall, Recording
 from gpkit.autodiff.layers.rules import BATCH_NORMS
+from gpkit.autodiff.reached import family_of
 from gpkit.axes.call import Arguments
 from gpkit.axes.parameters import weights
 from gpkit.estimators.base import Recomputable, Target
@@ -34,7 +39,7 @@ class LossGraph:
         leaves: of the graph.
         xs: the variables.
         places: of the calls of layers whose norms need no gradient in the weights.
-        sample: whether each sample has a norm.
+        net: the module, if each sample has a norm, by the rules of its layers.
     """
 
     def __init__(
@@ -44,17 +49,25 @@ class LossGraph:
         xs: Sequence[Tensor],
         places: Sequence[Place],
         *,
-        sample: bool = False,
+        net: nn.Module | None = None,
     ) -> None:
-        self.make, self.places, self.sample = make, places, sample
+        self.make, self.places, self.sample = make, places, net is not None
+        self.family = [*map(weakref.ref, () if net is None else family_of([net]))]
         self.with_mode = [p.layer for p in places if isinstance(p.layer(), BATCH_NORMS)]
         self.variables, self.xs = {*map(id, xs)}, [*map(weakref.ref, xs)]
         self.leaves = [*map(weakref.ref, weights_among(leaves, self.variables))]
 
-    def modes_of(self, net: Any) -> list[bool]:
-        """Return whether the net, and each layer whose rule asks for it, is in training mode."""
+    def state_of(self, net: Any) -> tuple[list[bool], list[int]]:
+        """Return the modes of the net and of layers whose rule asks for it, and the layers.
+
+        The latter where each sample has a norm: a layer may be replaced by another one with the
+        same weight, and the graph does not tell.
+        """
         modules: list[Any] = [net, *(ref() for ref in self.with_mode)]
-        return [module is not None and module.training for module in modules]
+        parts: Any = filter(None, [ref() for ref in self.family])
+        children = chain.from_iterable(map(dict.values, map(children_of, parts)))
+        modes = [module is not None and module.training for module in modules]
+        return modes, [*map(id, children)]
 
     def calls_at(self, nodes: Sequence[Any], leaves: Sequence[Tensor]) -> list[LayerCall] | None:
         """Return the calls of layers in a graph of this make; None if it has other leaves.
@@ -67,7 +80,8 @@ class LossGraph:
         if [*map(id, owned)] != [id(ref()) for ref in self.leaves]:
             return None
         calls: list[Any] = [call_at(place, nodes) for place in self.places]
-        if not all(calls) or any(ref() is None for ref in self.xs):
+        xs: list[Any] = [ref() for ref in self.xs]
+        if not all(calls) or any(x is None or not x.requires_grad for x in xs):
             return None
         return calls
 
@@ -118,6 +132,8 @@ def is_loss(axes: Any, loss: Any, targets: Sequence[Target]) -> bool:
         and not (axes.named or axes.metric or axes.given or axes.subsample or axes.elementary)
         and len(targets) == 1
         and targets[0].rows is targets[0].window is targets[0].weights is None
+        and not MENDED.keys() & targets[0].fingerprint.kinds
+        and all(leaf.requires_grad for leaf in targets[0].fingerprint.leaves)  # none frozen since
         and type(loss) is Tensor
         and loss.numel() == (len(loss) if loss.ndim else 1)
         and not torch.is_autocast_enabled(loss.device.type)
@@ -128,7 +144,7 @@ class Losses(Earlier):
     """The graphs of losses of earlier calls."""
 
     def __init__(self) -> None:
-        self.known: dict[Any, tuple[LossGraph, list[bool]]] = {}
+        self.known: dict[Any, tuple[LossGraph, Any]] = {}
         self.choices: Any = None
 
     def note(
@@ -151,16 +167,18 @@ class Losses(Earlier):
         who, sample = who_is(args), axes.scope == "sample"
         if loss.grad_fn is None or who is None or sample == (layers is None):
             return
+        if layers is not None and not is_proven(args[0]):
+            return
         if len(self.known) >= MANY or self.choices is None or not self.choices.hold(axes):
             self.known.clear()
         self.choices = Choices(axes)
         nodes, make = graph.walked(loss)
         leaves = graph.leaves(loss, nodes)
-        places = products(nodes, target.xs) if layers is None else layers_in(nodes, layers)
+        places = products_in(nodes, target) if layers is None else layers_in(nodes, layers)
         if places is None:
             return
-        made = LossGraph(make, leaves, target.xs, places, sample=sample)
-        self.known[(who, *make)] = made, made.modes_of(args[0]) if sample else []
+        made = LossGraph(make, leaves, target.xs, places, net=args[0] if sample else None)
+        self.known[(who, *make)] = made, made.state_of(args[0]) if sample else None
 
     def squared_norms(self, axes: Any, call: Arguments) -> Tensor | None:
         """Return n² ``[G]`` of a call that repeats an earlier one; None if it does not."""
@@ -171,17 +189,32 @@ class Losses(Earlier):
         if not self.choices.hold(axes) or torch.is_autocast_enabled(loss.device.type):
             return None
         nodes, make = graph.walked(loss)
-        known, modes = self.known.get((who, *make), (None, []))
+        known, state = self.known.get((who, *make), (None, None))
         if known is None:
             return None
         net = call.args[0] if known.sample else None
-        if known.sample and (loss.ndim == 0 or known.modes_of(net) != modes):
+        if known.sample and (loss.ndim == 0 or known.state_of(net) != state):
             return None
         leaves = graph.leaves(loss, nodes)
         mean, calls = loss if loss.ndim == 0 else loss.mean(), known.calls_at(nodes, leaves)
         if calls is None:
             return None
         return known.squared_norms(known.that_pay(calls), loss, mean, net)
+
+
+def products_in(nodes: Sequence[Any], target: Target) -> list[Place]:
+    """Return the places of products with wide weights in a graph that was differentiated.
+
+    These are such that no hook on the product was seen to change the gradient.
+    """
+    calls = () if target.layers is None else target.layers.calls
+    straight = {
+        call.z.node
+        for call in calls
+        if isinstance(call.z, GradientEdge)
+        and (call.straight or (call.straight is None and not call.a.requires_grad))
+    }
+    return [place for place in products(nodes, target.xs) if nodes[place.z] in straight]
 
 
 def layers_in(nodes: Sequence[Any], layers: Recording) -> list[Place] | None:

@@ -111,7 +111,8 @@ class _OneProduct(torch.autograd.Function):
         behind = [call.g for call in calls if call.g is not None]
         ends: Any = (*(call.z for call in calls), *behind, *others)
         with without_autocast(total), unhooked(others):
-            found = RUN((total,), (grad,), keep, False, ends, True, accumulate_grad=False)
+            # Other losses may share a part of the graph. What nobody else has goes with `held`.
+            found = RUN((total,), (grad,), True, False, ends, True, accumulate_grad=False)
         at_g = iter(found[len(calls) : len(calls) + len(behind)])
         products = [
             product(call, z, None if call.g is None else next(at_g))

@@ -16,7 +16,7 @@ from gpkit.autodiff.layers.gram import gram_is_cheaper, gram_product, may_pay
 from gpkit.autodiff.layers.places import Matrix
 from gpkit.autodiff.layers.recording import Gradients, LayerCall, Recording
 from gpkit.autodiff.numerics import squared_length
-from gpkit.autodiff.tracing.calls import noted
+from gpkit.autodiff.tracing.calls import TRACES, noted
 
 
 def may_be_wide(layer: nn.Module) -> bool:
@@ -42,8 +42,49 @@ def batch_norm(loss: Tensor, parameters: Sequence[Tensor], recording: Recording)
     Returns:
         n² ``[1]``, differentiable, in float32 or better.
     """
-    wide = noted(partial(wide_calls, loss, parameters, recording))
-    return norm_of(loss, parameters, recording.only(wide))
+    wide = recording.only(noted(partial(wide_calls, loss, parameters, recording)))
+    if TRACES:  # the eager step has looked at hooks
+        return norm_of(loss, parameters, wide)
+    with Watch(recording.calls) as watch:
+        n2 = norm_of(loss, parameters, wide, watch.gradients)
+    straight = [call for call in wide.calls if call.straight is not False]
+    if len(straight) < len(wide.calls):
+        return norm_of(loss, parameters, Recording(recording.net, straight))
+    return n2
+
+
+class Watch:
+    """A context that sees whether δ comes to layers as it is taken, see `LayerCall.straight`.
+
+    Args:
+        calls: of the layers.
+    """
+
+    def __init__(self, calls: Sequence[LayerCall]) -> None:
+        self.calls = calls
+        self.came: dict[int, Any] = {}
+
+    def __enter__(self) -> Watch:
+        edges: list[Any] = [call.z for call in self.calls]
+        self.handles = [
+            z.node.register_prehook(partial(self._note, i, z.output_nr))
+            for i, z in enumerate(edges)
+        ]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _note(self, i: int, output: int, grads: Sequence[Tensor | None]) -> None:
+        self.came[i] = grads[output]
+
+    def gradients(self, y: Tensor, edges: Sequence[Any]) -> tuple[Tensor | None, ...]:
+        """Return the gradients at edges, as `gradients_at`, and note which calls are straight."""
+        found = gradients_at(y, [*edges, *(call.z for call in self.calls)])
+        for i, (call, delta) in enumerate(zip(self.calls, found[len(edges) :], strict=True)):
+            call.straight = self.came[i] is delta if i in self.came else None
+        return found[: len(edges)]
 
 
 def norm_of(

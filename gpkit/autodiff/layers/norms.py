@@ -71,16 +71,19 @@ def applies(recording: Recording, losses: Tensor, parameters: Sequence[Tensor]) 
     Returns:
         Whether every use of a parameter is a recorded call of a layer with a rule, on rows of
         samples, and the samples do not depend on each other. The latter is measured in the first
-        pass of a net in each mode.
+        pass of a net in each mode, and again while layers have no gradient, as before a last layer
+        that starts at zero.
     """
     losses = losses.reshape(-1)
     found = _refusal(recording, losses, parameters)
     seen = SEEN.setdefault(recording.net, {})
     if not found:
-        mode = recording.net.training
-        if mode not in seen:
-            seen[mode] = _agrees(recording, losses, parameters)
-        found = "" if seen[mode] else "the samples depend on each other"
+        agrees = seen.get(mode := recording.net.training)
+        if agrees is None:
+            agrees = _agrees(recording, losses, parameters)
+            if not agrees or _is_telling(recording):
+                seen[mode] = agrees
+        found = "" if agrees else "the samples depend on each other"
     if found and "warned" not in seen:
         seen["warned"] = True
         warnings.warn(
@@ -92,6 +95,17 @@ def applies(recording: Recording, losses: Tensor, parameters: Sequence[Tensor]) 
 
 # What is known of a net: whether `sample_norms` was right in training and in eval mode.
 SEEN: WeakKeyDictionary[Any, dict[Any, bool]] = WeakKeyDictionary()
+
+
+def is_proven(net: Any) -> bool:
+    """Whether `sample_norms` was seen to be right for a net in its mode."""
+    return SEEN.get(net, {}).get(net.training, False)
+
+
+def _is_telling(recording: Recording) -> bool:
+    """Whether each layer has a gradient in the first or the last sample, of which norms agree."""
+    deltas = [call.delta for call in recording.calls if call.delta is not None]
+    return all(bool(delta[[0, -1]].any()) for delta in deltas)
 
 
 def _agrees(recording: Recording, losses: Tensor, parameters: Sequence[Tensor]) -> bool:

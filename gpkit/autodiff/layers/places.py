@@ -74,12 +74,21 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 def call_at(place: Place, nodes: Sequence[Any]) -> Any:
-    """Return the call of a layer in a graph; None if its input was written to since."""
+    """Return the call of a layer in a graph.
+
+    Args:
+        place: in a graph of this make.
+        nodes: of the graph.
+
+    Returns:
+        The call; None if its input was written to since, or a factor scales its product.
+    """
+    node = nodes[place.a]
     try:
-        a = saved(nodes[place.a], place.name)
+        a = saved(node, place.name)
     except RuntimeError:
         return None
-    if a is None:
+    if a is None or saved(node, "alpha") not in (None, 1):
         return None
     z = GradientEdge(nodes[place.z], place.output)
     return LayerCall(place.layer(), a, z, write_count(a), a.dtype)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from gpkit.autodiff.compat import write_count
+from gpkit.autodiff.compat import hooks_of, write_count
 from gpkit.autodiff.derivatives import gradients_at
-from gpkit.autodiff.tracing.calls import TRACES
+from gpkit.autodiff.tracing.calls import RECORDS, TRACES
 from gpkit.autodiff.tracing.hooks import hooked
 
 Gradients = Callable[[Tensor, Sequence[Any]], tuple[Tensor | None, ...]]
@@ -33,6 +33,8 @@ class LayerCall:
         delta: δ, the gradient of the loss in the output, when it was taken.
         joins: whether g is taken with δ.
         g: the gradient in ``a``, if it was taken.
+        straight: whether δ came to the layer as it was taken: torch takes it before the hooks on
+            the output, and the layer has it after them. None if that was not seen.
     """
 
     layer: Any
@@ -43,6 +45,7 @@ class LayerCall:
     delta: Tensor | None = None
     joins: bool = False
     g: Tensor | None = None
+    straight: bool | None = None
 
     @property
     def intact(self) -> bool:
@@ -81,7 +84,10 @@ class Recording:
         Returns:
             The gradients in the others, differentiable; None if unused.
         """
-        inner = [call for call in self.calls if call.joins and call.a.grad_fn is not None]
+        inner = [call for call in self.calls if call.joins]
+        if inner:  # the gradient in a leaf, such as learned queries, may be one of the others
+            own = {*map(id, others)}
+            inner = [c for c in inner if c.a.grad_fn is not None or id(c.a) in own]
         ends = [*(call.z for call in self.calls), *(call.a for call in inner), *others]
         found = by(y, ends)
         for call, delta in zip(self.calls, found, strict=False):
@@ -112,12 +118,15 @@ class recorded_layers:
 
     def __enter__(self) -> Recording:
         self.recording = Recording(self.net)
-        self.hooks = [
-            hooked(module, self._record, with_kwargs=True)
+        layers = [
+            module
             for module in self.net.modules()
             if any(p.requires_grad for p in module.parameters(recurse=False))
             and (self.only is None or self.only(module))
         ]
+        if RECORDS:  # in a graph the user's hooks come first, and may change the output
+            layers = [layer for layer in layers if not hooks_of(layer)[0]]
+        self.hooks = [hooked(m, self._record, with_kwargs=True, first=True) for m in layers]
         return self.recording
 
     def __exit__(self, *exception: object) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
+from gpkit.autodiff.compat import parameters_of
 from gpkit.autodiff.layers.gram import Direct, Outer, Part, Product, gram_is_cheaper
 from gpkit.autodiff.layers.recording import LayerCall
 from gpkit.autodiff.numerics import widened
@@ -32,7 +33,8 @@ def rule(*kinds: type[nn.Module]) -> Callable[[Rule], Rule]:
 
 def has_rule(layer: nn.Module) -> bool:
     """Whether the gradient of every parameter of a layer is known, for each sample."""
-    known = type(layer) in RULES
+    # A layer that is pruned, or has a weight norm, computes its weight from others.
+    known = type(layer) in RULES and parameters_of(layer).keys() <= {"weight", "bias"}
     if isinstance(layer, nn.Embedding):
         return known and layer.max_norm is None and not (layer.scale_grad_by_freq or layer.sparse)
     if isinstance(layer, CONVOLUTIONS):

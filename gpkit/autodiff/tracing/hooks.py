@@ -13,7 +13,12 @@ Hook = Callable[..., Any]
 
 
 def hooked(
-    module: nn.Module, hook: Hook, *, with_kwargs: bool = False, before: bool = False
+    module: nn.Module,
+    hook: Hook,
+    *,
+    with_kwargs: bool = False,
+    before: bool = False,
+    first: bool = False,
 ) -> Any:
     """Add a forward hook, and return a handle with a method ``remove``.
 
@@ -23,6 +28,8 @@ def hooked(
         with_kwargs: whether the hook takes keyword arguments after ``args``.
         before: whether it is called before the module, with ``with_kwargs``:
             ``(module, args, kwargs) -> (args, kwargs)`` or None.
+        first: whether it comes before the user's own hooks, which may change the output. In a graph
+            it comes after them.
 
     Returns:
         The handle.
@@ -33,7 +40,7 @@ def hooked(
         RECORDS[-1].hooked(module)
     if before:
         return module.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
-    return module.register_forward_hook(hook, with_kwargs=with_kwargs)
+    return module.register_forward_hook(hook, with_kwargs=with_kwargs, prepend=first)
 
 
 class InGraph:
