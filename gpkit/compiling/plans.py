@@ -107,7 +107,7 @@ class Draws:
 def terms_of(observed: tuple[Tensor, ...], weight: float) -> Terms:
     """Return the terms of a call, from what the graph returned: n², values and their reduction."""
     n2, values, reduced, *weights = observed
-    return Terms(n2, values, weight, reduced, (), *weights)
+    return Terms(n2, values, weight, reduced, (), weights[0] if weights else None)
 
 
 def shapes_of(value: Any) -> Any:

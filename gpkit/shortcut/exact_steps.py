@@ -20,7 +20,7 @@ from gpkit.autodiff.tracing.calls import RECORDS, TRACES
 from gpkit.estimators.base import Recomputable, Target
 from gpkit.shortcut.losses import LossGraph, is_loss, layers_in, products_in
 from gpkit.shortcut.net import Choices
-from gpkit.shortcut.one_product import in_one_product, note_joins, wide_places
+from gpkit.shortcut.one_product import in_one_product, note_joins
 
 MANY = 64
 
@@ -93,7 +93,6 @@ class ExactStep:
 
     def __init__(self, axes: Any, net: Callable[[], nn.Module | None], made: LossGraph) -> None:
         self.choices, self.net, self.made = Choices(axes), net, made
-        self.wide = wide_places(made.places, made.variables)
         xs: Any = made.xs
         self.state, self.device = made.state_of(net()), xs[0]().device.type
 
@@ -156,7 +155,7 @@ class ExactStep:
         calls = self.made.calls_at(nodes, leaves)
         if calls is None:
             return None
-        note_joins(calls, self.wide)
+        note_joins(calls, self.made.wide)
         calls = self.made.that_pay(calls)
         n2 = self.made.squared_norms(calls, loss, mean, self.net())
         if n2 is None:

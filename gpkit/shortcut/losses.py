@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from gpkit import formula
 from gpkit.autodiff import graph
 from gpkit.autodiff.compat import children_of
 from gpkit.autodiff.derivatives import MENDED
@@ -24,9 +26,11 @@ from gpkit.axes.call import Arguments
 from gpkit.axes.parameters import weights
 from gpkit.estimators.base import Recomputable, Target
 from gpkit.estimators.exact import exact
+from gpkit.formula import Terms
 from gpkit.shortcut.compat import differentiable
 from gpkit.shortcut.earlier import Earlier
 from gpkit.shortcut.net import Choices
+from gpkit.shortcut.one_product import in_one_product, note_joins, wide_places
 
 MANY = 64
 
@@ -55,6 +59,7 @@ class LossGraph:
         self.family = [*map(weakref.ref, () if net is None else family_of([net]))]
         self.with_mode = [p.layer for p in places if isinstance(p.layer(), BATCH_NORMS)]
         self.variables, self.xs = {*map(id, xs)}, [*map(weakref.ref, xs)]
+        self.wide = wide_places(places, self.variables)
         self.leaves = [*map(weakref.ref, weights_among(leaves, self.variables))]
 
     def state_of(self, net: Any) -> tuple[list[bool], list[int]]:
@@ -182,6 +187,31 @@ class Losses(Earlier):
 
     def squared_norms(self, axes: Any, call: Arguments) -> Tensor | None:
         """Return n² ``[G]`` of a call that repeats an earlier one; None if it does not."""
+        found = self.taken(axes, call, joins=False)
+        return None if found is None else found[0]
+
+    def terms(self, axes: Any, call: Arguments) -> Terms | None:
+        """Return the terms of such a call that is trained on; None if it does not repeat one."""
+        found = self.taken(axes, call, joins=True)
+        if found is None:
+            return None
+        n2, mean, calls, leaves = found
+        terms = formula.terms(axes, n2, call.weight, observe=True)
+        if any(own.joins for own in calls):
+            join = partial(in_one_product, calls=calls, leaves=leaves, parts=(mean, n2))
+            terms.ready = mean, join
+        return terms
+
+    def taken(
+        self, axes: Any, call: Arguments, *, joins: bool
+    ) -> tuple[Tensor, Tensor, list[LayerCall], list[Tensor]] | None:
+        """Return n² of a call that repeats an earlier one, the loss, its layers and its leaves.
+
+        Args:
+            axes: the penalty.
+            call: its arguments.
+            joins: whether to note which layers join their products, see `in_one_product`.
+        """
         loss, who = call.f, who_is(call.args)
         loss = loss.value if type(loss) is Recomputable else loss
         if who is None or call.real is not None or call.fake is not None:
@@ -199,7 +229,11 @@ class Losses(Earlier):
         mean, calls = loss if loss.ndim == 0 else loss.mean(), known.calls_at(nodes, leaves)
         if calls is None:
             return None
-        return known.squared_norms(known.that_pay(calls), loss, mean, net)
+        if joins:
+            note_joins(calls, known.wide)
+        calls = known.that_pay(calls)
+        n2 = known.squared_norms(calls, loss, mean, net)
+        return None if n2 is None else (n2, mean, calls, leaves)
 
 
 def products_in(nodes: Sequence[Any], target: Target) -> list[Place]:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gpkit.autodiff.layers.recording import Recording
 from gpkit.autodiff.numerics import wide
 from gpkit.autodiff.random import RandomState, has_ranks
 from gpkit.autodiff.sharding.gathering import is_sharded
 from gpkit.autodiff.state import Start
 from gpkit.axes.given.given import Given
 from gpkit.axes.given.sample_weight import has_steps, kept
-from gpkit.axes.parameters import layers_for
 from gpkit.estimators.base import Recomputable, Target
 from gpkit.estimators.window import Window, summarised
 from gpkit.finding import FoundError
@@ -88,14 +85,6 @@ class Evaluator:
             self._sharded_weights = ShardedWeights(module)
         self._parameters: list[Tensor] = []  # of the net; listing them takes time at every step
         self._batch_sizes: dict[int, Tensor] = {}  # as tensors, for the same reason
-
-    def recording(self, plan: Plan) -> AbstractContextManager[Recording | None]:
-        """Return a context for a training step that records the layers that penalties can use."""
-        exact = [self.penalties[n] for n, own in plan.needs.items() if own.plain and own.layers]
-        if not exact or self.watched.compiled or has_ranks():  # hooks would compile it anew
-            return nullcontext()
-        axes: Any = exact
-        return layers_for(axes, self.watched.net)
 
     def act(
         self,
@@ -205,7 +194,9 @@ class Evaluator:
         """Return the positional arguments for ``penalty.act``; ``value`` is differentiated."""
         penalty, needs = self.penalties[name], self.needs[name]
         if needs.plain and penalty.effect_confirmed:
-            return [self._target(needs, capture, value)]
+            repeats = needs.in_weights and not has_ranks()
+            repeats = repeats and not torch.is_autocast_enabled(value.device.type)
+            return [value, self.watched.net] if repeats else [self._target(needs, capture, value)]
         rerun = partial(self.watched.rerun, self.module, call, needs)
         state: RandomState | Start = call.start or ()
         if needs.own_forward:  # after the training forward pass: of its start, the draws alone
@@ -253,10 +244,7 @@ class Evaluator:
         """Return the target of a plain penalty: a shortcut, equal to what a call would build."""
         if needs.in_weights:
             self._parameters = self._parameters or list(self.watched.net.parameters())
-            params, layers = tuple(p for p in self._parameters if p.requires_grad), capture.layers
-            if layers is None or not layers.calls:
-                return Target(loss, params, False)
-            return Target(loss.reshape(1, 1), params, False, layers=layers)
+            return Target(loss, tuple(p for p in self._parameters if p.requires_grad), False)
         assert capture.x is not None
         batch = capture.x.shape[0]
         if batch not in self._batch_sizes:

@@ -119,8 +119,7 @@ class PenalizedStep:
             if plan.runs_again:
                 call.start = start_of(self.module, self.module.device)
                 versions = call.tensor_versions()
-            recording = self.evaluator.recording(plan)
-            with self._noting_calls(plan), plan.probe as capture, recording as capture.layers:
+            with self._noting_calls(plan), plan.probe as capture:
                 if plan.probe.spec.entries:
                     entered = self.watched.entered(call, capture, plan.probe.spec.entries)
                     args, kwargs = entered.args, entered.kwargs
