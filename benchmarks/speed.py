@@ -96,11 +96,20 @@ def sharpness(width: int, batch: int, rounds: int) -> None:
 
         return step
 
-    difference = gpkit.weight_grad_norm(0.1, estimator="finite_difference")
-    ours_of = {"difference": ours(difference), "gnp": ours(gpkit.gnp())}
+    def difference() -> gpkit.GradientPenalty:
+        return gpkit.weight_grad_norm(0.1, estimator="finite_difference")
+
+    module = gpkit.PenalizedModule(net, F.cross_entropy, difference())
+
+    def in_module() -> None:
+        net.zero_grad()
+        module.penalized_loss((x, t)).backward()
+
+    ours_of = {"difference": ours(difference()), "gnp": ours(gpkit.gnp())}
+    ours_of["difference in PenalizedModule"] = in_module
     steps = {"plain": plain, "sam": sam, "difference by hand": by_hand, **ours_of}
     found = times(steps, rounds)
-    for name in ("difference by hand", "difference", "gnp"):
+    for name in ("difference by hand", *ours_of):
         for base in ("plain", "sam"):
             against = "plain steps" if base == "plain" else "a step of SAM by hand"
             print(f"| {name}, width {width}, B {batch}: / {against} | ", end="")
@@ -201,12 +210,23 @@ def layers(where: str, net: nn.Module, x: Tensor, rounds: int, ghosts: str = "")
 
         return step
 
+    def in_module(penalty: gpkit.GradientPenalty) -> Step:
+        module = gpkit.PenalizedModule(net, F.cross_entropy, penalty)
+
+        def step() -> None:
+            net.zero_grad()
+            module.penalized_loss((x, t)).backward()
+
+        return step
+
     steps = {
         "plain": plain,
         "weight_grad_norm by hand": by_hand,
         "weight_grad_norm": together(gpkit.weight_grad_norm(0.1), "mean"),
         "loss + weight_grad_norm(loss, parameters)": added(gpkit.weight_grad_norm(0.1)),
+        "weight_grad_norm in PenalizedModule": in_module(gpkit.weight_grad_norm(0.1)),
         "per_sample_grad_norm": together(gpkit.per_sample_grad_norm(0.1), "none"),
+        "per_sample_grad_norm in PenalizedModule": in_module(gpkit.per_sample_grad_norm(0.1)),
     }
     if ghosts:
         steps[f"per_sample_grad_norm by hand, {ghosts}"] = ghost
