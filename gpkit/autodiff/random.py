@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from typing import Any
@@ -210,3 +212,99 @@ def position(generator: Any) -> Any:
         return random.getstate()
     state = generator.get_state(legacy=False)["state"]
     return {k: v.tobytes() if hasattr(v, "tobytes") else v for k, v in state.items()}
+
+
+# Packages whose code draws from no stream of NumPy or Python; whose objects hold no user's code.
+TRUSTED = {"torch", "torchmetrics", "gpkit", "builtins", "pytorch_lightning", "lightning"}
+CLOSED = {"builtins", "pytorch_lightning", "lightning"}
+FOREIGN = {"numpy", "random"}
+ENOUGH = 2000  # functions and objects that are read
+
+
+def may_draw(roots: Iterable[Any]) -> bool:
+    """Whether the code of functions or modules names NumPy or `random`, however far down.
+
+    It is read, not run, so that a function that draws on some of its runs is known from the first.
+    The answer is yes where there is too much code to read.
+
+    Args:
+        roots: functions, modules or objects.
+
+    Returns:
+        False if no name in it stands for NumPy, `random` or one of their streams.
+    """
+    stack = list(roots)
+    seen: dict[int, Any] = {}  # with the objects, so that no id is used again
+    while stack:
+        value = stack.pop()
+        if id(value) in seen or isinstance(value, (Tensor, str, bytes, int, float, complex)):
+            continue
+        seen[id(value)] = value
+        foreign = package_of(value) in FOREIGN or is_generator(getattr(value, "__self__", None))
+        if foreign or is_generator(value) or len(seen) > ENOUGH:
+            return True
+        stack += _read(value)
+    return False
+
+
+def package_of(value: Any) -> str:
+    """Return the package that a module, a function, a class or an object is from."""
+    if isinstance(value, types.ModuleType):
+        return value.__name__.partition(".")[0]
+    name = getattr(value, "__module__", None)
+    return (name if isinstance(name, str) else type(value).__module__).partition(".")[0]
+
+
+def _read(value: Any) -> list[Any]:
+    """Return what a function, a class or an object refers to, by its code or its attributes."""
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return list(value)
+    if inspect.isfunction(value):
+        cells = cells_of(value)
+        return cells if package_of(value) in TRUSTED else [*cells, *_named(value)]
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, property):
+        return [value.fget]
+    if isinstance(value, (types.MethodType, types.BuiltinMethodType, classmethod, staticmethod)):
+        return [getattr(value, "__self__", None), getattr(value, "__func__", None)]
+    package = package_of(value)
+    if isinstance(value, types.ModuleType) or package in CLOSED:
+        return []
+    if isinstance(value, type):
+        return [] if package in TRUSTED else [*vars(value).values(), *value.__bases__]
+    return [type(value), *getattr(value, "__dict__", {}).values()]
+
+
+def _named(function: types.FunctionType) -> list[Any]:
+    """Return what the names in the code of a function stand for."""
+    codes = [function.__code__]
+    for code in codes:
+        codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    names = {name for code in codes for name in code.co_names}
+    if any(name.partition(".")[0] in FOREIGN for name in names):
+        return [random]  # which it may import itself
+    found = [function.__globals__.get(name) for name in names]
+    inside = {id(v): v for v in found if isinstance(v, types.ModuleType)}
+    for module in (modules := list(inside.values())):
+        parts = [vars(module).get(name) for name in names]
+        found += parts
+        new = {id(v): v for v in parts if isinstance(v, types.ModuleType) and id(v) not in inside}
+        inside |= new
+        modules += new.values()
+    return [*found, function.__defaults__, function.__kwdefaults__]
+
+
+def cells_of(function: types.FunctionType) -> list[Any]:
+    """Return what a closure holds, without what is not bound yet."""
+    return [cell.cell_contents for cell in function.__closure__ or () if _is_bound(cell)]
+
+
+def _is_bound(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import functools
 import inspect
-import random
 import types
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from gpkit.autodiff.compat import buffers_of, children_of, hooks_of, parameters_of
-from gpkit.autodiff.random import is_generator
+from gpkit.autodiff.random import cells_of, is_generator, may_draw
 
 DEPTH = 3  # from a function to what is in a list of an object in its closure
 LEAVES = (Tensor, str, bytes, int, float, complex, type, types.ModuleType, type(None))
+SIMPLE = frozenset({*LEAVES, nn.Parameter, bool})
 
 
 @dataclass
@@ -31,7 +31,8 @@ class Known:
         facts: such as that it draws from torch alone.
         runs: how often it has run.
         graphs: what tells its graphs from those of other nets, by what they were made of.
-        hooks: the numbers that torch gave the forward hooks of its modules.
+        parts: the numbers that torch gave the forward hooks of its modules, and the ids of the code
+            of what else they hold.
     """
 
     own: tuple[int, ...]
@@ -40,16 +41,18 @@ class Known:
     facts: set[str] = field(default_factory=set)
     runs: int = 0
     graphs: dict[Any, Any] = field(default_factory=dict)
-    hooks: tuple[int, ...] = ()
+    parts: tuple[int, ...] = ()
 
-    def look_at(self, hooks: Iterable[tuple[int, Any]]) -> None:
-        """Find out whether forward hooks may draw, where there are others than before."""
-        now = dict(hooks)
-        if tuple(now) != self.hooks:
-            self.hooks = tuple(now)
-            if may_draw(now.values()):
-                self.may_draw = True
-                self.facts.discard(TORCH_ALONE)
+    def look_at(self, family: Sequence[nn.Module]) -> None:
+        """Forget what was seen in a run if modules have other hooks or hold other code since."""
+        hooks = dict(hook for module in family for own in hooks_of(module) for hook in own.items())
+        held = held_by([family[i] for i in self.own])
+        now = (*hooks, *[id(code_of(value)) for value in held])
+        if now != self.parts:
+            self.parts = now
+            self.facts -= SEEN_ONCE
+            self.may_draw = self.may_draw or may_draw([*hooks.values(), *held])
+            self.may_meet = not {*map(id, reached(held)[0])} <= {*map(id, family)}
 
 
 @dataclass(eq=False)
@@ -119,9 +122,8 @@ def reach(function: Any) -> Reach:
     if found is None:
         refs = [weakref.ref(part, lambda _: _KNOWN.pop(key, None)) for part in (*codes, *family)]
         own = tuple(i for i, module in enumerate(family) if not is_torchs(module))
-        known = Known(own, may_draw([function, *family]), holds_others(family))
-        found = _KNOWN[key] = known, refs
-    found[0].look_at(hook for module in family for own in hooks_of(module) for hook in own.items())
+        found = _KNOWN[key] = Known(own, may_draw([function, *family])), refs
+    found[0].look_at(family)
     return Reach(family, streams, found[0])
 
 
@@ -146,7 +148,7 @@ def code_of(function: Any) -> Any:
     """
     if isinstance(function, tuple) and function:
         function = function[0]
-    while hasattr(function, "func"):
+    while isinstance(function, functools.partial):
         function = function.func
     code = getattr(getattr(function, "__func__", function), "__code__", None)
     return type(function) if code is None else code
@@ -168,10 +170,20 @@ def own_attributes(module: nn.Module) -> dict[str, Any]:
     return {k: v for k, v in vars(module).items() if k not in OF_EVERY_MODULE}
 
 
-def holds_others(family: list[nn.Module]) -> bool:
-    """Whether modules hold others that they do not own, such as in a tuple, and so may run them."""
-    held = [[*own_attributes(module).values()] for module in family]
-    return not {*map(id, reached(held)[0])} <= {*map(id, family)}
+def held_by(modules: Iterable[nn.Module]) -> list[Any]:
+    """Return the functions and objects in attributes of modules, and in lists and dicts there."""
+    found: list[Any] = []
+    for module in modules:
+        for value in own_attributes(module).values():
+            if type(value) in SIMPLE:
+                continue
+            if isinstance(value, dict):
+                found += [*value.values()][:100]
+            elif isinstance(value, (list, tuple, set)):
+                found += [*value][:100]
+            else:
+                found.append(value)
+    return [value for value in found if type(value) not in SIMPLE]
 
 
 def reached(function: Any) -> tuple[list[nn.Module], list[Any], list[Any]]:
@@ -231,99 +243,12 @@ def parts_of(value: Any) -> Iterable[Any]:
     if inspect.isfunction(value):
         if (value.__module__ or "").partition(".")[0] == "torch":
             return ()
-        cells = [c.cell_contents for c in value.__closure__ or () if _is_bound(c)]
         named = [value.__globals__.get(name) for name in value.__code__.co_names]
-        return [*cells, *named, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        return [
+            *cells_of(value),
+            *named,
+            *(value.__defaults__ or ()),
+            *(value.__kwdefaults__ or {}).values(),
+        ]
     found = [getattr(value, "__self__", None), *getattr(value, "__dict__", {}).values()]
     return found[:100]
-
-
-def _is_bound(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
-
-
-# Packages whose code draws from no stream of NumPy or Python; whose objects hold no user's code.
-TRUSTED = {"torch", "torchmetrics", "gpkit", "builtins", "pytorch_lightning", "lightning"}
-CLOSED = {"builtins", "pytorch_lightning", "lightning"}
-FOREIGN = {"numpy", "random"}
-ENOUGH = 2000  # functions and objects that are read
-
-
-def may_draw(roots: Iterable[Any]) -> bool:
-    """Whether the code of functions or modules names NumPy or `random`, however far down.
-
-    It is read, not run, so that a function that draws on some of its runs is known from the first.
-    The answer is yes where there is too much code to read.
-
-    Args:
-        roots: functions, modules or objects.
-
-    Returns:
-        False if no name in it stands for NumPy, `random` or one of their streams.
-    """
-    stack = list(roots)
-    seen: dict[int, Any] = {}  # with the objects, so that no id is used again
-    while stack:
-        value = stack.pop()
-        if id(value) in seen or isinstance(value, (Tensor, str, bytes, int, float, complex)):
-            continue
-        seen[id(value)] = value
-        foreign = package_of(value) in FOREIGN or is_generator(getattr(value, "__self__", None))
-        if foreign or is_generator(value) or len(seen) > ENOUGH:
-            return True
-        stack += _read(value)
-    return False
-
-
-def package_of(value: Any) -> str:
-    """Return the package that a module, a function, a class or an object is from."""
-    if isinstance(value, types.ModuleType):
-        return value.__name__.partition(".")[0]
-    name = getattr(value, "__module__", None)
-    return (name if isinstance(name, str) else type(value).__module__).partition(".")[0]
-
-
-def _read(value: Any) -> list[Any]:
-    """Return what a function, a class or an object refers to, by its code or its attributes."""
-    if isinstance(value, dict):
-        return list(value.values())
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return list(value)
-    if inspect.isfunction(value):
-        cells = [c.cell_contents for c in value.__closure__ or () if _is_bound(c)]
-        return cells if package_of(value) in TRUSTED else [*cells, *_named(value)]
-    if isinstance(value, functools.partial):
-        return [value.func, *value.args, *value.keywords.values()]
-    if isinstance(value, property):
-        return [value.fget]
-    if isinstance(value, (types.MethodType, types.BuiltinMethodType, classmethod, staticmethod)):
-        return [getattr(value, "__self__", None), getattr(value, "__func__", None)]
-    package = package_of(value)
-    if isinstance(value, types.ModuleType) or package in CLOSED:
-        return []
-    if isinstance(value, type):
-        return [] if package in TRUSTED else [*vars(value).values(), *value.__bases__]
-    return [type(value), *getattr(value, "__dict__", {}).values()]
-
-
-def _named(function: types.FunctionType) -> list[Any]:
-    """Return what the names in the code of a function stand for."""
-    codes = [function.__code__]
-    for code in codes:
-        codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
-    names = {name for code in codes for name in code.co_names}
-    if any(name.partition(".")[0] in FOREIGN for name in names):
-        return [random]  # which it may import itself
-    found = [function.__globals__.get(name) for name in names]
-    inside = {id(v): v for v in found if isinstance(v, types.ModuleType)}
-    for module in (modules := list(inside.values())):
-        parts = [vars(module).get(name) for name in names]
-        found += parts
-        new = {id(v): v for v in parts if isinstance(v, types.ModuleType) and id(v) not in inside}
-        inside |= new
-        modules += new.values()
-    return [*found, function.__defaults__, function.__kwdefaults__]

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import chain
-from types import FunctionType, MethodType, ModuleType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from gpkit.autodiff.compat import (
     is_compiled,
 )
 from gpkit.autodiff.random import is_generator
-from gpkit.autodiff.reached import is_torchs, own_attributes, parts_of
+from gpkit.autodiff.reached import SIMPLE, is_torchs, own_attributes, parts_of
 from gpkit.autodiff.state import CONTAINERS
 from gpkit.shortcut.compat import parts_of as parts_held
 
@@ -104,9 +104,6 @@ def parts_of_all(family: Sequence[nn.Module]) -> list[Any]:
     return [*chain.from_iterable(map(dict.values, held))]
 
 
-SIMPLE = frozenset(
-    {Tensor, nn.Parameter, bool, int, float, complex, str, bytes, type, type(None), ModuleType}
-)
 ENOUGH = 100  # objects
 
 

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 import gpkit
 from gpkit.autodiff import graph
-from gpkit.autodiff.reached import may_draw, reach
+from gpkit.autodiff.random import may_draw
+from gpkit.autodiff.reached import reach
 from gpkit.estimators.base import Target
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -142,6 +143,46 @@ def test_a_module_that_is_held_and_runs_later_keeps_its_statistics(wrap, branch)
     penalty(wrap(net), real=-X.abs() if net.on else X.abs())
     assert hidden.num_batches_tracked == 0
     assert not hidden.running_mean.any()
+
+
+class Changing(nn.Module):
+    """A net whose attributes say what it does."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.act, self.others = mlp(), torch.tanh, [torch.sin]
+
+    def forward(self, z):
+        z = self.act(z)
+        for other in self.others:
+            z = other(z)
+        return self.body(z)
+
+
+HIDDEN = nn.BatchNorm1d(4).double()
+LATER = {
+    "a function": lambda net: setattr(net, "act", lambda z: z * random.random()),
+    "NumPy": lambda net: setattr(net, "act", lambda z: z * float(np.random.rand())),
+    "in a list": lambda net: net.others.append(lambda z: z * random.random()),
+    "a partial": lambda net: setattr(net, "act", functools.partial(lambda h, z: h(z), HIDDEN)),
+    "a module": lambda net: net.others.append(HIDDEN),
+    "a closure": lambda net: setattr(net, "act", lambda z: HIDDEN(z)),
+    "a hook": lambda net: net.body.register_forward_pre_hook(lambda _, args: HIDDEN(args[0])),
+}
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, lambda net: lambda z: net(z)])
+@pytest.mark.parametrize("change", LATER.values(), ids=LATER)
+def test_what_a_module_comes_to_hold_leaves_no_trace(wrap, change):
+    net, penalty = Changing(), gpkit.r1()
+    for _ in range(3):
+        penalty(wrap(net), real=X)
+    change(net)
+    before = random.getstate(), str(np.random.get_state())
+    for _ in range(3):
+        penalty(wrap(net), real=X)
+    assert (random.getstate(), str(np.random.get_state())) == before
+    assert HIDDEN.num_batches_tracked == 0
 
 
 def counted(module, _):
