@@ -166,6 +166,20 @@ def uses_batch_statistics(node: Any, name: str) -> bool:
     return any(getattr(node, flag, False) for flag in _TRAINING_FLAGS)
 
 
+def couples_samples(node: Any) -> bool:
+    """Whether a node is batch norm in training mode, over several samples.
+
+    Only the private metadata of a node tells the shape of its output.
+
+    Args:
+        node: a node of an autograd graph.
+
+    Returns:
+        False for instance norm too, which is batch norm of one sample with B·C channels.
+    """
+    return uses_batch_statistics(node, class_of(node)) and node._input_metadata[0].shape[0] > 1
+
+
 def is_once_differentiable(node: Any) -> bool:
     """Whether a node is a custom Function whose backward is marked @once_differentiable.
 

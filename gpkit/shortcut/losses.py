@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge
 
 from gpkit import formula
 from gpkit.autodiff import graph
-from gpkit.autodiff.compat import children_of
+from gpkit.autodiff.compat import children_of, couples_samples
 from gpkit.autodiff.derivatives import MENDED
 from gpkit.autodiff.layers.batch import gram_pays, norm_of
 from gpkit.autodiff.layers.norms import is_proven, sample_norms
@@ -58,6 +58,8 @@ class LossGraph:
         self.make, self.places, self.sample = make, places, net is not None
         self.family = [*map(weakref.ref, () if net is None else family_of([net]))]
         self.with_mode = [p.layer for p in places if isinstance(p.layer(), BATCH_NORMS)]
+        kinds = [kind.__name__ for kind in make if isinstance(kind, type)] if self.sample else []
+        self.norms = [i for i, kind in enumerate(kinds) if "BatchNorm" in kind]
         self.variables, self.xs = {*map(id, xs)}, [*map(weakref.ref, xs)]
         self.wide = wide_places(places, self.variables)
         self.leaves = [*map(weakref.ref, weights_among(leaves, self.variables))]
@@ -75,7 +77,7 @@ class LossGraph:
         return modes, [*map(id, children)]
 
     def calls_at(self, nodes: Sequence[Any], leaves: Sequence[Tensor]) -> list[LayerCall] | None:
-        """Return the calls of layers in a graph of this make; None if it has other leaves.
+        """Return the calls of layers in a graph of this make; None if its weights or modes differ.
 
         Args:
             nodes: of the graph.
@@ -83,6 +85,8 @@ class LossGraph:
         """
         owned = weights_among(leaves, self.variables)
         if [*map(id, owned)] != [id(ref()) for ref in self.leaves]:
+            return None
+        if self.norms and any(couples_samples(nodes[i]) for i in self.norms):
             return None
         calls: list[Any] = [call_at(place, nodes) for place in self.places]
         xs: list[Any] = [ref() for ref in self.xs]

@@ -196,6 +196,16 @@ def test_samples_that_are_coupled_before_a_last_layer_of_zeros():
         require_right(penalty, loss_of(net, torch.randn(6, 5), "none"), net)
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_batch_norm_without_parameters_couples_the_samples(late, recwarn):
+    net, penalty = wide(), SAMPLE(LAMBDA)
+    net[1] = nn.Sequential(nn.Tanh(), nn.BatchNorm1d(90, affine=False))
+    for step in range(4):
+        net[1][1].train(step >= 2 * late)
+        require_right(penalty, loss_of(net, torch.randn(40, 5), "none"), net)
+    assert any("by batch norm in training mode" in str(w.message) for w in recwarn)
+
+
 def test_a_weight_that_is_computed_from_others():
     net, penalty = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)), SAMPLE(LAMBDA)
     prune.l1_unstructured(net[0], "weight", 0.5)
