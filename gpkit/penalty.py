@@ -124,12 +124,12 @@ class Penalty:
         plain = scale is groups is target is metric is sample_weight is None
         known = self.shortcuts if plain and not (TRACES or RECORDS) else None
         if known is not None and known.known and (earlier := known.of(f)) is not None:
-            args = listed(args)
-            at, seed = self.step if step is None else step, self._seed_of(self.draws + 1, 0)
-            again = earlier.penalty(self, Arguments(f, args, real, fake, self.weight_at(at), seed))
+            args, before = listed(args), (self.step, self.draws)
+            weight, seed = self.counted(step), self.next_seed()
+            again = earlier.penalty(self, Arguments(f, args, real, fake, weight, seed))
             if again is not None:
-                self.evaluated_at, self.step, self.draws = at, at + 1, self.draws + 1
                 return again
+            self.step, self.draws = before
         given: Any = {"target": target, "metric": metric, "sample_weight": sample_weight}
         given |= {"groups": groups, "step": step, "scale": scale}
         terms = self.act(f, *args, real=real, fake=fake, **given)
@@ -324,7 +324,7 @@ class Penalty:
         self.draws += 1
         return self._seed_of(self.draws)
 
-    def _seed_of(self, draws: int, own: int | None = None) -> int:
+    def _seed_of(self, draws: int) -> int:
         if self.seed is None:
             self.seed = torch.initial_seed() % 2**63
-        return derived_seed(self.seed, rank() if own is None else own, draws)
+        return derived_seed(self.seed, rank(), draws)

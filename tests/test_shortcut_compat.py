@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from gpkit.shortcut import compat
 
@@ -16,6 +17,15 @@ def test_the_parts_of_a_module():
     _, owned, buffers, *_ = compat.parts_of(net[1])
     assert owned == dict(net[1].named_parameters())
     assert buffers == dict(net[1].named_buffers())
+
+
+def test_the_hooks_of_every_module():
+    assert not any(compat.GLOBAL_HOOKS)
+    for register in (register_module_forward_hook, register_module_forward_pre_hook):
+        handle = register(lambda *_: None)
+        assert any(compat.GLOBAL_HOOKS)
+        handle.remove()
+    assert not any(compat.GLOBAL_HOOKS)
 
 
 def test_the_engine_gives_what_grad_gives(monkeypatch):

@@ -1,5 +1,6 @@
 """A repeated call with a function takes the shortcut and is right."""
 
+import contextlib
 import functools
 import random
 import weakref
@@ -9,6 +10,7 @@ import torch
 from critics import LABELS, X, Y, by_hand, net, require_right
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import register_module_forward_hook
 
 import gpkit
 
@@ -250,6 +252,58 @@ def test_a_function_that_comes_to_be_complex_is_refused():
         critic.to(torch.complex64)
     with pytest.raises(RuntimeError, match="complex64"):
         penalty(f, real=X.float())
+
+
+def test_a_hook_on_every_module_that_draws_moves_no_stream():
+    critic, penalty = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1)), gpkit.r1()
+    for _ in range(3):
+        penalty(critic, real=X.float())
+    before = torch.get_rng_state()
+    with register_module_forward_hook(lambda module, args, out: torch.rand(()) and None):
+        for _ in range(3):
+            penalty(critic, real=X.float())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class StoppedError(Exception):
+    pass
+
+
+ACTS = []
+
+
+class Acting(nn.Sequential):
+    """A critic that does something else in its forward pass."""
+
+    def forward(self, z):
+        for act in ACTS:
+            act()
+        return super().forward(z)
+
+
+def stop():
+    raise StoppedError
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_call_counts_as_the_first_does_if_its_net_calls_the_penalty_or_fails(fails, looks):
+    critic, plain = Acting(nn.Linear(5, 1), nn.Tanh()).double(), nn.Linear(5, 1).double()
+    short, long = gpkit.wgan_gp(seed=1), gpkit.wgan_gp(seed=1)
+    long.shortcuts.note = lambda *_: None
+    found = {short: {}, long: {}}
+
+    def nested(penalty):
+        found[penalty]["nested"] = penalty(plain, real=X, fake=Y)
+
+    for acts in (False, False, True, False):
+        for penalty in (short, long):
+            ACTS[:] = [stop if fails else functools.partial(nested, penalty)] * acts
+            with contextlib.suppress(StoppedError):
+                found[penalty]["outer"] = penalty(critic, real=X, fake=Y)
+        ACTS.clear()
+        assert found[short] == found[long]
+        assert short.state_dict() == long.state_dict()
+    assert looks.count(short) < looks.count(long)
 
 
 def test_a_hook_with_the_id_of_one_that_is_gone_is_seen():

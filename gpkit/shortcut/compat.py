@@ -21,6 +21,11 @@ _HELD = "_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_h
 parts_of: Callable[[nn.Module], tuple[dict[str, Any], ...]] = attrgetter(*_HELD)
 
 
+# The hooks that run with each module. torch has no public way to ask for them.
+_EVERYWHERE = torch.nn.modules.module
+GLOBAL_HOOKS = _EVERYWHERE._global_forward_hooks, _EVERYWHERE._global_forward_pre_hooks
+
+
 def _by_grad(
     outputs: tuple[Tensor, ...],
     grads: tuple[Tensor, ...],
