@@ -231,24 +231,28 @@ class Made:
     """How a graph was made: it tells the fingerprint without a walk, if such a graph is known.
 
     A function with the same modules, the same parameters, and the same of them trained, that has
-    made the same number of nodes with the same last one, is taken to have made the same graph.
+    made the same number of nodes with the same last one, is taken to have made the same graph. For
+    a derivative of a higher order, which may then vanish, such as that of a ReLU, it is walked.
 
     Args:
         by: the function's modules.
         nodes: how many nodes it has made.
+        walked: whether the graph is walked all the same.
     """
 
     by: Reach
     nodes: int
+    walked: bool = False
 
     def fingerprint(self, y: Tensor, xs: tuple[Tensor, ...]) -> Fingerprint:
         """Return the fingerprint of the graph of ``y``."""
         known, params = self.by.known, self.by.parameters()
         trained = [p.requires_grad for p in params]
-        made = (self.nodes, type(y.grad_fn), *map(id, params), *trained)
+        made = (self.nodes, type(y.grad_fn), known.parts, *map(id, params), *trained)
         key, refs, kinds = known.graphs.get(made, (None, (), frozenset()))
         leaves = [ref() for ref in refs]
-        if key is not None and all(p is not None for p in leaves) and not self.by.looks:
+        walks = self.walked or self.by.looks or any(p is None for p in leaves)
+        if key is not None and not walks:
             return Fingerprint(key, leaves, kinds)
         found = fingerprint(y, xs)
         if known.graphs and found.key != key:  # it does something new

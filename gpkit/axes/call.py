@@ -118,7 +118,8 @@ class Call:
                     return self.selected(called(self.f, xs, self.batch)), {}
                 before = nodes_made()
                 y = self.selected(called(self.f, xs, self.batch))
-                self.made = self.made or Made(self.reach, nodes_made() - before)
+                walked = self.axes.order > 1
+                self.made = self.made or Made(self.reach, nodes_made() - before, walked)
                 return y, {}
         net = activations.module_of(wanted[0], self.f, self.args)
         with self.forward(self.seed, device):

@@ -96,6 +96,39 @@ def test_mish_is_known_in_a_graph_that_is_not_walked():
     assert grads[0].isfinite().all()
 
 
+class Choosing(nn.Module):
+    """A net with the activation that something says."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.act, self.flag = nn.Linear(4, 8), nn.Linear(8, 1), F.silu, False
+
+    def forward(self, z):
+        rectified = self.flag or (z > 90).any()
+        return self.last((torch.relu if rectified else self.act)(self.first(z)))
+
+
+@pytest.mark.parametrize("change", ["attribute", "flag", "data"])
+def test_a_net_that_comes_to_be_piecewise_linear_has_no_second_derivative(change):
+    net, penalty, x = Choosing().double(), gpkit.input_grad_norm(order=2), X
+    for _ in range(3):
+        penalty(net, X)
+    net.act = torch.relu if change == "attribute" else net.act
+    net.flag, x = change == "flag", X + 100 if change == "data" else X
+    with pytest.raises(RuntimeError, match="piecewise-linear"):
+        penalty(net, x)
+
+
+def test_mish_that_a_net_comes_to_have_is_mended():
+    net, penalty = Choosing(), gpkit.r1()
+    for _ in range(3):
+        penalty(net, real=X.float())
+    net.act = F.mish
+    found = penalty(net, real=1000 * X.float())
+    grads = torch.autograd.grad(found, list(net.parameters()), allow_unused=True)
+    assert all(g.isfinite().all() for g in grads if g is not None)
+
+
 def test_a_leaf_that_no_module_holds_is_always_looked_for(walks):
     w, net, penalty = torch.ones(1, dtype=torch.float64, requires_grad=True), mlp(), gpkit.r1()
     for _ in range(3):
