@@ -7,7 +7,7 @@ one, `tests/autodiff/test_torch_compat.py` fails with its name.
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import Any
 
 import torch
@@ -58,6 +58,9 @@ _TRACKER = ModuleTracker()
 
 # nodes_made(): the number of nodes that this thread has made. torch has no public counter.
 nodes_made: Callable[[], int] = torch.autograd._get_sequence_nr  # type: ignore[attr-defined]
+
+# made_at(node): how many nodes its thread had made before. Leaves' nodes have the largest number.
+made_at: Callable[[Any], int] = methodcaller("_sequence_nr")
 
 # The attribute of a node that holds the leaf tensor whose gradient it accumulates. The public
 # `torch.autograd.graph.get_gradient_edge(leaf)` only goes the other way, from a leaf to its node.

@@ -136,6 +136,26 @@ def require_within(y: Tensor, xs: tuple[Tensor, ...]) -> None:
             )
 
 
+def require_new(y: Tensor, xs: tuple[Tensor, ...], since: int) -> None:
+    """Refuse an output that uses what was computed from variables before it was computed.
+
+    Args:
+        y: the output of a function that runs again at other values of the variables.
+        xs: the variables.
+        since: the number of nodes that were made before the function ran.
+
+    Raises:
+        RuntimeError: if there is such a part, which would stay as it is.
+    """
+    old = [node for node in between(y, xs) if compat.made_at(node) < since]
+    if old:
+        raise RuntimeError(
+            f"the closure must compute the loss from the weights; it uses what was computed from "
+            f"them before ({old[-1].name()}), which stays as it is at other weights: compute that "
+            "inside the closure"
+        )
+
+
 def between(y: Tensor, xs: tuple[Tensor, ...]) -> list[Any]:
     """Return the nodes on the paths from ``y`` to ``xs``, which a derivative passes through."""
     users: dict[Any, list[Any]] = {}

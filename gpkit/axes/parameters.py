@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gpkit import checks
 from gpkit.autodiff import graph
+from gpkit.autodiff.compat import nodes_made
 from gpkit.autodiff.layers.batch import may_be_wide
 from gpkit.autodiff.layers.norms import applies
 from gpkit.autodiff.layers.places import read
@@ -92,7 +93,9 @@ class weights(Variables):
         if rerun is not None:
             pooled = isinstance(call.f, Recomputable) and call.f.window is not None
             if call.is_unproven(reruns=pooled):
-                call.prove(y, rerun())
+                since = nodes_made()
+                call.prove(y, again := rerun())
+                graph.require_new(again, params, since)
             if layers is not None and reads_graph(call.axes):
                 layers = read(y, params)
         if any(p.grad_fn is not None for p in params):

@@ -227,6 +227,21 @@ def test_a_layer_is_replaced_by_one_with_the_same_weight():
         require_right(penalty, loss_of(net, torch.randn(6, 2, 6, 6), "none"), net)
 
 
+def test_a_part_of_the_loss_that_was_computed_before_is_refused():
+    """It would stay as it is at moved weights, and the penalty would train nothing."""
+    net, x, penalty = (
+        nn.Linear(5, 3),
+        torch.randn(6, 5),
+        BATCH(LAMBDA, estimator="finite_difference"),
+    )
+    transpose = net.weight.t()
+    with pytest.raises(RuntimeError, match="compute that inside the closure"):
+        penalty.with_loss(lambda: torch.tanh(x @ transpose + net.bias).mean(), net)
+    with pytest.raises(RuntimeError, match="compute that inside the closure"):
+        penalty(lambda: torch.tanh(x @ transpose + net.bias).mean(), net)
+    penalty.with_loss(lambda: torch.tanh(x @ net.weight.t() + net.bias).mean(), net)
+
+
 @pytest.mark.parametrize("estimator", ["exact", "finite_difference"])
 def test_a_class_with_a_way_of_its_own(estimator):
     class Doubled(gpkit.GradientPenalty):
