@@ -148,9 +148,11 @@ def require_new(y: Tensor, xs: tuple[Tensor, ...], since: int) -> None:
         RuntimeError: if there is such a part, which would stay as it is.
     """
     old = [node for node in between(y, xs) if compat.made_at(node) < since]
+    if torch.is_autocast_enabled(y.device.type):  # it keeps casts of weights
+        old = [node for node in old if compat.class_of(node) != compat.CASTS]
     if old:
         raise RuntimeError(
-            f"the closure must compute the loss from the weights; it uses what was computed from "
+            "the closure must compute the loss from the weights; it uses what was computed from "
             f"them before ({old[-1].name()}), which stays as it is at other weights: compute that "
             "inside the closure"
         )
