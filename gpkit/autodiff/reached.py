@@ -211,6 +211,8 @@ def values_of(function: Any) -> tuple[list[nn.Module], list[Any], list[Any], lis
     seen: set[int] = set()
 
     def visit(value: Any, depth: int) -> None:
+        if type(value) in weakref.ProxyTypes:
+            value = behind(value)
         if isinstance(value, LEAVES) or id(value) in seen:
             return
         seen.add(id(value))
@@ -228,6 +230,14 @@ def values_of(function: Any) -> tuple[list[nn.Module], list[Any], list[Any], lis
 
     visit(function, 0)
     return modules, generators, codes, others
+
+
+def behind(proxy: Any) -> nn.Module | None:
+    """Return the module that a weak proxy stands for, as a Lightning trainer has one; else None."""
+    try:
+        return next(proxy.modules()) if isinstance(proxy, nn.Module) else None
+    except ReferenceError:  # it is gone
+        return None
 
 
 def parts_of(value: Any) -> Iterable[Any]:

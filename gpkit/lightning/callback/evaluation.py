@@ -21,6 +21,7 @@ from gpkit.findings.located import located
 from gpkit.findings.watch import Watch
 from gpkit.formula import Terms
 from gpkit.lightning.batches import entries
+from gpkit.lightning.callback.again import Again, Differences, alone
 from gpkit.lightning.callback.plan import PenalizedNet, Plan, differentiated
 from gpkit.lightning.compat import scale_of, scaler_of
 from gpkit.lightning.refusals import CALLBACK_REFUSAL, refuse
@@ -85,6 +86,17 @@ class Evaluator:
             self._sharded_weights = ShardedWeights(module)
         self._parameters: list[Tensor] = []  # of the net; listing them takes time at every step
         self._batch_sizes: dict[int, Tensor] = {}  # as tensors, for the same reason
+        self._differences: dict[str, Differences] = {}  # by penalty
+
+    def differences(self, plan: Plan) -> Differences | None:
+        """Return the steps by differences that a plan's penalty takes, where it acts alone."""
+        name = None if self.watched.compiled or self._sharded_weights else alone(plan)
+        if name is None or scale_of(self._scaler, self.module.device) is not None:
+            return None
+        if name not in self._differences:
+            again = Again(self.module, self.watched, self.needs[name])
+            self._differences[name] = Differences(name, self.penalties[name], again)
+        return self._differences[name]
 
     def act(
         self,
@@ -145,10 +157,17 @@ class Evaluator:
                 continue
             value = base if name in two_points else differentiated(needs, capture, loss, call.batch)
             value = None if needs.own_forward else value
-            f, *args = self._penalty_arguments(name, call, capture, value)
+            differences = self.differences(plan)
+            f, *args = (
+                self._penalty_arguments(name, call, capture, value)
+                if differences is None
+                else [differences.recomputable(value, call), self.watched.net]
+            )
             given = given_by(needs, call.batch) if needs.given else {}
             try:
                 terms[name] = penalty.act(f, *args, step=optimizer_step, scale=scale, **given)
+                if differences is not None:
+                    differences.note(f, loss)
                 plan.probe.expect_backward()  # its reruns are over: the step's own backward is next
             except RuntimeError as error:
                 # torch.OutOfMemoryError is a RuntimeError too, and no finding.

@@ -10,11 +10,12 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from gpkit.autodiff.sharding.gathering import is_sharded
-from gpkit.autodiff.state import start_of
+from gpkit.autodiff.state import Start, start_of
 from gpkit.finding import Finding
 from gpkit.findings.located import first_watch
 from gpkit.findings.trainer import findings_of_loss
 from gpkit.formula import Terms
+from gpkit.lightning.callback.again import Differences
 from gpkit.lightning.callback.compiled import CompiledStep, compiled_step
 from gpkit.lightning.callback.evaluation import Evaluator, given_by
 from gpkit.lightning.callback.plan import (
@@ -101,6 +102,7 @@ class PenalizedStep:
         self._draws_before: tuple[int, list[int]] = (-1, [])  # a batch index, and penalty.draws
         self._plans: dict[tuple[str, ...], Plan] = {}  # by the names of the penalties that act
         self._compiled = self._made() if compile else None
+        self._differences: Differences | None = None  # those of this step
         self._manual: tuple[StepCall, Capture, Plan] | None = None
         self._backward_calls = 0
 
@@ -117,7 +119,7 @@ class PenalizedStep:
                 self._repeat_draws(plan.needs)
             versions = []
             if plan.runs_again:
-                call.start = start_of(self.module, self.module.device)
+                call.start = self._begun(plan) or start_of(self.module, self.module.device)
                 versions = call.tensor_versions()
             with self._noting_calls(plan), plan.probe as capture:
                 if plan.probe.spec.entries:
@@ -139,6 +141,13 @@ class PenalizedStep:
                 self.evaluator.windows.clear()
             return output
         return replace_loss(output, self._add_penalties(call, capture, plan, loss))
+
+    def _begun(self, plan: Plan) -> Start | None:
+        """Return what the step starts from, if it may repeat an earlier one; else None."""
+        self._differences = self.evaluator.differences(plan)
+        if self._differences is None or not self._not_acted_yet.isdisjoint(plan.needs):
+            return None
+        return self._differences.begin(self._optimizer_step)
 
     def _run_compiled(
         self, step: CompiledStep, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -291,13 +300,20 @@ class PenalizedStep:
             self._not_acted_yet -= first
             if first and any(plan.needs[name].reads_input for name in first):
                 warn_of_rows(self.watched, capture, call.batch)
-        last = last_of_step(self.trainer)
-        loss, terms = self.evaluator.act(
-            call, capture, plan, loss, first, optimizer_step=self._optimizer_step, last=last
-        )
-        self.evaluator.watch = None  # it holds graphs
-        total = self.penalties.total(loss, terms, self.module.parameters)
-        assert total is not None
+        last, steps = last_of_step(self.trainer), self._differences
+        taken = None if steps is None else steps.taken(call, loss)
+        if taken is None:
+            loss, terms = self.evaluator.act(
+                call, capture, plan, loss, first, optimizer_step=self._optimizer_step, last=last
+            )
+            self.evaluator.watch = None  # it holds graphs
+            summed = self.penalties.total(loss, terms, self.module.parameters)
+            assert summed is not None
+            total = summed
+        else:
+            total, terms = taken
+            total = total / self.penalties.loss_scale()
+            plan.probe.expect_backward()
         if last:
             self.evaluator.windows.clear()
         self._log(total, terms)
