@@ -21,7 +21,8 @@ from gpkit.findings.located import located
 from gpkit.findings.watch import Watch
 from gpkit.formula import Terms
 from gpkit.lightning.batches import entries
-from gpkit.lightning.callback.again import Again, Differences, alone
+from gpkit.lightning.callback.again import Again
+from gpkit.lightning.callback.differences import Differences, alone
 from gpkit.lightning.callback.plan import PenalizedNet, Plan, differentiated
 from gpkit.lightning.compat import scale_of, scaler_of
 from gpkit.lightning.refusals import CALLBACK_REFUSAL, refuse

@@ -15,8 +15,8 @@ from gpkit.finding import Finding
 from gpkit.findings.located import first_watch
 from gpkit.findings.trainer import findings_of_loss
 from gpkit.formula import Terms
-from gpkit.lightning.callback.again import Differences
 from gpkit.lightning.callback.compiled import CompiledStep, compiled_step
+from gpkit.lightning.callback.differences import Differences
 from gpkit.lightning.callback.evaluation import Evaluator, given_by
 from gpkit.lightning.callback.plan import (
     Losses,
