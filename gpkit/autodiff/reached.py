@@ -1,4 +1,4 @@
-"""What a function reaches: the modules that it runs, and the random numbers that it may draw."""
+"""What a function reaches: the modules that it runs, and streams of random numbers."""
 
 from __future__ import annotations
 
