@@ -1,4 +1,4 @@
-"""A penalty's own random numbers, which leave all streams alone; and whether code may draw others."""
+"""A penalty's own random numbers, which leave all streams alone; whether code may draw others."""
 
 from __future__ import annotations
 
