@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from gpkit.autodiff.derivatives import as_rows, derivative_rows, gradients
-from gpkit.autodiff.layers.batch import batch_norm
+from gpkit.autodiff.layers.batch import Watch, batch_norm
 from gpkit.autodiff.layers.norms import sample_norms
 from gpkit.autodiff.numerics import reduce_rows, squared_length
 from gpkit.autodiff.random import Source
+from gpkit.autodiff.tracing.calls import TRACES
 from gpkit.estimators.base import Estimator, Target
 
 
@@ -38,8 +39,14 @@ class exact(Estimator):
     def squared_norms(self, target: Target, order: int, norm: str, rng: Source) -> Tensor:
         """Return n² ``[G]``, differentiable, in float32 or better."""
         if target.layers is not None:
-            norms = sample_norms if len(target.y) > 1 else batch_norm
-            n2 = norms(target.y.reshape(-1), target.xs, target.layers)
+            known = target.y.reshape(-1), target.xs, target.layers
+            if len(target.y) == 1:
+                n2 = batch_norm(*known)
+            elif TRACES:
+                n2 = sample_norms(*known)
+            else:
+                with Watch(target.layers.calls) as watch:
+                    n2 = sample_norms(*known, watch.gradients)
             return n2 if target.rows is None else n2[target.rows]
         if target.window is not None:
             window, compared = target.window, target.compared

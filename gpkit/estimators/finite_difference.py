@@ -53,8 +53,8 @@ class finite_difference(Estimator):
     not have. So at the moved point every unit keeps its piece of the first point, read off the
     autograd graph: of ReLU and its kind, abs, clamp, ``torch.where``, maxima, sorting and max
     pooling. Kinks that the graph hides, in a compiled net or a custom Function, are not held.
-    What the loss detaches, as SimSiam does with its target, is moved as well: the difference has the
-    derivative through it, and double backprop has not.
+    What the loss detaches, as SimSiam does with its target, is moved as well: the difference has
+    the derivative through it, and double backprop has not.
 
     Curvature and rounding: on the first use with a net, in float32 or coarser, the differences at
     the default h and h/2 are compared. If they differ by more than 2 %, other steps are tried and

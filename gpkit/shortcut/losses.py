@@ -18,7 +18,7 @@ from gpkit.autodiff.compat import children_of, couples_samples
 from gpkit.autodiff.derivatives import MENDED
 from gpkit.autodiff.layers.batch import gram_pays, norm_of
 from gpkit.autodiff.layers.norms import is_proven, sample_norms
-from gpkit.autodiff.layers.places import Place, call_at, place_of, products
+from gpkit.autodiff.layers.places import Place, call_at, is_straight, place_of, products
 from gpkit.autodiff.layers.recording import LayerCall, Recording
 from gpkit.autodiff.layers.rules import BATCH_NORMS
 from gpkit.autodiff.reached import family_of
@@ -247,12 +247,13 @@ def products_in(nodes: Sequence[Any], target: Target) -> list[Place]:
     """
     calls = () if target.layers is None else target.layers.calls
     straight = {
-        call.z.node
+        call.z.node: is_straight(call)
         for call in calls
         if isinstance(call.z, GradientEdge)
         and (call.straight or (call.straight is None and not call.a.requires_grad))
     }
-    return [place for place in products(nodes, target.xs) if nodes[place.z] in straight]
+    places = [place for place in products(nodes, target.xs) if nodes[place.z] in straight]
+    return [place._replace(joins=straight[nodes[place.z]]) for place in places]
 
 
 def layers_in(nodes: Sequence[Any], layers: Recording) -> list[Place] | None:

@@ -38,7 +38,8 @@ def wide_places(places: Sequence[Place], variables: Collection[int]) -> list[tup
     for i, layer in enumerate(layers):
         weight = layer.weight
         linear = type(layer) is nn.Linear or type(layer) is Matrix
-        if linear and id(weight) in variables and uses[id(weight)] == 1 and weight.numel() >= LARGE:
+        alone = id(weight) in variables and uses[id(weight)] == 1 and places[i].joins
+        if linear and alone and weight.numel() >= LARGE:
             found.append((i, *weight.shape))
     return found
 

@@ -143,6 +143,42 @@ def test_a_hook_on_the_output_of_a_layer_changes_its_gradient(make, reduction, r
         torch.testing.assert_close(loss + BATCH(LAMBDA)(loss, net.parameters()), expected)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_hook_on_the_first_layer_whose_weight_alone_is_penalised(bias):
+    """No gradient comes through the layer where the penalty takes one, but where it is trained."""
+
+    class Hooked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.last = nn.Linear(80, 90, bias=bias), nn.Linear(90, 3)
+
+        def forward(self, x):
+            z = self.wide(x)
+            z.register_hook(lambda g: 2 * g)
+            return self.last(torch.tanh(z))
+
+    net, penalty = Hooked(), SAMPLE(LAMBDA, wrt=gpkit.weights("wide.weight"))
+    for _ in range(3):
+        closure = loss_of(net, torch.randn(6, 80), "none")
+        losses = closure()
+        n2 = sum(
+            torch.autograd.grad(y, net.wide.weight, create_graph=True)[0].square().sum()
+            for y in losses
+        )
+        params = [*net.parameters()]
+        expected = torch.autograd.grad(losses.mean() + LAMBDA * n2 / 6, params)
+        total = penalty.with_loss(closure, net)
+        for one, other in zip(torch.autograd.grad(total, params), expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_instance_norm_whose_node_has_saved_samples_as_channels():
+    layers = nn.Conv1d(2, 4, 3), nn.InstanceNorm1d(4, affine=True), nn.Tanh(), nn.Flatten()
+    net, penalty = nn.Sequential(*layers, nn.Linear(24, 3)), SAMPLE(LAMBDA)
+    for size in (1, 6, 6, 3):
+        require_right(penalty, loss_of(net, torch.randn(size, 2, 8), "none"), net)
+
+
 def test_a_derivative_is_mended():
     """Torch's own second derivative of weight norm is wrong."""
     net = nn.Sequential(weight_norm(nn.Linear(5, 8)), nn.Tanh(), nn.Linear(8, 3))

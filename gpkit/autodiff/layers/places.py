@@ -15,6 +15,7 @@ from gpkit.autodiff import graph
 from gpkit.autodiff.compat import LEAF, class_of, packs_saved, saved, write_count
 from gpkit.autodiff.layers.gram import may_pay
 from gpkit.autodiff.layers.recording import LayerCall, Recording
+from gpkit.autodiff.layers.rules import INSTANCE_NORMS
 
 
 class Place(NamedTuple):
@@ -26,6 +27,8 @@ class Place(NamedTuple):
         output: which of the node's outputs it is.
         a: the place of the node that has saved its input.
         name: of what that node has saved.
+        joins: whether a gradient at its output is known to be what comes to it, so that calls may
+            join their products.
     """
 
     layer: Callable[[], Any]
@@ -33,6 +36,7 @@ class Place(NamedTuple):
     output: int
     a: int
     name: str
+    joins: bool = False
 
 
 SAVED = ("mat1", "self", "input", "indices")  # the names of inputs in torch's derivatives.yaml
@@ -48,14 +52,24 @@ def place_of(call: LayerCall, nodes: Sequence[Any], at: dict[Any, int]) -> Place
     """
     if not isinstance(call.z, GradientEdge) or call.z.node not in at:
         return None
+    if isinstance(call.layer, INSTANCE_NORMS):  # their node has saved samples as channels
+        return None
     node, output = call.z.node, call.z.output_nr
     behind = [node, *(parent for parent, _ in node.next_functions[:1] if parent in at)]
     for maker in behind:
         for name in () if packs_saved(maker) else SAVED:
             a = saved(maker, name)
             if a is not None and same(a, call.a):
-                return Place(weakref.ref(call.layer), at[node], output, at[maker], name)
+                ref = weakref.ref(call.layer)
+                return Place(ref, at[node], output, at[maker], name, is_straight(call))
     return None
+
+
+def is_straight(call: LayerCall) -> bool:
+    """Whether a gradient at the output of a call is what comes to it, in any backward pass."""
+    if call.straight is None and isinstance(call.z, GradientEdge):  # no gradient came through
+        return sum(parent is not None for parent, _ in call.z.node.next_functions) == 1
+    return bool(call.straight)
 
 
 def same(a: Tensor, b: Tensor) -> bool:
