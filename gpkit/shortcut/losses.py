@@ -253,7 +253,7 @@ def products_in(nodes: Sequence[Any], target: Target) -> list[Place]:
         and (call.straight or (call.straight is None and not call.a.requires_grad))
     }
     places = [place for place in products(nodes, target.xs) if nodes[place.z] in straight]
-    return [place._replace(joins=straight[nodes[place.z]]) for place in places]
+    return [Place(*place[:-1], joins=straight[nodes[place.z]]) for place in places]
 
 
 def layers_in(nodes: Sequence[Any], layers: Recording) -> list[Place] | None:
