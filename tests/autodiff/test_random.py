@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._dynamo  # it looks at the accelerators when an optimiser imports it
 from torch import nn
 
 from gpkit.autodiff.isolation import isolated
