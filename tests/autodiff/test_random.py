@@ -1,11 +1,11 @@
 """The streams of random numbers of the CPU and of any accelerator are seeded and given back."""
 
+import importlib
 import inspect
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch._dynamo  # it looks at the accelerators when an optimiser imports it
 from torch import nn
 
 from gpkit.autodiff.isolation import isolated
@@ -45,6 +45,7 @@ class Accelerator:
 @pytest.fixture(params=DEVICES)
 def device(request, monkeypatch):
     device = torch.device(request.param)
+    importlib.import_module("torch._dynamo")  # optimisers import it, and it asks the accelerators
     monkeypatch.setattr(torch, device.type, Accelerator(*DEVICES[request.param]))
     monkeypatch.setattr(torch, "Generator", Generator)
     return device
