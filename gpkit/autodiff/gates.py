@@ -108,16 +108,17 @@ def recorded(y: Tensor, nodes: Iterable[Any] | None = None) -> Iterator[Gates]:
             handle.remove()
 
 
-def carry(y: Tensor, gates: Gates, known: Any = None) -> Tensor:
+def carry(y: Tensor, gates: Gates, known: Any = None, epsilon: float = 0.0) -> Tensor:
     """Return ``y``, whose gradient is known, with the gates of the graph that it stands for.
 
     Args:
         y: the value.
         gates: of the graph.
         known: the leaves and the gradients, for others to take without a backward pass.
+        epsilon: of the casts in the graph, see `graph.spacing_of`.
     """
     node: Any = y.grad_fn
-    node.gates = gates
+    node.gates, node.epsilon = gates, epsilon
     if known is not None:
         node.known = known
     return y

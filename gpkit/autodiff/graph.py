@@ -190,6 +190,17 @@ def dtypes(y: Tensor, found: Fingerprint) -> set[torch.dtype]:
     return {dtype for dtype in every if dtype.is_floating_point}
 
 
+def spacing_of(found: Iterable[Any]) -> float:
+    """Return the machine epsilon of the coarsest dtype that casts in a graph have; 0 without any.
+
+    Args:
+        found: the nodes of the graph.
+    """
+    casts = [compat.dtypes_of(node) for node in found if compat.class_of(node) == compat.CASTS]
+    every = set().union(*casts)
+    return max((torch.finfo(d).eps for d in every if d.is_floating_point), default=0.0)
+
+
 class Fingerprint(NamedTuple):
     """What tells the graph of one net from that of another.
 

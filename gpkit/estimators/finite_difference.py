@@ -21,7 +21,6 @@ from gpkit.autodiff.numerics import (
     reduce_rows,
     root,
     shaped,
-    spacing,
     widened,
     zeros_for_none,
 )
@@ -165,7 +164,7 @@ class finite_difference(Estimator):
         if self.step is not None:
             return slope(1.0).square()
         leaves = [p for p in graph.leaves(target.y) if not any(p is x for x in target.xs)]
-        looking = look(self, spacing(target.y, *target.xs), leaves)
+        looking = look(self, target.spacing(), leaves)
         for factor in looking:
             looking.found = difference(factor)
         change = slope(looking.factor)
@@ -213,7 +212,7 @@ class finite_difference(Estimator):
             pairs = zip(along(a), along(b), strict=True)
             return [(after - before) / ((b - a) * h) for before, after in pairs]
 
-        looking = look(self, spacing(target.y, *target.xs), leaves)
+        looking = look(self, target.spacing(), leaves)
         for factor in looking:
             looking.found = difference(factor)
         slopes = difference(looking.factor)
@@ -228,6 +227,6 @@ class finite_difference(Estimator):
         """Return h ``[G]``, such that h·‖v‖ is the length of the step."""
         rows = [as_rows(widened(x.detach()), target.batched) for x in target.xs]
         size = length_of(rows) / sum(row.shape[1] for row in rows) ** 0.5
-        step = length_for(size, spacing(target.y, *target.xs), self.step, self.side)
+        step = length_for(size, target.spacing(), self.step, self.side)
         length = length_of(directions)
         return step / torch.where(length > 0, length, torch.ones_like(length))

@@ -189,4 +189,4 @@ def summarised(
         window.add(function, leaves, grads, gates)
         shared = True
     known = None if shared else (leaves, grads)
-    return carry(known_gradient(loss, leaves, grads), gates, known)
+    return carry(known_gradient(loss, leaves, grads), gates, known, graph.spacing_of(nodes))

@@ -95,7 +95,8 @@ class Step:
         self.large = any(owned[i].numel() >= LARGE for i in self.leaves)
         self.kinked = bool(kinks(nodes)) and not fd.cross_kinks
         self.dtype, self.owners = loss.dtype, Owners()
-        self.epsilon, self.top = torch.finfo(loss.dtype).eps, torch.finfo(loss.dtype).max
+        self.top, casts = torch.finfo(loss.dtype).max, graph.spacing_of(nodes)
+        self.epsilon = max(torch.finfo(loss.dtype).eps, casts)
         self.least: float = length_for(0.0, self.epsilon, fd.step, fd.side)
         self.given, self.adapts = fd.step is not None, fd.step is None and self.epsilon > FINE
         self.size: Any = math.inf  # of the weights, when they were looked at last

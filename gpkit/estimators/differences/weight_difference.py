@@ -52,10 +52,11 @@ def of_weights(fd: Stepping, target: Target, evaluate: Callable[..., Tensor], no
     leaves: Sequence[Tensor] = ()
     base: Sequence[Tensor | None] = ()
     if hasattr(node, "known"):
-        (leaves, base), gates = node.known, node.gates
+        (leaves, base), gates, casts = node.known, node.gates, node.epsilon
     else:
-        leaves = graph.leaves(target.y)
-        with recorded(target.y) as gates:
+        nodes = [*graph.nodes(target.y)]
+        leaves, casts = graph.leaves(target.y, nodes), graph.spacing_of(nodes)
+        with recorded(target.y, nodes) as gates:
             base = first_gradients(target.y, tuple(leaves))
     places = {id(leaf): i for i, leaf in enumerate(leaves)}
     found = [base[places[id(x)]] if id(x) in places else None for x in target.xs]
@@ -92,7 +93,7 @@ def of_weights(fd: Stepping, target: Target, evaluate: Callable[..., Tensor], no
         finally:
             go(back)
 
-    epsilon = spacing(target.y, *target.xs)
+    epsilon = max(casts, spacing(target.y, *target.xs))
     plain = window is None and target.compared is None and norm == "l2"
     if plain and is_plain([*leaves, *grads]):
         size = size_of(target.xs) if fd.step is None else 0.0

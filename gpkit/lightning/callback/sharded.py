@@ -97,7 +97,9 @@ class ShardedWeights:
             return given.value, dict.fromkeys(penalties)
         if not given.value.requires_grad:
             raise RuntimeError(NO_GRAPH)
-        epsilon = spacing(given.value, *graph.leaves(given.value))
+        nodes = [*graph.nodes(given.value)]
+        leaves = graph.leaves(given.value, nodes)
+        epsilon = max(spacing(given.value, *leaves), graph.spacing_of(nodes))
         with recorded(given.value) as gates:
             base = self.gradient(given.value, retain=retain)
         known = (given, base, gates, epsilon)
