@@ -2,7 +2,7 @@
 
 A penalty on gradients uses a weight W twice: z = a Wᵀ in the forward pass, and g = δ W in the
 backward pass. So its own gradient has two parts, ẑᵀ a + δᵀ ĝ with ẑ = ∂T/∂z and ĝ = ∂T/∂g. Autograd
-takes two products, each of the size of W, and a sum. One product of stacked rows is the same.
+takes two products, each of the size of W, and a sum. Here one is added to the other in place.
 """
 
 from __future__ import annotations
