@@ -3,78 +3,19 @@
 import copy
 import gc
 import weakref
-from dataclasses import dataclass
 
 import pytest
 import torch
+from plain_critics import Images, by_hand, critic, require_right, samples
 from torch import nn
 
 import gpkit
-from gpkit.axes.at import At
 
 FORMS = {
     "r1": (gpkit.r1, lambda n2: n2 / 2),
     "wgan_gp": (gpkit.wgan_gp, lambda n2: (n2.sqrt() - 1) ** 2),
     "wgan_lp": (gpkit.wgan_lp, lambda n2: (n2.sqrt() - 1).relu() ** 2),
 }
-
-
-class Images(nn.Module):
-    """A critic of the user's own, with plain attributes, one of which its forward writes."""
-
-    def __init__(self):
-        super().__init__()
-        self.stride, self.note = 2, "new"
-        self.conv, self.head = nn.Conv2d(3, 4, 3, self.stride), nn.Linear(4, 1)
-
-    def forward(self, x):
-        self.note = "used"
-        return self.head(torch.tanh(self.conv(x)).mean((2, 3)))[:, 0]
-
-
-def critic():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 8), nn.SiLU(), nn.Linear(8, 1)).double()
-
-
-def samples(*shape):
-    scale = torch.linspace(0.2, 3, shape[0]).reshape(-1, *[1] * (len(shape) - 1))
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(shape[0])) * scale).double()
-
-
-def by_hand(net, z, value, weight=1.0):
-    """Return a penalty at points z, and its gradients in the parameters, sample by sample."""
-    total = 0
-    for point in z:
-        x = point[None].detach().requires_grad_()
-        (g,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
-        total = total + value(g.square().sum())
-    total = weight * total / len(z)
-    trained = [p for p in net.parameters() if p.requires_grad]
-    return total, torch.autograd.grad(total, trained, allow_unused=True)
-
-
-def require_right(penalty, net, x, value, weight=1.0):
-    """Compare a call of a penalty at x with a loop, and its gradients."""
-    expected, grads = by_hand(net, x, value, weight)
-    found = penalty(net, real=x)
-    trained = [p for p in net.parameters() if p.requires_grad]
-    torch.testing.assert_close(found, expected)
-    found = torch.autograd.grad(found, trained, allow_unused=True)
-    for a, b in zip(found, grads, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            torch.testing.assert_close(a, b)
-
-
-@pytest.fixture
-def no_long_way(monkeypatch):
-    """Return a function that makes the long way an error."""
-
-    def close(*_, **__):
-        raise AssertionError("the long way was taken")
-
-    return lambda: monkeypatch.setattr(gpkit.GradientPenalty, "targets", close)
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -268,66 +209,6 @@ def test_arguments_of_another_kind_take_the_long_way():
         assert not penalty(net, real=samples(4, 5)).requires_grad
     half = penalty(net, real=samples(4, 5), sample_weight=torch.tensor([1.0, 0.0, 0.0, 0.0]))
     torch.testing.assert_close(half, gpkit.r1()(net, real=samples(4, 5)[:1]))
-
-
-class TwoPoints(nn.Module):
-    """A net that compares a point with a second one, if it is given."""
-
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(5, 8), nn.Linear(8, 1)
-
-    def forward(self, x, y=0):
-        return self.down(torch.tanh(self.up(x) + self.up(x + y)))
-
-
-def test_points_of_your_own_that_come_to_be_two_are_both_differentiated():
-    net, second = TwoPoints().double(), []
-    penalty = gpkit.GradientPenalty(at=lambda real, fake: (real, *second))
-    for _ in range(3):
-        require_right(penalty, net, samples(4, 5), lambda n2: n2)
-    second.append(samples(4, 5) + 1)
-    for _ in range(2):
-        x, y = samples(4, 5).requires_grad_(), second[0].clone().requires_grad_()
-        grads = torch.autograd.grad(net(x, y).sum(), (x, y), create_graph=True)
-        expected = sum(g.square().sum(1) for g in grads).mean()
-        found = penalty(net, real=samples(4, 5))
-        torch.testing.assert_close(found, expected)
-        own = [torch.autograd.grad(n, net.up.weight)[0] for n in (found, expected)]
-        torch.testing.assert_close(*own)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Noisy(At):
-    """Points that are drawn, of a class that does not say that they move."""
-
-    def choose(self, real, fake, rng):
-        return tuple(x + torch.randn(x.shape, generator=rng, dtype=x.dtype) for x in real)
-
-
-def test_points_of_your_own_are_drawn_from_the_numbers_of_the_penalty(no_long_way):
-    net = critic()
-    penalties = [gpkit.GradientPenalty(at=Noisy(), seed=3) for _ in range(2)]
-    before = torch.get_rng_state()
-    expected = []
-    for _ in range(3):
-        penalties[0].shortcuts.found.clear()
-        expected.append(penalties[0](net, real=samples(4, 5)))
-    found = [penalties[1](net, real=samples(4, 5))]
-    no_long_way()
-    found += [penalties[1](net, real=samples(4, 5)) for _ in range(2)]
-    assert found == expected
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_a_default_device_does_not_move_what_is_drawn_for_samples_on_the_cpu():
-    net, x = critic(), samples(4, 5)
-    for make in (gpkit.wgan_gp, gpkit.dragan):
-        plain, moved = make(seed=1), make(seed=1)
-        for _ in range(3):
-            expected = plain(net, real=x, fake=x - 1)
-            with torch.device("meta"):
-                assert torch.equal(moved(net, real=x, fake=x - 1), expected)
 
 
 OUTSIDE = torch.linspace(-1, 1, 40, dtype=torch.float64).reshape(5, 8).requires_grad_()

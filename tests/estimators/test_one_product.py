@@ -25,12 +25,12 @@ def joined(monkeypatch):
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_the_gradient_in_a_wide_weight_is_one_product(scope, joined, long_way):
+def test_the_gradient_in_a_wide_weight_is_one_product(scope, joined, looks):
     (net, batch), penalty = built("wide"), SCOPES[scope][0](0.3)
     for size in (6, 6, 60):
         require_right(penalty, net, *batch(size), scope)
     assert joined == [(80, 90, 2)]  # not in the first step, and not in a large batch
-    assert len(long_way) == 1
+    assert len(looks) == 1
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -56,7 +56,7 @@ def test_a_backward_pass_by_one_product_runs_again_where_it_may(scope, joined):
 
 @pytest.mark.parametrize("own", ["own", "a bias", "a wide weight"])
 @pytest.mark.parametrize("scope", SCOPES)
-def test_what_a_form_is_made_of_has_its_gradient(scope, own, joined, long_way):
+def test_what_a_form_is_made_of_has_its_gradient(scope, own, joined, looks):
     net, batch = built("wide")
     given = {"own": torch.tensor(2.0).double().requires_grad_(), "a bias": net[2].bias}
     factor = given.get(own, net[2].weight)
@@ -89,7 +89,7 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_a_weight_that_is_used_elsewhere_too_takes_two_products(scope, joined, long_way):
+def test_a_weight_that_is_used_elsewhere_too_takes_two_products(scope, joined, looks):
     torch.manual_seed(0)
     net, penalty = Tied().double(), SCOPES[scope][0](0.3, wrt=gpkit.weights("first.*"))
     params = list(net.parameters())
@@ -105,7 +105,7 @@ def test_a_weight_that_is_used_elsewhere_too_takes_two_products(scope, joined, l
             found, torch.autograd.grad(losses.mean() + 0.3 * n2, params), strict=True
         ):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
-    assert (joined, len(long_way)) == ([], 1)
+    assert (joined, len(looks)) == ([], 1)
 
 
 def test_a_hook_of_a_weight_sees_its_gradient(joined):
