@@ -20,7 +20,7 @@ from gpkit.autodiff.tracing.calls import RECORDS, TRACES
 from gpkit.estimators.base import Recomputable, Target
 from gpkit.shortcut.losses import LossGraph, is_loss, layers_in, products_in
 from gpkit.shortcut.net import Choices
-from gpkit.shortcut.one_product import in_one_product, note_joins
+from gpkit.shortcut.summed_products import note_joins, with_summed_products
 
 MANY = 64
 
@@ -163,5 +163,5 @@ class ExactStep:
         weight = penalty.counted(step)
         penalty.draws += 1  # an exact norm draws nothing
         terms = penalty.observed(formula.terms(penalty, n2, weight, observe=True))
-        total = in_one_product(terms.added_to(mean), calls, leaves, (mean, n2))
+        total = with_summed_products(terms.added_to(mean), calls, leaves, (mean, n2))
         return total, mean.detach(), lambda: terms

@@ -30,7 +30,7 @@ from gpkit.formula import Terms
 from gpkit.shortcut.compat import differentiable
 from gpkit.shortcut.earlier import Earlier
 from gpkit.shortcut.net import Choices
-from gpkit.shortcut.one_product import in_one_product, note_joins, wide_places
+from gpkit.shortcut.summed_products import note_joins, wide_places, with_summed_products
 
 MANY = 64
 
@@ -202,7 +202,7 @@ class Losses(Earlier):
         n2, mean, calls, leaves = found
         terms = formula.terms(axes, n2, call.weight, observe=True)
         if any(own.joins for own in calls):
-            join = partial(in_one_product, calls=calls, leaves=leaves, parts=(mean, n2))
+            join = partial(with_summed_products, calls=calls, leaves=leaves, parts=(mean, n2))
             terms.ready = mean, join
         return terms
 
@@ -214,7 +214,7 @@ class Losses(Earlier):
         Args:
             axes: the penalty.
             call: its arguments.
-            joins: whether to note which layers join their products, see `in_one_product`.
+            joins: whether to note which layers join their products, see `with_summed_products`.
         """
         loss, who = call.f, who_is(call.args)
         loss = loss.value if type(loss) is Recomputable else loss

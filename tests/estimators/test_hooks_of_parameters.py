@@ -11,13 +11,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import gpkit
-from gpkit.shortcut import one_product
+from gpkit.shortcut import summed_products
 
 TIMES = 0.5
 
 
 def built():
-    """Return a net with a wide layer, for Gram matrices and one product, and a batch."""
+    """Return a net with a wide layer, for Gram matrices and summed products, and a batch."""
     torch.manual_seed(0)
     layers = nn.Linear(5, 90), nn.Tanh(), nn.Linear(90, 80), nn.Tanh(), nn.Linear(80, 3)
     return nn.Sequential(*layers).double(), *batches(1)[0]
@@ -71,7 +71,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_hook_acts_once(way, monkeypatch):
-    monkeypatch.setattr(one_product, "LARGE", 1000)
+    monkeypatch.setattr(summed_products, "LARGE", 1000)
     (net, x, y), (make, oracle) = built(), WAYS[way]
     alone, ours, seen = copy.deepcopy(net), make(), []
     params = list(net.parameters())

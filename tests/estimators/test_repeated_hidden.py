@@ -8,7 +8,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 
 import gpkit
-from gpkit.shortcut import one_product
+from gpkit.shortcut import summed_products
 
 LAMBDA = 0.3
 BATCH, SAMPLE = gpkit.weight_grad_norm, gpkit.per_sample_grad_norm
@@ -16,7 +16,7 @@ BATCH, SAMPLE = gpkit.weight_grad_norm, gpkit.per_sample_grad_norm
 
 @pytest.fixture(autouse=True)
 def in_double(monkeypatch):
-    monkeypatch.setattr(one_product, "LARGE", 1000)
+    monkeypatch.setattr(summed_products, "LARGE", 1000)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     yield
@@ -24,7 +24,7 @@ def in_double(monkeypatch):
 
 
 def wide():
-    """Return a net in which Gram matrices pay, and gradients are taken in one product."""
+    """Return a net in which Gram matrices pay, and the products of gradients are summed."""
     return nn.Sequential(
         nn.Linear(5, 90), nn.Tanh(), nn.Linear(90, 80), nn.Tanh(), nn.Linear(80, 3)
     )

@@ -1,4 +1,4 @@
-"""The gradient in a wide weight is one product, and is that of a loop by hand."""
+"""The two products of the gradient in a wide weight are summed, and are those of a loop by hand."""
 
 import pytest
 import torch
@@ -7,25 +7,25 @@ from torch import nn
 from torch.nn import functional as F
 
 import gpkit
-from gpkit.shortcut import one_product
+from gpkit.shortcut import summed_products
 
 
 @pytest.fixture
 def joined(monkeypatch):
-    """Return a list with the shapes of the weights whose gradient is one product."""
-    shapes, product = [], one_product.product
+    """Return a list with the shapes of the weights whose products are summed."""
+    shapes, product = [], summed_products.product
 
     def noting(call, *parts):
         shapes.append((*call.layer.weight.shape, sum(part is not None for part in parts)))
         return product(call, *parts)
 
-    monkeypatch.setattr(one_product, "product", noting)
-    monkeypatch.setattr(one_product, "LARGE", 1000)
+    monkeypatch.setattr(summed_products, "product", noting)
+    monkeypatch.setattr(summed_products, "LARGE", 1000)
     return shapes
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_the_gradient_in_a_wide_weight_is_one_product(scope, joined, looks):
+def test_the_gradient_in_a_wide_weight_has_summed_products(scope, joined, looks):
     (net, batch), penalty = built("wide"), SCOPES[scope][0](0.3)
     for size in (6, 6, 60):
         require_right(penalty, net, *batch(size), scope)
@@ -34,7 +34,7 @@ def test_the_gradient_in_a_wide_weight_is_one_product(scope, joined, looks):
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_a_backward_pass_by_one_product_runs_again_where_it_may(scope, joined):
+def test_a_backward_pass_by_summed_products_runs_again_where_it_may(scope, joined):
     (net, batch), penalty = built("wide"), SCOPES[scope][0](0.3)
     x, t = batch(6)
     require_right(penalty, net, x, t, scope)

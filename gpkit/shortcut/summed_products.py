@@ -1,4 +1,4 @@
-"""The gradient in the weights of wide linear layers, by one product for each layer.
+"""The gradient in the weights of wide linear layers: two products, one added to the other.
 
 A penalty on gradients uses a weight W twice: z = a Wᵀ in the forward pass, and g = δ W in the
 backward pass. So its own gradient has two parts, ẑᵀ a + δᵀ ĝ with ẑ = ∂T/∂z and ĝ = ∂T/∂g. Autograd
@@ -51,10 +51,10 @@ def note_joins(calls: Sequence[LayerCall], wide: Sequence[tuple[int, int, int]])
         calls[i].joins = a.ndim == 2 and a.shape[0] * (p + q) < p * q
 
 
-def in_one_product(
+def with_summed_products(
     total: Tensor, calls: Sequence[LayerCall], leaves: Sequence[Tensor], parts: Sequence[Tensor]
 ) -> Tensor:
-    """Return a number whose backward pass takes one product for each weight of calls that join.
+    """Return a number whose backward pass adds up the products in each weight of calls that join.
 
     A backward pass with ``create_graph=True`` goes through the graph of the number itself.
 
@@ -74,7 +74,7 @@ def in_one_product(
     if any(id(leaf) in own for leaf in added):
         return total
     others = [*{id(x): x for x in (*leaves, *added) if id(x) not in own}.values()]
-    return applied(_OneProduct, Held(total, joined, others), *weights, *others)
+    return applied(_SummedProducts, Held(total, joined, others), *weights, *others)
 
 
 class Held:
@@ -85,7 +85,7 @@ class Held:
         self.calls, self.others = calls, others
 
 
-class _OneProduct(torch.autograd.Function):
+class _SummedProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, held: Held, *_: Tensor) -> Tensor:
         ctx.held = held
