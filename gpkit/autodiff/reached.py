@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gpkit.autodiff.compat import buffers_of, children_of, hooks_of, parameters_of
@@ -125,6 +126,19 @@ def reach(function: Any) -> Reach:
         found = _KNOWN[key] = Known(own, may_draw([function, *family])), refs
     found[0].look_at(family)
     return Reach(family, streams, found[0])
+
+
+def require_no_script(family: Iterable[nn.Module]) -> None:
+    """Refuse scripted modules: optimised by torch, they detach their inputs.
+
+    Raises:
+        NotImplementedError: if one is among the modules.
+    """
+    if any(isinstance(module, torch.jit.ScriptModule) for module in family):
+        raise NotImplementedError(
+            "Taylor mode cannot look into a scripted module: give it the net from before "
+            "torch.jit.script, or use estimator='exact' or 'projection'"
+        )
 
 
 def family_of(modules: Iterable[nn.Module]) -> list[nn.Module]:

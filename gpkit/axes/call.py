@@ -16,7 +16,7 @@ from gpkit.autodiff.compat import nodes_made
 from gpkit.autodiff.graph import Made
 from gpkit.autodiff.isolation import double_backward, in_graph, isolated, running
 from gpkit.autodiff.random import META, RandomState, Source
-from gpkit.autodiff.reached import Reach, reach, reached
+from gpkit.autodiff.reached import Reach, reach, reached, require_no_script
 from gpkit.autodiff.state import Start, start_of
 from gpkit.autodiff.tracing.calls import RECORDS, TRACES
 from gpkit.axes.at import Points
@@ -108,6 +108,8 @@ class Call:
         """
         if RECORDS:
             RECORDS[-1].ran(self.reach.family)
+        if self.axes.estimator.on_jets and not TRACES:
+            require_no_script(self.reach.family)
         if isinstance(self.f, Recomputable):
             with self.forward(self.f.state, device):
                 return self.selected(self.f.function(*xs)), {}

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import gpkit.autodiff.taylor.rules  # noqa: F401  registers the rule of every operation
 from gpkit import checks
 from gpkit.autodiff.isolation import double_backward
+from gpkit.autodiff.reached import reach, require_no_script
 from gpkit.autodiff.taylor import in_graph
 from gpkit.autodiff.taylor import rules as rules  # registers them
 
@@ -38,7 +38,7 @@ def directional_derivative(f: Callable[..., Any], x: Any, v: Any, order: int = 1
     Raises:
         NotImplementedError: if ``f`` runs an operation without a rule; the message names it.
         TypeError: if ``f`` does not return a tensor.
-        ValueError: if the shapes do not fit, or ``order`` < 1.
+        ValueError: if the shapes do not fit, x is of whole numbers, or ``order`` < 1.
 
     Source: Griewank and Walther (2008), Evaluating Derivatives, chapter 13.
 
@@ -55,6 +55,13 @@ def directional_derivative(f: Callable[..., Any], x: Any, v: Any, order: int = 1
             "`directional_derivative(f, x, v)` needs v in the shape of x; "
             f"got x {shapes[0]} and v {shapes[1]}"
         )
+    whole = next((a.dtype for a in xs if not (a.is_floating_point() or a.is_complex())), None)
+    if whole is not None:
+        raise ValueError(
+            f"`directional_derivative(f, x, v)` needs x of floating-point numbers; got {whole}: "
+            "use x.float()"
+        )
+    require_no_script(reach(f).family)
     train = torch.is_grad_enabled()
     # elementary norm layers; and jets need grad mode: under no_grad the function is a constant
     with double_backward(max(order, 2)), torch.enable_grad():

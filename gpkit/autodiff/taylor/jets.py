@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -76,6 +77,7 @@ class Jet(Tensor):
             return args[0].leading[0].detach()
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
         if not torch.is_grad_enabled():  # under no_grad the result is a constant
+            require_no_function()
             return func(*value(args), **value(kwargs))
         target = None
         if name.endswith("_") and name[:-1] in RULES and may_be_written_to(args[0]):
@@ -121,6 +123,21 @@ PIECEWISE = (
     "sort",
     "topk",
     "where",
+    "gt",
+    "ge",
+    "lt",
+    "le",
+    "sign",
+    "_prelu_kernel",
+    "rrelu_with_noise",
+    "hardswish",
+    "hardsigmoid",
+    "softshrink",
+    "hardshrink",
+    "smooth_l1_loss",
+    "huber_loss",
+    "floor",
+    "round",
 )
 
 
@@ -128,8 +145,13 @@ def refusal(name: str) -> str:
     """Return the error message for an operation without a rule."""
     if name in PIECEWISE:
         return (
-            f"Taylor mode of order >= 2 needs smooth operations; {name!r} is piecewise, and its "
-            "derivatives ignore the kinks: use GELU, SiLU, softplus or tanh"
+            f"Taylor mode needs smooth operations; {name!r} is piecewise, and its derivatives "
+            "ignore the kinks: use GELU, SiLU, softplus or tanh"
+        )
+    if name in ("copy_", "fill_"):
+        return (
+            f"Taylor mode does not support the in-place operation {name!r}, as in y[:, 0] = x: "
+            "make a new tensor of the parts, as with torch.cat, torch.stack or torch.where"
         )
     if name.endswith("_") and not name.endswith("__"):
         return (
@@ -139,6 +161,25 @@ def refusal(name: str) -> str:
     return (
         f"Taylor mode has no rule for the operation {name!r}: use estimator='exact' or 'projection'"
     )
+
+
+def require_no_function() -> None:
+    """Refuse an `torch.autograd.Function`: its forward is under no_grad, so it looks constant.
+
+    Raises:
+        NotImplementedError: if one runs now.
+    """
+    frame: Any = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is APPLY:
+            raise NotImplementedError(
+                "Taylor mode cannot look into a torch.autograd.Function; got "
+                f"{frame.f_locals['cls'].__name__}: use estimator='exact' or 'projection'"
+            )
+        frame = frame.f_back
+
+
+APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 
 
 def may_be_written_to(x: Any) -> bool:

@@ -25,11 +25,14 @@ from gpkit.autodiff.taylor.series import Series
 # Operations that are linear in all their jets (shapes, sums, layouts): applied to each coefficient.
 LINEAR = (
     "view", "_unsafe_view", "permute", "transpose", "t", "expand", "slice", "select", "squeeze",
-    "unsqueeze", "alias", "clone", "_to_copy", "neg", "sum", "mean", "cat", "stack", "unbind",
-    "split", "split_with_sizes", "index", "index_select", "gather", "flip", "roll",
-    "avg_pool2d", "_adaptive_avg_pool2d",
+    "unsqueeze", "alias", "clone", "neg", "sum", "mean", "cat", "stack", "unbind", "split",
+    "split_with_sizes", "index", "index_select", "gather", "flip", "roll", "repeat", "cumsum",
+    "tril", "triu", "diagonal", "diag_embed", "unfold", "im2col", "avg_pool2d", "avg_pool3d",
+    "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "pixel_shuffle", "pixel_unshuffle",
+    "channel_shuffle", "reflection_pad1d", "reflection_pad2d", "replication_pad1d",
+    "replication_pad2d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
+    "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d",
 )
-
 
 # Operations whose result is a constant: independent of the values, or detached.
 CONSTANT = (
@@ -49,6 +52,22 @@ def linear(func: Any, *args: Any, **kwargs: Any) -> Any:
     if not is_jet(args[0]):
         raise NotImplementedError(refusal(func.overloadpacket.__name__))
     return jets([func(a, *args[1:], **kwargs) for a in args[0].leading], k)
+
+
+@rule("_to_copy")
+def converted(func: Any, x: Jet, **kwargs: Any) -> Any:
+    """Another dtype or device; whole numbers are constants, as their derivatives vanish."""
+    dtype = kwargs.get("dtype") or x.dtype
+    whole = not (dtype.is_floating_point or dtype.is_complex)
+    return (constant if whole else linear)(func, x, **kwargs)
+
+
+@rule("where")
+def where(func: Any, condition: Any, *args: Any) -> Jet:
+    """Entries of one or the other, by a constant condition."""
+    if is_jet(condition):
+        raise NotImplementedError(refusal("where"))
+    return Jet([func(condition, x, y) for x, y in zip(*pair(*args), strict=True)])
 
 
 @rule(*CONSTANT)
@@ -141,7 +160,7 @@ def filled(func: Any, x: Any, where: Any, fill: Any = 0.0) -> Jet:
 @rule("native_dropout")
 def dropout(func: Any, x: Jet, p: float, train: bool | None) -> tuple[Jet, Tensor]:
     """All coefficients use the mask of a_0."""
-    _, mask = func(x.coefficients[0], p, train)
+    _, mask = func(x.leading[0], p, train)
     keep = mask.to(x.dtype) / (1 - p) if train and p < 1 else mask.to(x.dtype)
     return jets([a * keep for a in x.leading], x.order), mask
 
@@ -155,10 +174,9 @@ def power(func: Any, a: Any, p: Any) -> Jet:
             return Jet(series.exp(series.product(p.coefficients, series.log(base))))
         log = torch.as_tensor(a, dtype=p.dtype, device=p.device).log()
         return Jet(series.exp([x * log for x in p.coefficients]))
-    if isinstance(p, Tensor):
-        if p.numel() != 1:
-            raise NotImplementedError(refusal("pow with a tensor of exponents"))
-        p = p.item()
+    if isinstance(p, Tensor):  # it may be a parameter
+        shape = torch.broadcast_shapes(a.shape, p.shape)
+        return Jet(series.any_power([x.expand(shape) for x in a.coefficients], p))
     return Jet(series.power(a.series, p))
 
 
@@ -180,7 +198,7 @@ ELEMENTARY = {
     "mish": lambda a: series.product(a, series.tanh(series.softplus(a))),
     "expm1": lambda a: [a[0].expm1(), *series.exp(a)[1:]],
     "log1p": lambda a: [a[0].log1p(), *series.log([a[0] + 1, *a[1:]])[1:]],
-    "log_sigmoid_forward": lambda a: series.scaled(series.softplus(series.scaled(a, -1.0)), -1.0),
+    "log_sigmoid_forward": series.logsigmoid,
 }
 
 
@@ -300,13 +318,12 @@ def group_norm(
     "_batch_norm_impl_index",
 )
 def batch_norm_in_evaluation(func: Any, x: Any, *args: Any) -> Any:
-    """Batch norm in eval mode, an affine map. In training mode `elementary` replaces it before."""
+    """Batch norm in eval mode, an affine map. In training mode it is written out before."""
     name = func.overloadpacket.__name__
     if name != "_native_batch_norm_legit_no_training" and args[4]:
         raise NotImplementedError(refusal(name))
-    first, *others = x.coefficients
+    (first, *others), (weight, _, _, var) = x.coefficients, args[:4]
     results = func(first, *args)
-    weight, _, _, var = args[:4]
     eps = args[-2] if name == "_batch_norm_impl_index" else args[-1]
     slope = (var + eps).rsqrt() * (1 if weight is None else weight)
     slope = slope.to(x.dtype).reshape([1, -1] + [1] * (x.ndim - 2))

@@ -112,13 +112,18 @@ def log(a: Series) -> Series:
 
 
 def power(a: Series, p: float) -> Series:
-    """Return a^p: by products for small integers p, so that a may be zero; else a y' = p y a'."""
+    """Return a^p: by products for small integers p, so that a may be zero."""
     if p == int(p) and abs(p) <= 32:
         one = [torch.ones_like(a[0]), *[torch.zeros_like(a[0])] * (len(a) - 1)]
         y = one if p == 0 else a
         for _ in range(int(abs(p)) - 1):
             y = product(y, a)
         return quotient(one, y) if p < 0 else y
+    return any_power(a, p)
+
+
+def any_power(a: Series, p: Any) -> Series:
+    """Return a^p for any number p, or a tensor: a y' = p y a'."""
     y = [a[0].pow(p)]
     for n in range(1, len(a)):
         terms = ((p * i - (n - i)) * a[i] * y[n - i] for i in range(1, n + 1))
@@ -174,6 +179,11 @@ def softplus(a: Series, beta: float = 1.0, threshold: float = 20.0) -> Series:
     y = integral(F.softplus(a[0], beta, threshold), known_slope(sigmoid(scaled(a, beta))), a)
     linear = a[0] * beta > threshold
     return [y[0], *(torch.where(linear, x, z) for x, z in zip(a[1:], y[1:], strict=True))]
+
+
+def logsigmoid(a: Series) -> Series:
+    """Solve y' = sigmoid(-a) a'."""
+    return integral(F.logsigmoid(a[0]), known_slope(sigmoid(scaled(a, -1.0))), a)
 
 
 def gelu(a: Series, approximate: str = "none") -> Series:
