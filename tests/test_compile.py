@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import warnings
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from compiling import Graphs, critic, needs_compiler, same, samples
 from torch import nn
 
 import gpkit
-from gpkit.compiling import parity
+from gpkit.compiling import obstacles, parity
 
 FASTER = parity.faster
 pytestmark = [pytest.mark.compiler, pytest.mark.usefixtures("graphs_alone")]
@@ -264,6 +265,12 @@ OBSTACLES = {
         lambda net, penalty: lambda x, _: penalty(net, real=x) + penalty(net, real=-x),
         "'r1' is called twice in a step, and the second call reads the average that the first",
     ),
+    "adaptive, twice": (
+        critic,
+        lambda: gpkit.r1(gpkit.target_norm(1.0)),
+        lambda net, penalty: lambda x, _: penalty(net, real=x) + penalty(net, real=-x),
+        "'r1' is called twice in a step, and the second call reads the weight that the first",
+    ),
     "variable": (
         critic,
         gpkit.input_grad_norm,
@@ -309,3 +316,106 @@ def test_refusals():
     with pytest.raises(TypeError, match=r"takes the function that returns the loss; got a Tensor"):
         gpkit.compile(torch.ones(1))
     assert repr(gpkit.compile(len)) == "gpkit.compile(<built-in function len>)"
+
+
+def normalised():
+    return critic(nn.BatchNorm1d(6))
+
+
+def other(net, *layers):
+    """The first of two nets in a list, and another one beside it."""
+    return nn.ModuleList([net, critic(*layers)])
+
+
+def by_index(nets):
+    gp = gpkit.wgan_gp(seed=1)
+    return lambda x, z, i: nets[i](z).mean() + gp(nets[i], real=x, fake=z), (gp,)
+
+
+def by_mode(net):
+    gp = gpkit.wgan_gp(seed=1)
+
+    def loss(x, z, train):
+        net.train(train)
+        return net(z).mean() + gp(net, real=x, fake=z)
+
+    return loss, (gp,)
+
+
+def by_flag(net):
+    a, b = gpkit.r1(seed=1), gpkit.wgan_gp(gpkit.warmup(2.0, steps=3), seed=2)
+
+    def loss(x, z, which):
+        value = net(z).mean()
+        if which == "none":
+            return value
+        return value + (a(net, real=x) if which == "r1" else b(net, real=x, fake=z))
+
+    return loss, (a, b)
+
+
+CHANGED = {
+    "another net": (lambda: other(normalised(), nn.BatchNorm1d(6)), by_index, (0, 1, 1)),
+    "masks after none": (lambda: critic(nn.Dropout(0.5)), by_mode, (False, True, True)),
+    "another penalty": (critic, by_flag, ("r1", "gp", "none", "gp")),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_changes_between_steps_is_seen(name):
+    """A graph knows buffers, masks and penalties of the eager step: with others it runs anew."""
+    build, make_loss, given = CHANGED[name]
+    same(build, make_loss, [(*samples(), own) for own in given], backend=Graphs())
+
+
+def test_a_net_that_is_frozen_later_is_refused_as_without_compiling():
+    net, head = critic(), nn.Linear(1, 1)
+    penalty = gpkit.r1(seed=1)
+    step = gpkit.compile(
+        lambda x: head(net(x)).mean() + penalty(net, real=x), measure=False, backend=Graphs()
+    )
+    x = samples()[0]
+    for _ in range(2):
+        step(x)
+    net.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="all parameters of the net are frozen"):
+        step(x)
+
+
+def test_what_changes_at_each_step_is_given_up(monkeypatch):
+    monkeypatch.setattr("gpkit.compiling.loss.KNOCKS", 2)
+    net, penalty, steps = critic(), gpkit.r1(seed=1), {"now": "0"}
+
+    def loss(x):
+        weight = len(steps["now"]) * net(x).mean()
+        return weight + penalty(net, real=x) if steps["now"] != "no" else weight
+
+    step = gpkit.compile(loss, measure=False, backend=Graphs())
+    x = samples()[0]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for now in ("0", "no", "1", "no", "222"):
+            steps["now"] = now
+            assert step(x) == loss(x)
+    assert [str(warning.message).partition(": ")[2] for warning in said] == [
+        f"{step} is not compiled: {obstacles.CHANGES}"
+    ]
+
+
+def test_nan_in_a_gradient_is_no_equal():
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * float("nan")
+
+    def backend(graph, _):
+        broken = lambda out: Broken.apply(out) if out.requires_grad else out  # noqa: E731
+        return lambda *args: [broken(out) for out in graph(*args)]
+
+    step = gpkit.compile(wgan_gp(critic())[0], backend=backend)
+    with pytest.warns(UserWarning, match="differs: its value by .* and its gradient by inf"):
+        step(*samples()).backward()

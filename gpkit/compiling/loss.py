@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -26,11 +25,22 @@ from gpkit.autodiff.tracing.compat import (
 )
 from gpkit.autodiff.tracing.hooks import dispatch, dispatch_before
 from gpkit.compiling import obstacles, parity
-from gpkit.compiling.plans import Draws, Plan, shapes_of, terms_of, traced
+from gpkit.compiling.plans import (
+    Draws,
+    Gate,
+    Plan,
+    place_of,
+    shapes_of,
+    terms_of,
+    traced,
+    weights_of,
+    with_place,
+)
 from gpkit.formula import Terms
 
 log = logging.getLogger(__name__)
 MISSES = 8  # steps with other values than a graph takes for granted, before it is given up
+KNOCKS = 16  # how often a function may be traced anew because something changed
 CHECKED = 2  # how many shapes of the arguments are compared with the eager loss
 
 
@@ -54,7 +64,8 @@ class CompiledLoss:
         self.function, self.measure, self.options = function, measure, options
         self.obstacle: str | None = None
         self.terms: list[Terms | None] = []
-        self._plans: dict[tuple[bool, ...], Plan] = {}
+        self._plans: dict[tuple[bool, ...], list[Plan]] = {}  # by which penalties act
+        self._knocks = 0
         self._penalties: list[Any] | None = None
         self._anchor = torch.zeros((), requires_grad=True)
 
@@ -66,10 +77,16 @@ class CompiledLoss:
             return self._recorded(args, kwargs)[0]
         if self._penalties is None:
             return self._eager(args, kwargs)
-        weights = self._weights()
-        plan = self._plans.get(tuple(w != 0 for w in weights))
+        weights = weights_of(self._penalties)
+        acting = tuple(w != 0 for w in weights)
+        plan = self._plan(acting, args, kwargs)
         if plan is None:
             return self._eager(args, kwargs)
+        own = [call.penalty for call in plan.calls]
+        if own != self._penalties:  # of the latest eager step, with other arguments
+            weights = weights_of(own)
+            if tuple(w != 0 for w in weights) != acting:
+                return self._eager(args, kwargs)
         if plan.slower:
             return self._recorded(args, kwargs)[0]
         shapes = shapes_of((args, kwargs))
@@ -84,16 +101,16 @@ class CompiledLoss:
     @property
     def slower(self) -> bool:
         """Whether all graphs were measured to be slower than the eager loss."""
-        return bool(self._plans) and all(plan.slower for plan in self._plans.values())
+        plans = [plan for own in self._plans.values() for plan in own]
+        return bool(plans) and all(plan.slower for plan in plans)
 
-    def _weights(self) -> list[float]:
-        """Return λ of each call of the next step."""
-        calls: Counter[int] = Counter()
-        weights = []
-        for penalty in self._penalties or ():
-            weights.append(penalty.weight_at(penalty.step + calls[id(penalty)]))
-            calls[id(penalty)] += 1
-        return weights
+    def _plan(self, acting: tuple[bool, ...], args: Any, kwargs: Any) -> Plan | None:
+        """Return the plan for a step; None if there is none yet."""
+        plans = self._plans.get(acting, [])
+        if len(plans) < 2:
+            return plans[0] if plans else None
+        place = place_of(self._reach(args, kwargs).family, (args, kwargs))
+        return next((plan for plan in reversed(plans) if place in plan.places), None)
 
     def _step(
         self,
@@ -114,6 +131,9 @@ class CompiledLoss:
             result, observed, learned, held = self._run(plan, weights, given, args, kwargs)
         except Exception as error:  # of the compiler, or of the function: then it is raised again
             reset(before)
+            if plan.gate.knocked:
+                plan.gate.knocked = False
+                return self._eager(args, kwargs, anew=True)
             self._stop(obstacles.of_error(error))
             return self._recorded(args, kwargs)[0]
         plan.runs += 1
@@ -137,9 +157,12 @@ class CompiledLoss:
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Reach, Start, torch.device]:
         """Return what a step reaches, and what it starts from."""
-        found = reach(partial(self.function, *args, **kwargs) if args or kwargs else self.function)
+        found = self._reach(args, kwargs)
         device = device_of(args, tuple(kwargs.values()), *found.family)
         return found, start_of(found, device), device
+
+    def _reach(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reach:
+        return reach(partial(self.function, *args, **kwargs) if args or kwargs else self.function)
 
     def _run(
         self,
@@ -166,8 +189,17 @@ class CompiledLoss:
         self.terms = [call.terms for call in record.calls]
         return result, record
 
-    def _eager(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the function itself, see what the penalties do in it, and compile it."""
+    def _eager(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, anew: bool = False) -> Any:
+        """Run the function itself, see what the penalties do in it, and compile it.
+
+        Args:
+            args: of the function.
+            kwargs: of the function.
+            anew: whether it was compiled, and something is not as it was then.
+
+        Returns:
+            What the function returns.
+        """
         found, start, device = self._start(args, kwargs)
         result, record = self._recorded(args, kwargs)
         calls, total = record.calls, parity.total_of(result)
@@ -181,41 +213,48 @@ class CompiledLoss:
             obstacle = obstacle or "what it returns has no graph"
         elif any(call.acts for call in calls):
             obstacle = obstacle or obstacles.of_graph(total, calls)
+        self._knocks += anew
+        if self._knocks > KNOCKS:
+            obstacle = obstacle or obstacles.CHANGES
         if obstacle:
             self._stop(obstacle)
             return result
         again = partial(repeated, found, start, device)
         draws = [Draws(call.drawn, call.noise, device) for call in calls if call.acts]
-        self._compile(record, result, again, draws, args, kwargs)
+        acting, shapes = tuple(call.acts for call in calls), shapes_of((args, kwargs))
+        plans = self._plans.get(acting, [])
+        plan = next((p for p in plans if p.suits(record, shapes)), None)
+        plan = self._compile(plan, record, result, again, draws, args, kwargs, anew)
+        if plan is not None:
+            plan.draws[shapes] = draws
+            self._plans[acting] = with_place(plans, plan, place_of(found.family, (args, kwargs)))
         return result
 
     def _compile(
         self,
+        plan: Plan | None,
         record: Record,
         result: Any,
         again: Any,
         draws: list[Draws],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> None:
-        calls = record.calls
-        acting = tuple(call.acts for call in calls)
-        plan = self._plans.get(acting)
-        new = plan is None
+        anew: bool,
+    ) -> Plan | None:
+        """Return the plan for a step, a new one if none is given; None if it is not used."""
+        calls, new = record.calls, plan is None
         if plan is None:
-            order = max([order_of(call.penalty) for call in calls if call.acts], default=0)
-            options = for_steps(self.options)
-            run = torch.compile(traced(self.function, calls, order), fullgraph=True, **options)
-            plan = Plan(calls, run, record.hooks)
-        shapes = shapes_of((args, kwargs))
-        if new or len(plan.draws) < CHECKED:
+            options, gate = for_steps(self.options), Gate()
+            run = torch.compile(traced(self.function, calls, gate), fullgraph=True, **options)
+            plan = Plan(calls, run, record.hooks, gate)
+        if new or anew or len(plan.draws) < CHECKED:
             weights = [c.weight for c in calls]
             pairs = zip([c for c in calls if c.acts], draws, strict=True)
             numbers = [[*own.anew(call.seed), *call.states] for call, own in pairs]
             fits = []
 
             def compiled() -> Any:
-                with again():
+                with again(), plan.gate:
                     outcome, *_, held = self._run(plan, weights, numbers, args, kwargs)
                 fits.append(held is None or bool(held))
                 return outcome
@@ -230,12 +269,14 @@ class CompiledLoss:
                     first = parity.outcome_of(compiled, None)
             except Exception as error:  # of the compiler: the function has just run
                 self._stop(obstacles.of_error(error))
-                return
+                return None
             log.info("gpkit.compile: %s took %.1f s to compile", self, first.seconds)
             if not all(fits):  # other values in a batch of another shape
-                return
-            if not self._equal(expected, first, None if has_ranks() else eager):
-                return
+                return None
+            obstacle = parity.unlike(expected, first, None if has_ranks() else eager)
+            if obstacle:
+                self._stop(obstacle)
+                return None
             if self.measure and new:
                 leaves = [x for x in first.grads if x is not self._anchor]
                 with warnings.catch_warnings(action="ignore"):  # a hook of the net may compile anew
@@ -246,23 +287,7 @@ class CompiledLoss:
                 log.info(
                     "gpkit.compile: %s runs %s: %.3g ms eager, %.3g ms compiled", self, word, *ms
                 )
-        self._plans[acting] = plan
-        plan.draws[shapes] = draws
-
-    def _equal(self, expected: parity.Outcome, found: parity.Outcome, eager: Any) -> bool:
-        """Whether the compiled loss gives what the eager one gave; if not, it is not used."""
-        value, gradient = parity.difference(expected, found)
-        allowed = parity.CLOSE * parity.rounding(expected)
-        if max(value, gradient) <= allowed:
-            return True
-        allowed = parity.allowed(expected, eager)
-        if max(value, gradient) <= allowed:
-            return True
-        self._stop(
-            f"the compiled loss differs: its value by {value:.1e} and its gradient by "
-            f"{gradient:.1e}, relative to the eager one, with {allowed:.0e} allowed"
-        )
-        return False
+        return plan
 
     def _stop(self, obstacle: str) -> None:
         self.obstacle, self._plans = obstacle, {}
@@ -277,12 +302,6 @@ class CompiledLoss:
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without the graphs; a copy compiles its own."""
         return {**self.__dict__, "_plans": {}, "_penalties": None}
-
-
-def order_of(penalty: Any) -> int:
-    """Return the order of a penalty; 2 or more if it needs norm layers written out."""
-    written_out = getattr(penalty, "elementary", False)
-    return max(getattr(penalty, "order", 1), 2 if written_out else 1)
 
 
 def reset(before: Sequence[tuple[Any, int]]) -> None:

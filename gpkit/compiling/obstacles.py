@@ -23,6 +23,10 @@ from gpkit.needs import needs_of
 HERE = str(Path(__file__).parents[1])
 TORCH = str(Path(torch.__file__).parent)
 VALUES = "what it looks up in a batch, such as its environments, differs from step to step"
+CHANGES = (
+    "what it runs differs from step to step, such as the net or the penalties: compile one loss "
+    "for each, and count outside of it"
+)
 HINTS = {
     "requires_grad_() called on it": "give the penalty the function, penalty(net, x), or call "
     "x.requires_grad_() before the step",
@@ -69,10 +73,11 @@ def of_penalty(penalty: Any) -> str | None:
 def of_calls(calls: Sequence[PenaltyCall]) -> str | None:
     """Return what stops the calls of a step together."""
     for i, call in enumerate(calls):
-        if call.learns and any(call.penalty is other.penalty for other in calls[:i]):
+        state = "average" if call.learns else "weight" if call.penalty.adapts else ""
+        if state and any(call.penalty is other.penalty for other in calls[:i]):
             return (
                 f"{call.penalty.name!r} is called twice in a step, and the second call reads the "
-                "average that the first one updates: give each call a penalty of its own"
+                f"{state} that the first one updates: give each call a penalty of its own"
             )
     return None
 

@@ -90,7 +90,10 @@ def difference(eager: Outcome, compiled: Outcome) -> tuple[float, float]:
 
 
 def relative(pairs: Any) -> float:
-    """Return ‖a - b‖ / ‖a‖ over all entries of pairs of tensors; NaN and infinity are equal."""
+    """Return ‖a - b‖ / ‖a‖ over all entries of pairs of tensors.
+
+    NaN and infinity are equal, and infinitely far from numbers.
+    """
     own = apart = 0.0
     for a, b in pairs:
         if a.shape != b.shape:
@@ -99,7 +102,8 @@ def relative(pairs: Any) -> float:
         same = (a == b) | (~a.isfinite() & ~b.isfinite())
         own += float(torch.where(same & ~a.isfinite(), 0.0, a).square().sum())
         apart += float(torch.where(same, 0.0, a - b).square().sum())
-    return (apart / own) ** 0.5 if own else apart**0.5
+    found = (apart / own) ** 0.5 if own else apart**0.5
+    return found if found == found else float("inf")
 
 
 def rounding(outcome: Outcome) -> float:
@@ -143,6 +147,24 @@ def allowed(outcome: Outcome, again: Callable[[], Any] | None) -> float:
             w.copy_(kept)
     apart = max(difference(outcome, rounded))
     return min(float(epsilon**0.5), max(CLOSE * epsilon, FACTOR * apart))
+
+
+def unlike(expected: Outcome, found: Outcome, again: Callable[[], Any] | None) -> str | None:
+    """Return in words how a compiled loss differs from the eager one; None if it does not.
+
+    Args:
+        expected: of the eager loss.
+        found: of the compiled one.
+        again: runs the eager one again, see `allowed`.
+    """
+    value, gradient = difference(expected, found)
+    apart, limit = max(value, gradient), CLOSE * rounding(expected)
+    if apart <= limit or apart <= (limit := allowed(expected, again)):
+        return None
+    return (
+        f"the compiled loss differs: its value by {value:.1e} and its gradient by "
+        f"{gradient:.1e}, relative to the eager one, with {limit:.0e} allowed"
+    )
 
 
 def faster(eager: Callable[[], Any], compiled: Callable[[], Any], leaves: Sequence[Tensor]) -> Any:

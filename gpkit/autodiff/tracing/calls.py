@@ -202,7 +202,7 @@ class Trace:
         self.count = self.acted = 0
         self.rng = self.noise = Given(())
         self.states: list[Tensor] = []
-        self.call, self.facts = calls[0], 0
+        self.call, self.facts = calls[0] if calls else PenaltyCall(None, 0.0), 0
         self.observed: list[tuple[Tensor, ...]] = []
         self.learned: list[tuple[Tensor, ...]] = []
         self.held: list[Tensor] = []
