@@ -419,3 +419,29 @@ def test_nan_in_a_gradient_is_no_equal():
     step = gpkit.compile(wgan_gp(critic())[0], backend=backend)
     with pytest.warns(UserWarning, match="differs: its value by .* and its gradient by inf"):
         step(*samples()).backward()
+
+
+def test_an_error_of_the_loss_is_raised_and_an_interrupt_leaves_no_trace():
+    net, penalty, table = critic(nn.BatchNorm1d(6)), gpkit.wgan_gp(seed=1), nn.Embedding(3, 4)
+
+    def loss(x, i):
+        return net(x + table(i)).mean() + penalty(net, real=x, fake=table(i))
+
+    step = gpkit.compile(loss, measure=False, backend=Graphs())
+    x, i = samples(8)[0], torch.zeros(8, dtype=torch.int64)
+    for _ in range(2):
+        step(x, i)
+    with pytest.raises(IndexError):
+        step(x, i + 3)
+    step(x, i)
+    assert step.obstacle is None  # the graph was not at fault
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    before = penalty.state_dict()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(step), "_run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            step(x, i)
+    assert penalty.state_dict() == before

@@ -129,13 +129,16 @@ class CompiledLoss:
         start = self._start(args, kwargs) if plan.assumes else None
         try:
             result, observed, learned, held = self._run(plan, weights, given, args, kwargs)
-        except Exception as error:  # of the compiler, or of the function: then it is raised again
+        except BaseException as error:  # of the compiler or the function, or an interrupt
             reset(before)
+            if not isinstance(error, Exception):
+                raise
             if plan.gate.knocked:
                 plan.gate.knocked = False
                 return self._eager(args, kwargs, anew=True)
+            result = self._recorded(args, kwargs)[0]  # raises what is the function's own
             self._stop(obstacles.of_error(error))
-            return self._recorded(args, kwargs)[0]
+            return result
         plan.runs += 1
         if start is not None and not bool(held):
             reset(before)
