@@ -1,10 +1,12 @@
 """What `gpkit.bench` measures, where it is known by hand."""
 
+import copy
 import importlib
 import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -15,7 +17,8 @@ from torch import nn
 
 import gpkit
 from gpkit.bench.__main__ import main
-from gpkit.bench.measure import Benchmark, Row, bench, flops_of, memory_of
+from gpkit.bench.counted import flops_of, memory_of
+from gpkit.bench.measure import Benchmark, Row, bench
 from gpkit.bench.shown import chart, notes, tables
 from gpkit.bench.steps import Steps
 from gpkit.bench.variants import variants
@@ -50,7 +53,7 @@ def test_memory_is_what_is_allocated():
 
 QUIET = """
 import os, torch
-from gpkit.bench.measure import memory_of
+from gpkit.bench.counted import memory_of
 x = torch.zeros(4, requires_grad=True)
 y = x.exp()  # memory from before
 print(memory_of(lambda: torch.empty(1000, 250)), os.environ.get("KINETO_LOG_LEVEL"))
@@ -150,6 +153,10 @@ def test_the_command(capsys, tmp_path):
     with pytest.raises(SystemExit):
         main(["penalty=r11"])
     assert capsys.readouterr().err.count("\n") == 1
+    for name, said in (("no/a.png", "a folder that exists"), ("a.txt", "ends in .png")):
+        with pytest.raises(SystemExit):
+            main(["penalty=r1", "--png", str(tmp_path / name)])
+        assert said in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["penalty=none"])
     assert "there is no penalty" in capsys.readouterr().err
@@ -188,3 +195,85 @@ def test_the_package_and_the_function_are_one_name():
     assert {row.penalty for row in found.rows} == {"mine"}
     package = importlib.import_module("gpkit.bench")
     assert package(net, gpkit.weight_grad_norm(), torch.randn(4, 3), rounds=1).rows
+
+
+SMALL = (torch.randn(4, 3), torch.randn(4, 1))
+
+
+def smooth():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4).eval(), nn.Tanh(), nn.Linear(4, 1))
+
+
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        gpkit.r1(gpkit.warmup(1.0, steps=9)),
+        gpkit.r1(gpkit.target_norm(1.0)),
+        gpkit.r1(every=4),
+        gpkit.r1(form=gpkit.two_sided(gpkit.running_average(0.9))),
+    ],
+    ids=["schedule", "adaptive", "lazy", "average"],
+)
+def test_what_counts_steps_has_its_error(penalty):
+    before = penalty.state_dict()
+    found = bench(smooth(), penalty, SMALL, rounds=1)
+    assert all(row.error < 1e-5 for row in found.rows if row.estimator != "finite_difference")
+    assert all(row.flops > 2 for row in found.rows)  # each step that is measured has the penalty
+    assert penalty.state_dict() == before
+
+
+def test_differences_are_never_called_exact():
+    net = smooth().double()
+    found = bench(net, gpkit.weight_grad_norm(), tuple(t.double() for t in SMALL), rounds=1)
+    (row,) = [row for row in found.rows if row.estimator == "finite_difference"]
+    assert row.error < 1e-6
+    assert row.differs
+    rows = (Row("p", "exact", time=3.0, error=1e-15), Row("p", "d", time=2.0, error=1e-9))
+    differs = replace(rows[1], differs=True)
+    assert Benchmark((rows[0], differs), 1.0, 0.1).advice() == [
+        "p: exact: exact, 3.00 plain steps; within 10%: d, 2.00 plain steps"
+    ]
+
+
+class Single(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, x):
+        assert x.dtype == torch.float32, "float32 alone"
+        return self.layer(x).tanh()
+
+
+def test_a_net_in_which_something_fails():
+    found = bench(Single(), gpkit.r1(), SMALL, rounds=1)
+    assert "r1, exact: its error is not known: float32 alone" in notes(found)
+    assert found.rows[0].time > 0
+    assert found.advice()[0].startswith("r1: no error is known: ")
+    words = nn.Sequential(nn.Embedding(5, 2), nn.Flatten(), nn.Linear(6, 2))
+    tokens = torch.randint(0, 5, (4, 3)), torch.tensor([0, 1, 1, 0])
+    found = bench(words, gpkit.weight_grad_norm(), tokens, rounds=1)
+    assert found.rows[0].error < 1e-5
+    found = bench(Single(), gpkit.r1(wrt=gpkit.activation("head")), SMALL, rounds=1)
+    assert found.advice() == ["r1: no estimator can be measured"]
+
+
+def test_the_net_and_the_penalties_stay_as_they_were():
+    net, penalty = smooth().train(), gpkit.spectral_jacobian()
+    state, before = copy.deepcopy(net.state_dict()), penalty.state_dict()
+    found = bench(net, [penalty, gpkit.spectral_jacobian()], SMALL, rounds=1)
+    assert [row.penalty for row in found.rows] == ["spectral_jacobian", "spectral_jacobian 2"]
+    assert penalty.state_dict() == before
+    assert all(torch.equal(own, state[name]) for name, own in net.state_dict().items())
+
+
+def test_refusals():
+    with pytest.raises(TypeError, match=r"needs penalties, such as gpkit.r1\(\).*; got a str"):
+        bench(smooth(), "r1", SMALL)
+    with pytest.raises(
+        TypeError, match=r"must be a tensor x, or \(x, y\); got Tensor, Tensor, Ten"
+    ):
+        bench(smooth(), gpkit.r1(), (*SMALL, SMALL[0]))
+    with pytest.raises(ValueError, match="needs a net with parameters that require grad; got none"):
+        bench(smooth().requires_grad_(False), gpkit.r1(), SMALL)

@@ -34,6 +34,8 @@ def main(words: Sequence[str] | None = None) -> None:
     options = parser.parse_args(words)
     logging.getLogger("hydra").addHandler(logging.NullHandler())  # errors are said in one line here
     try:
+        if options.png:
+            require_chart(options.png)
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3", job_name="bench"):
             try:
                 chosen = {name: getattr(options, name) for name in ("rounds", "within")}
@@ -55,6 +57,18 @@ def main(words: Sequence[str] | None = None) -> None:
         console.print(line, highlight=False)
 
 
+def require_chart(path: Path) -> None:
+    """Refuse a file for the chart that cannot be written, before anything is measured.
+
+    Raises:
+        ValueError: if its folder does not exist, or its name has another ending.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"--png needs a folder that exists; got {path.parent}")
+    if path.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--png needs a name that ends in .png, .pdf or .svg; got {path.name}")
+
+
 def measured(overrides: Sequence[str], **options: Any) -> Benchmark:
     """Return the benchmark of a config's net and penalty on its first batch.
 
@@ -64,7 +78,7 @@ def measured(overrides: Sequence[str], **options: Any) -> Benchmark:
     _, data, module = built(overrides)
     if not hasattr(module, "net"):
         raise ValueError("the benchmark is of one net: use module=penalized and a critic as model=")
-    if not any(penalty.acts_at(0) for penalty in module.penalties.values()):
+    if not any(callable(p.weight) or p.weight for p in module.penalties.values()):
         raise ValueError("there is no penalty: use penalty=r1, or another one of configs/penalty")
     batch = unpack(next(iter(loader_of(data, "train"))), module.net)
     return bench(module.net, dict(module.penalties), (batch.x, batch.y), **options)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
+import math
 import statistics
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from gpkit import checks
-from gpkit.bench.steps import Steps
-from gpkit.bench.variants import variants
+from gpkit.bench.counted import flops_of, memory_of
+from gpkit.bench.steps import Steps, keeping_buffers, pair_of
+from gpkit.bench.variants import by_name, variants
 from gpkit.penalty import Penalty
 
 SEEDS = 8  # of an estimate, to measure its error
@@ -30,7 +28,7 @@ class Row:
     Args:
         penalty: its name.
         estimator: the name of the estimator.
-        time: the median of the ratios to a plain step beside it.
+        time: the median of the ratios to a plain step beside it, for a step on which it acts.
         compiled: the same of the step as one graph, see `gpkit.compile`; a plain step is not
             compiled. NaN if it was not measured.
         low: the lower quartile.
@@ -39,9 +37,11 @@ class Row:
             comes down to in a large net. NaN if they cannot be counted.
         memory: the peak of what is allocated in a step, in plain steps. NaN if it is unknown.
         error: the relative error of the parameter gradient, against exact in float64: the root mean
-            square over several draws. NaN if there is no exact estimator.
+            square over several draws. NaN if there is no exact estimator, or it is unknown.
         refused: why it cannot be measured; "" if it can.
         obstacle: why it is not compiled; "" if it is, or was not tried.
+        unknown: why the error is not known; "" if it is, or there is no exact estimator.
+        differs: whether it takes differences, so that it is not exact however small its error is.
     """
 
     penalty: str
@@ -55,6 +55,8 @@ class Row:
     refused: str = ""
     compiled: float = float("nan")
     obstacle: str = ""
+    unknown: str = ""
+    differs: bool = False
 
     @property
     def least(self) -> float:
@@ -83,8 +85,12 @@ class Benchmark:
     within: float
 
     def cheapest(self, penalty: str, error: float) -> Row | None:
-        """Return the row of a penalty with the least time among those within an error."""
-        fit = [r for r in self.rows if r.penalty == penalty and r.error <= error]
+        """Return the row of a penalty with the least time among those within an error.
+
+        No difference is within an error of `EXACT`.
+        """
+        own = [r for r in self.rows if r.penalty == penalty and r.error <= error]
+        fit = [r for r in own if error > EXACT or not r.differs]
         return min(fit, key=lambda r: r.least, default=None)
 
     def advice(self) -> list[str]:
@@ -97,17 +103,25 @@ class Benchmark:
                 for kind, row in (("exact", exact), (f"within {self.within:.0%}", other))
                 if row is not None
             ]
-            lines.append(f"{name}: {'; '.join(said) or 'no estimator is within the error'}")
+            lines.append(f"{name}: {'; '.join(said) or self._neither(name)}")
         if any(row.high > UNSTEADY * row.low for row in self.rows):
             lines.append(
                 "the times are not steady, as beside other work: wait for it, or take more rounds"
             )
         return lines
 
+    def _neither(self, penalty: str) -> str:
+        measured = [r for r in self.rows if r.penalty == penalty and not r.refused]
+        if not measured:
+            return "no estimator can be measured"
+        if any(math.isfinite(row.error) for row in measured):
+            return "no estimator is within the error"
+        return "no error is known: " + min(measured, key=lambda r: r.least).words
+
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers, for JSON; what is not known is None."""
         rows = [
-            {k: None if isinstance(v, float) and v != v else v for k, v in asdict(row).items()}
+            {k: None if v in (math.inf, -math.inf) or v != v else v for k, v in asdict(row).items()}
             for row in self.rows
         ]
         return {"plain_seconds": self.plain, "within": self.within, "rows": rows}
@@ -134,7 +148,8 @@ def bench(
 
     Args:
         net: the net; its ``.grad`` is set to None.
-        penalties: one, several, or several by name.
+        penalties: one, several, or several by name. They are not changed. A schedule of a weight
+            counts as 1, and steps that ``every`` leaves out are not taken.
         example: a batch: x ``[B, *S]``, or (x, y).
         losses: (output, y) -> ``[B]``; None is the cross-entropy for integers, else the square.
         rounds: how many steps of each are timed.
@@ -146,7 +161,8 @@ def bench(
         The rows, and which estimators to take.
 
     Raises:
-        ValueError: if ``rounds`` < 1, or ``within`` is negative.
+        ValueError: if ``rounds`` < 1, ``within`` is negative, or nothing in the net is trained.
+        TypeError: if ``penalties`` or ``example`` are something else.
 
     >>> import gpkit
     >>> net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
@@ -156,28 +172,37 @@ def bench(
     """
     checks.integer("bench(rounds=...)", rounds, 1)
     checks.number("bench(within=...)", within, 0)
-    if isinstance(penalties, Penalty):
-        penalties = [penalties]
-    if not isinstance(penalties, Mapping):
-        penalties = {p.name: p for p in penalties}
-    x, y = example if isinstance(example, (tuple, list)) else (example, None)
-    steps = Steps(net, x, y, losses)
-    cases, rows = {}, {}
+    named = by_name(penalties)
+    steps = Steps(net, *pair_of(example), losses)
+    if not any(p.requires_grad for p in net.parameters()):
+        raise ValueError("bench(net, ...) needs a net with parameters that require grad; got none")
+    with keeping_buffers(net):
+        return measured(steps, named, rounds, within, compile)
+
+
+def measured(
+    steps: Steps, penalties: Mapping[str, Penalty], rounds: int, within: float, compile: bool
+) -> Benchmark:
+    """Return the rows of a benchmark."""
+    steps.plain()  # an error of the net itself is raised
+    cases, rows, net = {}, {}, steps.net
     for name, penalty in penalties.items():
         for estimator, made in variants(penalty).items():
             try:
                 steps.penalised(made)  # the first one does some work once
-                error = error_of(steps, penalty, made)
-                cases[name, estimator] = made, error
-            except (ValueError, TypeError, RuntimeError, NotImplementedError) as refusal:
-                said = str(refusal).splitlines()[0]
-                rows[name, estimator] = Row(name, estimator, refused=said)
-    graphs = {key: steps.compiled(made) for key, (made, _) in cases.items() if compile}
+            except Exception as refusal:  # whatever it is, the others are measured
+                rows[name, estimator] = Row(name, estimator, refused=line_of(refusal))
+                continue
+            try:
+                cases[name, estimator] = made, error_of(steps, penalty, made), ""
+            except Exception as refusal:  # as of a net that takes no float64
+                cases[name, estimator] = made, float("nan"), line_of(refusal)
+    graphs = {key: steps.compiled(made) for key, (made, *_) in cases.items() if compile}
     steps.plain()
     timed = times(
         {
             "": steps.plain,
-            **{key: step_of(steps, made) for key, (made, _) in cases.items()},
+            **{key: step_of(steps, made) for key, (made, *_) in cases.items()},
             **{(key, "compiled"): step for key, (step, _) in graphs.items() if step is not None},
         },
         rounds,
@@ -186,7 +211,7 @@ def bench(
     flops = flops_of(steps.plain)
     net.zero_grad()
     base = flops, memory_of(steps.plain)
-    for key, (made, error) in cases.items():
+    for key, (made, error, unknown) in cases.items():
         step = step_of(steps, made)
         ratios = [a / b for a, b in zip(timed[key], plain, strict=True)]
         low, middle, high = quartiles(ratios)
@@ -199,10 +224,17 @@ def bench(
             compiled = statistics.median(a / b for a, b in pairs)
         obstacle = graphs[key][1] if compile else ""
         numbers = (middle, low, high, flops, memory, error)
-        rows[key] = Row(*key, *numbers, compiled=compiled, obstacle=obstacle)
+        differs = bool(getattr(getattr(made, "estimator", None), "first_order", False))
+        more: dict[str, Any] = {"obstacle": obstacle, "unknown": unknown, "differs": differs}
+        rows[key] = Row(*key, *numbers, compiled=compiled, **more)
     net.zero_grad()
     order = [(n, e) for n, p in penalties.items() for e in variants(p)]
     return Benchmark(tuple(rows[key] for key in order), statistics.median(plain), within)
+
+
+def line_of(error: Exception) -> str:
+    """Return an error in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def step_of(steps: Steps, penalty: Penalty) -> Callable[[], None]:
@@ -216,12 +248,11 @@ def error_of(steps: Steps, penalty: Penalty, made: Penalty) -> float:
     if exact is None:
         return float("nan")
     precise = steps.in_float64()
-    squares, size = [], 0.0
+    squares, size, start = [], 0.0, exact.state_dict()
     for seed in range(SEEDS):
-        exact.seed = made.seed = seed
-        exact.draws = made.draws = 0  # the same points
+        for own in (exact, made):  # the same points and averages
+            own.load_state_dict({**start, "seed": seed})
         true = precise.gradient(exact)
-        made.draws = 0
         squares.append(float((steps.gradient(made).double() - true).square().sum()))
         size += float(true.square().sum()) / SEEDS
     return (statistics.mean(squares) / size) ** 0.5 if size else float("nan")
@@ -252,67 +283,3 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, middle, high
-
-
-def flops_of(step: Callable[[], None]) -> float:
-    """Return the operations of a step in matrix products and convolutions, as torch counts them."""
-    counter: Any = FlopCounterMode(display=False)
-    counter.mod_tracker = Untracked()
-    try:
-        with counter:
-            step()
-    except (RuntimeError, NotImplementedError):
-        return float("nan")
-    return float(counter.get_total_flops()) or float("nan")
-
-
-class Untracked:
-    """No modules for a count: torch's tracker of them forbids gradients in an input."""
-
-    parents = frozenset({"Global"})
-
-    def __enter__(self) -> None:
-        """Do nothing."""
-
-    def __exit__(self, *exception: object) -> None:
-        """Do nothing."""
-
-
-@contextmanager
-def _without_log() -> Iterator[None]:
-    """A context in which torch's profiler starts without writing lines to the terminal.
-
-    Its library, Kineto, reads how much to log from the environment, at the first profile of a
-    process. Memory from before, which the step frees, does not count.
-    """
-    before = os.environ.get("KINETO_LOG_LEVEL")
-    os.environ["KINETO_LOG_LEVEL"] = before or "6"  # above all kinds of lines
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*Memory block of unknown size")
-            yield
-    finally:
-        if before is None:
-            del os.environ["KINETO_LOG_LEVEL"]
-
-
-def memory_of(step: Callable[[], None]) -> float:
-    """Return the bytes that a step allocates at its peak, beyond what there was."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return float(torch.cuda.max_memory_allocated() - before) or float("nan")
-    with (
-        _without_log(),
-        torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        ) as prof,
-    ):
-        step()
-    held = peak = 0
-    for event in prof.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return float(peak) or float("nan")

@@ -33,9 +33,10 @@ def notes(found: Benchmark) -> list[str]:
     """Return why rows were not measured, or not compiled, a line each."""
     lines = []
     for row in found.rows:
-        why = row.refused or (row.obstacle and f"not compiled: {row.obstacle}")
-        if why:
-            lines.append(f"{row.penalty}, {row.estimator}: {why}")
+        unknown = row.unknown and f"its error is not known: {row.unknown}"
+        obstacle = row.obstacle and f"not compiled: {row.obstacle}"
+        whys = filter(None, (row.refused, unknown, obstacle))
+        lines += [f"{row.penalty}, {row.estimator}: {why}" for why in whys]
     return lines
 
 
@@ -45,7 +46,8 @@ def cells(row: Row) -> list[str]:
         return ["-"] * len(COLUMNS)
     between = f"{row.low:.2f}-{row.high:.2f}"
     costs = number(row.compiled), number(row.flops), number(row.memory)
-    return [number(row.time), between, *costs, f"{row.error:.1e}"]
+    error = f"{row.error:.1e}" if math.isfinite(row.error) else "-"
+    return [number(row.time), between, *costs, error]
 
 
 def number(value: float) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -109,8 +110,8 @@ class Steps:
         """Return the same steps of a copy in float64."""
         x, y = self.x, self.y
         y = y.double() if y is not None and y.is_floating_point() else y
-        made = Steps(in_double(self.net), x.double(), y, self.given)
-        return made
+        x = x.double() if x.is_floating_point() else x
+        return Steps(in_double(self.net), x, y, self.given)
 
     def _together(self, penalty: Penalty) -> bool:
         of_loss = isinstance(penalty, GradientPenalty) and penalty.of != "sampled_loss"
@@ -126,3 +127,27 @@ class Steps:
             return losses.mean() if whole else losses
 
         return closure
+
+
+def pair_of(example: Any) -> tuple[Tensor, Tensor | None]:
+    """Return x and y of a batch.
+
+    Raises:
+        TypeError: if it is neither a tensor nor two.
+    """
+    pair = tuple(example) if isinstance(example, (tuple, list)) else (example, None)
+    if len(pair) != 2 or not isinstance(pair[0], Tensor):
+        kinds = ", ".join(type(part).__name__ for part in pair if part is not None)
+        raise TypeError(f"bench(example=...) must be a tensor x, or (x, y); got {kinds}")
+    return pair
+
+
+@contextmanager
+def keeping_buffers(net: nn.Module) -> Iterator[None]:
+    """A context after which the buffers of a net have the values from before."""
+    before = [(buffer, buffer.clone()) for buffer in net.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, kept in before:
+            buffer.data.copy_(kept)

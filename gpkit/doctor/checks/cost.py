@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from gpkit.autodiff.isolation import isolated
-from gpkit.bench.measure import memory_of, quartiles, times
+from gpkit.bench.counted import memory_of
+from gpkit.bench.measure import quartiles, times
 from gpkit.doctor.trial import SEED, Trial
 from gpkit.finding import Finding
 
