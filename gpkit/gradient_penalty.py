@@ -261,13 +261,13 @@ class GradientPenalty(Penalty):
                     inputs_of = (f, args, real, fake, weight, seed, scale)
                     return self.evaluate(*inputs_of, acts=acts, given=given)
             options: dict[str, Any] = {"observe": observe, "weights": weights}
-            n2 = formula.squared_norms(self, targets, rng, scale, **options)
+            n2 = self.shortcuts.squared_norms(self, f, targets) if short else None
+            n2 = formula.squared_norms(self, targets, rng, scale, **options) if n2 is None else n2
             terms = formula.terms(self, n2, weight, targets=targets, **options)
         if not TRACES and observe and n2.numel() and not (known and terms.reduced.requires_grad):
             twice = not self.estimator.first_order and scale is None
             warn_of_bias(self.form, self.estimator, targets[0], self.order)
-            known = trains(f, terms, targets, self.order, self.wrt, twice=twice)
-            if known:
+            if known := trains(f, terms, targets, self.order, self.wrt, twice=twice):
                 self.seen.add(targets[0])
         if known and observe and not TRACES and getattr(f, "layers", f) is not None:
             self.shortcuts.note(self, f, args, targets)

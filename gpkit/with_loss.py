@@ -130,6 +130,9 @@ def _with_loss(
         total = total if terms is None else terms.added_to(total, overwrite=True)
     if selected and found and terms is not None and first.shortcuts is not None:
         first.shortcuts.steps.note(first, closure, net, found, loss)
+    if len(in_weights) == 1 and terms is not None and first.shortcuts is not None:
+        again = first.shortcuts.exact_steps.as_repeated(first, loss, terms.weight)
+        total = total if again is None else again
     return Taken(total, mean, lambda: terms)
 
 

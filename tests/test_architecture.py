@@ -62,6 +62,6 @@ def test_no_call_goes_back_into_a_file_that_is_still_running():
     assert len(walks) == 6, done.stderr
     assert [back for *_, back in walks] == ["0"] * 6
     files = [int(count) for count, *_ in walks]
-    assert files[1] <= 15  # wgan_gp, second call
+    assert files[1] <= 20  # wgan_gp, second call, of which five write out a double backward pass
     assert files[3] <= 15  # weight_grad_norm
     assert files[5] <= 31  # the callback's training step

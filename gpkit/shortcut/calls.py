@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
@@ -17,12 +18,14 @@ from gpkit.autodiff.reached import CHECKPOINTS, code_of
 from gpkit.axes.wrt import inputs
 from gpkit.estimators.base import Recomputable, Target
 from gpkit.estimators.exact import exact
+from gpkit.shortcut.chains import InputChain
 from gpkit.shortcut.differences import Steps
 from gpkit.shortcut.earlier import Earlier
 from gpkit.shortcut.exact_steps import ExactSteps
 from gpkit.shortcut.functions import Function
 from gpkit.shortcut.losses import Losses, is_loss
 from gpkit.shortcut.net import is_overridden, needs_more, references
+from gpkit.shortcut.repeated import squares
 from gpkit.shortcut.scores import Scores
 
 MANY = 64  # functions, or closures of one function
@@ -36,6 +39,7 @@ class Shortcuts:
         self.found: dict[Any, Function] = {}  # by what a function refers to, see `key_of`
         self.misses: dict[Any, int] = {}
         self.closures: dict[int, int] = {}
+        self.chains: dict[Any, InputChain | None] = {}  # by the fingerprints of targets
         self.scores: Scores | Losses = Scores()
         self.known = False  # whether there is any
         self.steps = Steps()
@@ -64,6 +68,42 @@ class Shortcuts:
             return None
         return found
 
+    def squared_norms(self, axes: Any, f: Any, targets: Sequence[Target]) -> Tensor | None:
+        """Return n² ``[G]`` as calls that repeat this one will compute it.
+
+        So a run that goes on from a checkpoint has the bits of the one that was never stopped.
+
+        Args:
+            axes: the penalty.
+            f: the first argument of the call.
+            targets: of the call.
+
+        Returns:
+            n²; None where the estimator gives the same.
+        """
+        chain = self.chain_of(axes, f, targets)
+        if chain is None:
+            return None
+        (target,) = targets
+        g = chain.gradient(target.y, target.xs[0], torch.ones_like(target.y))
+        return None if g is None else squares(g, axes.form)
+
+    def chain_of(self, axes: Any, f: Any, targets: Sequence[Target]) -> InputChain | None:
+        """Return the chain of a call with a function whose graph is the penalty's own, or None."""
+        target, *others = targets
+        if others or type(f) is Tensor or not callable(f) or target.made is None:
+            return None
+        if is_overridden(axes) or not is_plain(axes, target) or is_compiling():
+            return None
+        if torch.is_autocast_enabled(target.y.device.type) or not is_known(f, target, target.made):
+            return None
+        key = target.fingerprint.key
+        if key not in self.chains:
+            if len(self.chains) >= MANY:
+                self.chains.clear()
+            self.chains[key] = InputChain.between(target.y, target.xs[0])
+        return self.chains[key]
+
     def note(self, axes: Any, f: Any, args: tuple[Any, ...], targets: Sequence[Target]) -> None:
         """Remember the call that made these targets, of a penalty that was found to train."""
         if is_overridden(axes):
@@ -78,7 +118,7 @@ class Shortcuts:
         if type(f) is Tensor:
             self.of_scores().note(axes, f, target)
         elif callable(f) and target.made is not None and is_known(f, target, target.made):
-            self.note_function(axes, f, target, target.made)
+            self.note_function(axes, f, target, target.made, self.chain_of(axes, f, targets))
 
     def of_scores(self) -> Scores:
         """Return the calls with scores."""
@@ -100,7 +140,9 @@ class Shortcuts:
                 self.scores = Losses()
             self.scores.note(axes, f, args, targets[0], layers)
 
-    def note_function(self, axes: Any, f: Any, target: Target, made: Made) -> None:
+    def note_function(
+        self, axes: Any, f: Any, target: Target, made: Made, chain: InputChain | None
+    ) -> None:
         """Remember a call with a function or a module, unless earlier ones were of no use."""
         key = key_of(f)
         before = self.found.get(key)
@@ -122,7 +164,7 @@ class Shortcuts:
             self.found.pop(key, None)
             self.misses.pop(key, None)
 
-        function = self.found[key] = Function(axes, target, made, code=code)
+        function = self.found[key] = Function(axes, target, made, chain, code=code)
         function.alive = weakref.ref(made.by.family[0], gone)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from gpkit.autodiff.layers.recording import Recording
 from gpkit.autodiff.random import has_ranks
 from gpkit.autodiff.reached import code_of
 from gpkit.autodiff.tracing.calls import RECORDS, TRACES
+from gpkit.axes.average import running_average
 from gpkit.estimators.base import Recomputable, Target
-from gpkit.shortcut.losses import LossGraph, is_loss, layers_in, products_in
+from gpkit.formula import Terms
+from gpkit.shortcut.losses import LossGraph, is_loss
 from gpkit.shortcut.net import Choices
 from gpkit.shortcut.summed_products import note_joins, with_summed_products
 
@@ -30,6 +33,7 @@ class ExactSteps:
 
     def __init__(self) -> None:
         self.found: dict[Any, ExactStep] = {}
+        self.latest: ExactStep | None = None  # that was noted
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ExactSteps)
@@ -73,7 +77,27 @@ class ExactSteps:
         alive = weakref.ref(net, lambda _: self.found.pop(key, None))
         made = ExactStep.after(axes, f.value, target, f.layers, alive)
         if made is not None:
-            self.found[key] = made
+            self.found[key] = self.latest = made
+
+    def as_repeated(self, penalty: Any, loss: Tensor, weight: float) -> Tensor | None:
+        """Return the total of the step that was noted last as a later one will compute it.
+
+        So a run that goes on from a checkpoint, which begins with a step that repeats none, has the
+        bits of the one that was never stopped.
+
+        Args:
+            penalty: the penalty.
+            loss: that the closure has returned.
+            weight: λ.
+
+        Returns:
+            The total; None where there is no such step, or it would be the same.
+        """
+        latest, self.latest = self.latest, None
+        if latest is None or latest.missed or not (latest.made.chain or latest.made.wide):
+            return None
+        found = latest.computed(penalty, loss, lambda n2: formula.terms(penalty, n2, weight))
+        return None if found is None else found[0]
 
     def missed(self, closure: Any, net: Any) -> None:
         """Give up on a net whose loss was made in another way than the one before."""
@@ -114,13 +138,14 @@ class ExactStep:
             layers: the calls of the net's layers.
             net: a reference to the module.
         """
-        nodes, make = graph.walked(loss)
-        leaves = graph.leaves(loss, nodes)
-        batch = axes.scope == "batch"
-        places = products_in(nodes, target) if batch else layers_in(nodes, layers)
-        if places is None:
+        sample = axes.scope == "sample"
+        made = LossGraph.after(loss, target, layers if sample else None, net() if sample else None)
+        if made is None:
             return None
-        made = LossGraph(make, leaves, target.xs, places, net=None if batch else net())
+        if is_pure(axes):
+            made.find_chain(loss)
+        else:  # the first step is not computed twice, and has to have the bits of later ones
+            made.wide = []
         return cls(axes, net, made)
 
     def repeats(self, penalty: Any, net: Any, step: int | None) -> bool:
@@ -144,6 +169,30 @@ class ExactStep:
             loss: that the closure has returned.
             step: the optimiser step; None counts the calls.
         """
+
+        def terms(n2: Tensor) -> Terms:
+            weight = penalty.counted(step)
+            penalty.draws += 1  # an exact norm draws nothing
+            found: Terms = penalty.observed(formula.terms(penalty, n2, weight, observe=True))
+            return found
+
+        found = self.computed(penalty, loss, terms)
+        if found is None:
+            return None
+        total, known = found
+        mean = loss.mean() if loss.ndim else loss
+        return total, mean.detach(), lambda: known
+
+    def computed(
+        self, penalty: Any, loss: Any, terms_for: Callable[[Tensor], Terms]
+    ) -> tuple[Tensor, Terms] | None:
+        """Return the loss with its penalty, and the terms of it; None if it has another graph.
+
+        Args:
+            penalty: the penalty.
+            loss: a number, or losses ``[B]``.
+            terms_for: returns the terms for n² ``[G]``.
+        """
         if type(loss) is not Tensor or (loss.ndim > 1 and loss.numel() != loss.shape[0]):
             return None
         if self.made.sample and not loss.ndim:
@@ -152,7 +201,40 @@ class ExactStep:
         if make != self.made.make:
             return None
         leaves, mean = graph.leaves(loss, nodes), loss.mean() if loss.ndim else loss
-        calls = self.made.calls_at(nodes, leaves)
+        if not self.made.holds(nodes, leaves):
+            return None
+        passed = self.made.begin(loss, mean, nodes)
+        if passed is None:
+            return self.by_autograd(loss, mean, nodes, leaves, terms_for)
+        terms = terms_for(passed.squared_norms(self.made.variables, sample=self.made.sample))
+
+        def again() -> Tensor:
+            terms_again = partial(formula.terms, penalty, weight=terms.weight)
+            found = self.by_autograd(loss, mean, nodes, leaves, terms_again)
+            assert found is not None, "it was so in an earlier step"
+            return found[0]
+
+        total = passed.total(mean, terms.added_to, again, leaves)
+        return again() if total is None else total, terms
+
+    def by_autograd(
+        self,
+        loss: Tensor,
+        mean: Tensor,
+        nodes: list[Any],
+        leaves: list[Tensor],
+        terms_for: Callable[[Tensor], Terms],
+    ) -> tuple[Tensor, Terms] | None:
+        """Return the same, of a graph that is differentiated twice.
+
+        Args:
+            loss: a number, or losses ``[B]``.
+            mean: of the losses.
+            nodes: of the graph.
+            leaves: of the graph.
+            terms_for: returns the terms for n² ``[G]``.
+        """
+        calls = self.made.calls_at(nodes)
         if calls is None:
             return None
         note_joins(calls, self.made.wide)
@@ -160,8 +242,11 @@ class ExactStep:
         n2 = self.made.squared_norms(calls, loss, mean, self.net())
         if n2 is None:
             return None
-        weight = penalty.counted(step)
-        penalty.draws += 1  # an exact norm draws nothing
-        terms = penalty.observed(formula.terms(penalty, n2, weight, observe=True))
-        total = with_summed_products(terms.added_to(mean), calls, leaves, (mean, n2))
-        return total, mean.detach(), lambda: terms
+        terms = terms_for(n2)
+        return with_summed_products(terms.added_to(mean), calls, leaves, (mean, n2)), terms
+
+
+def is_pure(axes: Any) -> bool:
+    """Whether the penalty is a function of the norms, without a state that they change."""
+    form: Any = axes.form
+    return not axes.adapts and not isinstance(getattr(form, "center", None), running_average)

@@ -16,6 +16,7 @@ from gpkit.autodiff.state import restore
 from gpkit.axes.at import At
 from gpkit.axes.call import called
 from gpkit.estimators.base import Target
+from gpkit.shortcut.chains import InputChain
 from gpkit.shortcut.compat import GLOBAL_HOOKS
 from gpkit.shortcut.net import Choices, State, are_still, may_attend, sizes_of
 from gpkit.shortcut.points import Drawing
@@ -29,13 +30,16 @@ class Function(Repeated):
         axes: the penalty.
         target: what it differentiated.
         made: how the graph was made.
+        chain: between the output and the points, if there is one.
         code: whether it is code of the user's own, and no module.
     """
 
     alive: Any = None  # a reference that tells when the net is gone
     forgotten = False
 
-    def __init__(self, axes: Any, target: Target, made: Made, *, code: bool) -> None:
+    def __init__(
+        self, axes: Any, target: Target, made: Made, chain: InputChain | None, *, code: bool
+    ) -> None:
         super().__init__(target.xs[0].device)
         found = made.by
         self.choices = Choices(axes)
@@ -51,10 +55,11 @@ class Function(Repeated):
         self.made = {2: (made.nodes, type(last)), 1: (made.nodes, type(before))}
         self.attends = code or may_attend(found.family, target.fingerprint.kinds)
         self.drawing = Drawing(self.device)
+        self.chain = chain
 
     def output(
         self, axes: Any, f: Any, real: Tensor | None, fake: Tensor | None, seed: int
-    ) -> tuple[Tensor, Tensor] | None:
+    ) -> tuple[Tensor, Tensor, InputChain | None] | None:
         """Return what the function gives at the points; None if it is unlike the call before."""
         known = self.known
         family: list[Any] = [ref() for ref in self.family]
@@ -85,7 +90,7 @@ class Function(Repeated):
                     own = {k: v for k, v in before_it.items() if k not in OF_EVERY_MODULE}
                     restore(module, own)
         if self.is_like(y, nodes, points[0].shape[0]):
-            return y, points[0]
+            return y, points[0], self.chain
         self.forget()
         return None
 

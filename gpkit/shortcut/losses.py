@@ -27,6 +27,7 @@ from gpkit.axes.parameters import weights
 from gpkit.estimators.base import Recomputable, Target
 from gpkit.estimators.exact import exact
 from gpkit.formula import Terms
+from gpkit.shortcut.chains import LossChain, LossPass
 from gpkit.shortcut.compat import differentiable
 from gpkit.shortcut.earlier import Earlier
 from gpkit.shortcut.net import Choices
@@ -56,6 +57,7 @@ class LossGraph:
         net: nn.Module | None = None,
     ) -> None:
         self.make, self.places, self.sample = make, places, net is not None
+        self.chain: LossChain | None = None
         self.family = [*map(weakref.ref, () if net is None else family_of([net]))]
         self.with_mode = [p.layer for p in places if isinstance(p.layer(), BATCH_NORMS)]
         kinds = [kind.__name__ for kind in make if isinstance(kind, type)] if self.sample else []
@@ -63,6 +65,32 @@ class LossGraph:
         self.variables, self.xs = {*map(id, xs)}, [*map(weakref.ref, xs)]
         self.wide = wide_places(places, self.variables)
         self.leaves = [*map(weakref.ref, weights_among(leaves, self.variables))]
+
+    @classmethod
+    def after(
+        cls, loss: Tensor, target: Target, layers: Recording | None, net: nn.Module | None
+    ) -> LossGraph | None:
+        """Return how the graph of a loss was made; None if it has not what layers were given.
+
+        Args:
+            loss: with its graph.
+            target: what the penalty has differentiated.
+            layers: the calls of the net's layers, if each sample has a norm.
+            net: the module, if so.
+        """
+        nodes, make = graph.walked(loss)
+        leaves = graph.leaves(loss, nodes)
+        places = products_in(nodes, target) if layers is None else layers_in(nodes, layers)
+        if places is None:
+            return None
+        return cls(make, leaves, target.xs, places, net=net)
+
+    def find_chain(self, loss: Tensor) -> None:
+        """Find the chain of all layers that matter, if they are one, in a graph of this make."""
+        nodes, _ = graph.walked(loss)
+        used = {*map(id, graph.leaves(loss, nodes))}
+        xs: list[Any] = [] if self.sample else [ref() for ref in self.xs if id(ref()) in used]
+        self.chain = LossChain.of(loss, nodes, [nodes[place.z] for place in self.places], xs)
 
     def state_of(self, net: Any) -> tuple[list[bool], list[int]]:
         """Return the modes of the net and of layers whose rule asks for it, and the layers.
@@ -76,23 +104,39 @@ class LossGraph:
         modes = [module is not None and module.training for module in modules]
         return modes, [*map(id, children)]
 
-    def calls_at(self, nodes: Sequence[Any], leaves: Sequence[Tensor]) -> list[LayerCall] | None:
-        """Return the calls of layers in a graph of this make; None if its weights or modes differ.
+    def holds(self, nodes: Sequence[Any], leaves: Sequence[Tensor]) -> bool:
+        """Whether a graph of this make has the same weights and modes.
 
         Args:
             nodes: of the graph.
             leaves: of the graph.
+
+        Returns:
+            Whether it has, and all variables are trained.
         """
         owned = weights_among(leaves, self.variables)
         if [*map(id, owned)] != [id(ref()) for ref in self.leaves]:
-            return None
+            return False
         if self.norms and any(couples_samples(nodes[i]) for i in self.norms):
-            return None
-        calls: list[Any] = [call_at(place, nodes) for place in self.places]
+            return False
         xs: list[Any] = [ref() for ref in self.xs]
-        if not all(calls) or any(x is None or not x.requires_grad for x in xs):
-            return None
-        return calls
+        return all(x is not None and x.requires_grad for x in xs)
+
+    def calls_at(self, nodes: Sequence[Any]) -> list[LayerCall] | None:
+        """Return the calls of layers in a graph that `holds`; None if one is not as it was."""
+        calls: list[Any] = [call_at(place, nodes) for place in self.places]
+        return calls if all(calls) else None
+
+    def begin(self, loss: Tensor, mean: Tensor, nodes: list[Any]) -> LossPass | None:
+        """Return the gradients at the layers, written out, if these are a chain.
+
+        Args:
+            loss: a number, or losses ``[B]``.
+            mean: of the losses.
+            nodes: of the graph.
+        """
+        whole = loss if self.sample else mean
+        return None if self.chain is None else self.chain.begin(whole, nodes)
 
     def that_pay(self, calls: list[LayerCall]) -> list[LayerCall]:
         """Return the calls that spare the gradient in the weights."""
@@ -181,13 +225,9 @@ class Losses(Earlier):
         if len(self.known) >= MANY or self.choices is None or not self.choices.hold(axes):
             self.known.clear()
         self.choices = Choices(axes)
-        nodes, make = graph.walked(loss)
-        leaves = graph.leaves(loss, nodes)
-        places = products_in(nodes, target) if layers is None else layers_in(nodes, layers)
-        if places is None:
-            return
-        made = LossGraph(make, leaves, target.xs, places, net=args[0] if sample else None)
-        self.known[(who, *make)] = made, made.state_of(args[0]) if sample else None
+        made = LossGraph.after(loss, target, layers, args[0] if sample else None)
+        if made is not None:
+            self.known[(who, *made.make)] = made, made.state_of(args[0]) if sample else None
 
     def squared_norms(self, axes: Any, call: Arguments) -> Tensor | None:
         """Return n² ``[G]`` of a call that repeats an earlier one; None if it does not."""
@@ -229,8 +269,8 @@ class Losses(Earlier):
         net = call.args[0] if known.sample else None
         if known.sample and (loss.ndim == 0 or known.state_of(net) != state):
             return None
-        leaves = graph.leaves(loss, nodes)
-        mean, calls = loss if loss.ndim == 0 else loss.mean(), known.calls_at(nodes, leaves)
+        leaves, mean = graph.leaves(loss, nodes), loss if loss.ndim == 0 else loss.mean()
+        calls = known.calls_at(nodes) if known.holds(nodes, leaves) else None
         if calls is None:
             return None
         if joins:

@@ -13,6 +13,7 @@ from gpkit.autodiff.numerics import WIDE, is_positive, note_positive, reduce_row
 from gpkit.axes.call import Arguments
 from gpkit.axes.form import Rooted, one_sided, two_sided
 from gpkit.hints import ExplainedError
+from gpkit.shortcut.chains import InputChain
 from gpkit.shortcut.compat import gradient
 from gpkit.shortcut.earlier import Earlier
 
@@ -32,8 +33,10 @@ class Repeated(Earlier):
 
     def output(
         self, axes: Any, f: Any, real: Tensor | None, fake: Tensor | None, seed: int
-    ) -> tuple[Tensor, Tensor] | None:
-        """Return y and x, ``[B]`` or ``[B, 1]`` and ``[B, *S]``, of a call like an earlier one.
+    ) -> tuple[Tensor, Tensor, InputChain | None] | None:
+        """Return y, x, and the chain between them, if there is one, of a call like an earlier one.
+
+        y is ``[B]`` or ``[B, 1]``, and x is ``[B, *S]``.
 
         Args:
             axes: the penalty.
@@ -85,7 +88,7 @@ class Repeated(Earlier):
         found = self.output(axes, f, real, fake, seed)
         if found is None:
             return None
-        y, x = found
+        y, x, chain = found
         if not y.requires_grad or torch.is_autocast_enabled(self.kind):
             g: Tensor | None = gradients(y.sum(), (x,))[0]
         else:
@@ -95,8 +98,9 @@ class Repeated(Earlier):
                     self.forget()
                     return None
                 ones = self.ones = torch.ones_like(y)
+            g = None if chain is None else chain.gradient(y, x, ones)
             try:  # in one operation less than the derivative of the sum
-                g = gradient(y, x, ones)
+                g = gradient(y, x, ones) if g is None else g
             except RuntimeError as error:
                 raise ExplainedError(error) from error
         if g is None or not g.requires_grad:

@@ -39,7 +39,7 @@ class Scores(Repeated):
 
     def output(
         self, axes: Any, f: Any, real: Tensor | None, fake: Tensor | None, seed: int
-    ) -> tuple[Tensor, Tensor] | None:
+    ) -> tuple[Tensor, Tensor, None] | None:
         """Return the scores and the samples; None if they have another graph than those before."""
         kind = type(axes.at)
         x = fake if kind is fakes else real
@@ -48,7 +48,7 @@ class Scores(Repeated):
         if f.shape != x.shape[:1] and f.shape != (x.shape[0], 1):
             return None
         known = self.choices.hold(axes) and graph_of(f, x) in self.known
-        return (f, x) if known else None
+        return (f, x, None) if known else None  # the graph of the scores is the loss's as well
 
 
 def graph_of(y: Tensor, x: Tensor) -> tuple[Any, ...]:

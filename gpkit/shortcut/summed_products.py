@@ -128,5 +128,5 @@ def product(call: LayerCall, at_z: Tensor | None, at_g: Tensor | None) -> Tensor
     for left, right in ((at_z, call.a), (call.delta, at_g)):
         if left is not None and right is not None:
             left = left.t()
-            found = left @ right if found is None else found.addmm_(left, right)
+            found = left @ right if found is None else torch.addmm(found, left, right, out=found)
     return found

@@ -27,6 +27,13 @@ def wide():
     )
 
 
+def softsign():
+    """Return the same with a function that has no rule, so its graph is differentiated twice."""
+    return nn.Sequential(
+        nn.Linear(5, 90), nn.Softsign(), nn.Linear(90, 80), nn.Tanh(), nn.Linear(80, 3)
+    )
+
+
 def images():
     return nn.Sequential(
         *[nn.Conv2d(2, 4, 3, 2), nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv2d(4, 4, 2), nn.Tanh()],
@@ -36,6 +43,7 @@ def images():
 
 CASES = {
     "wide": (wide, lambda b: torch.randn(b, 5)),
+    "softsign": (softsign, lambda b: torch.randn(b, 5)),
     "images": (images, lambda b: torch.randn(b, 2, 6, 6)),
     "tokens": (Tokens, lambda b: torch.randint(7, (b, 4))),
 }

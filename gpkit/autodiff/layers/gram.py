@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,7 +127,7 @@ class _RowsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, places, *rows):  # type: ignore[no-untyped-def]
-        squares = [_squares(t) for t in rows]
+        squares = [lengths(t, dim=1).square() for t in map(widened, rows)]
         ctx.save_for_backward(*rows, *squares)
         ctx.places = places
         each = [squares[i] if j is None else squares[i] * squares[j] for i, j in places]
@@ -148,6 +149,9 @@ class _RowsNorm(torch.autograd.Function):
         columns = [f.unsqueeze(1) for f in factors.values()]
         found = dict(zip(factors, times([rows[i] for i in factors], columns), strict=True))
         return None, *map(found.get, range(half))
+
+
+lengths: Any = torch.linalg.vector_norm  # in one pass, where a sum of squares takes two
 
 
 def _squares(rows: Tensor) -> Tensor:
