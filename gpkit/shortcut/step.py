@@ -201,6 +201,7 @@ class Step:
         if self.variables != self.leaves:
             by_leaf = {id(leaf): g for leaf, g in zip(leaves, base, strict=True)}
             grads = [*dense([by_leaf.get(id(x)) for x in xs], xs)]
+            del by_leaf
 
         stride = stride_of(length_of(grads), self.length_at(xs), self.top)
         share, value = formula.of_one_norm(penalty, stride.n, begun.weight, loss)
@@ -210,10 +211,16 @@ class Step:
             h = stride.times(factor)
             fraction = fitted(share * stride.quotient(h), self.dtype)
             there, back = ways(xs, grads, h, self.owners)
+            whole = isinstance(fraction, float) and fraction == 1  # as in SAM
             try:
                 go(there)
+                if whole:  # nothing of the gradient here is left
+                    base.clear()
+                    grads = []
                 y = self.run(closure, begun, gates)
-                if small:
+                if whole:
+                    together: Sequence[Tensor] = self.gradients(y, leaves)
+                elif small:
                     together = lerp(base, self.gradients(y, leaves), fraction)
                 else:
                     together = mixed(y, leaves, base, fraction, self.gradients)
