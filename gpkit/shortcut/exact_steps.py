@@ -204,6 +204,8 @@ class ExactStep:
         if not self.made.holds(nodes, leaves):
             return None
         passed = self.made.begin(loss, mean, nodes)
+        if passed is None and self.made.chain is not None:  # such as a hook on a hidden value
+            return None
         if passed is None:
             return self.by_autograd(loss, mean, nodes, leaves, terms_for)
         terms = terms_for(passed.squared_norms(self.made.variables, sample=self.made.sample))

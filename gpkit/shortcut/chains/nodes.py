@@ -42,7 +42,7 @@ class InputGradient(torch.autograd.Function):
         """Return it."""
         ctx.held, ctx.count, inputs = held, len(parameters), [link.a for link in held.links]
         ctx.save_for_backward(*parameters, *inputs)  # which notes what is written to them
-        return held.found.products[-1]
+        return held.found.products.pop()  # a node that holds its own result is never freed
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
