@@ -20,7 +20,7 @@ from gpkit.autodiff.derivatives import unhooked
 from gpkit.autodiff.gates import Gates, kinks, recorded
 from gpkit.autodiff.isolation import RUNNING, isolated, run_again
 from gpkit.autodiff.known_gradient import Number, OwnedGradient, are_apart, fitted, known_gradient
-from gpkit.autodiff.numerics import dense, pairwise_sums
+from gpkit.autodiff.numerics import pairwise_sums
 from gpkit.autodiff.random import has_ranks, random_state
 from gpkit.autodiff.reached import LOOK_AGAIN, SEEN_ONCE, Reach
 from gpkit.autodiff.state import Start, start_of
@@ -92,6 +92,8 @@ class Step:
         nodes, self.make = graph.walked(loss)
         self.at = [i for i, node in enumerate(nodes) if hasattr(node, LEAF)]
         self.leaves = [places[id(nodes[i].variable)] for i in self.at]
+        at = {place: i for i, place in enumerate(self.leaves)}
+        self.order = [at.get(place) for place in self.variables]  # of variables among the leaves
         self.large = any(owned[i].numel() >= LARGE for i in self.leaves)
         self.kinked = bool(kinks(nodes)) and not fd.cross_kinks
         self.dtype, self.owners = loss.dtype, Owners()
@@ -199,9 +201,8 @@ class Step:
         """
         (loss, base), grads = at_loss, at_loss[1]
         if self.variables != self.leaves:
-            by_leaf = {id(leaf): g for leaf, g in zip(leaves, base, strict=True)}
-            grads = [*dense([by_leaf.get(id(x)) for x in xs], xs)]
-            del by_leaf
+            pairs = zip(self.order, xs, strict=True)
+            grads = [torch.zeros_like(x) if i is None else base[i] for i, x in pairs]
 
         stride = stride_of(length_of(grads), self.length_at(xs), self.top)
         share, value = formula.of_one_norm(penalty, stride.n, begun.weight, loss)

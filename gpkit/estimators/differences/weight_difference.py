@@ -250,7 +250,7 @@ def length_of(parts: Sequence[Tensor]) -> Number:
     """Return the norm over all entries: a float on a CPU, which other devices would wait for."""
     norms = norms_of(parts)
     if norms[0].device.type == "cpu":
-        return math.hypot(*[n.item() for n in norms])
+        return math.hypot(*torch.stack(norms).tolist())
     length: Tensor = torch.stack(norms).norm()
     return length
 
