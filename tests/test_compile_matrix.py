@@ -95,4 +95,7 @@ def test_any_net_and_penalty(net, penalty, backend):
 
         return loss, (own,)
 
-    same(NETS[net], make_loss, [samples(), samples()], backend=backend)
+    # A norm over so few numbers has large derivatives, which cancel: float32 agrees to 1e-6 or so.
+    dtype = torch.float64 if net == "convolutions" else torch.float32
+    batches = [tuple(x.to(dtype) for x in samples()) for _ in range(2)]
+    same(lambda: NETS[net]().to(dtype), make_loss, batches, backend=backend)
