@@ -1,5 +1,6 @@
 """Double backward passes that are written out: those of autograd, and taken where they may be."""
 
+import gc
 import weakref
 
 import pytest
@@ -377,6 +378,21 @@ def test_a_backward_pass_lets_go_of_the_graph():
         for total in totals:
             total.backward()
         assert not any(ref() is not None for ref in hidden)
+
+
+def test_what_is_collected_meanwhile_is_no_hook(written):
+    """What runs code of Python in the middle of a backward pass, and no hook has called it."""
+    before, runs = gc.get_threshold(), []
+    noting = lambda phase, info: runs.append(phase)  # noqa: E731
+    gc.callbacks.append(noting)
+    gc.set_threshold(1)
+    try:
+        gpkit.r1()(net(nn.SiLU(), 7, 1), real=samples(4, 5)).backward()
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(noting)
+    assert runs
+    assert written
 
 
 @pytest.mark.parametrize("width", [7, 600])

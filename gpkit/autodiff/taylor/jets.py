@@ -166,15 +166,18 @@ def refusal(name: str) -> str:
 def require_no_function() -> None:
     """Refuse an `torch.autograd.Function`: its forward is under no_grad, so it looks constant.
 
+    Those of torch's sharding are refused by what they are, see `require_no_hooks`.
+
     Raises:
         NotImplementedError: if one runs now.
     """
     frame: Any = inspect.currentframe()
     while frame is not None:
-        if frame.f_code is APPLY:
+        kind = frame.f_locals["cls"] if frame.f_code is APPLY else None
+        if kind is not None and not kind.__module__.startswith("torch.distributed."):
             raise NotImplementedError(
                 "Taylor mode cannot look into a torch.autograd.Function; got "
-                f"{frame.f_locals['cls'].__name__}: use estimator='exact' or 'projection'"
+                f"{kind.__name__}: use estimator='exact' or 'projection'"
             )
         frame = frame.f_back
 
