@@ -5,37 +5,22 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from gpkit.autodiff.isolation import double_backward, running
+from gpkit.autodiff.isolation import running
 from gpkit.autodiff.random import device_of, has_ranks, seeded
 from gpkit.autodiff.reached import Reach, reach
 from gpkit.autodiff.state import Start, own_state, own_streams, put_back, start_of
 from gpkit.autodiff.tracing.calls import RECORDS, TRACES, Record, Repeat
-from gpkit.autodiff.tracing.compat import (
-    for_steps,
-    hooked_by,
-    keeping_buffers,
-    tracing_gradients,
-)
-from gpkit.autodiff.tracing.hooks import dispatch, dispatch_before
+from gpkit.autodiff.tracing.compat import for_steps
 from gpkit.compiling import obstacles, parity
-from gpkit.compiling.plans import (
-    Draws,
-    Gate,
-    Plan,
-    place_of,
-    shapes_of,
-    terms_of,
-    traced,
-    weights_of,
-    with_place,
-)
+from gpkit.compiling.draws import Draws, drawn_anew
+from gpkit.compiling.plans import Plan, place_of, shapes_of, terms_of, weights_of, with_place
+from gpkit.compiling.traced import Gate, traced
 from gpkit.formula import Terms
 
 log = logging.getLogger(__name__)
@@ -123,12 +108,12 @@ class CompiledLoss:
         """Run the graph, with the counters and the random numbers of the penalties outside."""
         acting = [call.penalty for call in plan.calls if call.acts]
         before = [(penalty, penalty.draws) for penalty in acting]
-        numbers = [own.anew(p.next_seed()) for p, own in zip(acting, draws, strict=True)]
+        numbers = [drawn_anew(*pair) for pair in zip(acting, draws, strict=True)]
         states = [[read() for read in call.reads] for call in plan.calls if call.acts]
         given = [[*drew, *read] for drew, read in zip(numbers, states, strict=True)]
         start = self._start(args, kwargs) if plan.assumes else None
         try:
-            result, observed, learned, held = self._run(plan, weights, given, args, kwargs)
+            result, observed, learned, held = plan.run(weights, given, self._anchor, args, kwargs)
         except BaseException as error:  # of the compiler or the function, or an interrupt
             reset(before)
             if not isinstance(error, Exception):
@@ -166,24 +151,6 @@ class CompiledLoss:
 
     def _reach(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reach:
         return reach(partial(self.function, *args, **kwargs) if args or kwargs else self.function)
-
-    def _run(
-        self,
-        plan: Plan,
-        weights: Sequence[float],
-        numbers: list[list[Tensor]],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[Any, list[Any], list[Any], Tensor | None]:
-        acting = torch.tensor([w for w in weights if w], dtype=torch.float64)
-        kernels = double_backward(recurrent=False)
-        several = any(call.penalty.measures for call in plan.calls)
-        keeping = keeping_buffers() if several else nullcontext()
-        hooks = hooked_by(dispatch_before, dispatch, plan.hooks)
-        with tracing_gradients(), keeping, kernels, hooks:
-            result, observed, learned, held = plan.run(acting, numbers, self._anchor, args, kwargs)
-        plan.assumes = held is not None
-        return result, observed, learned, held
 
     def _recorded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Record]:
         """Run the function itself, and record the penalties in it."""
@@ -248,8 +215,9 @@ class CompiledLoss:
         calls, new = record.calls, plan is None
         if plan is None:
             options, gate = for_steps(self.options), Gate()
-            run = torch.compile(traced(self.function, calls, gate), fullgraph=True, **options)
-            plan = Plan(calls, run, record.hooks, gate)
+            graph = torch.compile(traced(self.function, calls, gate), fullgraph=True, **options)
+            chosen = options.get("backend", "inductor") == "inductor"  # others may run any code
+            plan = Plan(calls, graph, record.hooks, gate, chosen)
         if new or anew or len(plan.draws) < CHECKED:
             weights = [c.weight for c in calls]
             pairs = zip([c for c in calls if c.acts], draws, strict=True)
@@ -258,7 +226,7 @@ class CompiledLoss:
 
             def compiled() -> Any:
                 with again(), plan.gate:
-                    outcome, *_, held = self._run(plan, weights, numbers, args, kwargs)
+                    outcome, *_, held = plan.run(weights, numbers, self._anchor, args, kwargs)
                 fits.append(held is None or bool(held))
                 return outcome
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-import types
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
@@ -14,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from gpkit.autodiff.compat import tree_leaves
-from gpkit.autodiff.norm_layers import elementary
-from gpkit.autodiff.random import seeded
-from gpkit.autodiff.taylor import in_graph
-from gpkit.autodiff.tracing.calls import TRACES, Drawn, PenaltyCall, Record, Trace
-from gpkit.autodiff.tracing.noise import Noise
+from gpkit.autodiff.isolation import double_backward
+from gpkit.autodiff.tracing.calls import PenaltyCall, Record
+from gpkit.autodiff.tracing.compat import hooked_by, keeping_buffers, tracing_gradients
+from gpkit.autodiff.tracing.hooks import dispatch, dispatch_before
+from gpkit.compiling.draws import Draws
+from gpkit.compiling.traced import Gate
 from gpkit.formula import Terms
 
-COUNT = itertools.count()
+NOTHING = nullcontext()
 
 
 @dataclass(eq=False)
@@ -30,11 +28,12 @@ class Plan:
 
     Args:
         calls: of the penalties.
-        run: the compiled function.
+        graph: the compiled function.
         hooks: the modules that are hooked in it.
         draws: what each call that acts draws, by the shapes of the arguments.
         slower: whether the graph was measured to be slower than the eager loss.
         gate: whether it may be traced.
+        chosen: whether the kernels in it were chosen when it was traced.
         places: where it was found to hold, see `place_of`.
         assumes: whether the graph takes a condition on values for granted, see `holds`.
         runs: how many steps it has run.
@@ -42,15 +41,61 @@ class Plan:
     """
 
     calls: list[PenaltyCall]
-    run: Callable[..., Any]
+    graph: Callable[..., Any]
     hooks: list[nn.Module]
     gate: Gate
+    chosen: bool
     places: set[Any] = field(default_factory=set)
     draws: dict[Any, list[Draws]] = field(default_factory=dict)
     slower: bool = False
     assumes: bool = False
     runs: int = 0
     missed: int = 0
+    given: tuple[list[float], Tensor] | None = None  # the weights of the latest step
+
+    def run(
+        self,
+        weights: Sequence[float],
+        numbers: list[list[Tensor]],
+        anchor: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Any, list[Any], list[Any], Tensor | None]:
+        """Run the graph, on kernels that have a double backward.
+
+        Args:
+            weights: of all calls.
+            numbers: those of each call that acts.
+            anchor: any tensor that requires grad.
+            args: of the function.
+            kwargs: of the function.
+
+        Returns:
+            What the function returns, what the penalties observe and learn, and whether what the
+            graph takes for granted holds; None if there is no such thing.
+        """
+        acting = [w for w in weights if w]
+        if self.given is None or self.given[0] != acting:
+            self.given = acting, torch.tensor(acting, dtype=torch.float64)
+        with self._around():
+            found = self.graph(self.given[1], numbers, anchor, args, kwargs)
+        self.assumes = found[3] is not None
+        return found
+
+    def _around(self) -> AbstractContextManager[Any]:
+        """Return a context for a step; most steps need one at most."""
+        needed: list[AbstractContextManager[Any]] = []
+        if self.gate.needs_options:
+            needed.append(tracing_gradients())
+        if any(call.penalty.measures for call in self.calls):
+            needed.append(keeping_buffers())
+        if self.gate.open or not self.chosen:
+            needed.append(double_backward(recurrent=False))
+        if self.hooks:
+            needed.append(hooked_by(dispatch_before, dispatch, self.hooks))
+        if len(needed) < 2:
+            return needed[0] if needed else NOTHING
+        return all_of(needed)
 
     def suits(self, record: Record, shapes: Any) -> bool:
         """Whether what is known of its calls is what an eager step has found."""
@@ -62,23 +107,13 @@ class Plan:
         return all(alike(a, b, shapes in self.draws) for a, b in pairs)
 
 
-class Gate:
-    """Whether a function may be traced now. Once it is compiled, it is traced again if it changes.
-
-    The calls of penalties in it are then looked at first, in an eager step.
-
-    Attributes:
-        open: whether it may.
-        knocked: whether it was to be traced while it may not.
-    """
-
-    open = knocked = False
-
-    def __enter__(self) -> None:
-        self.open = True
-
-    def __exit__(self, *exception: object) -> None:
-        self.open = False
+@contextmanager
+def all_of(contexts: Sequence[AbstractContextManager[Any]]) -> Iterator[None]:
+    """A context with several inside."""
+    with ExitStack() as entered:
+        for context in contexts:
+            entered.enter_context(context)
+        yield
 
 
 def alike(a: PenaltyCall, b: PenaltyCall, known: bool) -> bool:
@@ -116,85 +151,15 @@ def with_place(plans: list[Plan], plan: Plan, place: Any) -> list[Plan]:
     return [*(other for other in plans if other.places and other is not plan), plan]
 
 
-def order_of(penalty: Any) -> int:
-    """Return the order of a penalty; 2 or more if it needs norm layers written out."""
-    written_out = getattr(penalty, "elementary", False)
-    return max(getattr(penalty, "order", 1), 2 if written_out else 1)
-
-
-def traced(
-    function: Callable[..., Any], calls: list[PenaltyCall], gate: Gate
-) -> Callable[..., Any]:
-    """Return what is compiled: the function, with penalties that are given what is outside.
-
-    Norm layers are written out inside of it: a mode outside would be called for each operation that
-    the graph runs. Its code has a name of its own, because torch counts graphs, and notices shapes
-    that change, by the code and its name.
-    """
-    order = max([order_of(call.penalty) for call in calls if call.acts], default=0)
-
-    @torch.compiler.assume_constant_result
-    def may_be_traced() -> bool:
-        gate.knocked = not gate.open
-        return gate.open
-
-    def loss(
-        weights: Tensor, numbers: list[list[Tensor]], anchor: Tensor, args: Any, kwargs: Any
-    ) -> tuple[Any, list[Any], list[Any], Tensor | None]:
-        if not may_be_traced():
-            raise RuntimeError("the function is not as it was when it was compiled")
-        trace = Trace(calls, weights, numbers, anchor)
-        TRACES.append(trace)
-        try:
-            with elementary() if order >= 2 else nullcontext():
-                result = function(*args, **kwargs)
-        finally:
-            TRACES.pop()
-        held = torch.stack(trace.held).all() if trace.held else None
-        return result, trace.observed, trace.learned, held
-
-    in_graph.allow()
-    code = loss.__code__.replace(co_name=f"loss_{next(COUNT)}")
-    return types.FunctionType(code, loss.__globals__, code.co_name, None, loss.__closure__)
-
-
 def weights_of(penalties: Iterable[Any]) -> list[float]:
     """Return λ of each call of the next step, of the penalties in the order of the calls."""
-    calls: Counter[int] = Counter()
+    calls: dict[int, int] = {}
     weights = []
     for penalty in penalties:
-        weights.append(penalty.weight_at(penalty.step + calls[id(penalty)]))
-        calls[id(penalty)] += 1
+        before = calls.get(id(penalty), 0)
+        weights.append(penalty.weight_at(penalty.step + before))
+        calls[id(penalty)] = before + 1
     return weights
-
-
-@dataclass(frozen=True)
-class Draws:
-    """What a call of a penalty draws at random.
-
-    Args:
-        numbers: of its points and estimator.
-        noise: of the dropout in each of its own forward passes, which start from the same seed.
-        device: of these passes.
-    """
-
-    numbers: Sequence[Drawn]
-    noise: Sequence[Sequence[Noise]]
-    device: torch.device
-
-    def __bool__(self) -> bool:
-        return bool(self.numbers) or any(self.noise)
-
-    def anew(self, seed: int) -> list[Tensor]:
-        """Return the random numbers for a seed."""
-        found: list[Tensor] = []
-        if self.numbers:
-            rng = torch.Generator(self.numbers[0].device).manual_seed(seed)
-            found += [own.anew(rng) for own in self.numbers]
-        for own in filter(None, self.noise):
-            with torch.no_grad(), seeded(seed, self.device):
-                found += [noise.anew(self.device) for noise in own]
-        return found
 
 
 def terms_of(observed: tuple[Tensor, ...], weight: float) -> Terms:

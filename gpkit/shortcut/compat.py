@@ -1,6 +1,6 @@
 """Private API of torch that saves a repeated call microseconds.
 
-`tests/test_shortcut_compat.py` fails with the name of what a release takes away.
+`tests/shortcut/test_compat.py` fails with the name of what a release takes away.
 """
 
 from __future__ import annotations

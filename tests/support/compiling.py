@@ -72,6 +72,16 @@ def critic(*layers):
     return nn.Sequential(nn.Linear(4, 6), *layers, nn.SiLU(), nn.Linear(6, 1))
 
 
+def wgan_gp(net):
+    """Return a critic's loss, and its penalty."""
+    penalty = gpkit.wgan_gp(gpkit.warmup(10.0, steps=3), seed=1)
+
+    def loss(real, fake):
+        return net(fake).mean() - net(real).mean() + penalty(net, real=real, fake=fake)
+
+    return loss, (penalty,)
+
+
 def apart(expected, found):
     """‖found - expected‖ / ‖expected‖ over all entries of the tensors, in float64."""
     pairs = [(a.double(), b.double()) for a, b in zip(expected, found, strict=True)]

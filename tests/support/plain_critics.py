@@ -22,6 +22,14 @@ def critic():
     return nn.Sequential(nn.Linear(5, 8), nn.SiLU(), nn.Linear(8, 1)).double()
 
 
+def chain(function, *widths, bias=True):
+    """Return linear layers with a function between them, from 5 inputs."""
+    torch.manual_seed(0)
+    sizes = zip((5, *widths[:-1]), widths, strict=True)
+    layers = [part for p, q in sizes for part in (nn.Linear(p, q, bias=bias), function)]
+    return nn.Sequential(*layers[:-1]).double()
+
+
 def samples(*shape):
     scale = torch.linspace(0.2, 3, shape[0]).reshape(-1, *[1] * (len(shape) - 1))
     return (torch.randn(shape, generator=torch.Generator().manual_seed(shape[0])) * scale).double()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+import re
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
@@ -38,6 +39,13 @@ def tracing_gradients() -> AbstractContextManager[Any]:
 
     options: dict[str, Any] = {"trace_autograd_ops": True, "recompile_limit": 16}
     return torch._dynamo.config.patch(**options, optimize_ddp=False)
+
+
+def graphs_allowed() -> int:
+    """Return how many graphs of one function torch.compile looks at without `tracing_gradients`."""
+    import torch._dynamo
+
+    return int(torch._dynamo.config.recompile_limit)
 
 
 def for_steps(options: dict[str, Any]) -> dict[str, Any]:
@@ -103,12 +111,36 @@ def sums_of_transposes() -> Any:
 
 
 # What guards of gpkit's own code, and of Python's, are about: functions, classes and constants.
-FIXED = ("G['__import_gpkit_dot_", "G['__import_contextlib']", "G['__builtins_dict__")
+FIXED = (
+    *("G['__import_gpkit_dot_", "G['__import_contextlib']", "G['__builtins_dict__"),
+    *("G['__import_itertools']", "G['__import_torch_dot__", "G['___unnamed_scope"),
+    *("calls", "order", "anchor", "weights", "may_be_traced"),
+    *("G['Trace']", "G['TRACES']", "G['nullcontext']"),
+)
+DEFAULT = re.compile(r"type\(.*\.__(kw)?defaults__(\[[^]]*\])?$")  # of a method
+CONSTANT = ("CONSTANT_MATCH", "SEQUENCE_LENGTH", "TYPE_MATCH")
 
 
 def may_change(guards: Sequence[Any]) -> list[bool]:
-    """Return which guards of a graph are needed: those of the user's objects, and of torch."""
-    return [not guard.name.startswith(FIXED) for guard in guards]
+    """Return which guards of a graph are needed: those of the user's objects, and of torch.
+
+    Of gpkit's objects in them, such as a penalty, the attributes are needed. Their classes are not,
+    and neither is what a penalty knows of earlier eager steps, which no graph uses. Constant
+    defaults of a method do not change.
+    """
+    own = {guard.name: type(guard.value).__module__ for guard in guards}
+    own = {name: module for name, module in own.items() if module.startswith("gpkit.")}
+    known = tuple(name for name, module in own.items() if module.startswith("gpkit.shortcut."))
+    classes = [f"type({name})" for name in own]
+
+    def needed(guard: Any) -> bool:
+        if guard.name.startswith((*FIXED, *known)) or any(c in guard.name for c in classes):
+            return False
+        if guard.guard_type in CONSTANT and DEFAULT.search(guard.name):
+            return False
+        return guard.name not in own or guard.guard_type != "NOT_PRESENT_IN_GENERIC_DICT"
+
+    return list(map(needed, guards))
 
 
 def is_noted(x: Tensor) -> bool:
@@ -147,9 +179,8 @@ def keeping_buffers() -> AbstractContextManager[Any]:
     return torch._functorch.config.patch(donated_buffer=False)
 
 
-@contextmanager
-def hooked_by(before: Hook, after: Hook, modules: Iterable[nn.Module]) -> Iterator[None]:
-    """A context in which modules have two forward hooks.
+class hooked_by:
+    """A context in which modules have two forward hooks; it can be entered again.
 
     Its key is always the same, which ``register_forward_hook`` does not promise: for a new one the
     graph would be compiled anew.
@@ -158,20 +189,21 @@ def hooked_by(before: Hook, after: Hook, modules: Iterable[nn.Module]) -> Iterat
         before: ``(module, args, kwargs) -> (args, kwargs)``.
         after: ``(module, args, kwargs, output) -> output``.
         modules: that are hooked.
-
-    Yields:
-        Nothing.
     """
-    modules = list(modules)
-    for module in modules:
-        module._forward_hooks[KEY] = after
-        module._forward_hooks_with_kwargs[KEY] = True
-        module._forward_pre_hooks[KEY] = before
-        module._forward_pre_hooks_with_kwargs[KEY] = True
-    try:
-        yield
-    finally:
-        for module in modules:
+
+    def __init__(self, before: Hook, after: Hook, modules: Sequence[nn.Module]) -> None:
+        self.before, self.after, self.modules = before, after, modules
+
+    def __enter__(self) -> None:
+        before, after = self.before, self.after
+        for module in self.modules:
+            module._forward_hooks[KEY] = after
+            module._forward_hooks_with_kwargs[KEY] = True
+            module._forward_pre_hooks[KEY] = before
+            module._forward_pre_hooks_with_kwargs[KEY] = True
+
+    def __exit__(self, *exception: object) -> None:
+        for module in self.modules:
             del module._forward_hooks[KEY]
             del module._forward_hooks_with_kwargs[KEY]
             del module._forward_pre_hooks[KEY]
