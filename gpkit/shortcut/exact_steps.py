@@ -23,7 +23,7 @@ from gpkit.estimators.base import Recomputable, Target
 from gpkit.formula import Terms
 from gpkit.shortcut.losses import LossGraph, is_loss
 from gpkit.shortcut.net import Choices
-from gpkit.shortcut.summed_products import note_joins, with_summed_products
+from gpkit.shortcut.products.summed import note_joins, with_summed_products
 
 MANY = 64
 

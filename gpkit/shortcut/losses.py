@@ -31,7 +31,7 @@ from gpkit.shortcut.chains import LossChain, LossPass
 from gpkit.shortcut.compat import differentiable
 from gpkit.shortcut.earlier import Earlier
 from gpkit.shortcut.net import Choices
-from gpkit.shortcut.summed_products import note_joins, wide_places, with_summed_products
+from gpkit.shortcut.products.summed import note_joins, wide_places, with_summed_products
 
 MANY = 64
 

@@ -28,10 +28,8 @@ from gpkit.autodiff.tracing.calls import RECORDS, TRACES
 from gpkit.estimators.differences.moves import Owners, go, ways
 from gpkit.estimators.differences.step_factor import FINE, length_for, look
 from gpkit.estimators.differences.weight_difference import (
-    LARGE,
     in_few_passes,
     length_of,
-    mixed,
     size_of,
     stride_of,
 )
@@ -39,6 +37,7 @@ from gpkit.estimators.repeats import SAME
 from gpkit.hints import ExplainedError
 from gpkit.shortcut.compat import applied, gradients
 from gpkit.shortcut.net import Choices, State, references
+from gpkit.shortcut.products.mixed import LARGE, dense, mixed
 
 KNOWN = {SAME, *SEEN_ONCE}  # facts
 
@@ -224,7 +223,7 @@ class Step:
                 elif small:
                     together = lerp(base, self.gradients(y, leaves), fraction)
                 else:
-                    together = mixed(y, leaves, base, fraction, self.gradients)
+                    together = mixed(y, leaves, base, fraction, self.derivatives)
             finally:
                 go(back)
         else:
@@ -271,19 +270,19 @@ class Step:
             gates.hold(y)
         return y
 
-    def gradients(self, y: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
-        """Return the gradient of a loss in all leaves."""
+    def derivatives(self, y: Tensor, ends: Sequence[Any]) -> tuple[Tensor | None, ...]:
+        """Return the gradient of a loss in leaves or at edges; None where it does not reach."""
         ones = self.ones
         if ones.shape != y.shape or ones.dtype != y.dtype or ones.device != y.device:
             ones = self.ones = torch.ones_like(y)
         try:
-            found = gradients(y, tuple(leaves), ones)
+            return gradients(y, (*ends,), ones)
         except RuntimeError as error:
             raise ExplainedError(error) from error
-        return [
-            torch.zeros_like(leaf) if g is None else g.to_dense() if g.is_sparse else g
-            for g, leaf in zip(found, leaves, strict=True)
-        ]
+
+    def gradients(self, y: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """Return the gradient of a loss in all leaves."""
+        return dense(self.derivatives(y, leaves), leaves)
 
     def length_at(self, xs: Sequence[Tensor]) -> Number:
         """Return the length of the step, see `length_for`.

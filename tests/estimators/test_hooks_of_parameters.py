@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gpkit
-from gpkit.shortcut import summed_products
+from gpkit.shortcut.products import summed
 
 TIMES = 0.5
 
@@ -71,7 +71,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_hook_acts_once(way, monkeypatch):
-    monkeypatch.setattr(summed_products, "LARGE", 1000)
+    monkeypatch.setattr(summed, "LARGE", 1000)
     (net, x, y), (make, oracle) = built(), WAYS[way]
     alone, ours, seen = copy.deepcopy(net), make(), []
     params = list(net.parameters())

@@ -8,7 +8,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 
 import gpkit
-from gpkit.shortcut import summed_products
+from gpkit.shortcut.products import summed
 
 LAMBDA = 0.3
 BATCH, SAMPLE = gpkit.weight_grad_norm, gpkit.per_sample_grad_norm
@@ -16,7 +16,7 @@ BATCH, SAMPLE = gpkit.weight_grad_norm, gpkit.per_sample_grad_norm
 
 @pytest.fixture(autouse=True)
 def in_double(monkeypatch):
-    monkeypatch.setattr(summed_products, "LARGE", 1000)
+    monkeypatch.setattr(summed, "LARGE", 1000)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     yield

@@ -12,8 +12,8 @@ from repeated import PENALTIES, by_hand, closure_of, loss_of
 from torch import nn
 
 import gpkit
-from gpkit.estimators.differences import weight_difference
 from gpkit.shortcut import step
+from gpkit.shortcut.products import mixed
 
 
 def test_the_weights_come_back_if_the_second_pass_fails(no_long_way):
@@ -47,7 +47,7 @@ def test_numbers_stay_tensors_as_on_other_devices(name, no_long_way, monkeypatch
     monkeypatch.setattr(step, "length_of", length)
     monkeypatch.setattr(step, "size_of", lambda xs: length(xs) / sum(x.numel() for x in xs) ** 0.5)
     monkeypatch.setattr(step, "fitted", lambda factor, _: factor)
-    monkeypatch.setattr(weight_difference, "LARGE", 10)
+    monkeypatch.setattr(mixed, "LARGE", 10)
     for _ in range(2):
         found = penalty.with_loss(closure_of(net, x), net)
         total, grads = by_hand(net, net(x).square().mean(), form)
@@ -75,7 +75,7 @@ class Two(nn.Module):
 @pytest.mark.parametrize("cross", [True, False])
 def test_large_gradients_are_added_where_they_are_computed(least, cross, no_long_way, monkeypatch):
     monkeypatch.setattr(step, "LARGE", least)
-    monkeypatch.setattr(weight_difference, "LARGE", least)
+    monkeypatch.setattr(mixed, "LARGE", least)
     net, x = Two(), data()
     penalty = gpkit.weight_grad_norm(0.3, estimator=fd(1e-7, cross_kinks=cross))
     penalty.with_loss(closure_of(net, x), net)

@@ -198,54 +198,6 @@ def in_few_passes(
     return ends(looking.factor)
 
 
-def mixed(
-    y: Tensor,
-    leaves: Sequence[Tensor],
-    base: Sequence[Tensor],
-    fraction: Number,
-    gradients: Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor]],
-) -> Sequence[Tensor]:
-    """Return (1 - fraction) · base + fraction · ∇y in all leaves.
-
-    A large gradient is added as soon as the backward pass has it, so that there is one at a time.
-
-    Args:
-        y: a number.
-        leaves: the tensors.
-        base: a gradient, which is overwritten; see `are_apart`.
-        fraction: a constant factor.
-        gradients: returns ∇y in leaves.
-    """
-    added: set[int] = set()
-    nothing = base[0].new_zeros(())
-
-    def mix(i: int, g: Tensor) -> Tensor | None:
-        to = base[i]
-        if g.layout != to.layout or g.dtype != to.dtype:
-            return None
-        added.add(i)
-        to.lerp_(g, fraction)
-        return nothing.expand_as(g)  # takes no memory
-
-    large = [i for i, size in enumerate(map(Tensor.numel, leaves)) if size >= LARGE]
-    hooks = [leaves[i].register_hook(partial(mix, i)) for i in large]
-    try:
-        found = gradients(y, leaves)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    rest = [i for i in range(len(leaves)) if i not in added]
-    here, there = [base[i] for i in rest], [found[i] for i in rest]
-    result = [*base]
-    together = Difference((), here, there, fraction).added_to(here, 1.0, overwrite=True)
-    for i, g in zip(rest, together, strict=True):
-        result[i] = g
-    return result
-
-
-LARGE = 2**16  # entries; a hook on a weight takes some 15 µs
-
-
 def length_of(parts: Sequence[Tensor]) -> Number:
     """Return the norm over all entries: a float on a CPU, which other devices would wait for."""
     norms = norms_of(parts)

@@ -7,20 +7,20 @@ from torch import nn
 from torch.nn import functional as F
 
 import gpkit
-from gpkit.shortcut import summed_products
+from gpkit.shortcut.products import summed
 
 
 @pytest.fixture
 def joined(monkeypatch):
     """Return a list with the shapes of the weights whose products are summed."""
-    shapes, product = [], summed_products.product
+    shapes, product = [], summed.product
 
     def noting(call, *parts):
         shapes.append((*call.layer.weight.shape, sum(part is not None for part in parts)))
         return product(call, *parts)
 
-    monkeypatch.setattr(summed_products, "product", noting)
-    monkeypatch.setattr(summed_products, "LARGE", 1000)
+    monkeypatch.setattr(summed, "product", noting)
+    monkeypatch.setattr(summed, "LARGE", 1000)
     return shapes
 
 

@@ -1,0 +1,1 @@
+"""The gradients in wide weights, whose products are added in place: penalty, and difference."""
