@@ -60,6 +60,24 @@ def test_a_learned_exponent_gets_its_gradient(name):
         torch.testing.assert_close(found, true)
 
 
+@pytest.mark.parametrize("p", [3.5, 40.0, torch.tensor(2.0), torch.tensor([2.0, 3.0, 4.5])])
+def test_a_power_at_zero(p):
+    """p (p - 1) ... (wz)^(p-k) (wv)^k, where a recurrence divides zero by zero; and d/dw of it."""
+    p = p.double() if isinstance(p, torch.Tensor) else p
+    z, v = torch.tensor([[0.0, 0.4, 1.3], [0.7, 0.0, 0.0]]).double(), torch.rand(2, 3).double()
+    w = (0.5 + torch.rand(3)).double().requires_grad_()
+    for order in (1, 2):
+        found = gpkit.directional_derivative(lambda z: (w * z) ** p, z, v, order)
+        factor = p if order == 1 else p * (p - 1)
+        slope = factor * z ** (p - order) * v**order
+        torch.testing.assert_close(found, slope * w**p)
+        (grad,) = torch.autograd.grad(found.square().sum(), w)
+        expected = (2 * (slope * w**p) * slope * p * w ** (p - 1)).sum(0)
+        torch.testing.assert_close(grad, expected.detach())
+    third = gpkit.directional_derivative(lambda z: z**p, z, v, 3)
+    assert third.isfinite().all()
+
+
 def test_what_is_rounded_to_whole_numbers_is_a_constant():
     x, v = torch.randn(2, B, 4, dtype=torch.float64).unbind()
     found = gpkit.directional_derivative(lambda x: x * x * (3 * x).long() + x.bool(), x, v, 2)

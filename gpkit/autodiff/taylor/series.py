@@ -123,11 +123,21 @@ def power(a: Series, p: float) -> Series:
 
 
 def any_power(a: Series, p: Any) -> Series:
-    """Return a^p for any number p, or a tensor: a y' = p y a'."""
-    y = [a[0].pow(p)]
-    for n in range(1, len(a)):
-        terms = ((p * i - (n - i)) * a[i] * y[n - i] for i in range(1, n + 1))
-        y.append(total(terms) / (n * a[0]))
+    """Return a^p for any number p, or a tensor: Σ_m binom(p, m) a_0^(p-m) (a - a_0)^m.
+
+    A recurrence divides by a_0, which may be zero.
+    """
+    y, moved, powers = [a[0].pow(p), *[0.0] * (len(a) - 1)], [0.0, *a[1:]], [0.0]
+    binomial = p * 0 + 1.0
+    for m in range(1, len(a)):
+        binomial = binomial * (p - m + 1) / m
+        powers = moved if m == 1 else product(powers, moved)
+        if isinstance(p, Tensor):  # it may hold whole numbers, as 2: y''' = 0
+            gone = (binomial == 0) & (a[0] == 0)
+            factor = torch.where(gone, 0.0, binomial * a[0].pow(torch.where(gone, 0.0, p - m)))
+        else:
+            factor = binomial * a[0].pow(p - m)
+        y = [y[0], *(y[n] + factor * powers[n] for n in range(1, len(a)))]
     return y
 
 
