@@ -35,6 +35,20 @@ class Taken(NamedTuple):
     terms: Callable[[], Terms | None]
 
 
+class Losses(NamedTuple):
+    """What a closure may return: losses, and the mean that is trained on.
+
+    It is not that of the losses where a loss weighs the classes, or ignores some targets.
+
+    Args:
+        each: ``[B]``.
+        mean: one number.
+    """
+
+    each: Tensor
+    mean: Tensor
+
+
 def with_loss(
     penalties: Sequence[Penalty], closure: Callable[[], Any], net: Any, step: int | None = None
 ) -> Taken:
@@ -65,7 +79,7 @@ def with_loss(
     start = None if known is None else known.begin(first, closure, net, step)
     if exact is not None:
         given = closure()
-        taken = exact.taken(first, given, step)
+        taken = exact.taken(first, *parts_of(given), step)
         if taken is not None:
             return Taken(*taken)
         shortcuts.exact_steps.missed(closure, net)
@@ -102,7 +116,8 @@ def _with_loss(
     in_weights: list[Any] = _in_weights(penalties, closure)
     first = in_weights[0]
     if not torch.is_grad_enabled():
-        total = mean = _loss(first, closure()).mean()
+        given, trained = parts_of(closure())
+        total = mean = _loss(first, given).mean() if trained is None else trained
         for penalty in in_weights:
             total = total + penalty(closure, net, step=step)
         return Taken(total, mean, lambda: None)
@@ -115,25 +130,32 @@ def _with_loss(
             given = closure()
     else:
         found, state, given = begun
+    given, trained = parts_of(given)
     y, selected = _loss(first, given), False
     loss = y
     if len(in_weights) == 1 and not first.estimator.reuses_graph:
         given = y = summarised(y) if y.numel() == 1 and y.requires_grad else y
         selected = True
     total = y.reshape(()) if y.numel() == 1 else y.mean()
+    total = total if trained is None else trained
     mean, terms = total.detach(), None
     for penalty in in_weights:
         plain = penalty.estimator.reuses_graph and layers is None
         again = partial(Recomputable, function=closure, state=state, layers=layers, reach=found)
-        f = given if plain else again(given, selected=selected)
+        f = given if plain else again(given, selected=selected, trained=trained)
         terms = penalty.act(f, net, step=step)
         total = total if terms is None else terms.added_to(total, overwrite=True)
     if selected and found and terms is not None and first.shortcuts is not None:
         first.shortcuts.steps.note(first, closure, net, found, loss)
     if len(in_weights) == 1 and terms is not None and first.shortcuts is not None:
-        again = first.shortcuts.exact_steps.as_repeated(first, loss, terms.weight)
+        again = first.shortcuts.exact_steps.as_repeated(first, loss, trained, terms.weight)
         total = total if again is None else again
     return Taken(total, mean, lambda: terms)
+
+
+def parts_of(given: Any) -> tuple[Any, Tensor | None]:
+    """Return what a closure has returned, and the mean that is trained on if that is another."""
+    return given if isinstance(given, Losses) else (given, None)
 
 
 def _in_weights(penalties: Sequence[Penalty], closure: Any) -> list[Any]:

@@ -177,6 +177,7 @@ class Recomputable:
         layers: the calls of the net's layers in the forward pass of ``value``.
         selected: whether ``value`` is what ``of`` selects, and not the result of ``function``.
         reach: what the function reaches, if that is known.
+        trained: the mean that is trained on, if it is another one than that of the value.
     """
 
     value: Any
@@ -187,6 +188,7 @@ class Recomputable:
     layers: Recording | None = None
     selected: bool = False
     reach: Reach | None = None
+    trained: Tensor | None = None
 
     @property
     def device(self) -> torch.device | None:

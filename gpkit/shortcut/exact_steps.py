@@ -75,11 +75,13 @@ class ExactSteps:
         if len(self.found) >= MANY:
             self.found.clear()
         alive = weakref.ref(net, lambda _: self.found.pop(key, None))
-        made = ExactStep.after(axes, f.value, target, f.layers, alive)
+        made = ExactStep.after(axes, graph_of(f.value, f.trained), target, f.layers, alive)
         if made is not None:
             self.found[key] = self.latest = made
 
-    def as_repeated(self, penalty: Any, loss: Tensor, weight: float) -> Tensor | None:
+    def as_repeated(
+        self, penalty: Any, loss: Tensor, trained: Tensor | None, weight: float
+    ) -> Tensor | None:
         """Return the total of the step that was noted last as a later one will compute it.
 
         So a run that goes on from a checkpoint, which begins with a step that repeats none, has the
@@ -88,6 +90,7 @@ class ExactSteps:
         Args:
             penalty: the penalty.
             loss: that the closure has returned.
+            trained: the mean that is trained on, if it is another one than that of the losses.
             weight: λ.
 
         Returns:
@@ -96,7 +99,8 @@ class ExactSteps:
         latest, self.latest = self.latest, None
         if latest is None or latest.missed or not (latest.made.chain or latest.made.wide):
             return None
-        found = latest.computed(penalty, loss, lambda n2: formula.terms(penalty, n2, weight))
+        terms = lambda n2: formula.terms(penalty, n2, weight)  # noqa: E731
+        found = latest.computed(penalty, loss, trained, terms)
         return None if found is None else found[0]
 
     def missed(self, closure: Any, net: Any) -> None:
@@ -133,7 +137,7 @@ class ExactStep:
 
         Args:
             axes: the penalty.
-            loss: that the closure has returned, with its graph.
+            loss: with the graph of all that the closure has returned.
             target: what the penalty has differentiated.
             layers: the calls of the net's layers.
             net: a reference to the module.
@@ -160,13 +164,14 @@ class ExactStep:
         return acts
 
     def taken(
-        self, penalty: Any, loss: Any, step: int | None
+        self, penalty: Any, loss: Any, trained: Tensor | None, step: int | None
     ) -> tuple[Tensor, Tensor, Callable[[], Any]] | None:
         """Return the step, see `with_loss`; None if the loss has another graph.
 
         Args:
             penalty: the penalty.
             loss: that the closure has returned.
+            trained: the mean that is trained on, if it is another one than that of the losses.
             step: the optimiser step; None counts the calls.
         """
 
@@ -176,38 +181,46 @@ class ExactStep:
             found: Terms = penalty.observed(formula.terms(penalty, n2, weight, observe=True))
             return found
 
-        found = self.computed(penalty, loss, terms)
+        found = self.computed(penalty, loss, trained, terms)
         if found is None:
             return None
-        total, known = found
-        mean = loss.mean() if loss.ndim else loss
+        total, mean, known = found
         return total, mean.detach(), lambda: known
 
     def computed(
-        self, penalty: Any, loss: Any, terms_for: Callable[[Tensor], Terms]
-    ) -> tuple[Tensor, Terms] | None:
-        """Return the loss with its penalty, and the terms of it; None if it has another graph.
+        self,
+        penalty: Any,
+        loss: Any,
+        trained: Tensor | None,
+        terms_for: Callable[[Tensor], Terms],
+    ) -> tuple[Tensor, Tensor, Terms] | None:
+        """Return the total, the mean loss and the terms; None if the loss has another graph.
 
         Args:
             penalty: the penalty.
             loss: a number, or losses ``[B]``.
+            trained: the mean that is trained on, if it is another one than that of the losses.
             terms_for: returns the terms for n² ``[G]``.
         """
         if type(loss) is not Tensor or (loss.ndim > 1 and loss.numel() != loss.shape[0]):
             return None
         if self.made.sample and not loss.ndim:
             return None
-        nodes, make = graph.walked(loss)
+        whole = graph_of(loss, trained)
+        nodes, make = graph.walked(whole)
         if make != self.made.make:
             return None
-        leaves, mean = graph.leaves(loss, nodes), loss.mean() if loss.ndim else loss
+        leaves, mean = graph.leaves(whole, nodes), trained
+        if mean is None:
+            mean = loss.mean() if loss.ndim else loss
         if not self.made.holds(nodes, leaves):
             return None
         passed = self.made.begin(loss, mean, nodes)
         if passed is None and self.made.chain is not None:  # such as a hook on a hidden value
             return None
         if passed is None:
-            return self.by_autograd(loss, mean, nodes, leaves, terms_for)
+            long = self.by_autograd(loss, mean, nodes, leaves, terms_for)
+            return None if long is None else (long[0], mean, long[1])
         terms = terms_for(passed.squared_norms(self.made.variables, sample=self.made.sample))
 
         def again() -> Tensor:
@@ -217,7 +230,7 @@ class ExactStep:
             return found[0]
 
         total = passed.total(mean, terms.added_to, again, leaves)
-        return again() if total is None else total, terms
+        return again() if total is None else total, mean, terms
 
     def by_autograd(
         self,
@@ -246,6 +259,11 @@ class ExactStep:
             return None
         terms = terms_for(n2)
         return with_summed_products(terms.added_to(mean), calls, leaves, (mean, n2)), terms
+
+
+def graph_of(loss: Tensor, trained: Tensor | None) -> Tensor:
+    """Return a tensor with the graph of the losses, and of the mean that is trained on."""
+    return loss if trained is None else torch.cat((loss.reshape(-1), trained.reshape(1)))
 
 
 def is_pure(axes: Any) -> bool:

@@ -18,7 +18,7 @@ from gpkit.lightning.module.forward import ForwardPass, ForwardRunner
 from gpkit.losses import LossFunction
 from gpkit.needs import Needs
 from gpkit.sums import PenaltySum
-from gpkit.with_loss import with_loss
+from gpkit.with_loss import Losses, with_loss
 
 
 def is_alone(needs: Mapping[str, Needs]) -> bool:
@@ -26,7 +26,7 @@ def is_alone(needs: Mapping[str, Needs]) -> bool:
     if len(needs) != 1:
         return False
     (own,) = needs.values()
-    others = own.per_sample, own.pooled, own.own_forward, own.given, own.measures, own.takes_part
+    others = own.pooled, own.own_forward, own.given, own.measures, own.takes_part
     once = own.in_weights and own.of_loss and not (any(others) or own.activations)
     return once and (own.reuses_graph or own.loss_at_two_points)
 
@@ -42,7 +42,7 @@ def penalised(
     penalties: PenaltySum,
     needs: Mapping[str, Needs],
     net: nn.Module,
-    loss: LossFunction,
+    losses: tuple[LossFunction, LossFunction],
     batch: Batch,
     step: int | None,
 ) -> tuple[Tensor, ForwardPass, dict[str, Terms | None]]:
@@ -52,26 +52,39 @@ def penalised(
         penalties: with one, which `is_alone`.
         needs: of the penalty.
         net: the net.
-        loss: ``(output, y) -> loss``.
+        losses: ``(output, y) -> loss``, and the same that returns the losses of samples.
         batch: that `fits`.
         step: the optimiser step; None counts the calls.
     """
     ((name, penalty),) = penalties.items()
-    closure = partial(mean_loss, net, loss, batch.x, batch.y, needs[name].order)
+    each, order = needs[name].sample_losses, needs[name].order
+    closure = partial(losses_of, net, *losses, batch.x, batch.y, each, order)
     taken, scale = with_loss([penalty], closure, net, step), penalties.loss_scale()
     total = taken.total if scale == 1 else taken.total / scale
     return total, ForwardPass(batch.x, None, taken.loss), {name: taken.terms()}
 
 
-def mean_loss(net: nn.Module, loss: LossFunction, x: Tensor, y: Any, order: int) -> Tensor:
+def losses_of(
+    net: nn.Module,
+    loss: LossFunction,
+    sample_losses: LossFunction,
+    x: Tensor,
+    y: Any,
+    each: bool,
+    order: int,
+) -> Tensor | Losses:
     """Return the mean loss of a batch, by the same code at each step.
 
     Args:
         net: the net.
         loss: ``(output, y) -> loss``.
+        sample_losses: ``(output, y) -> losses``, ``[B]``.
         x: the input.
         y: the target.
+        each: whether to return the losses of samples as well.
         order: k if kernels need a double backward, else 0.
     """
+    runner = ForwardRunner(net, loss, sample_losses)
     with double_backward(order) if order else nullcontext():
-        return ForwardRunner(net, loss, loss).passed(x, y, {}, per_sample=False).loss
+        forward = runner.passed(x, y, {}, per_sample=each)
+    return forward.loss if forward.losses is None else Losses(forward.losses, forward.loss)

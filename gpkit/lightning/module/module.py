@@ -234,7 +234,8 @@ class PenalizedModule(pl.LightningModule):
             alone = self.is_alone and not log_norms and options["scale"] is None and fits(read)
             with locating(self.net) if new else nullcontext():
                 if alone:
-                    return penalised(self.penalties, needs, self.net, self.loss, read, step)
+                    losses = self.loss, self.per_sample_loss
+                    return penalised(self.penalties, needs, self.net, losses, read, step)
                 options["step"] = step
                 forward, terms = self._act(read, needs, given, options, log_norms=log_norms)
         else:

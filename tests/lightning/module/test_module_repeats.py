@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 
 import by_hand
 import pytest
@@ -164,3 +165,46 @@ def test_two_penalties_of_one_loss(looks):
         module.penalized_loss((x, y)).backward()
         close([p.grad for p in params], grads)
     assert len(looks) == 2
+
+
+LOSSES = {  # whose mean is not that of the losses of the samples
+    "weights of classes": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0]).double()),
+    "ignored labels": partial(F.cross_entropy, ignore_index=1),
+    "smooth labels": nn.CrossEntropyLoss(label_smoothing=0.1),
+    "of one's own": lambda z, y: (z - F.one_hot(y, 3)).square().sum(1),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_norms_of_samples_beside_a_mean_of_another_kind(name, looks):
+    """What is trained on is the loss itself; the norms are those of each sample's loss."""
+    net, loss, penalty = wide(), LOSSES[name], gpkit.per_sample_grad_norm(LAMBDA, every=2)
+    module = gpkit.PenalizedModule(net, loss, penalty)
+    (x, y), params = classes(12).tensors, list(net.parameters())
+    for step, size in enumerate((6, 6, 12, 12, 4, 4, 6)):
+        mean = loss(net(x[:size]), y[:size])
+        expected = mean = mean.mean()
+        if step % 2 == 0:
+            for i in range(size):
+                if name == "of one's own":
+                    own = loss(net(x[i : i + 1]), y[i : i + 1]).sum()
+                else:
+                    own = F.cross_entropy(
+                        net(x[i : i + 1]),
+                        y[i : i + 1],
+                        weight=getattr(loss, "weight", None),
+                        label_smoothing=getattr(loss, "label_smoothing", 0.0),
+                        ignore_index=1 if name == "ignored labels" else -100,
+                        reduction="sum",
+                    )
+                grads = torch.autograd.grad(own, params, create_graph=True)
+                expected = expected + 2 * LAMBDA * by_hand.squares(grads) / size
+        net.zero_grad()
+        value = module.penalized_loss((x[:size], y[:size]))
+        value.backward()
+        torch.testing.assert_close(value.detach(), expected.detach(), rtol=1e-10, atol=0)
+        close([p.grad for p in params], torch.autograd.grad(expected, params))
+        with torch.no_grad():
+            for p in params:
+                p.mul_(1.03)
+    assert len(looks) == 1
