@@ -213,6 +213,13 @@ def layers(where: str, net: nn.Module, x: Tensor, rounds: int, ghosts: str = "")
 
         return step
 
+    def alone(penalty: gpkit.GradientPenalty) -> Step:
+        def step() -> None:
+            net.zero_grad()
+            penalty(loss, net).backward()
+
+        return step
+
     def in_module(penalty: gpkit.GradientPenalty) -> Step:
         module = gpkit.PenalizedModule(net, F.cross_entropy, penalty)
 
@@ -227,6 +234,7 @@ def layers(where: str, net: nn.Module, x: Tensor, rounds: int, ghosts: str = "")
         "weight_grad_norm by hand": by_hand,
         "weight_grad_norm": together(gpkit.weight_grad_norm(0.1), "mean"),
         "loss + weight_grad_norm(loss, parameters)": added(gpkit.weight_grad_norm(0.1)),
+        "weight_grad_norm(closure, net), without the loss": alone(gpkit.weight_grad_norm(0.1)),
         "per_sample_grad_norm": together(gpkit.per_sample_grad_norm(0.1), "none"),
     }
     if ghosts:

@@ -270,7 +270,7 @@ class GradientPenalty(Penalty):
             if known := trains(f, terms, targets, self.order, self.wrt, twice=twice):
                 self.seen.add(targets[0])
         if known and observe and not TRACES and getattr(f, "layers", f) is not None:
-            self.shortcuts.note(self, f, args, targets)
+            terms = self.shortcuts.note(self, f, args, targets, terms)
         return terms if train else terms.detached()
 
     def targets(

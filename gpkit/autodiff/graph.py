@@ -271,11 +271,13 @@ class Made:
         by: the function's modules.
         nodes: how many nodes it has made.
         walked: whether the graph is walked all the same.
+        value: what the function has returned.
     """
 
     by: Reach
     nodes: int
     walked: bool = False
+    value: Any = None
 
     def fingerprint(self, y: Tensor, xs: tuple[Tensor, ...]) -> Fingerprint:
         """Return the fingerprint of the graph of ``y``."""

@@ -121,7 +121,7 @@ class Call:
                 before = nodes_made()
                 y = self.selected(called(self.f, xs, self.batch))
                 walked = self.axes.order > 1
-                self.made = self.made or Made(self.reach, nodes_made() - before, walked)
+                self.made = self.made or Made(self.reach, nodes_made() - before, walked, y)
                 return y, {}
         net = activations.module_of(wanted[0], self.f, self.args)
         with self.forward(self.seed, device):

@@ -13,16 +13,19 @@ from torch.compiler import is_compiling
 from gpkit.autodiff.compat import is_compiled_function
 from gpkit.autodiff.derivatives import MENDED
 from gpkit.autodiff.graph import Made
+from gpkit.autodiff.layers.norms import is_proven
 from gpkit.autodiff.random import has_ranks
 from gpkit.autodiff.reached import CHECKPOINTS, code_of
 from gpkit.axes.wrt import inputs
 from gpkit.estimators.base import Recomputable, Target
 from gpkit.estimators.exact import exact
+from gpkit.formula import Terms
 from gpkit.shortcut.chains import InputChain
+from gpkit.shortcut.closures import Closure
 from gpkit.shortcut.differences import Steps
 from gpkit.shortcut.earlier import Earlier
-from gpkit.shortcut.exact_steps import ExactSteps
-from gpkit.shortcut.functions import Function
+from gpkit.shortcut.exact_steps import ExactStep, ExactSteps
+from gpkit.shortcut.functions import Function, Run
 from gpkit.shortcut.losses import Losses, is_loss
 from gpkit.shortcut.net import is_overridden, needs_more, references
 from gpkit.shortcut.repeated import squares
@@ -36,7 +39,7 @@ class Shortcuts:
     """The shortcuts of a penalty; ``steps`` and ``exact_steps`` are those of `with_loss`."""
 
     def __init__(self) -> None:
-        self.found: dict[Any, Function] = {}  # by what a function refers to, see `key_of`
+        self.found: dict[Any, Function | Closure] = {}  # by what one refers to, see `key_of`
         self.misses: dict[Any, int] = {}
         self.closures: dict[int, int] = {}
         self.chains: dict[Any, InputChain | None] = {}  # by the fingerprints of targets
@@ -64,7 +67,7 @@ class Shortcuts:
             whole = f.layers is not None and f.window is None and type(f.value) is Tensor
             return self.scores if losses and whole and not (is_compiling() or has_ranks()) else None
         found = self.found.get(key_of(f)) if self.found else None
-        if found is None or found.forgotten or is_compiling() or has_ranks():
+        if found is None or found.run.forgotten or is_compiling() or has_ranks():
             return None
         return found
 
@@ -104,21 +107,55 @@ class Shortcuts:
             self.chains[key] = InputChain.between(target.y, target.xs[0])
         return self.chains[key]
 
-    def note(self, axes: Any, f: Any, args: tuple[Any, ...], targets: Sequence[Target]) -> None:
-        """Remember the call that made these targets, of a penalty that was found to train."""
-        if is_overridden(axes):
-            return
-        if not axes.wrt.batched:
-            self.note_loss(axes, f, args, targets)
-            return
+    def note(
+        self, axes: Any, f: Any, args: tuple[Any, ...], targets: Sequence[Target], terms: Terms
+    ) -> Terms:
+        """Remember the call that made these targets, of a penalty that was found to train.
+
+        Args:
+            axes: the penalty.
+            f: the first argument of the call.
+            args: the other ones.
+            targets: of the call.
+            terms: of the call.
+
+        Returns:
+            The terms, as calls that repeat this one will compute them.
+        """
         target, *others = targets
-        if others or not is_plain(axes, target):
-            return
+        if is_overridden(axes):
+            return terms
+        if not axes.wrt.batched and (type(f) is Tensor or isinstance(f, Recomputable)):
+            self.note_loss(axes, f, args, targets)
+        elif not axes.wrt.batched:
+            closure = self.closure_of(axes, f, args, targets)
+            return terms if closure is None else closure.as_repeated(axes, target, terms)
+        elif not others and is_plain(axes, target):
+            self.known = True
+            if type(f) is Tensor:
+                self.of_scores().note(axes, f, target)
+            elif callable(f) and target.made is not None and is_known(f, target, target.made):
+                chain, made = self.chain_of(axes, f, targets), target.made
+                self.keep(f, Function(axes, target, made, chain, code=is_code(f)), made)
+        return terms
+
+    def closure_of(self, axes: Any, f: Any, args: Any, targets: Sequence[Target]) -> Closure | None:
+        """Remember a call with a closure, and return how it went; None if it has no shortcut."""
+        net, (target, *others), made = args[0] if len(args) == 1 else None, targets, targets[0].made
+        if others or made is None or not callable(f) or not isinstance(net, nn.Module):
+            return None
+        if axes.forward != "isolated":
+            return None
+        if not (is_loss(axes, made.value, targets) and is_known(f, target, made)) or has_ranks():
+            return None
+        if axes.scope == "sample" and not (target.layers and is_proven(net)):
+            return None
+        step = ExactStep.after(axes, made.value, target, target.layers, weakref.ref(net))
+        if step is None:
+            return None
         self.known = True
-        if type(f) is Tensor:
-            self.of_scores().note(axes, f, target)
-        elif callable(f) and target.made is not None and is_known(f, target, target.made):
-            self.note_function(axes, f, target, target.made, self.chain_of(axes, f, targets))
+        closure = Closure(Run(axes, target, made, code=True), step)
+        return closure if self.keep(f, closure, made) else None
 
     def of_scores(self) -> Scores:
         """Return the calls with scores."""
@@ -140,23 +177,20 @@ class Shortcuts:
                 self.scores = Losses()
             self.scores.note(axes, f, args, targets[0], layers)
 
-    def note_function(
-        self, axes: Any, f: Any, target: Target, made: Made, chain: InputChain | None
-    ) -> None:
+    def keep(self, f: Any, found: Function | Closure, made: Made) -> bool:
         """Remember a call with a function or a module, unless earlier ones were of no use."""
         key = key_of(f)
         before = self.found.get(key)
-        if before is not None and before.forgotten:  # its graph was another than the one before
+        if before is not None and before.run.forgotten:  # its graph was another than the one before
             self.misses[key] = self.misses.get(key, 0) + 1
             del self.found[key]
         if key is None or self.misses.get(key, 0) >= MISSES:
-            return
-        code = not isinstance(f, nn.Module)
-        if code and key not in self.found:
+            return False
+        if is_code(f) and key not in self.found:
             own = id(code_of(f))
             self.closures[own] = count = self.closures.get(own, 0) + 1
             if count > MANY:  # each call has another one
-                return
+                return False
         if len(self.found) >= MANY:
             self.found.clear()
 
@@ -164,8 +198,14 @@ class Shortcuts:
             self.found.pop(key, None)
             self.misses.pop(key, None)
 
-        function = self.found[key] = Function(axes, target, made, chain, code=code)
-        function.alive = weakref.ref(made.by.family[0], gone)
+        self.found[key] = found
+        found.run.alive = weakref.ref(made.by.family[0], gone)
+        return True
+
+
+def is_code(f: Any) -> bool:
+    """Whether a function is code of the user's own, and no module."""
+    return not isinstance(f, nn.Module)
 
 
 def key_of(f: Any) -> Any:

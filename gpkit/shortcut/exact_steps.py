@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -130,7 +131,7 @@ class ExactStep:
         axes: Any,
         loss: Tensor,
         target: Target,
-        layers: Recording,
+        layers: Recording | None,
         net: Callable[[], nn.Module | None],
     ) -> ExactStep | None:
         """Return how a step went; None if what the layers were given is not in the graph.
@@ -139,7 +140,7 @@ class ExactStep:
             axes: the penalty.
             loss: with the graph of all that the closure has returned.
             target: what the penalty has differentiated.
-            layers: the calls of the net's layers.
+            layers: the calls of the net's layers, if each sample has a norm.
             net: a reference to the module.
         """
         sample = axes.scope == "sample"
@@ -154,14 +155,16 @@ class ExactStep:
 
     def repeats(self, penalty: Any, net: Any, step: int | None) -> bool:
         """Whether the penalty acts, and all that is known before the loss is as it was."""
+        acts: bool = self.holds(penalty, net) and penalty.acts_at(step)
+        return acts
+
+    def holds(self, penalty: Any, net: Any) -> bool:
+        """Whether all that is known before the loss is as it was."""
         if self.missed or RECORDS or TRACES or is_compiling() or not torch.is_grad_enabled():
             return False
         if self.net() is not net or self.made.state_of(net) != self.state or has_ranks():
             return False
-        if torch.is_autocast_enabled(self.device) or not self.choices.hold(penalty):
-            return False
-        acts: bool = penalty.acts_at(step)
-        return acts
+        return not torch.is_autocast_enabled(self.device) and self.choices.hold(penalty)
 
     def taken(
         self, penalty: Any, loss: Any, trained: Tensor | None, step: int | None
@@ -193,6 +196,7 @@ class ExactStep:
         loss: Any,
         trained: Tensor | None,
         terms_for: Callable[[Tensor], Terms],
+        added: Callable[[Terms], Callable[[Tensor], Tensor]] = attrgetter("added_to"),
     ) -> tuple[Tensor, Tensor, Terms] | None:
         """Return the total, the mean loss and the terms; None if the loss has another graph.
 
@@ -201,6 +205,7 @@ class ExactStep:
             loss: a number, or losses ``[B]``.
             trained: the mean that is trained on, if it is another one than that of the losses.
             terms_for: returns the terms for n² ``[G]``.
+            added: returns what makes the total from the mean loss, for the terms.
         """
         if type(loss) is not Tensor or (loss.ndim > 1 and loss.numel() != loss.shape[0]):
             return None
@@ -219,17 +224,17 @@ class ExactStep:
         if passed is None and self.made.chain is not None:  # such as a hook on a hidden value
             return None
         if passed is None:
-            long = self.by_autograd(loss, mean, nodes, leaves, terms_for)
+            long = self.by_autograd(loss, mean, nodes, leaves, terms_for, added)
             return None if long is None else (long[0], mean, long[1])
         terms = terms_for(passed.squared_norms(self.made.variables, sample=self.made.sample))
 
         def again() -> Tensor:
             terms_again = partial(formula.terms, penalty, weight=terms.weight)
-            found = self.by_autograd(loss, mean, nodes, leaves, terms_again)
+            found = self.by_autograd(loss, mean, nodes, leaves, terms_again, added)
             assert found is not None, "it was so in an earlier step"
             return found[0]
 
-        total = passed.total(mean, terms.added_to, again, leaves)
+        total = passed.total(mean, added(terms), again, leaves)
         return again() if total is None else total, mean, terms
 
     def by_autograd(
@@ -239,6 +244,7 @@ class ExactStep:
         nodes: list[Any],
         leaves: list[Tensor],
         terms_for: Callable[[Tensor], Terms],
+        added: Callable[[Terms], Callable[[Tensor], Tensor]],
     ) -> tuple[Tensor, Terms] | None:
         """Return the same, of a graph that is differentiated twice.
 
@@ -248,6 +254,7 @@ class ExactStep:
             nodes: of the graph.
             leaves: of the graph.
             terms_for: returns the terms for n² ``[G]``.
+            added: returns what makes the total from the mean loss, for the terms.
         """
         calls = self.made.calls_at(nodes)
         if calls is None:
@@ -258,7 +265,7 @@ class ExactStep:
         if n2 is None:
             return None
         terms = terms_for(n2)
-        return with_summed_products(terms.added_to(mean), calls, leaves, (mean, n2)), terms
+        return with_summed_products(added(terms)(mean), calls, leaves, (mean, n2)), terms
 
 
 def graph_of(loss: Tensor, trained: Tensor | None) -> Tensor:

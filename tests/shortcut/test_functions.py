@@ -194,7 +194,7 @@ def test_it_is_the_long_way_to_the_last_bit(name, dtype, looks, monkeypatch):
     critic = nn.Sequential(nn.Linear(5, 16), nn.SiLU(), nn.Linear(16, 1)).to(dtype)
     x, y = X.to(dtype), Y.to(dtype)
     short, long = (PENALTIES[name](weight=3.0, seed=5) for _ in range(2))
-    monkeypatch.setattr(long.shortcuts, "note", lambda *_: None)
+    monkeypatch.setattr(long.shortcuts, "note", lambda *given: given[-1])
     for _ in range(6):
         found = [p(critic, real=x, fake=y) for p in (short, long)]
         assert torch.equal(*found)
@@ -222,7 +222,7 @@ def test_a_function_that_comes_to_be_complex_is_refused():
 def test_fakes_with_a_graph_and_samples_of_another_size_or_dtype():
     critic, make = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1)), nn.Linear(5, 5)
     short, long = gpkit.wgan_gp(seed=1), gpkit.wgan_gp(seed=1)
-    long.shortcuts.note = lambda *_: None
+    long.shortcuts.note = lambda *given: given[-1]
     for size, dtype in ((6, torch.float32), (4, torch.float32), (4, torch.float64)) * 2:
         critic.to(dtype)
         x, y = X[:size].to(dtype), make.to(dtype)(X[:size].to(dtype))

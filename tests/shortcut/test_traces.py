@@ -80,7 +80,7 @@ def stop():
 def test_a_call_counts_as_the_first_does_if_its_net_calls_the_penalty_or_fails(fails, looks):
     critic, plain = Acting(nn.Linear(5, 1), nn.Tanh()).double(), nn.Linear(5, 1).double()
     short, long = gpkit.wgan_gp(seed=1), gpkit.wgan_gp(seed=1)
-    long.shortcuts.note = lambda *_: None
+    long.shortcuts.note = lambda *given: given[-1]
     found = {short: {}, long: {}}
 
     def nested(penalty):

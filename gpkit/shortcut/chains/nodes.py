@@ -118,9 +118,8 @@ class Total(torch.autograd.Function):
             )
             at_last, hats, curves = upwards(held.links, held.found, at_delta, None)
             pairs = [(mean, at_mean), (delta, at_last)]
-            ys, vs = zip(
-                *[(y, v) for y, v in pairs if y.requires_grad and v is not None], strict=True
-            )
+            given = [(y, v) for y, v in pairs if y.requires_grad and v is not None]
+            ys, vs = zip(*given, strict=True) if given else ((), ())
             at_z, *of_loss = derivatives(ys, vs, (edge, *held.others))
             made = downwards(held.links, held.found, hats, curves, (*at_a, None), at_z)
         if not keeps_graph():
