@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 from torch.utils._pytree import tree_map_only as tree_map_only
+from torch.utils.hooks import RemovableHandle
 from torch.utils.module_tracker import ModuleTracker
 
 # Kernels.
@@ -58,6 +59,12 @@ _TRACKER = ModuleTracker()
 
 # nodes_made(): the number of nodes that this thread has made. torch has no public counter.
 nodes_made: Callable[[], int] = torch.autograd._get_sequence_nr  # type: ignore[attr-defined]
+
+
+def hooks_made() -> int:
+    """Return how many hooks were registered; a node does not tell which it has."""
+    return RemovableHandle.next_id
+
 
 # made_at(node): how many nodes its thread had made before. Leaves' nodes have the largest number.
 made_at: Callable[[Any], int] = methodcaller("_sequence_nr")

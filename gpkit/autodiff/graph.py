@@ -270,12 +270,14 @@ class Made:
     Args:
         by: the function's modules.
         nodes: how many nodes it has made.
+        hooks: how many hooks it has registered, maybe on hidden values.
         walked: whether the graph is walked all the same.
         value: what the function has returned.
     """
 
     by: Reach
     nodes: int
+    hooks: int = 0
     walked: bool = False
     value: Any = None
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gpkit.autodiff import activations
-from gpkit.autodiff.compat import nodes_made
+from gpkit.autodiff.compat import hooks_made, nodes_made
 from gpkit.autodiff.graph import Made
 from gpkit.autodiff.isolation import double_backward, in_graph, isolated, running
 from gpkit.autodiff.random import META, RandomState, Source
@@ -118,10 +118,10 @@ class Call:
             with self.forward(self.seed, device):
                 if TRACES:
                     return self.selected(called(self.f, xs, self.batch)), {}
-                before = nodes_made()
+                nodes, hooks = nodes_made(), hooks_made()
                 y = self.selected(called(self.f, xs, self.batch))
-                walked = self.axes.order > 1
-                self.made = self.made or Made(self.reach, nodes_made() - before, walked, y)
+                nodes, hooks = nodes_made() - nodes, hooks_made() - hooks
+                self.made = self.made or Made(self.reach, nodes, hooks, self.axes.order > 1, y)
                 return y, {}
         net = activations.module_of(wanted[0], self.f, self.args)
         with self.forward(self.seed, device):

@@ -96,7 +96,7 @@ class Shortcuts:
         target, *others = targets
         if others or type(f) is Tensor or not callable(f) or target.made is None:
             return None
-        if is_overridden(axes) or not is_plain(axes, target) or is_compiling():
+        if is_overridden(axes) or not is_plain(axes, target) or is_compiling() or target.made.hooks:
             return None
         if torch.is_autocast_enabled(target.y.device.type) or not is_known(f, target, target.made):
             return None

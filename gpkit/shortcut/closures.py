@@ -47,7 +47,7 @@ class Closure(Earlier):
         if family is None:
             return None
         loss, _ = self.run(family, (f, (), None), seed)
-        terms = self.of_loss(axes, loss, weight)
+        terms = None if self.step.has_hooks() else self.of_loss(axes, loss, weight)
         if terms is None:
             self.run.forget()
         return terms

@@ -14,6 +14,7 @@ from torch.compiler import is_compiling
 
 from gpkit import formula
 from gpkit.autodiff import graph
+from gpkit.autodiff.compat import hooks_made
 from gpkit.autodiff.layers.norms import is_proven
 from gpkit.autodiff.layers.recording import Recording
 from gpkit.autodiff.random import has_ranks
@@ -119,6 +120,7 @@ class ExactStep:
     """
 
     missed = False  # whether a later loss had another graph
+    hooks = 0  # how many were registered when it was last asked whether it `holds`
 
     def __init__(self, axes: Any, net: Callable[[], nn.Module | None], made: LossGraph) -> None:
         self.choices, self.net, self.made = Choices(axes), net, made
@@ -164,7 +166,12 @@ class ExactStep:
             return False
         if self.net() is not net or self.made.state_of(net) != self.state or has_ranks():
             return False
+        self.hooks = hooks_made()
         return not torch.is_autocast_enabled(self.device) and self.choices.hold(penalty)
+
+    def has_hooks(self) -> bool:
+        """Whether a loss since has registered any, maybe on a hidden value that a chain skips."""
+        return self.made.chain is not None and hooks_made() > self.hooks
 
     def taken(
         self, penalty: Any, loss: Any, trained: Tensor | None, step: int | None
@@ -184,7 +191,7 @@ class ExactStep:
             found: Terms = penalty.observed(formula.terms(penalty, n2, weight, observe=True))
             return found
 
-        found = self.computed(penalty, loss, trained, terms)
+        found = None if self.has_hooks() else self.computed(penalty, loss, trained, terms)
         if found is None:
             return None
         total, mean, known = found

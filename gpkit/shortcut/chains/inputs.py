@@ -82,7 +82,8 @@ class InputChain:
         way = self.ways[y.ndim]
         for place in way:
             operands = () if last is None else last.next_functions
-            last = operands[place][0] if place < len(operands) else None
+            alone = all(node is None for i, (node, _) in enumerate(operands) if i != place)
+            last = operands[place][0] if alone and place < len(operands) else None
         nodes = self.chain.nodes(last)
         links = None if nodes is None else self.chain.links(nodes)
         if links is None:

@@ -67,7 +67,7 @@ class LossChain:
         if own is None or links is None:
             return None
         (delta,) = differentiable(loss, [GradientEdge(own[0], 0)])
-        if delta is None or delta.shape[0] != len(links[0].a):
+        if delta is None or (loss.ndim and len(delta) != len(loss)):  # as of several rows a sample
             return None
         return LossPass(own[0], links, delta)
 

@@ -40,8 +40,8 @@ class InputGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, held: HeldGradient, *parameters: Tensor) -> Tensor:
         """Return it."""
-        ctx.held, ctx.count, inputs = held, len(parameters), [link.a for link in held.links]
-        ctx.save_for_backward(*parameters, *inputs)  # which notes what is written to them
+        ctx.held, ctx.count = held, len(parameters)
+        ctx.save_for_backward(*parameters, *values(held.links))
         return held.found.products.pop()  # a node that holds its own result is never freed
 
     @staticmethod
@@ -97,8 +97,8 @@ class Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, held: HeldTotal, *leaves: Tensor) -> Tensor:
         """Return it."""
-        ctx.held, ctx.count, inputs = held, len(leaves), [link.a for link in held.links]
-        ctx.save_for_backward(*leaves, *inputs)  # which notes what is written to them
+        ctx.held, ctx.count = held, len(leaves)
+        ctx.save_for_backward(*leaves, *values(held.links))
         return held.top[0].detach()
 
     @staticmethod
@@ -125,6 +125,12 @@ class Total(torch.autograd.Function):
         if not keeps_graph():
             held.free()
         return None, *made, *map(plus, of_form, of_loss)
+
+
+def values(links: Sequence[Link]) -> list[Tensor]:
+    """Return what a backward pass takes of links, to be saved: so writes to it are noted."""
+    found = [link.a for link in links]
+    return found + [x.s for x in links if x.activation is not None and not x.activation.of_result]
 
 
 def derivatives(
