@@ -171,6 +171,39 @@ def test_an_attribute_of_a_penalty_is_looked_at_in_each_step():
     assert graphs.compiled == 2
 
 
+class Scaled(nn.Module):
+    """A net that multiplies by the defaults of its own method."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = critic()
+
+    def forward(self, x, scale=1.0, others=()):
+        for other in others:
+            scale = scale * other
+        return scale * self.net(x)
+
+
+def test_defaults_and_globals_of_code_of_the_users_own(monkeypatch):
+    net, names = Scaled(), {"factor": 1.0}
+    exec("def times(y): return y * factor", names)  # as in code that no module holds
+    graphs, penalty, own = Graphs(), gpkit.r1(), []
+    monkeypatch.setattr(Scaled.forward, "__defaults__", (1.0, own))
+
+    def loss(x):
+        return penalty(lambda z: names["times"](net(z)), real=x)
+
+    step = gpkit.compile(loss, measure=False, backend=graphs)
+    x = samples()[0]
+    for change in (None, None, lambda: own.append(2.0), lambda: names.update(factor=3.0)):
+        if change:
+            change()
+        assert step(x) == loss(x)
+    monkeypatch.setattr(Scaled.forward, "__defaults__", (2.0, own))
+    assert step(x) == loss(x)
+    assert graphs.compiled == 4
+
+
 @torch.compiler.config.patch(recompile_limit=2)
 def test_more_graphs_than_torch_allows_by_itself():
     """Beyond torch's own limit a change is still found, and a graph is still added."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
@@ -113,20 +112,17 @@ def sums_of_transposes() -> Any:
 # What guards of gpkit's own code, and of Python's, are about: functions, classes and constants.
 FIXED = (
     *("G['__import_gpkit_dot_", "G['__import_contextlib']", "G['__builtins_dict__"),
-    *("G['__import_itertools']", "G['__import_torch_dot__", "G['___unnamed_scope"),
+    *("G['__import_itertools']", "G['__import_torch_dot__"),
     *("calls", "order", "anchor", "weights", "may_be_traced"),
     *("G['Trace']", "G['TRACES']", "G['nullcontext']"),
 )
-DEFAULT = re.compile(r"type\(.*\.__(kw)?defaults__(\[[^]]*\])?$")  # of a method
-CONSTANT = ("CONSTANT_MATCH", "SEQUENCE_LENGTH", "TYPE_MATCH")
 
 
 def may_change(guards: Sequence[Any]) -> list[bool]:
     """Return which guards of a graph are needed: those of the user's objects, and of torch.
 
     Of gpkit's objects in them, such as a penalty, the attributes are needed. Their classes are not,
-    and neither is what a penalty knows of earlier eager steps, which no graph uses. Constant
-    defaults of a method do not change.
+    and neither is what a penalty knows of earlier eager steps, which no graph uses.
     """
     own = {guard.name: type(guard.value).__module__ for guard in guards}
     own = {name: module for name, module in own.items() if module.startswith("gpkit.")}
@@ -135,8 +131,6 @@ def may_change(guards: Sequence[Any]) -> list[bool]:
 
     def needed(guard: Any) -> bool:
         if guard.name.startswith((*FIXED, *known)) or any(c in guard.name for c in classes):
-            return False
-        if guard.guard_type in CONSTANT and DEFAULT.search(guard.name):
             return False
         return guard.name not in own or guard.guard_type != "NOT_PRESENT_IN_GENERIC_DICT"
 
