@@ -75,6 +75,37 @@ def test_a_path_beside_the_chain(as_module, written):
     assert written
 
 
+class Looping(nn.Module):
+    """A net that runs one of its layers several times."""
+
+    times = 1
+
+    def __init__(self, net):
+        super().__init__()
+        self.first, self.again, self.last = net[0], net[2], net[4]
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        for _ in range(self.times):
+            h = torch.tanh(self.again(h))
+        return self.last(h)
+
+
+@pytest.mark.parametrize("as_module", [True, False], ids=["module", "function"])
+def test_layers_that_come_to_be_before_the_chain(as_module, written):
+    net, penalty = Looping(chain(nn.Tanh(), 5, 5, 1)), gpkit.r1(weight=2)
+    for times in (1, 1, 1, 2, 3, 1):
+        net.times = times
+        x = samples(4, 5)
+        found = penalty(net if as_module else lambda x: net(x), real=x)
+        z = x.clone().requires_grad_()
+        (g,) = torch.autograd.grad(net(z).sum(), z, create_graph=True)
+        expected, weights = g.square().sum(1).mean(), [net.first.weight, net.again.weight]
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(*[torch.autograd.grad(y, weights) for y in (found, expected)])
+    assert written
+
+
 def test_samples_that_come_to_have_several_rows():
     net, penalty = chain(nn.Tanh(), 7, 3), gpkit.per_sample_grad_norm(0.5)
     params = list(net.parameters())

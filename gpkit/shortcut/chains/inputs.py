@@ -85,8 +85,11 @@ class InputChain:
             alone = all(node is None for i, (node, _) in enumerate(operands) if i != place)
             last = operands[place][0] if alone and place < len(operands) else None
         nodes = self.chain.nodes(last)
-        links = None if nodes is None else self.chain.links(nodes)
-        if links is None:
+        if nodes is None:
+            return None
+        begin = nodes[-1].next_functions[self.chain.layers[-1].rows][0]
+        links = self.chain.links(nodes) if getattr(begin, LEAF, None) is x else None
+        if links is None:  # or more layers come before
             return None
         delta = ones
         if way:
