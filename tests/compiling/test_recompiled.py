@@ -204,6 +204,22 @@ def test_defaults_and_globals_of_code_of_the_users_own(monkeypatch):
     assert graphs.compiled == 4
 
 
+def test_a_hook_on_a_layer_that_comes_later_is_called():
+    net, penalty, graphs = critic(), gpkit.r1(), Graphs()
+
+    def loss(x):
+        return net(x).mean() + penalty(net, real=x)
+
+    step, x, hook = gpkit.compile(loss, measure=False, backend=graphs), samples()[0], None
+    for doubled in (False, True, True, False):
+        if doubled and hook is None:
+            hook = net[0].register_forward_hook(lambda m, i, z: 2 * z)
+        if hook is not None and not doubled:
+            hook.remove()
+        assert step(x) == loss(x)
+    assert graphs.compiled == 2
+
+
 @torch.compiler.config.patch(recompile_limit=2)
 def test_more_graphs_than_torch_allows_by_itself():
     """Beyond torch's own limit a change is still found, and a graph is still added."""

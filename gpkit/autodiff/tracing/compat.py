@@ -37,6 +37,7 @@ def tracing_gradients() -> AbstractContextManager[Any]:
     import torch._dynamo
 
     options: dict[str, Any] = {"trace_autograd_ops": True, "recompile_limit": 16}
+    options["skip_nnmodule_hook_guards"] = False  # a hook of a later step has to be seen
     return torch._dynamo.config.patch(**options, optimize_ddp=False)
 
 
