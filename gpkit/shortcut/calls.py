@@ -136,6 +136,8 @@ class Shortcuts:
                 self.of_scores().note(axes, f, target)
             elif callable(f) and target.made is not None and is_known(f, target, target.made):
                 chain, made = self.chain_of(axes, f, targets), target.made
+                if not self.may_keep(f):
+                    return terms
                 self.keep(f, Function(axes, target, made, chain, code=is_code(f)), made)
         return terms
 
@@ -150,12 +152,15 @@ class Shortcuts:
             return None
         if axes.scope == "sample" and not (target.layers and is_proven(net)):
             return None
+        if not self.may_keep(f):
+            return None
         step = ExactStep.after(axes, made.value, target, target.layers, weakref.ref(net))
         if step is None:
             return None
         self.known = True
         closure = Closure(Run(axes, target, made, code=True), step)
-        return closure if self.keep(f, closure, made) else None
+        self.keep(f, closure, made)
+        return closure
 
     def of_scores(self) -> Scores:
         """Return the calls with scores."""
@@ -177,8 +182,8 @@ class Shortcuts:
                 self.scores = Losses()
             self.scores.note(axes, f, args, targets[0], layers)
 
-    def keep(self, f: Any, found: Function | Closure, made: Made) -> bool:
-        """Remember a call with a function or a module, unless earlier ones were of no use."""
+    def may_keep(self, f: Any) -> bool:
+        """Whether to remember a call with a function: not if earlier ones were of no use."""
         key = key_of(f)
         before = self.found.get(key)
         if before is not None and before.run.forgotten:  # its graph was another than the one before
@@ -191,6 +196,11 @@ class Shortcuts:
             self.closures[own] = count = self.closures.get(own, 0) + 1
             if count > MANY:  # each call has another one
                 return False
+        return True
+
+    def keep(self, f: Any, found: Function | Closure, made: Made) -> None:
+        """Remember a call with a function or a module."""
+        key = key_of(f)
         if len(self.found) >= MANY:
             self.found.clear()
 
@@ -200,7 +210,6 @@ class Shortcuts:
 
         self.found[key] = found
         found.run.alive = weakref.ref(made.by.family[0], gone)
-        return True
 
 
 def is_code(f: Any) -> bool:

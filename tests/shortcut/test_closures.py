@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gpkit
+from gpkit.shortcut.exact_steps import ExactStep
 
 LAMBDA = 0.3
 
@@ -168,3 +169,22 @@ def test_a_closure_that_fails_leaves_the_state_of_the_call_before(looks):
     fails.clear()
     require_right(penalty, net, closure, F.cross_entropy(net(x), t, reduction="none"), "batch")
     assert not gpkit.in_penalty()
+
+
+def test_a_loss_that_differs_in_each_call_is_soon_not_looked_at_any_more(monkeypatch):
+    """A look at its chain takes a gradient more."""
+    net, penalty, count = chain(nn.SiLU(), 7, 6, 3), gpkit.weight_grad_norm(LAMBDA), [0]
+    x, t = batch(4)
+    looked, after = [], ExactStep.after
+    monkeypatch.setattr(ExactStep, "after", lambda *given: looked.append(1) or after(*given))
+
+    def closure():
+        found = F.cross_entropy(net(x), t)
+        for _ in range(count[0] % 3):
+            found = found * 1.5
+        return found
+
+    for i in range(12):
+        count[0] = i
+        assert penalty(closure, net).isfinite()
+    assert len(looked) <= 6

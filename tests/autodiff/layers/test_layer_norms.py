@@ -206,6 +206,7 @@ def test_they_take_one_gradient_of_the_forward_pass(kind, monkeypatch):
     net, x = RIGHT[kind]()
     net.double()
     penalty = gpkit.per_sample_grad_norm()
+    penalty.shortcuts.note = lambda *given: given[-1]  # which compares a chain with autograd
     penalty(lambda: losses(net, x, torch.arange(B)), net)  # the first call compares two samples
     grad, calls = torch.autograd.grad, []
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(1) or grad(*a, **k))
